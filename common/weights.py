@@ -1,0 +1,330 @@
+"""Checkpoints: strict, streaming loads from safetensors files, renames both ways, and sharded saves.
+
+    module = on_meta(MochiTransformer, config, sp)              # shapes only, no memory
+    ckpt = open_checkpoint("dit.safetensors")                   # one file, several, or an index.json
+    load(module, ckpt, rename=table, device="cuda", dtype=torch.bfloat16, exact=("pos_frequencies",))
+    save(module.state_dict(), "out/diffusion_pytorch_model.safetensors", rename=table, shard_bytes=10**10)
+
+Memory. Towards a GPU (or when the dtype or the order of rows changes) a tensor is read from the file in pieces of at
+most 64 MiB straight into its final place, so the host holds less than one tensor. On the CPU a tensor that needs no
+change is a view of the memory-mapped file: every process of the machine shares the same pages, and a write to one is
+private to the writer. The file must therefore not be overwritten in place while it is in use; `save` replaces files
+whole.
+
+Renames. A table says for each name of ours (a tensor, or a module whose `weight`, `bias`, ... follow the module) where
+it lies in the other layout: a plain name, `Concat` (ours is the others stacked along dim 0: a fused q, k, v), or `Swap`
+(the two halves of dim 0 change places). `load` reads through the table and `save` writes through the same table
+backwards. `rename=None` is the identity.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from common.checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, Stored, find_files, open_checkpoint, write_file
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Concat",
+    "Rename",
+    "Stored",
+    "Swap",
+    "find_files",
+    "load",
+    "on_meta",
+    "open_checkpoint",
+    "save",
+]
+
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STAGING_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Ours is these tensors of the other layout stacked along dim 0, all of one shape."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Ours is this tensor of the other layout with the two halves of dim 0 exchanged."""
+
+    name: str
+
+
+Rename = Mapping[str, "str | Concat | Swap"]
+
+
+def on_meta(build: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """Build a module on the meta device: names and shapes without memory. Fill it with `load`."""
+    with torch.device("meta"):
+        return build(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Part `part` of `of` equal parts along dim 0 of one tensor."""
+
+    name: str
+    part: int = 0
+    of: int = 1
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return tensor.chunk(self.of)[self.part] if self.of > 1 else tensor
+
+
+def _source(rename: Rename | None, name: str) -> str | Concat | Swap:
+    """Where our tensor `name` lies in the other layout."""
+    if rename is None:
+        return name
+    if name in rename:
+        return rename[name]
+    module, _, leaf = name.rpartition(".")
+    if module not in rename:
+        raise CheckpointError(f"the rename table has no entry for {name}")
+    source = rename[module]
+    if isinstance(source, Concat):
+        return Concat(tuple(f"{part}.{leaf}" for part in source.names))
+    if isinstance(source, Swap):
+        return Swap(f"{source.name}.{leaf}")
+    return f"{source}.{leaf}"
+
+
+def _reads(source: str | Concat | Swap) -> tuple[_Piece, ...]:
+    """Parts of the other layout's tensors that make ours, in order."""
+    if isinstance(source, Concat):
+        return tuple(_Piece(name) for name in source.names)
+    if isinstance(source, Swap):
+        return (_Piece(source.name, 1, 2), _Piece(source.name, 0, 2))
+    return (_Piece(source),)
+
+
+def _writes(source: str | Concat | Swap, name: str) -> dict[str, tuple[_Piece, ...]]:
+    """The other layout's tensors, each as parts of our tensor `name`: the inverse of `_reads`."""
+    if isinstance(source, Concat):
+        return {other: (_Piece(name, i, len(source.names)),) for i, other in enumerate(source.names)}
+    if isinstance(source, Swap):
+        return {source.name: (_Piece(name, 1, 2), _Piece(name, 0, 2))}
+    return {source: (_Piece(name),)}
+
+
+def load(
+    module: M,
+    checkpoint: Checkpoint,
+    rename: Rename | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    exact: Collection[str] = (),
+    ignore: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> M:
+    """Fill `module` (usually from `on_meta`) with the tensors of `checkpoint`, one at a time; return it in eval mode.
+
+    rename    table to the checkpoint's names; None when they are the module's own
+    dtype     of floating tensors; None keeps the stored ones
+    exact     names of tensors that are held in fp32 at least, whatever `dtype` says
+    ignore    shell patterns of the checkpoint's tensors that may be left over
+    progress  called with (bytes done, bytes in all)
+
+    Everything is checked against the headers before the first byte is read. Raises CheckpointError naming the file and
+    the tensors that are missing, unexpected, or of the wrong shape or kind. Parameters come out frozen; tensors that
+    several names share (tied embeddings) need to be stored under one of them.
+    """
+    device = torch.device(device)
+    slots = _slots(module)
+    plan = _plan(slots, checkpoint, rename, ignore)
+    total = sum(_nbytes(checkpoint, pieces) for pieces in plan.values())
+    done = 0
+    with _Reader(device) as reader:
+        for names, slot in slots:
+            pieces = plan[names]
+            stored = checkpoint[pieces[0].name]
+            kind = (dtype or stored.dtype) if slot.is_floating_point() else stored.dtype
+            if any(name in exact for name in names):
+                kind = torch.promote_types(kind, torch.float32)
+            if device.type == "cpu" and kind == stored.dtype and len(pieces) == 1:
+                tensor = checkpoint.tensor(pieces[0].name)
+            else:
+                tensor = reader.read([(checkpoint[p.name], p) for p in pieces], tuple(slot.shape), kind)
+            for name in names:
+                _assign(module, name, tensor)
+            done += _nbytes(checkpoint, pieces)
+            if progress is not None:
+                progress(done, total)
+    return module.eval()
+
+
+def _nbytes(checkpoint: Checkpoint, pieces: Iterable[_Piece]) -> int:
+    return sum(checkpoint[piece.name].nbytes // piece.of for piece in pieces)
+
+
+def _slots(module: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Tensors of the module's state, each with all the names it goes by."""
+    state = module.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [(tuple(group), state[group[0]]) for group in names.values()]
+
+
+def _plan(
+    slots: list[tuple[tuple[str, ...], Tensor]], checkpoint: Checkpoint, rename: Rename | None, ignore: Sequence[str]
+) -> dict[tuple[str, ...], tuple[_Piece, ...]]:
+    plan: dict[tuple[str, ...], tuple[_Piece, ...]] = {}
+    known: set[str] = set()
+    missing: list[str] = []
+    for names, slot in slots:
+        options = [_reads(_source(rename, name)) for name in names]
+        known |= {piece.name for pieces in options for piece in pieces}
+        pieces = next((o for o in options if all(p.name in checkpoint for p in o)), None)
+        if pieces is None:
+            missing += [piece.name for piece in options[0] if piece.name not in checkpoint]
+            continue
+        plan[names] = pieces
+        _check(slot, checkpoint, pieces)
+    extra = [name for name in checkpoint if name not in known and not any(fnmatch.fnmatch(name, p) for p in ignore)]
+    problems = [_some("missing", missing), _some("unexpected", extra)]
+    if missing or extra:
+        raise CheckpointError(f"{checkpoint.label}: " + "; ".join(problem for problem in problems if problem))
+    return plan
+
+
+def _some(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+
+
+def _check(slot: Tensor, checkpoint: Checkpoint, pieces: tuple[_Piece, ...]) -> None:
+    parts = len(pieces) // pieces[0].of or 1
+    shape = tuple(slot.shape) if parts == 1 else (slot.shape[0] // parts, *slot.shape[1:])
+    kinds = {checkpoint[piece.name].dtype for piece in pieces}
+    for piece in pieces:
+        stored = checkpoint[piece.name]
+        at = f"{stored.file}: tensor {stored.name}"
+        if stored.shape != shape:
+            raise CheckpointError(f"{at} has shape {list(stored.shape)}, expected {list(shape)}")
+        allowed = _CASTABLE if slot.is_floating_point() else (slot.dtype,)
+        if stored.dtype not in allowed:
+            names = ", ".join(DTYPE_NAMES[dtype] for dtype in allowed)
+            raise CheckpointError(f"{at} has dtype {DTYPE_NAMES[stored.dtype]}, expected {names}")
+        if len(kinds) > 1:
+            raise CheckpointError(f"{at} and those it is fused with have different dtypes")
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+class _Reader:
+    """Reads parts of files into their final place through one small buffer; keeps the files it reads open."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.files: dict[Path, BinaryIO] = {}
+        self.open = ExitStack()
+        self.staging: Tensor | None = None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.open.close()
+
+    def read(self, parts: list[tuple[Stored, _Piece]], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        flat, at = out.view(-1), 0
+        for stored, piece in parts:
+            count = math.prod(stored.shape) // piece.of
+            start = stored.offset + piece.part * count * stored.dtype.itemsize
+            self._fill(flat[at : at + count], stored, start)
+            at += count
+        return out
+
+    def _fill(self, out: Tensor, stored: Stored, start: int) -> None:
+        if out.device.type == "cpu" and out.dtype == stored.dtype:
+            self._bytes(stored, start, out.view(torch.uint8))
+            return
+        if self.staging is None:
+            pinned = self.device.type == "cuda"
+            self.staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=pinned, device="cpu")
+        step = _STAGING_BYTES // stored.dtype.itemsize
+        for begin in range(0, out.numel(), step):
+            target = out[begin : begin + step]
+            raw = self.staging[: target.numel() * stored.dtype.itemsize]
+            self._bytes(stored, start + begin * stored.dtype.itemsize, raw)
+            target.copy_(raw.view(stored.dtype))
+
+    def _bytes(self, stored: Stored, start: int, out: Tensor) -> None:
+        if stored.file not in self.files:
+            self.files[stored.file] = self.open.enter_context(open(stored.file, "rb", buffering=0))
+        file, view = self.files[stored.file], memoryview(out.numpy())
+        file.seek(start)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{stored.file}: truncated file, tensor {stored.name} ends early")
+            view = view[count:]
+
+
+def save(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    rename: Rename | None = None,
+    shard_bytes: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write `state` as safetensors in the layout of `rename` and return the files written.
+
+    With `shard_bytes` the tensors go to `<stem>-00001-of-0000N.safetensors` of at most that many bytes each (a single
+    larger tensor gets a file of its own) beside `<stem>.safetensors.index.json`; without, to `path` itself. Tensors may
+    lie on any device; one at a time passes through the host. A file appears whole or not at all.
+    """
+    path = Path(path)
+    parts: dict[str, tuple[_Piece, ...]] = {}
+    for name in state:
+        parts |= _writes(_source(rename, name), name)
+    views = {other: [piece.rows(state[piece.name].detach()) for piece in pieces] for other, pieces in parts.items()}
+    sizes = {name: sum(view.numel() * view.dtype.itemsize for view in group) for name, group in views.items()}
+    metadata = {"format": "pt", **(metadata or {})}
+    if shard_bytes is None:
+        write_file(path, views, metadata)
+        return [path]
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = [path.with_name(f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards):
+        write_file(file, {name: views[name] for name in names}, metadata)
+    placed = {name: file.name for file, names in zip(files, shards) for name in names}
+    index = path.with_name(f"{path.stem}.safetensors.index.json")
+    index.write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}, indent=1))
+    return [*files, index]
