@@ -1,0 +1,169 @@
+"""Sequence-parallel attention: Ulysses (all-to-all over heads) inside, ring (keys and values travel) outside.
+
+The three words a model says are `shard`, `attention` and `gather`. With one rank they are identity,
+plain attention and identity. Shards are uneven where they must be: n tokens over P ranks are n // P
+each, the first n % P get one more, and heads over Ulysses ranks alike. Nothing is padded or masked.
+
+Ulysses: Jacobs et al. 2023 (arXiv 2309.14509). Ring attention: Liu et al. 2023 (arXiv 2310.01889).
+The log-sum-exp merge of partial softmaxes: Milakov and Gimelshein 2018 (arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+from common.attention import attention, attention_with_lse, check_kernel
+from common.parallel import Axis, Mesh
+
+
+def split_evenly(n: int, parts: int) -> tuple[int, ...]:
+    """n // parts each, the first n % parts get one more: (3, 2, 2) for 7 over 3."""
+    return tuple(n // parts + (i < n % parts) for i in range(parts))
+
+
+def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+    """All-to-all along dim 0: `sent[i]` rows go to rank i of the axis, `received[i]` rows come from it.
+
+    Returned at once; whoever first reads the result waits for it. The functional form of the
+    collective is what lets a compiled graph hold it.
+    """
+    return collectives.all_to_all_single(send.contiguous(), list(received), list(sent), axis.group)
+
+
+class SequenceParallel:
+    """Tokens of a sequence over the ring x ulysses ranks of a mesh.
+
+    The rank order along the sequence is ring_rank * ulysses + ulysses_rank.
+    kernel: which attention kernel to use, see `common.attention.KERNELS`; ValueError if it cannot run.
+    """
+
+    def __init__(self, mesh: Mesh | None = None, kernel: str = "auto") -> None:
+        mesh = mesh or Mesh()
+        check_kernel(kernel, mesh.device)
+        self.axis, self.ring, self.ulysses = mesh.sequence, mesh.ring, mesh.ulysses
+        self.kernel = kernel
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
+
+    @property
+    def rank(self) -> int:
+        return self.axis.rank
+
+    def require_heads(self, heads: int) -> None:
+        """Raise ValueError when there are more Ulysses ranks than attention heads."""
+        if self.ulysses.size > heads:
+            raise ValueError(
+                f"ulysses degree {self.ulysses.size} is more than the model's {heads} attention heads; "
+                f"use at most {heads} and put the rest into the ring degree"
+            )
+
+    def lengths(self, n: int) -> tuple[int, ...]:
+        """How many of a stream's n tokens each rank holds."""
+        return split_evenly(n, self.size)
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of the full `x`: a view, `lengths(x.shape[dim])[rank]` long along `dim`."""
+        if self.size == 1:
+            return x
+        lengths = self.lengths(x.shape[dim])
+        return x.narrow(dim, sum(lengths[: self.rank]), lengths[self.rank])
+
+    def gather(self, x: Tensor, lengths: Sequence[int], dim: int = 1) -> Tensor:
+        """The full tensor on every rank; `lengths[i]` is what rank i holds along `dim`."""
+        if self.size == 1:
+            return x
+        rows = x.movedim(dim, 0)
+        copies = rows.expand(self.size, *rows.shape).flatten(0, 1)
+        full = exchange(copies, [rows.shape[0]] * self.size, lengths, self.axis)
+        return collectives.wait_tensor(full).movedim(0, dim)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Attention of this rank's queries over every rank's keys.
+
+        q, k, v: (B, n, H, D), this rank's tokens of all streams. lengths: every rank's n, in rank order.
+        Returns (B, n, H, D). Order of tokens does not matter, so streams may simply be concatenated.
+        """
+        if self.size == 1:
+            return attention(q, k, v, self.kernel)
+        assert lengths is not None and lengths[self.rank] == q.shape[1], "lengths must describe q"
+        heads = q.shape[2]
+        assert heads >= self.ulysses.size, "require_heads was not called"
+        u, r = self.ulysses.size, self.ring.rank
+        q, kv = self._heads_in(q, k, v, lengths[r * u : (r + 1) * u])
+        out = self._ring(q, kv, [sum(lengths[i * u : (i + 1) * u]) for i in range(self.ring.size)])
+        return self._heads_out(out, lengths[r * u : (r + 1) * u], heads)
+
+    def _heads_in(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Give up tokens' other heads, get this rank's heads of the Ulysses group's tokens.
+
+        Returns q (B, N, h, D) and kv (N, B, 2, h, D). Token-major on the wire, so that what arrives
+        from the peers is already one tensor in token order.
+        """
+        batch, n, heads, width = q.shape
+        if self.ulysses.size == 1:
+            return q, torch.stack((k, v), dim=2).transpose(0, 1)
+        split = split_evenly(heads, self.ulysses.size)
+        packed = torch.stack((q, k, v), dim=2).transpose(0, 1)  # (n, B, 3, H, D)
+        send = torch.cat([part.reshape(-1) for part in packed.split(split, dim=3)])
+        mine = split[self.ulysses.rank]
+        row = batch * 3 * width
+        got = exchange(send, [n * h * row for h in split], [m * mine * row for m in lengths], self.ulysses)
+        got = collectives.wait_tensor(got).view(sum(lengths), batch, 3, mine, width)
+        return got[:, :, 0].transpose(0, 1), got[:, :, 1:]
+
+    def _heads_out(self, out: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
+        """The reverse of `_heads_in` for the output (B, N, h, D): this rank's tokens with all their heads."""
+        if self.ulysses.size == 1:
+            return out
+        batch, _, mine, width = out.shape
+        split = split_evenly(heads, self.ulysses.size)
+        n = lengths[self.ulysses.rank]
+        row = batch * width
+        send = out.transpose(0, 1).reshape(-1)
+        got = exchange(send, [m * mine * row for m in lengths], [n * h * row for h in split], self.ulysses)
+        parts = collectives.wait_tensor(got).split([n * h * row for h in split])
+        return torch.cat([p.view(n, batch, h, width) for p, h in zip(parts, split)], dim=2).transpose(0, 1)
+
+    def _ring(self, q: Tensor, kv: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Attention of q (B, N, h, D) over the keys and values of all ring ranks; kv: (N, B, 2, h, D)."""
+        size, rank = self.ring.size, self.ring.rank
+        if size == 1:
+            return attention(q, *_keys_values(kv), self.kernel)
+        out: Tensor | None = None
+        lse: Tensor | None = None
+        for step in range(size):
+            # Posted before the attention that hides it.
+            following = self._pass_on(kv, lengths[(rank - step - 1) % size]) if step < size - 1 else None
+            if lengths[(rank - step) % size]:
+                part, part_lse = attention_with_lse(q, *_keys_values(kv), self.kernel)
+                out, lse = _merge(out, lse, part, part_lse)
+            if following is not None:
+                kv = collectives.wait_tensor(following)
+        assert out is not None, "a sequence without tokens"
+        return out.to(q.dtype)
+
+    def _pass_on(self, kv: Tensor, incoming: int) -> Tensor:
+        """Send kv to the next rank of the ring while `incoming` rows come from the one before."""
+        size, rank = self.ring.size, self.ring.rank
+        sent, received = [0] * size, [0] * size
+        sent[(rank + 1) % size], received[(rank - 1) % size] = kv.shape[0], incoming
+        return exchange(kv, sent, received, self.ring)
+
+
+def _keys_values(kv: Tensor) -> tuple[Tensor, Tensor]:
+    return kv[:, :, 0].transpose(0, 1), kv[:, :, 1].transpose(0, 1)
+
+
+def _merge(out: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine two softmax-normalised partial results (B, N, h, D) by their log-sum-exp (B, h, N), in lse's dtype."""
+    part = part.to(part_lse.dtype)
+    if out is None or lse is None:
+        return part, part_lse
+    weight = torch.sigmoid(part_lse - lse).transpose(1, 2).unsqueeze(-1)
+    return torch.lerp(out, part, weight), torch.logaddexp(lse, part_lse)

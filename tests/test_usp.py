@@ -1,0 +1,238 @@
+"""Sequence-parallel attention equals plain attention, and sends what the formula says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.attention import attention, attention_with_lse, check_kernel
+from common.guidance import Guidance
+from common.parallel import Layout, Mesh, broadcast_object, broadcast_tensors, distributed
+from common.usp import SequenceParallel, split_evenly
+from tests.counting import as_rank, count_attention
+
+SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]
+SPLITS += [(3, 2), (2, 3), (6, 1), (1, 6), (7, 1), (1, 7), (4, 2), (2, 4), (8, 1), (1, 8)]
+# (video tokens, text tokens, heads): primes, fewer tokens than ranks, no text, no video, heads that nothing divides.
+STREAMS = [(23, 5, 8), (3, 2, 7), (13, 0, 9), (0, 11, 8), (1, 0, 8), (16, 4, 30)]
+
+
+def qkv(n: int, heads: int, dtype: torch.dtype, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n * 100 + heads)
+    q, k, v = torch.randn(3, batch, n, heads, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return q, k, v
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention written out, so that the kernels themselves are under test too."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) * q.shape[-1] ** -0.5
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.double())
+
+
+def joint_error(sp: SequenceParallel, n_video: int, n_text: int, heads: int, dtype: torch.dtype, batch: int) -> float:
+    """Shard video and text alike, attend, gather, compare with plain attention over the whole."""
+    q, k, v = qkv(n_video + n_text, heads, dtype, batch)
+    video, text = sp.lengths(n_video), sp.lengths(n_text)
+    local = [torch.cat([sp.shard(t[:, :n_video]), sp.shard(t[:, n_video:])], dim=1) for t in (q, k, v)]
+    out = sp.attention(*local, [a + b for a, b in zip(video, text)])
+    assert out.dtype == dtype
+    mine = video[sp.rank]
+    whole = torch.cat([sp.gather(out[:, :mine], video), sp.gather(out[:, mine:], text)], dim=1)
+    return (whole - reference(q, k, v)).abs().max().item()
+
+
+def layout_errors(ring: int, ulysses: int, cfg: int) -> dict[str, float]:
+    sp = SequenceParallel(distributed(Layout(cfg=cfg, ring=ring, ulysses=ulysses)))
+    errors = {}
+    for (n_video, n_text, heads), dtype in itertools.product(STREAMS, (torch.float64, torch.float32)):
+        if heads >= ulysses:
+            batch = 2 if heads == 9 else 1
+            errors[f"{n_video}+{n_text}x{heads} {dtype}"] = joint_error(sp, n_video, n_text, heads, dtype, batch)
+    return errors
+
+
+@pytest.mark.parametrize("ring, ulysses", SPLITS)
+def test_every_layout_equals_plain_attention(run_ranks, ring, ulysses):
+    for errors in run_ranks(ring * ulysses, layout_errors, ring, ulysses, 1):
+        assert len(errors) >= 8
+        for case, error in errors.items():
+            assert error <= (1e-12 if "float64" in case else 1e-5), case
+
+
+@pytest.mark.parametrize("ring, ulysses", [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 4)])
+def test_layouts_under_cfg_parallel(run_ranks, ring, ulysses):
+    for errors in run_ranks(2 * ring * ulysses, layout_errors, ring, ulysses, 2):
+        assert all(error <= (1e-12 if "float64" in case else 1e-5) for case, error in errors.items())
+
+
+def bf16_error() -> float:
+    sp = SequenceParallel(distributed(Layout(ring=3, ulysses=2)))
+    return joint_error(sp, 37, 5, 5, torch.bfloat16, 1)
+
+
+def test_bf16_travels_and_merges_in_fp32(run_ranks):
+    q, k, v = qkv(42, 5, torch.bfloat16)
+    alone = (attention(q, k, v) - reference(q, k, v)).abs().max().item()
+    assert max(run_ranks(6, bf16_error)) <= max(2 * alone, 1e-2)
+
+
+def test_single_process_is_plain():
+    sp = SequenceParallel()
+    q, k, v = qkv(11, 3, torch.float64)
+    assert sp.shard(q) is q and sp.gather(q, sp.lengths(11)) is q
+    assert torch.equal(sp.attention(q, k, v), attention(q, k, v))
+
+
+def test_lengths_are_uneven_by_one_and_may_be_empty():
+    assert split_evenly(7, 3) == (3, 2, 2)
+    assert split_evenly(2, 4) == (1, 1, 0, 0)
+    assert split_evenly(0, 3) == (0, 0, 0)
+
+
+def shard_gather(dim: int) -> bool:
+    sp = SequenceParallel(distributed(Layout(ring=2, ulysses=2)))
+    x = torch.arange(2 * 7 * 3).view(2, 7, 3).movedim(1, dim).contiguous()
+    return torch.equal(sp.gather(sp.shard(x, dim), sp.lengths(7), dim), x)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_gather_undoes_shard(run_ranks, dim):
+    assert all(run_ranks(4, shard_gather, dim))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_log_sum_exp(dtype):
+    q, k, v = qkv(9, 3, dtype)
+    out, lse = attention_with_lse(q, k[:, :5], v[:, :5])
+    scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k[:, :5].double()) * 4**-0.5
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert (lse - scores.logsumexp(-1)).abs().max() <= tolerance
+    assert (out - reference(q, k[:, :5], v[:, :5])).abs().max() <= tolerance
+
+
+def test_ulysses_beyond_the_heads_is_refused_at_the_door():
+    sp = SequenceParallel(as_rank(Layout(ulysses=8)))
+    with pytest.raises(ValueError, match=r"ulysses degree 8 .* 7 attention heads; use at most 7"):
+        sp.require_heads(7)
+    sp.require_heads(8)
+
+
+@pytest.mark.parametrize("kernel, said", [("flash2", "NVIDIA GPU"), ("cudnn", "NVIDIA GPU"), ("fast", "choose one of")])
+def test_unavailable_kernel_is_refused_at_the_door(kernel, said):
+    with pytest.raises(ValueError, match=said):
+        SequenceParallel(Mesh(), kernel)
+
+
+def test_missing_package_is_named():
+    with pytest.raises(ValueError, match="flash-attn 3"):
+        check_kernel("flash3", torch.device("cuda"))
+
+
+# --- Guidance ---------------------------------------------------------------------------------------------------------
+
+
+def predict(branch: int) -> Tensor:
+    return torch.arange(5, dtype=torch.float64) * (branch + 1) + branch
+
+
+def guided(scale: float, cfg: int) -> tuple[Tensor, tuple[int, ...], list[int]]:
+    guidance = Guidance(distributed(Layout(cfg=cfg)).cfg)
+    called: list[int] = []
+
+    def run(branch: int) -> Tensor:
+        called.append(branch)
+        return predict(branch)
+
+    return guidance(run, scale), guidance.branches, called
+
+
+@pytest.mark.parametrize("scale", [4.5, 1.0])
+def test_guidance_is_the_same_on_one_and_two_ranks(run_ranks, scale):
+    expected = predict(1) + scale * (predict(0) - predict(1)) if scale != 1 else predict(0)
+    alone, branches, called = guided(scale, 1)
+    assert torch.equal(alone, expected) and branches == (0, 1)
+    assert called == ([0] if scale == 1 else [0, 1])
+    for rank, (pred, branches, called) in enumerate(run_ranks(2, guided, scale, 2)):
+        assert torch.equal(pred, expected)
+        assert branches == (rank,) and called == [rank]
+
+
+def empty_guided() -> int:
+    return Guidance(distributed(Layout(cfg=2)).cfg)(lambda branch: torch.zeros(1, 0, 4), 3.0).shape[1]
+
+
+def test_guidance_of_an_empty_shard(run_ranks):
+    assert run_ranks(2, empty_guided) == [0, 0]
+
+
+# --- Mesh -------------------------------------------------------------------------------------------------------------
+
+
+def places() -> tuple[int, ...]:
+    mesh = distributed(Layout(cfg=2, ring=2, ulysses=2))
+    return mesh.world.rank, mesh.cfg.rank, mesh.ring.rank, mesh.ulysses.rank, mesh.sequence.rank
+
+
+def test_ulysses_is_innermost_and_cfg_outermost(run_ranks):
+    for world, cfg, ring, ulysses, sequence in run_ranks(8, places):
+        assert (cfg, ring, ulysses) == (world // 4, world // 2 % 2, world % 2)
+        assert sequence == ring * 2 + ulysses
+
+
+def broadcasts() -> tuple[object, dict[str, Tensor]]:
+    mesh = distributed(Layout(ring=3))
+    tensors = {"a": torch.arange(3.0), "none": torch.empty(0, 2)} if mesh.is_main else None
+    sent = {"seed": 7} if mesh.is_main else None
+    return broadcast_object(mesh.world, sent), broadcast_tensors(mesh.world, tensors, mesh.device)
+
+
+def test_broadcasts_reach_every_rank(run_ranks):
+    for value, tensors in run_ranks(3, broadcasts):
+        assert value == {"seed": 7}
+        assert torch.equal(tensors["a"], torch.arange(3.0)) and tensors["none"].shape == (0, 2)
+
+
+def test_layout_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="needs 4 ranks, but 1 is running"):
+        distributed(Layout(ring=2, ulysses=2))
+    with pytest.raises(ValueError, match="only 1 or 2"):
+        Layout(cfg=3)
+    with pytest.raises(ValueError, match="ring degree is 0"):
+        Layout(ring=0)
+
+
+# --- What is sent -----------------------------------------------------------------------------------------------------
+
+MOCHI = {"tokens": 14310, "text": 37, "heads": 24, "width": 128}
+
+
+@pytest.mark.parametrize("ring, ulysses", [*SPLITS, (3, 4), (2, 6), (12, 1)])
+def test_bytes_and_calls_follow_the_formula(ring, ulysses):
+    """Summed over the ranks, at the size of Mochi 848x480x49: (u-1)/u of q,k,v and of the output over
+    all-to-all, ring-1 times k,v over the ring; one call for each all-to-all and each ring exchange."""
+    n, row = MOCHI["tokens"] + MOCHI["text"], MOCHI["heads"] * MOCHI["width"] * 2
+    ranks = [count_attention(Layout(ring=ring, ulysses=ulysses), rank, **MOCHI) for rank in range(ring * ulysses)]
+    ulysses_bytes = sum(c.bytes["ulysses"] for c in ranks)
+    ring_bytes = sum(c.bytes["ring"] for c in ranks)
+    assert ulysses_bytes == pytest.approx(4 * n * row * (ulysses - 1) / ulysses, rel=0.01, abs=0)
+    assert ring_bytes == pytest.approx(2 * n * row * (ring - 1), rel=0.01, abs=0)
+    for counted in ranks:
+        assert counted.calls["ulysses"] == (2 if ulysses > 1 else 0)
+        assert counted.calls["ring"] == ring - 1
+
+
+@pytest.mark.parametrize("ring, ulysses", [*SPLITS, (3, 4), (2, 6), (12, 1)])
+def test_attention_flops_over_the_ranks_are_those_of_one(ring, ulysses):
+    one = count_attention(Layout(), 0, **MOCHI).flops
+    ranks = [count_attention(Layout(ring=ring, ulysses=ulysses), rank, **MOCHI).flops for rank in range(ring * ulysses)]
+    assert sum(ranks) == pytest.approx(one, rel=0.005)
+
+
+@pytest.mark.parametrize("layout", [Layout(ring=4), Layout(ring=3, ulysses=2)])
+def test_ring_exchange_is_posted_before_the_attention_it_hides_behind(layout):
+    events = [e for e in count_attention(layout, 1, **MOCHI).events if e != "ulysses"]
+    assert events == ["ring", "attention"] * (layout.ring - 1) + ["attention"]
