@@ -1,0 +1,1 @@
+"""CogVideoX on one or many GPUs: text, image and video to video."""

@@ -1,0 +1,321 @@
+"""The CogVideoX transformer: joint attention over [text, video] tokens, for the five published checkpoints.
+
+Text and video share every weight but the modulation, so a rank holds one tensor h (B, n, W): its text tokens, then
+its video tokens. Both streams are split over the ranks the same way. Letters: L layers, W width, H heads, D head_dim,
+N tokens of all ranks, n of this one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideox_xdit import positions
+from cogvideox_xdit.config import TransformerConfig
+from common.usp import SequenceParallel
+
+Size = tuple[int, int, int]  # latent frames, rows, columns
+OFS = 2.0  # the one value the 1.5 image checkpoint was trained with
+
+
+def pack(z: Tensor, patch: Size) -> Tensor:
+    """Latents (B, C, T, H, W) -> tokens (B, N, C * patch volume); frames, rows, columns; channels slowest inside.
+
+    Raises ValueError when the patch does not divide the latents.
+    """
+    pt, ph, pw = patch
+    batch, channels, frames, rows, columns = z.shape
+    check_size((frames, rows, columns), patch)
+    z = z.reshape(batch, channels, frames // pt, pt, rows // ph, ph, columns // pw, pw)
+    return z.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def unpack(x: Tensor, size: Size, patch: Size) -> Tensor:
+    """The reverse of `pack`: (B, N, C * patch volume) -> (B, C, *size)."""
+    (frames, rows, columns), (pt, ph, pw) = size, patch
+    x = x.reshape(x.shape[0], frames // pt, rows // ph, columns // pw, -1, pt, ph, pw)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def check_size(size: Size, patch: Size) -> None:
+    """Raise ValueError unless whole patches fill the latents."""
+    if any(n < 1 or n % p for n, p in zip(size, patch)):
+        raise ValueError(
+            f"latents of {size[0]} frames, {size[1]} rows and {size[2]} columns are not whole patches of "
+            f"{patch[0]} x {patch[1]} x {patch[2]}"
+        )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What does not depend on the step, for one guidance branch.
+
+    y: (B, ny, W) this rank's text tokens, projected, positions added
+    video: (B or 1, nx, W) what each video token is besides its noise: bias, position, image latents
+    rope: cosines and sines (ny + nx, 1, D/2) fp32, the identity on text; None where positions are added
+    ofs: (1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint
+    lengths: tokens of every rank, both streams together
+    """
+
+    size: Size
+    y: Tensor
+    video: Tensor
+    rope: tuple[Tensor, Tensor] | None
+    ofs: Tensor | None
+    lengths: tuple[int, ...]
+
+    @property
+    def n_text(self) -> int:
+        """Text tokens of this rank; they are the first rows of h."""
+        return self.y.shape[1]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, n_text: int) -> Tensor:
+    """x (1 + scale) + shift, x (B, n, W); shift and scale (B, 2, W) are for video and for text."""
+    return _multiply_add(x, 1 + scale, shift[:, :1], shift[:, 1:], n_text)
+
+
+def add_gated(h: Tensor, branch: Tensor, gate: Tensor, n_text: int) -> Tensor:
+    """h + gate * branch, h and branch (B, n, W); gate (B, 2, W) is for video and for text."""
+    return _multiply_add(branch, gate, h, h[:, :n_text], n_text)
+
+
+def _multiply_add(x: Tensor, factor: Tensor, video: Tensor, text: Tensor, n_text: int) -> Tensor:
+    # All rows as video, then the few text rows again: cheaper than splitting and joining the whole tensor.
+    out = torch.addcmul(video, x, factor[:, :1])
+    if n_text:
+        out[:, :n_text] = torch.addcmul(text, x[:, :n_text], factor[:, 1:])
+    return out
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (0, 1), (2, 3), ... of x (B, n, H, D) by the angles of `rope`."""
+    cos, sin = rope
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention over all tokens, then a feed-forward, each between a modulated norm and a gate."""
+
+    def __init__(self, config: TransformerConfig, sp: SequenceParallel) -> None:
+        super().__init__()
+        width = config.width
+        self.heads, self.sp = config.heads, sp
+        self.norm1 = nn.LayerNorm(width, config.norm_eps)
+        self.mod1 = nn.Linear(config.time_dim, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(config.head_dim, 1e-6)
+        self.k_norm = nn.LayerNorm(config.head_dim, 1e-6)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, config.norm_eps)
+        self.mod2 = nn.Linear(config.time_dim, 6 * width)
+        self.ff_in = nn.Linear(width, 4 * width)
+        self.ff_out = nn.Linear(4 * width, width)
+
+    def forward(self, h: Tensor, c: Tensor, cond: Condition) -> Tensor:
+        """h: (B, n, W) this rank's text and video tokens; c: (B or 1, time_dim), the activated time embedding."""
+        shift, scale, gate = self._modulation(self.mod1, c)
+        branch = self.attend(modulate(self.norm1(h), shift, scale, cond.n_text), cond)
+        h = add_gated(h, branch, gate, cond.n_text)
+        shift, scale, gate = self._modulation(self.mod2, c)
+        branch = self.feed(modulate(self.norm2(h), shift, scale, cond.n_text))
+        return add_gated(h, branch, gate, cond.n_text)
+
+    @staticmethod
+    def _modulation(linear: nn.Module, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift, scale and gate, each (B, 2, W): for video and for text."""
+        shift, scale, gate = linear(c).unflatten(-1, (2, 3, -1)).unbind(-2)
+        return shift, scale, gate
+
+    def attend(self, h: Tensor, cond: Condition) -> Tensor:
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, n, H, D) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cond.rope is not None:
+            q, k = rotate(q, cond.rope), rotate(k, cond.rope)
+        return self.out(self.sp.attention(q, k, v, cond.lengths).flatten(2))
+
+    def feed(self, h: Tensor) -> Tensor:
+        return self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
+
+
+class PatchEmbed(nn.Module):
+    """The patch convolution (1.0) or linear layer (1.5) as a matrix on packed tokens, weights in the stored shape.
+
+    Noise and image latents stand side by side on the channels, so each has its own columns of the matrix.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        inputs = config.in_channels * config.patch_volume
+        kernel = (config.patch_size, config.patch_size) if config.patch_time is None else ()
+        shape = (config.width, config.in_channels, *kernel) if kernel else (config.width, inputs)
+        self.noise = config.out_channels * config.patch_volume
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(config.width))
+        nn.init.normal_(self.weight, std=inputs**-0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, rest: Tensor) -> Tensor:
+        """Tokens of the noise (B, n, C * patch volume) and what is added to each -> (B, n, W)."""
+        return F.linear(x, self.weight.flatten(1)[:, : self.noise]) + rest
+
+    def image(self, x: Tensor) -> Tensor:
+        """Tokens of the image latents -> their part of the embedding, bias included."""
+        return F.linear(x, self.weight.flatten(1)[:, self.noise :], self.bias)
+
+
+class CogVideoXTransformer(nn.Module):
+    """Predicts v from noisy latents, a step and text features.
+
+    Raises ValueError when `sp` has more Ulysses ranks than the model has heads.
+    """
+
+    def __init__(self, config: TransformerConfig, sp: SequenceParallel | None = None) -> None:
+        super().__init__()
+        self.config, self.sp = config, sp or SequenceParallel()
+        self.sp.require_heads(config.heads)
+        width, time = config.width, config.time_dim
+        self.patch = PatchEmbed(config)
+        self.text_in = nn.Linear(config.text_dim, width)
+        self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
+        self.ofs: nn.Module | None = None
+        if config.ofs_dim:
+            self.ofs = nn.Sequential(nn.Linear(config.ofs_dim, time), nn.SiLU(), nn.Linear(time, time))
+        if config.learned:
+            video = config.latent_frames * config.sample_height * config.sample_width // config.patch_size**2
+            self.positions = nn.Parameter(torch.zeros(1, config.text_length + video, width))
+        self.blocks = nn.ModuleList(Block(config, self.sp) for _ in range(config.layers))
+        self.norm_final = nn.LayerNorm(width, config.norm_eps)
+        self.norm_out = nn.LayerNorm(width, config.norm_eps)
+        self.mod_out = nn.Linear(time, 2 * width)
+        self.head = nn.Linear(width, config.out_channels * config.patch_volume)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch.weight.device
+
+    def prepare(self, text: Tensor, size: Size, image: Tensor | None = None, ofs: float = OFS) -> Condition:
+        """Everything that does not depend on the step; once per guidance branch.
+
+        text: (B, L, text_dim) T5 features, the same on every rank; padding is attended to, as in training
+        size: latent frames, rows, columns
+        image: (B or 1, C, *size) latents beside the noise, for checkpoints with `image_channels`
+        Raises ValueError when the checkpoint cannot take the size, the text length or the (missing) image.
+        """
+        config, sp = self.config, self.sp
+        check_size(size, config.patch)
+        self._check(text.shape[1], size, image)
+        grid = tuple(n // p for n, p in zip(size, config.patch))
+        y = self.text_in(sp.shard(text.to(self.device, self.dtype)))
+        video = self.patch.bias[None, None]
+        if image is not None:
+            video = self.patch.image(sp.shard(pack(image.to(self.device, self.dtype), config.patch)))
+        at_text, at_video = self._added_positions(text.shape[1], grid)
+        if at_text is not None:
+            y = y + at_text
+        if at_video is not None:
+            video = video + at_video
+        tokens = grid[0] * grid[1] * grid[2]
+        lengths = tuple(a + b for a, b in zip(sp.lengths(text.shape[1]), sp.lengths(tokens)))
+        rope = self._rope(y.shape[1], grid) if config.rotary else None
+        return Condition(size, y, video, rope, self._ofs(ofs), lengths)
+
+    def _check(self, text_length: int, size: Size, image: Tensor | None) -> None:
+        config = self.config
+        if (image is None) != (config.image_channels == 0):
+            wanted = "needs an image" if config.image_channels else "is a text to video model and takes no image"
+            raise ValueError(f"this checkpoint {wanted}")
+        if not config.learned:
+            return
+        if size[1:] != (config.sample_height, config.sample_width):
+            raise ValueError(
+                f"this checkpoint has learned positions for videos of {config.sample_height * 8} x "
+                f"{config.sample_width * 8} pixels only, not {size[1] * 8} x {size[2] * 8}"
+            )
+        if text_length > config.text_length:
+            raise ValueError(f"this checkpoint has positions for {config.text_length} text tokens, not {text_length}")
+
+    def _added_positions(self, text_length: int, grid: Size) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to this rank's text and video tokens: (1, ny, W) and (1, nx, W)."""
+        config, sp = self.config, self.sp
+        if config.learned and grid[0] == config.latent_frames:
+            table = self.positions
+            return sp.shard(table[:, :text_length]), sp.shard(table[:, config.text_length :])
+        if config.rotary and not config.learned:
+            return None, None
+        # Also what the reference gives a checkpoint with learned positions for another number of frames.
+        table = positions.sine_cosine(config, grid, sp)
+        return None, table.to(self.device, self.dtype)[None]
+
+    def _rope(self, n_text: int, grid: Size) -> tuple[Tensor, Tensor]:
+        cos, sin = (table[:, None].to(self.device) for table in positions.rope(self.config, grid, self.sp))
+        still = cos.new_zeros(n_text, *cos.shape[1:])
+        return torch.cat((still + 1, cos)), torch.cat((still, sin))
+
+    def _ofs(self, value: float) -> Tensor | None:
+        if self.ofs is None:
+            return None
+        assert self.config.ofs_dim is not None
+        return self.ofs(sinusoid(torch.full((1,), value, device=self.device), self.config.ofs_dim).to(self.dtype))
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Condition) -> Tensor:
+        """One prediction for this rank's tokens.
+
+        x: (B, nx, C * patch volume) packed noisy latents; t: the training timestep (0 to 999), a number or (B,).
+        Returns the shape of x, in the weights' dtype.
+        """
+        c = self.time_embedding(t, cond)
+        h = self.embed(x, cond)
+        for i, block in enumerate(self.blocks):
+            h = self.after_block(i, block(h, c, cond), cond)
+        return self.predict(h, c, cond)
+
+    def after_block(self, index: int, h: Tensor, cond: Condition) -> Tensor:
+        """Called with the output of every block; models that add something between blocks override it."""
+        return h
+
+    def time_embedding(self, t: Tensor | float, cond: Condition) -> Tensor:
+        """The activated embedding that every block's modulation reads: (B or 1, time_dim)."""
+        steps = torch.as_tensor(t, device=self.device).reshape(-1)
+        c = self.time(sinusoid(steps, self.config.width).to(self.dtype))
+        return F.silu(c if cond.ofs is None else c + cond.ofs)
+
+    def embed(self, x: Tensor, cond: Condition) -> Tensor:
+        """Packed latents -> h (B, ny + nx, W)."""
+        video = self.patch(x.to(self.dtype), cond.video)
+        return torch.cat((cond.y.expand(video.shape[0], -1, -1), video), dim=1)
+
+    def predict(self, h: Tensor, c: Tensor, cond: Condition) -> Tensor:
+        """h after the last block -> this rank's predicted tokens (B, nx, C * patch volume)."""
+        x = self.norm_final(h[:, cond.n_text :])
+        shift, scale = self.mod_out(c)[:, None].chunk(2, dim=-1)
+        return self.head(torch.addcmul(shift, self.norm_out(x), 1 + scale))
+
+    def denoise(
+        self, latents: Tensor, text: Tensor, t: Tensor | float, image: Tensor | None = None, ofs: float = OFS
+    ) -> Tensor:
+        """One prediction for full latents (B, C, T, H, W) on every rank; the same shape comes back.
+
+        Arguments as in `prepare` and `forward`, errors too.
+        """
+        size = (latents.shape[2], latents.shape[3], latents.shape[4])
+        cond = self.prepare(text, size, image, ofs)
+        x = pack(latents, self.config.patch)
+        out = self(self.sp.shard(x), t, cond)
+        return unpack(self.sp.gather(out, self.sp.lengths(x.shape[1])), size, self.config.patch)
+
+
+def sinusoid(value: Tensor, width: int) -> Tensor:
+    """(B,) numbers -> (B, width) fp32: cosines, then sines, of frequencies 10000^(-k / (width / 2))."""
+    k = torch.arange(width // 2, dtype=torch.float32, device=value.device)
+    angle = value[:, None].float() * torch.exp(-math.log(10000) * k / (width // 2))
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)

@@ -1,0 +1,44 @@
+"""Transformer weights in the official (diffusers) layout, both ways: see `common.weights` for what a table means."""
+
+from __future__ import annotations
+
+from cogvideox_xdit.config import TransformerConfig
+from common.weights import Concat, Rename
+
+_TOP = {
+    "patch": "patch_embed.proj",
+    "text_in": "patch_embed.text_proj",
+    "time.0": "time_embedding.linear_1",
+    "time.2": "time_embedding.linear_2",
+    "norm_final": "norm_final",
+    "norm_out": "norm_out.norm",
+    "mod_out": "norm_out.linear",
+    "head": "proj_out",
+}
+_OFS = {"ofs.0": "ofs_embedding.linear_1", "ofs.2": "ofs_embedding.linear_2"}
+_BLOCK = {
+    "norm1": "norm1.norm",
+    "mod1": "norm1.linear",
+    "q_norm": "attn1.norm_q",
+    "k_norm": "attn1.norm_k",
+    "out": "attn1.to_out.0",
+    "norm2": "norm2.norm",
+    "mod2": "norm2.linear",
+    "ff_in": "ff.net.0.proj",
+    "ff_out": "ff.net.2",
+}
+_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+def rename_table(config: TransformerConfig) -> Rename:
+    """Our modules -> theirs. q, k and v are one matrix here and three there."""
+    table: dict[str, str | Concat] = dict(_TOP)  # type: ignore[arg-type]
+    if config.ofs_dim:
+        table |= _OFS
+    if config.learned:
+        table["positions"] = "patch_embed.pos_embedding"
+    for i in range(config.layers):
+        theirs = f"transformer_blocks.{i}"
+        table |= {f"blocks.{i}.{ours}": f"{theirs}.{name}" for ours, name in _BLOCK.items()}
+        table[f"blocks.{i}.qkv"] = Concat(tuple(f"{theirs}.{name}" for name in _QKV))
+    return table
