@@ -1,0 +1,33 @@
+"""Weights of ConsisID: the transformer's checkpoint folder, and the `.pt`/`.pth` face models."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def load_pth(path: Path | str) -> dict[str, Tensor]:
+    """Tensors of a pickled checkpoint, on the CPU, without running any code in it.
+
+    Unwraps a `model`, `module` or `state_dict` entry and a `module.` prefix. Raises
+    FileNotFoundError when the file is missing and ValueError when it is no plain set of tensors.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; it is part of the checkpoint's face_encoder folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is not a file of plain tensors (only those are loaded, since other pickles "
+            f"can run code); download it again from the model's page: {error}"
+        ) from error
+    for key in ("model", "module", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} does not hold a table of named tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
