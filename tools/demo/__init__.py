@@ -1,0 +1,1 @@
+"""How the demo checkpoints are made: a synthetic world, training, evaluation. See README.md here."""
