@@ -1,0 +1,179 @@
+"""Checks at the door, as plain functions: each returns what is wrong, with the nearest values that would do.
+
+Nothing here imports torch: a mistake on the command line is told in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.parallel.Layout
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one checkpoint admits, and its official defaults. A fork states its numbers in one of these.
+
+    Sizes are pixels; an admissible frame count is `frame_step * k + frame_offset`, k >= 0.
+    heads: attention heads, the limit of the ulysses degree.
+    """
+
+    heads: int
+    width: int
+    height: int
+    num_frames: int
+    num_steps: int
+    cfg_scale: float
+    fps: int
+    size_multiple: int = 16
+    frame_step: int = 6
+    frame_offset: int = 1
+    dtype: str = "bf16"
+    default_prompt: str | None = None
+
+    def problems(self, width: int, height: int, num_frames: int) -> list[str]:
+        """What is wrong with a size and a frame count."""
+        found = []
+        for name, value in (("--width", width), ("--height", height)):
+            if value < 1 or value % self.size_multiple:
+                near = nearest(value, self.size_multiple, 0, at_least=self.size_multiple)
+                found.append(f"{name} {value} is not a positive multiple of {self.size_multiple}; nearest: {near}")
+        if num_frames < self.frame_offset or (num_frames - self.frame_offset) % self.frame_step:
+            rule = f"{self.frame_step}k+{self.frame_offset}"
+            near = nearest(num_frames, self.frame_step, self.frame_offset, at_least=self.frame_offset)
+            found.append(f"--num-frames {num_frames} is not of the form {rule}; nearest: {near}")
+        return found
+
+
+def nearest(value: int, step: int, offset: int, at_least: int) -> str:
+    """The admissible values `step * k + offset` on both sides of `value`, as "19 or 25"."""
+    below = (value - offset) // step * step + offset
+    values = [v for v in (below, below + step) if v >= at_least] or [at_least]
+    return " or ".join(str(v) for v in values)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many processes, and who said so: `source` reads after the number ("8 GPUs are visible")."""
+
+    count: int
+    source: str
+
+
+def choose_degrees(
+    ranks: int,
+    heads: int,
+    guided: bool,
+    cfg: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+) -> Degrees:
+    """Fill in the degrees that are None so that cfg * ring * ulysses == ranks.
+
+    Guidance first: its two branches exchange one shard a step, less than any split of the tokens (measured by
+    everyone who published: 1.9x and more on 2 GPUs); the rest becomes ring, which no number of heads limits.
+    Raises ValueError, with the nearest layouts that fit, when there is no such product.
+    """
+    for c in [cfg] if cfg else [2, 1] if guided else [1, 2]:
+        if ranks % c:
+            continue
+        sequence = ranks // c
+        if ring and ulysses:
+            chosen = (c, ring, ulysses)
+        elif ulysses:
+            chosen = (c, sequence // ulysses, ulysses)
+        else:
+            chosen = (c, ring or sequence, sequence // (ring or sequence))
+        if math.prod(chosen) == ranks and 1 <= chosen[2] <= heads:
+            if cfg is None and c == 2 and not guided:
+                continue  # without guidance there is no second branch to compute
+            return chosen
+    raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, (cfg, ring, ulysses))}")
+
+
+def near_layouts(ranks: int, heads: int, asked: tuple[int | None, ...], count: int = 3) -> str:
+    """The layouts of `ranks` nearest to what was asked, as options one can type."""
+
+    def distance(layout: Degrees) -> float:
+        return sum(abs(math.log(have / want)) for have, want in zip(layout, asked) if want)
+
+    layouts = [layout for layout in _products(ranks) if layout[2] <= heads]
+    return "; ".join(as_options(layout) for layout in sorted(layouts, key=distance)[:count])
+
+
+def _products(ranks: int) -> Iterator[Degrees]:
+    for cfg in (1, 2):
+        for ring in range(1, ranks // cfg + 1):
+            if ranks % (cfg * ring) == 0:
+                yield cfg, ring, ranks // (cfg * ring)
+
+
+def as_options(layout: Degrees) -> str:
+    cfg, ring, ulysses = layout
+    return f"--ulysses-degree {ulysses} --ring-degree {ring}{' --cfg-parallel' if cfg == 2 else ''}"
+
+
+def _ranks(count: int) -> str:
+    return "rank" if count == 1 else "ranks"
+
+
+def layout_problems(
+    ranks: Ranks, heads: int, guided: bool, cfg: int | None, ring: int | None, ulysses: int | None
+) -> list[str]:
+    """What is wrong with the degrees that were given, for this many ranks."""
+    found = [
+        f"{name} {degree} is not a positive number; 1 turns it off"
+        for name, degree in (("--ulysses-degree", ulysses), ("--ring-degree", ring))
+        if degree is not None and degree < 1
+    ]
+    if found:
+        return found
+    if ulysses and ulysses > heads:
+        found.append(
+            f"--ulysses-degree {ulysses} is more than the model's {heads} attention heads; "
+            f"at most {heads}, the rest can go to --ring-degree"
+        )
+    asked = (
+        f"--ulysses-degree {ulysses or 1} x --ring-degree {ring or 1}{' x 2 for --cfg-parallel' if cfg == 2 else ''}"
+    )
+    needed = (ulysses or 1) * (ring or 1) * (cfg or 1)
+    if needed > ranks.count or ranks.count % needed or (ring and ulysses and cfg and needed != ranks.count):
+        near = near_layouts(ranks.count, heads, (cfg, ring, ulysses))
+        found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; these would do: {near}")
+    elif not found:
+        try:
+            choose_degrees(ranks.count, heads, guided, cfg, ring, ulysses)
+        except ValueError as error:
+            found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; {error}")
+    return found
+
+
+def folder_problem(path: Path) -> str | None:
+    """Why `path`, a file to be, cannot be written; None when it can. Leaves nothing behind."""
+    folder = path.parent
+    if path.is_dir():
+        return f"{path} is a directory; name a file, such as {path / 'video.mp4'}"
+    if not folder.exists():
+        return f"the folder {folder} does not exist; create it first (mkdir -p {folder})"
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(65536))
+            probe.flush()
+    except OSError as error:
+        return f"the folder {folder} cannot be written: {reason(error)}"
+    return None
+
+
+def reason(error: OSError) -> str:
+    """An OSError in words, without number and file name."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space is left on the disk"
+    return (os.strerror(error.errno) if error.errno else str(error)).lower()

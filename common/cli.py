@@ -1,0 +1,340 @@
+"""The command line that the forks share: click options in, frozen dataclasses out.
+
+`parse` collects everything that is wrong with a command and raises it as one `WrongUse`, before torch is imported.
+Hyphens and underscores are alike in every option (`--model-dir`, `--model_dir`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common import launch
+from common.checks import Degrees, Ranks, Rules, choose_degrees, folder_problem, layout_problems, reason
+from common.request import Program, Request, Setup, Source, Video, WrongUse
+
+MAX_SEED = 2**63 - 1
+
+
+class Option(click.Option):
+    """An option that notes what is wrong with its value in `ctx.meta` and lets the others be read."""
+
+    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> Any:
+        try:
+            return super().handle_parse_result(ctx, opts, args)
+        except click.UsageError as error:
+            ctx.meta.setdefault("problems", []).append(error.format_message())
+            ctx.params[self.name] = None
+            return None, args
+
+
+def _options(program: Program) -> list[click.Parameter]:
+    def option(name: str, *, type: Any = None, default: Any = None, help: str, **more: Any) -> Option:
+        return Option([name], type=type, default=default, help=help, **more)
+
+    path = click.Path(path_type=Path)
+    choice = click.Choice
+    unlisted = {"hidden": True, "is_flag": True}
+    return [
+        option("--model-dir", type=path, help="Checkpoint directory."),
+        option(
+            "--demo",
+            is_flag=False,
+            flag_value=program.demos[0],
+            type=choice(program.demos),
+            help="Use a small checkpoint that is made on first use.",
+        ),
+        option("--prompt", help="What the video shows."),
+        option("--prompt-file", type=path, help="A text file, one prompt a line: one loading, many videos."),
+        option("--num-videos", type=int, default=1, help="Videos per prompt, each with the next seed."),
+        option("--negative-prompt", default="", help="What it should not show."),
+        option("--width", type=int, help="Pixels."),
+        option("--height", type=int, help="Pixels."),
+        option("--num-frames", type=int, help="Frames of the video."),
+        option("--num-steps", type=int, help="Sampling steps."),
+        option("--cfg-scale", type=float, help="Strength of classifier-free guidance; 1 turns it off."),
+        option("--seed", type=int, help="Without it one is drawn and printed."),
+        option("--output", type=path, help="The mp4 to write; a json with every setting lies beside it."),
+        option("--fps", type=int, help="Frames per second of the mp4."),
+        option("--from-latents", type=path, help="Only decode a latents file that an earlier run left."),
+        option("--device", type=choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
+        option("--dtype", type=choice(["bf16", "fp16", "fp32", "fp64"]), help="Precision of the blocks."),
+        option("--gpus", type=int, help="Processes to start, one per GPU (with --device cpu: CPU ranks)."),
+        option("--ulysses-degree", type=int, help="Ranks that split the heads."),
+        option("--ring-degree", type=int, help="Ranks that pass keys and values around."),
+        Option(["--cfg-parallel/--no-cfg-parallel"], default=None, help="The two guidance branches on two halves."),
+        option(
+            "--attention",
+            type=choice(["auto", "sdpa", "cudnn", "flash2", "flash3"]),
+            default="auto",
+            help="Attention kernel.",
+        ),
+        option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
+        option("--vae-chunk", type=int, help="Latent frames decoded at once."),
+        option("--vae-tile", type=int, help="Side of a decoded tile in pixels."),
+        option("--keep-loaded", is_flag=True, help="Keep every stage in memory between videos."),
+        option(
+            "--timeout", type=float, default=1800.0, help="Seconds after which a collective that hangs ends the run."
+        ),
+        option("--debug", is_flag=True, help="Show tracebacks and the libraries' own output."),
+        Option(
+            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it."
+        ),
+        option("--use-xdit", help="Accepted for mochi-xdit's command lines; no effect.", **unlisted),
+        option("--use-fsdp", help="Accepted; no effect.", **unlisted),
+        option("--cpu-offload", help="Accepted; no effect.", **unlisted),
+        *program.options,
+    ]
+
+
+def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"{context.info_name} {version()}")
+        context.exit()
+
+
+def version() -> str:
+    try:
+        return metadata.version("xdit-zoo")
+    except metadata.PackageNotFoundError:
+        return "0 (not installed)"
+
+
+def command(program: Program) -> click.Command:
+    """The click command; `parse` reads with it, documentation can be made from it."""
+    return click.Command(
+        program.name,
+        params=_options(program),
+        help="Make a video from a prompt, on one GPU, many, or none. Also runs under torchrun.",
+        context_settings={
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+            "help_option_names": ["-h", "--help"],
+            "ignore_unknown_options": True,
+            "allow_extra_args": True,
+            "show_default": True,
+            "max_content_width": 110,
+        },
+    )
+
+
+def parse(program: Program, arguments: Sequence[str], at: launch.Place | None = None) -> Request:
+    """A checked Request from command line arguments.
+
+    at: this process's place; ranks of a running world bring their number. Default: alone.
+    Raises WrongUse with all problems, and click's Exit after --help or --version.
+    """
+    spec = command(program)
+    try:
+        context = spec.make_context(program.name, list(arguments))
+    except click.UsageError as error:
+        raise WrongUse([error.format_message()]) from None
+    problems = list(context.meta.get("problems", []))
+    problems += _unknown(context.args, [name for option in spec.params for name in option.opts])
+    return _Reader(program, context.params, problems, at or launch.Place()).request()
+
+
+def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    found = []
+    for i, argument in enumerate(arguments):
+        if argument.startswith("-"):
+            name = argument.split("=")[0].replace("_", "-")
+            near = difflib.get_close_matches(name, known, n=1)
+            found.append(f"no such option: {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        elif i == 0 or not arguments[i - 1].startswith("-"):
+            found.append(f"unexpected argument {argument!r}; quote a prompt that has spaces")
+    return found
+
+
+class _Reader:
+    """Turns option values into a Request, noting every problem on the way."""
+
+    def __init__(self, program: Program, values: Mapping[str, Any], problems: list[str], at: launch.Place) -> None:
+        self.program, self.values, self.problems, self.place = program, values, problems, at
+        self.output = Path()
+
+    def request(self) -> Request:
+        source, rules = self._source()
+        videos = self._videos(source, rules)
+        self._positive("vae_chunk", "vae_tile")
+        if not (self.values["timeout"] or 0) > 0:
+            self.problems.append(f"--timeout {self.values['timeout']} is not a positive number of seconds")
+        extra = {option.name: self.values[option.name] for option in self.program.options}
+        self.problems += self.program.check(extra, videos)
+        ranks, degrees, chosen = self._layout(rules)
+        if self.problems:
+            raise WrongUse(list(dict.fromkeys(self.problems)))
+        names = ("device", "attention", "vae", "vae_chunk", "vae_tile", "keep_loaded", "timeout", "debug")
+        taken = {name: self.values[name] for name in names}
+        dtype = self.values["dtype"] or rules.dtype
+        setup = Setup(source, rules, ranks, degrees, chosen, dtype=dtype, extra=extra, **taken)
+        return Request(setup, self.output, tuple(videos), tuple(self._remarks()))
+
+    def _source(self) -> tuple[Source, Rules]:
+        model_dir, demo = self.values["model_dir"], self.values["demo"]
+        fallback = self.program.rules(Source(demo=demo or self.program.demos[0]))
+        if model_dir is not None and demo is not None:
+            self.problems.append("--model-dir and --demo exclude each other; give one of them")
+        elif model_dir is None and demo is None:
+            self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
+        elif model_dir is not None and not model_dir.is_dir():
+            what = "is not a directory" if model_dir.exists() else "does not exist"
+            self.problems.append(f"--model-dir {model_dir} {what}")
+        else:
+            source = Source(model_dir, demo)
+            try:
+                return source, self.program.rules(source)
+            except (ValueError, OSError) as error:
+                self.problems.append(f"--model-dir {model_dir}: {error}")
+        return Source(model_dir, demo), fallback
+
+    def _value(self, name: str, default: Any) -> Any:
+        given = self.values[name]
+        return default if given is None else given
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = self.values[name]
+            if value is not None and value < 1:
+                self.problems.append(f"--{name.replace('_', '-')} {value} is not a positive number; at least 1")
+
+    def _videos(self, source: Source, rules: Rules) -> list[Video]:
+        self._positive("num_steps", "fps", "num_videos")
+        width, height = self._value("width", rules.width), self._value("height", rules.height)
+        num_frames = self._value("num_frames", rules.num_frames)
+        self.problems += rules.problems(width, height, num_frames)
+        scale = self._value("cfg_scale", rules.cfg_scale)
+        if not (math.isfinite(scale) and scale >= 0):
+            self.problems.append(f"--cfg-scale {scale} is not a number of at least 0")
+        seed, count = self.values["seed"], max(1, self._value("num_videos", 1))
+        if seed is not None and not 0 <= seed <= MAX_SEED - count:
+            self.problems.append(f"--seed {seed} is outside 0 .. {MAX_SEED - count}")
+        self.output = self._output(source)
+        base = Video(
+            prompt="",
+            negative_prompt=self._value("negative_prompt", ""),
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            num_steps=self._value("num_steps", rules.num_steps),
+            cfg_scale=scale,
+            fps=self._value("fps", rules.fps),
+            output=self.output,
+            seed=seed,
+            latents=self._latents(),
+        )
+        return _numbered(base, self._prompts(rules), count)
+
+    def _latents(self) -> Path | None:
+        path = self.values["from_latents"]
+        if path is not None and not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            self.problems.append(f"--from-latents {path} {what}")
+        if path is not None and (self.values["prompt_file"] or (self.values["num_videos"] or 1) > 1):
+            self.problems.append("--from-latents decodes one video; leave --prompt-file and --num-videos out")
+        return path
+
+    def _prompts(self, rules: Rules) -> list[str]:
+        prompt, file = self.values["prompt"], self.values["prompt_file"]
+        if prompt is not None and file is not None:
+            self.problems.append("--prompt and --prompt-file exclude each other; give one of them")
+        elif file is not None:
+            try:
+                prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except OSError as error:
+                self.problems.append(f"--prompt-file {file} cannot be read: {reason(error)}")
+            except UnicodeDecodeError as error:
+                self.problems.append(f"--prompt-file {file} is not UTF-8 text (byte {error.start})")
+            else:
+                if not prompts:
+                    self.problems.append(f"--prompt-file {file} holds no prompt; write one a line")
+                return prompts
+        elif prompt is None and self.values["from_latents"] is None:
+            if rules.default_prompt is None:
+                self.problems.append("--prompt is missing; say what the video shows")
+            return [rules.default_prompt or ""]
+        return [prompt or ""]
+
+    def _output(self, source: Source) -> Path:
+        output = self.values["output"]
+        if output is None and source.demo is not None:
+            output = Path("demo.mp4")
+        elif output is None:
+            # The folder is made when the run begins; here it only has to be possible.
+            output = Path("outputs", f"{self.program.name.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}.mp4")
+            problem = None if output.parent.exists() else folder_problem(Path(output.name))
+            self.problems += [f"--output: {problem}"] if problem else []
+            return output
+        if output.suffix != ".mp4" and not output.is_dir():
+            self.problems.append(f"--output {output} must end in .mp4, such as {output.with_suffix('.mp4').name}")
+        if self.place.rank == 0 and (problem := folder_problem(output)):
+            self.problems.append(f"--output: {problem}")
+        return output
+
+    def _layout(self, rules: Rules) -> tuple[int, Degrees, bool]:
+        ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
+        cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
+        self._positive("gpus")
+        gpus = 0 if self.values["device"] == "cpu" else launch.visible_gpus()
+        if self.values["device"] == "cuda" and not gpus:
+            self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
+        ranks = self._ranks(gpus, [d for d in (cfg, ring, ulysses) if d is not None])
+        guided = self._value("cfg_scale", rules.cfg_scale) != 1
+        wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
+        self.problems += wrong
+        if wrong:
+            return ranks.count, (1, 1, 1), False
+        degrees = choose_degrees(ranks.count, rules.heads, guided, cfg, ring, ulysses)
+        return ranks.count, degrees, None in (cfg, ring, ulysses) and ranks.count > 1
+
+    def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
+        asked, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)
+        if self.place.launcher is not None:
+            world = self.place.world_size
+            if asked and asked != world and self.place.launcher == "torchrun":
+                self.problems.append(f"--gpus {asked}, but torchrun started {world} ranks; leave --gpus out")
+            if gpus and self.place.local_world_size > gpus:
+                self.problems.append(f"{self.place.local_world_size} ranks on this machine, but {_visible(gpus)}")
+            return Ranks(world, f"{world} are running")
+        if asked and asked > 0:
+            if gpus and asked > gpus:
+                self.problems.append(f"--gpus {asked}, but {_visible(gpus)}; at most {gpus}")
+            return Ranks(asked, f"--gpus is {asked}")
+        if given:
+            return Ranks(gpus, _visible(gpus)) if gpus and product > gpus else Ranks(product, f"{product} would run")
+        if gpus:
+            return Ranks(gpus, _visible(gpus))
+        alone = self.program.demo_ranks if self.values["demo"] else 1
+        return Ranks(alone, f"{alone} would run on the CPU")
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        if self.values["use_xdit"] or self.values["use_fsdp"]:
+            remarks.append("--use-xdit and --use-fsdp have no effect: the parallel path is the only one here")
+        if self.values["cpu_offload"]:
+            remarks.append("--cpu-offload has no effect: a stage is loaded when it is needed and freed after it")
+        return remarks
+
+
+def _visible(gpus: int) -> str:
+    return f"{gpus} GPU{' is' if gpus == 1 else 's are'} visible"
+
+
+def _numbered(base: Video, prompts: Sequence[str], count: int) -> list[Video]:
+    """Every prompt `count` times; the k-th of each prompt has the k-th seed. Several get numbers in their names."""
+    total = len(prompts) * count
+    videos = []
+    for index in range(total):
+        seed = None if base.seed is None else base.seed + index % count
+        output = base.output
+        if total > 1:
+            output = output.with_stem(f"{output.stem}-{index + 1:0{len(str(total))}}")
+        videos.append(replace(base, prompt=prompts[index // count], seed=seed, output=output))
+    return videos

@@ -1,0 +1,81 @@
+"""Why a run failed, in one line: what each rank reports, and which of several reports is the cause."""
+
+from __future__ import annotations
+
+import errno
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# What PyTorch's collectives say when a peer is gone, and when it does not answer. They raise RuntimeError for both.
+_PEER_GONE = ("connection closed", "connection reset", "broken pipe", "connection refused", "remote process exited")
+_NO_ANSWER = ("timed out", "timeout")
+_COLLECTIVE = ("gloo", "nccl", "c10d", "tcpstore", "process group", "collective", "socket", "store")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's failure. secondary: only an echo of another rank's; late: a peer did not answer in time."""
+
+    rank: int
+    stage: str
+    message: str
+    when: float = field(default_factory=time.time)
+    secondary: bool = False
+    late: bool = False
+    killed: bool = False
+    trace: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Without the trace, which stays in the rank: the rest fits a pipe."""
+        return asdict(self) | {"trace": ""}
+
+    def text(self, with_rank: bool = True) -> str:
+        return f"rank {self.rank}, {self.stage}: {self.message}" if with_rank else f"{self.stage}: {self.message}"
+
+
+def describe(error: BaseException, rank: int, stage: str) -> Failure:
+    """One line for an exception, and whether it is the cause or only an echo of another rank's end."""
+    text = " ".join(str(error).split())
+    trace = "".join(traceback.format_exception(error))
+    kind = type(error).__name__
+    if isinstance(error, RuntimeError) and any(word in f"{kind} {text}".lower() for word in _COLLECTIVE):
+        if any(word in text.lower() for word in _PEER_GONE):
+            return Failure(rank, stage, "lost the connection to another rank", secondary=True, trace=trace)
+        if any(word in text.lower() for word in _NO_ANSWER):
+            message = "another rank did not answer within --timeout"
+            return Failure(rank, stage, message, secondary=True, late=True, trace=trace)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = f"no space is left on the disk for {error.filename or 'a file'}"
+    elif isinstance(error, OSError) and error.errno and error.filename:
+        message = f"{error.filename}: {(error.strerror or kind).lower()}"
+    elif kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        message = f"out of memory: {_first_sentence(text) or 'the machine has no more'}"
+    elif text and (isinstance(error, (ValueError, ImportError)) or kind == "RuntimeError"):
+        message = text
+    else:
+        message = f"{kind}: {text}" if text else kind
+    return Failure(rank, stage, message[:2000], trace=trace)
+
+
+def _first_sentence(text: str) -> str:
+    return text.split(". ")[0]
+
+
+def verdict(failures: Sequence[Failure], silent: Sequence[tuple[int, str]]) -> str:
+    """The one line for the user. silent: (rank, stage) of the ranks that are alive and have said nothing."""
+    causes = [f for f in failures if not f.secondary and not f.killed]
+    killed = [f for f in failures if f.killed]
+    echoes = sorted((f for f in failures if f.secondary), key=lambda f: f.when)
+    if causes:
+        first = min(causes, key=lambda f: f.when)
+        # A crash that a signal reports and an exception do not exclude each other; the earlier one is the cause.
+        return min([first, *[k for k in killed if k.when < first.when]], key=lambda f: f.when).text()
+    if killed:
+        return "; ".join(f.text() for f in sorted(killed, key=lambda f: f.rank))
+    if echoes and echoes[0].late and silent:
+        waiting = ", ".join(f"rank {rank} ({stage})" for rank, stage in silent)
+        return f"{echoes[0].text()}; still silent: {waiting}"
+    return echoes[0].text()

@@ -1,0 +1,349 @@
+"""Starting ranks and watching over them. Importing this costs nothing: no torch, so mistakes are told at once.
+
+Without torchrun the program is its own launcher: `supervise` starts the same command once per rank with torchrun's
+variables and waits. A rank tells its parent over a pipe where it is and why it failed; a second pipe, that closes when
+the parent dies, and the kernel's parent-death signal end the ranks with the parent. The first failure ends them all.
+Under torchrun a rank prints its own failure, and the ranks agree through torchrun's store that only one does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import IO, Any
+
+from common.failure import Failure, describe, verdict
+
+GRACE_SECONDS = 1.5  # after the first failure: time for the rank that caused it to be noticed
+_PR_SET_PDEATHSIG = 1
+_REPORT, _LIFE, _STDERR, _PARENT = "XDIT_REPORT_FD", "XDIT_LIFE_FD", "XDIT_STDERR_FD", "XDIT_PARENT_PID"
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end; `status` is the exit status, 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: one of the ranks of torchrun or of `supervise`, or alone (`launcher` is None)."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str | None = None
+
+
+def place() -> Place:
+    """Read the environment once; the only place besides common/parallel.py that does."""
+    env = os.environ
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return Place()
+    world = int(env["WORLD_SIZE"])
+    local = int(env.get("LOCAL_WORLD_SIZE", world))
+    launcher = "supervise" if _REPORT in env else "torchrun"
+    return Place(int(env["RANK"]), world, int(env.get("LOCAL_RANK", "0")), local, launcher)
+
+
+def visible_gpus() -> int:
+    """GPUs this process may use. torch is asked only where a driver is present."""
+    if not any(os.path.exists(node) for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_cores(at: Place) -> None:
+    """Give every CPU rank its share of the cores; torchrun's blanket single thread is not a choice of the user's."""
+    if at.launcher == "torchrun" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        import torch
+
+        torch.set_num_threads(max(1, cores() // at.local_world_size))
+
+
+def raise_on_signals() -> None:
+    """Turn SIGINT, SIGTERM and SIGHUP into `Stopped`, so that files are cleaned up on the way out."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
+# ---- in a rank
+
+
+class Link:
+    """A rank's line to whoever tells the user: its parent under `supervise`, else its own stderr."""
+
+    def __init__(self, at: Place, debug: bool = False) -> None:
+        self.place, self.debug = at, debug
+        self.stderr: IO[str] = sys.stderr
+        self._pipe: int | None = None
+        if at.launcher == "supervise":
+            self._attach()
+        elif at.launcher == "torchrun":
+            _die_with_parent()
+            # At once, even while a collective waits: torchrun would kill us only 30 seconds later.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        else:
+            raise_on_signals()
+
+    def _attach(self) -> None:
+        _die_with_parent()
+        life = int(os.environ[_LIFE])
+        self._pipe = int(os.environ[_REPORT])
+        os.set_blocking(self._pipe, False)
+        self.stderr = os.fdopen(int(os.environ[_STDERR]), "w", buffering=1)
+        threading.Thread(target=_outlive_nothing, args=(life,), daemon=True).start()
+        if os.getppid() != int(os.environ[_PARENT]):
+            os._exit(1)
+        # The parent answers for Ctrl-C and removes what a rank leaves behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def at_stage(self, where: str) -> None:
+        """Tell the parent where this rank is; lost when the parent does not keep up."""
+        self._send({"stage": where})
+
+    def failed(self, stage: str, error: BaseException) -> None:
+        """Tell the user, once, why this rank failed."""
+        failure = describe(error, self.place.rank, stage)
+        if self.debug:
+            print(failure.trace, file=self.stderr, flush=True)
+        if self._pipe is not None:
+            os.set_blocking(self._pipe, True)
+            self._send({"failure": failure.as_dict()})
+        elif self.place.world_size == 1:
+            print(f"error: {failure.text(with_rank=False)}", file=self.stderr, flush=True)
+        elif _first_to_fail():
+            print(f"error: {failure.text()}", file=self.stderr, flush=True)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._pipe is not None:
+            with suppress(BlockingIOError, BrokenPipeError):
+                os.write(self._pipe, json.dumps(message).encode() + b"\n")
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _outlive_nothing(life: int) -> None:
+    """Wait for the pipe to close, which only the parent's death does, then end this rank and what it started."""
+    os.read(life, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _first_to_fail() -> bool:
+    """Under torchrun: whether no other rank has told of a failure; the cause comes before its echoes."""
+    import torch.distributed as dist
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"xdit/failed/{attempt}", 1) == 1
+    except (RuntimeError, KeyError, ValueError):
+        return True
+
+
+# ---- in the parent
+
+
+@dataclass
+class _Child:
+    rank: int
+    process: subprocess.Popen[bytes]
+    report: int
+    output: IO[bytes]
+    stage: str = "starting"
+    since: float = field(default_factory=time.monotonic)
+    pending: bytes = b""
+    failure: Failure | None = None
+
+    def last_words(self) -> str:
+        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 4096))
+        lines = [line.strip() for line in self.output.read().decode(errors="replace").splitlines()]
+        return next((line[:300] for line in reversed(lines) if line), "")
+
+
+def supervise(
+    command: Sequence[str],
+    ranks: int,
+    cpu: bool,
+    debug: bool = False,
+    clean_up: Callable[[], None] = lambda: None,
+) -> int:
+    """Run `command` once per rank and return the exit status: 0, 1 (one line on stderr says why), 2, or 128 + signal.
+
+    cpu: the ranks compute on the CPU and share its cores.
+    debug: the ranks' own stderr goes to the screen; otherwise it is kept for the last words of a rank that crashed.
+    clean_up: called when the run did not succeed, after the last rank is gone.
+    """
+    raise_on_signals()
+    children: list[_Child] = []
+    status = 1
+    life_read, life_write = os.pipe()
+    try:
+        port = free_port()
+        for rank in range(ranks):
+            children.append(_start(command, rank, ranks, port, cpu, debug, life_read))
+        status = _watch(children)
+    except Stopped as stopped:
+        status = stopped.status
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        _stop(children)
+        os.close(life_read)
+        os.close(life_write)
+        if status:
+            clean_up()
+    return status
+
+
+def _start(command: Sequence[str], rank: int, ranks: int, port: int, cpu: bool, debug: bool, life: int) -> _Child:
+    read, write = os.pipe()
+    stderr = os.dup(2)
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+    given = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        _REPORT: write,
+        _LIFE: life,
+        _STDERR: stderr,
+        _PARENT: os.getpid(),
+    }
+    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    if sys.platform == "linux":
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: independent of what its host name resolves to
+    if cpu:
+        defaults["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
+    environment = defaults | dict(os.environ) | {name: str(value) for name, value in given.items()}
+    # A session of its own: the terminal's Ctrl-C reaches the parent alone, and killing the group leaves no grandchild.
+    process = subprocess.Popen(
+        list(command),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=None if debug else output,
+        pass_fds=(write, life, stderr),
+        start_new_session=True,
+    )
+    os.close(write)
+    os.close(stderr)
+    os.set_blocking(read, False)
+    return _Child(rank, process, read, output)
+
+
+def _watch(children: list[_Child]) -> int:
+    """Until all ranks are done, or one has failed and its reason is known."""
+    deadline: float | None = None
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.report, selectors.EVENT_READ, child)
+        while True:
+            for key, _ in selector.select(timeout=0.1):
+                if not _read(key.data):
+                    selector.unregister(key.fd)
+            codes = [child.process.poll() for child in children]
+            if all(code == 0 for code in codes):
+                return 0
+            if 2 in codes:
+                return 2  # a rank found wrong use and has said so
+            broken = any(code for code in codes) or any(child.failure for child in children)
+            if broken and deadline is None:
+                deadline = time.monotonic() + GRACE_SECONDS
+            if deadline and (time.monotonic() > deadline or None not in codes):
+                break
+    for child in children:
+        _read(child)
+    print(f"error: {_explain(children)}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _read(child: _Child) -> bool:
+    """Take in what a rank has sent; False at the end of its pipe."""
+    try:
+        while chunk := os.read(child.report, 65536):
+            child.pending += chunk
+            *lines, child.pending = child.pending.split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                if "failure" in message:
+                    child.failure = Failure(**message["failure"])
+                elif message["stage"] != child.stage:
+                    child.stage, child.since = message["stage"], time.monotonic()
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _explain(children: list[_Child]) -> str:
+    failures = []
+    for child in children:
+        code = child.process.poll()
+        if child.failure is not None:
+            failures.append(child.failure)
+        elif code:
+            words = child.last_words()
+            if code < 0:
+                message = f"killed by signal {-code} ({signal.Signals(-code).name})"
+            else:
+                message = f"ended with status {code}"
+            if words:
+                message += f"; its last words: {words}"
+            failures.append(Failure(child.rank, child.stage, message, time.time(), killed=code < 0))
+    silent = [(child.rank, child.stage) for child in children if child.failure is None and child.process.poll() is None]
+    return verdict(failures, silent)
+
+
+def _stop(children: list[_Child]) -> None:
+    """SIGKILL: it also ends ranks that are stopped or stuck in a collective."""
+    for child in children:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.process.pid, signal.SIGKILL)
+    for child in children:
+        child.process.wait()
+        os.close(child.report)
+        child.output.close()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on, below the range from which the kernel takes ports for outgoing connections."""
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

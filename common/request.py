@@ -1,0 +1,146 @@
+"""What one command asks for, as frozen values: which weights, how, and which videos; and what a fork adds as `Program`.
+
+No torch here: these values exist before the first rank does.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.checks import Degrees, Rules
+
+
+class WrongUse(Exception):
+    """A command that cannot run: exit status 2, one line per problem."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from: a checkpoint directory, or the name of a demo checkpoint (made on first use)."""
+
+    model_dir: Path | None = None
+    demo: str | None = None
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to make. seed None: rank 0 draws one. latents: decode this file instead of sampling."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    num_steps: int
+    cfg_scale: float
+    fps: int
+    output: Path
+    seed: int | None = None
+    latents: Path | None = None
+
+    @property
+    def latents_file(self) -> Path:
+        """Where the pipeline leaves the final latents before it decodes; removed once the mp4 is complete."""
+        return self.output.with_suffix(".latents.safetensors")
+
+    @property
+    def sidecar(self) -> Path:
+        return self.output.with_suffix(".json")
+
+    @property
+    def partial_files(self) -> tuple[Path, Path]:
+        """The temporary names under which the mp4 and the json grow."""
+        return partial_name(self.output), partial_name(self.sidecar)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the videos of one command are made. degrees: cfg, ring, ulysses; chosen: whether the program chose any.
+
+    extra: the fork's own options by name.
+    """
+
+    source: Source
+    rules: Rules
+    ranks: int
+    degrees: Degrees
+    chosen: bool
+    device: str = "auto"
+    dtype: str = "bf16"
+    attention: str = "auto"
+    vae: str = "auto"
+    vae_chunk: int | None = None
+    vae_tile: int | None = None
+    keep_loaded: bool = False
+    timeout: float = 1800.0
+    debug: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A whole command: how, what, and remarks for the user. output: what the names of all videos begin with."""
+
+    setup: Setup
+    output: Path
+    videos: tuple[Video, ...]
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a fork adds to the shared program.
+
+    name: the console command. script: the fork's cli.py, which the ranks run. demos: names for `--demo`, default first.
+    rules: a checkpoint's Rules; raises ValueError when the directory is no checkpoint of this model. Without torch.
+    make_demo: makes the demo checkpoint unless it is cached, returns its directory. Runs on one rank per machine.
+    pipeline: (setup, mesh, stages) -> the pipeline; cheap, stages load later.
+    generate, decode: (pipeline, video, setup, stages) -> frames, uint8 (T, H, W, 3) on rank 0 and None elsewhere;
+        `decode` starts from `video.latents`.
+    check: the fork's own options and the videos -> problems.
+    """
+
+    name: str
+    script: str
+    rules: Callable[[Source], Rules]
+    make_demo: Callable[[str], Path]
+    pipeline: Callable[..., Any]
+    generate: Callable[..., Any]
+    decode: Callable[..., Any]
+    demos: tuple[str, ...] = ("default",)
+    demo_ranks: int = 2
+    options: tuple[click.Option, ...] = ()
+    check: Callable[[Mapping[str, Any], Sequence[Video]], list[str]] = lambda options, videos: []
+
+
+def partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+def draw_seeds(videos: Sequence[Video]) -> list[Video]:
+    """Videos without a seed get one; rank 0 draws for all ranks, then sends the list."""
+    return [
+        video if video.seed is not None else replace(video, seed=random.SystemRandom().randrange(2**32))
+        for video in videos
+    ]
+
+
+def settings(setup: Setup, video: Video) -> dict[str, Any]:
+    """Every setting of one video, plain values for the json."""
+    cfg, ring, ulysses = setup.degrees
+    flat = asdict(setup) | asdict(video) | dict(setup.extra)
+    for name in ("source", "rules", "degrees", "chosen", "extra", "debug"):
+        flat.pop(name)
+    flat |= {"model_dir": setup.source.model_dir, "demo": setup.source.demo}
+    flat["layout"] = {"cfg": cfg, "ring": ring, "ulysses": ulysses, "ranks": setup.ranks}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(flat.items())}
