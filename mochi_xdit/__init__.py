@@ -1,4 +1,4 @@
-"""Mochi 1 on any number of ranks. Importing this touches no device; `MochiPipeline` is imported when first asked for."""
+"""Mochi 1 on any number of ranks. Importing this touches no device; `MochiPipeline` loads when first asked for."""
 
 from __future__ import annotations
 

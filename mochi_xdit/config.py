@@ -1,4 +1,4 @@
-"""Mochi's numbers. The defaults are Mochi 1 preview; a checkpoint's own config.json, or the shapes in its header, win."""
+"""Mochi's numbers. The defaults are Mochi 1 preview; a checkpoint's config.json, or the shapes in its header, win."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class MochiVAEConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> MochiVAEConfig:
-        """From the parsed `vae/config.json` of a diffusers folder. ValueError names keys and values it cannot honour."""
+        """From the parsed `vae/config.json` of a diffusers folder. ValueError names what it cannot honour."""
         names = {
             "latent_channels": "latent_channels",
             "encoder_block_out_channels": "encoder_channels",
@@ -97,7 +97,8 @@ class MochiVAEConfig:
     def from_native(cls, shapes: Shapes) -> MochiVAEConfig:
         """From the tensor shapes of a native `decoder.safetensors` or `encoder.safetensors`, which carry no config.
 
-        What the file does not show keeps its default. KeyError names a tensor that every such file has and this one lacks.
+        What the file does not show keeps its default. KeyError names a tensor that every such file has and this one
+        lacks.
         """
         return _native_decoder(shapes) if "blocks.0.0.weight" in shapes else _native_encoder(shapes)
 
@@ -159,7 +160,8 @@ class MochiConfig:
         fixed = {"qk_norm": ("rms_norm",), "activation_fn": ("swiglu",), "out_channels": channels}
         numbers = _read("MochiTransformer3DModel", transformer, names, fixed)
         sizes = cls(**numbers)
-        # Widths are not in the file: two thirds of four times the stream's, which for Mochi 1 is already a multiple of 256.
+        # Widths are not in the file: two thirds of four times the stream's, which for Mochi 1 is already a multiple of
+        # 256.
         widths = {"mlp_x": 4 * sizes.hidden_x * 2 // 3, "mlp_y": 4 * sizes.hidden_y * 2 // 3}
         return cls(**numbers, **widths, vae=MochiVAEConfig.from_diffusers(vae or {}))
 
@@ -167,10 +169,10 @@ class MochiConfig:
     def from_native(cls, shapes: Shapes) -> MochiConfig:
         """From the tensor shapes of a native `dit.safetensors`, which carries no config.
 
-        KeyError names a tensor that every such file has and this one lacks. Only what sets the numbers is looked at; whether
-        every shape agrees is the loader's check.
+        KeyError names a tensor that every such file has and this one lacks. Only what sets the numbers is looked at;
+        whether every shape agrees is the loader's check.
         """
-        axes, heads, half = shapes["pos_frequencies"]
+        _, heads, half = shapes["pos_frequencies"]
         hidden_y, text_dim = shapes["t5_yproj.weight"]
         _, channels, patch, _ = shapes["x_embedder.proj.weight"]
         depth = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")), default=0)

@@ -3,9 +3,9 @@
 Native (the layout of the authors): dit.safetensors, decoder.safetensors, encoder.safetensors in one folder.
 diffusers: transformer/ and vae/ with config.json and (sharded) diffusion_pytorch_model.safetensors.
 
-Our modules carry the native names, so a native load is the identity. The tables lead from native to diffusers names; `load`
-reads through them and `save` writes through them. Two orders differ: diffusers splits the fused q, k, v, and it keeps the two
-halves of the gated feed-forward's input and of the final modulation the other way round.
+Our modules carry the native names, so a native load is the identity. The tables lead from native to diffusers names;
+`load` reads through them and `save` writes through them. Two orders differ: diffusers splits the fused q, k, v, and it
+keeps the two halves of the gated feed-forward's input and of the final modulation the other way round.
 """
 
 from __future__ import annotations

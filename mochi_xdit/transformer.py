@@ -1,0 +1,312 @@
+"""Mochi's asymmetric joint transformer: a wide stream of video tokens and a narrow one of text tokens share attention.
+
+Parameter names are those of the native checkpoint. N, L are token counts of all ranks, n, m those of this rank; both
+streams are split over the ranks alike. Blocks run in the parameters' dtype; norms, modulation and rotations are
+computed in fp32 (fp64 for fp64 parameters), and so are latents going in and out. Inference only.
+
+    cond = model.prepare((T, H, W), text, mask)        # once per prompt and size
+    v = model(x, t, cond)                              # every step, on this rank's packed tokens
+    v = model.denoise(latents, t, text, mask)          # both, on full latents
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.usp import SequenceParallel
+from mochi_xdit.config import MochiConfig
+
+NORM_EPS = 1e-6
+QK_NORM_EPS = 1e-5
+BASE_AREA = 192 * 192
+"""Positions are scaled as if every frame had this many patches."""
+
+
+@dataclass(frozen=True)
+class MochiCondition:
+    """What a generation's steps have in common, for one guidance branch, on this rank."""
+
+    y: Tensor
+    """Text tokens (B, m, hidden_y), padding dropped; may be empty."""
+    pooled: Tensor
+    """Attention pool over the text (B, hidden_x)."""
+    rope: Tensor
+    """(n, heads, head_dim / 2, 2): cosine and sine of the angle of each pair of channels."""
+    lengths: tuple[int, ...]
+    """Tokens of both streams on every rank."""
+
+
+def pack(latents: Tensor, patch: int = 2) -> Tensor:
+    """Latents (B, C, T, H, W) as tokens (B, T * H/p * W/p, p * p * C): frame, row, column; inside, row, column,
+    channel.
+
+    Raises ValueError when H or W is no multiple of the patch.
+    """
+    B, C, T, H, W = latents.shape
+    if H % patch or W % patch:
+        raise ValueError(f"latents of {H} x {W} do not split into patches of {patch} x {patch}")
+    z = latents.reshape(B, C, T, H // patch, patch, W // patch, patch)
+    return z.permute(0, 2, 3, 5, 4, 6, 1).reshape(B, -1, patch * patch * C)
+
+
+def unpack(tokens: Tensor, size: tuple[int, int, int], patch: int = 2) -> Tensor:
+    """The inverse of `pack`; `size` is the latents' (T, H, W)."""
+    T, H, W = size
+    B, _, width = tokens.shape
+    C = width // patch**2
+    z = tokens.reshape(B, T, H // patch, W // patch, patch, patch, C)
+    return z.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, C, T, H, W)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the channels, (..., 1), without a wide copy of x."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
+    return torch.rsqrt(norm * norm / x.shape[-1] + eps)
+
+
+def _modulated(x: Tensor, scale: Tensor) -> Tensor:
+    """RMS norm times 1 + scale; scale (B, 1, D) wide."""
+    return (x * _inverse_rms(x, NORM_EPS)).mul_(1 + scale).to(x.dtype)
+
+
+def _gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """Residual sum with the RMS norm of the branch times tanh(gate); gate (B, 1, D) wide."""
+    return (branch * _inverse_rms(branch, NORM_EPS)).mul_(torch.tanh(gate)).add_(x).to(x.dtype)
+
+
+def _rotate(qk: Tensor, rope: Tensor) -> Tensor:
+    """Turn neighbouring pairs of channels: qk (B, n, 2, H, D), rope (n, H, D / 2, 2)."""
+    cos, sin = rope[:, None].unbind(-1)
+    a, b = qk.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward: w2(silu(a) * b) with (a, b) the halves of w1(x)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w1(x).chunk(2, dim=-1)
+        return self.w2(F.silu(a).mul_(b))
+
+
+class JointAttention(nn.Module):
+    """Attention of both streams over both streams."""
+
+    def __init__(self, config: MochiConfig, sp: SequenceParallel, last: bool) -> None:
+        super().__init__()
+        self.sp, self.heads = sp, config.heads
+        self.qkv_x = nn.Linear(config.hidden_x, 3 * config.hidden_x, bias=False)
+        self.qkv_y = nn.Linear(config.hidden_y, 3 * config.hidden_x, bias=False)
+        self.q_norm_x = nn.RMSNorm(config.head_dim, QK_NORM_EPS)
+        self.k_norm_x = nn.RMSNorm(config.head_dim, QK_NORM_EPS)
+        self.q_norm_y = nn.RMSNorm(config.head_dim, QK_NORM_EPS)
+        self.k_norm_y = nn.RMSNorm(config.head_dim, QK_NORM_EPS)
+        self.proj_x = nn.Linear(config.hidden_x, config.hidden_x)
+        self.proj_y = None if last else nn.Linear(config.hidden_x, config.hidden_y)
+
+    def forward(self, x: Tensor, y: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
+        """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to the branch's output for each."""
+        qk, v = self._normalised(self.qkv_x(x), self.q_norm_x, self.k_norm_x)
+        qk = _rotate(qk, cond.rope).to(x.dtype)
+        if y.shape[1]:
+            qk_y, v_y = self._normalised(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
+            qk = torch.cat((qk, qk_y.to(y.dtype)), dim=1)
+            v = torch.cat((v, v_y), dim=1)
+        q, k = qk.unbind(2)  # (B, n + m, H, D)
+        out = self.sp.attention(q, k, v, cond.lengths).flatten(2)
+        x, y = self.proj_x(out[:, : x.shape[1]]), out[:, x.shape[1] :]
+        return x, y if self.proj_y is None else self.proj_y(y)
+
+    def _normalised(self, qkv: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+        """qkv (B, n, 3 * H * D) to wide q and k (B, n, 2, H, D), RMS-normalised per head, and v (B, n, H, D)."""
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        weight = torch.stack((q_norm.weight, k_norm.weight))[:, None]
+        return (qk * _inverse_rms(qk, QK_NORM_EPS)).mul_(weight), v
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normed before and after, and gated. The last one drops the text."""
+
+    def __init__(self, config: MochiConfig, sp: SequenceParallel, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.mod_x = nn.Linear(config.hidden_x, 4 * config.hidden_x)
+        self.mod_y = nn.Linear(config.hidden_x, config.hidden_y if last else 4 * config.hidden_y)
+        self.attn = JointAttention(config, sp, last)
+        self.mlp_x = FeedForward(config.hidden_x, config.mlp_x)
+        self.mlp_y = None if last else FeedForward(config.hidden_y, config.mlp_y)
+
+    def forward(self, x: Tensor, y: Tensor, c: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
+        """x (B, n, hidden_x), y (B, m, hidden_y), c (B, hidden_x) activated conditioning. Returns x and y."""
+        wide = _wide(x.dtype)
+        scale_x, gate_x, mlp_scale_x, mlp_gate_x = self.mod_x(c)[:, None].to(wide).chunk(4, dim=-1)
+        mod_y = self.mod_y(c)[:, None].to(wide)
+        scale_y = mod_y[..., : y.shape[-1]]
+        dx, dy = self.attn(_modulated(x, scale_x), _modulated(y, scale_y), cond)
+        x = _gated(x, dx, gate_x)
+        x = _gated(x, self.mlp_x(_modulated(x, mlp_scale_x)), mlp_gate_x)
+        if self.mlp_y is not None:
+            _, gate_y, mlp_scale_y, mlp_gate_y = mod_y.chunk(4, dim=-1)
+            y = _gated(y, dy, gate_y)
+            y = _gated(y, self.mlp_y(_modulated(y, mlp_scale_y)), mlp_gate_y)
+        return x, y
+
+
+class AttentionPool(nn.Module):
+    """One vector for a text: attention of the tokens' mean over the mean and the tokens."""
+
+    def __init__(self, config: MochiConfig) -> None:
+        super().__init__()
+        self.heads = config.text_heads
+        self.to_kv = nn.Linear(config.text_dim, 2 * config.text_dim)
+        self.to_q = nn.Linear(config.text_dim, config.text_dim)
+        self.to_out = nn.Linear(config.text_dim, config.hidden_x)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """(B, L, text_dim) valid tokens, L may be 0, to (B, hidden_x)."""
+        mean = text.sum(1, keepdim=True) / max(text.shape[1], 1)
+        tokens = torch.cat((mean, text), dim=1)
+        kv = self.to_kv(tokens).unflatten(-1, (2, self.heads, -1)).transpose(1, 3)  # (B, H, 2, 1 + L, D)
+        q = self.to_q(mean).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, 1, D)
+        out = F.scaled_dot_product_attention(q, kv[:, :, 0], kv[:, :, 1])
+        return self.to_out(out.transpose(1, 2).flatten(2)).squeeze(1)
+
+
+class MochiTransformer(nn.Module):
+    """Predicts the direction from noise to video (video minus noise) for latents at one time.
+
+    config: the model's numbers. sp: the ranks that share the tokens; ValueError when it has more Ulysses ranks than
+    heads.
+    """
+
+    def __init__(self, config: MochiConfig | None = None, sp: SequenceParallel | None = None) -> None:
+        super().__init__()
+        self.config = config = config or MochiConfig()
+        self.sp = sp = sp or SequenceParallel()
+        sp.require_heads(config.heads)
+        D, p = config.hidden_x, config.patch
+        self.pos_frequencies = nn.Parameter(torch.zeros(3, config.heads, config.head_dim // 2))
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, D, p, p)})
+        mlp = nn.Sequential(nn.Linear(config.time_dim, D), nn.SiLU(), nn.Linear(D, D))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
+        self.t5_y_embedder = AttentionPool(config)
+        self.t5_yproj = nn.Linear(config.text_dim, config.hidden_y)
+        self.blocks = nn.ModuleList(Block(config, sp, i == config.depth - 1) for i in range(config.depth))
+        self.final_layer = nn.ModuleDict({"mod": nn.Linear(D, 2 * D), "linear": nn.Linear(D, config.patch_dim)})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks run in."""
+        return self.t5_yproj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.t5_yproj.weight.device
+
+    @torch.no_grad()
+    def prepare(
+        self, size: tuple[int, int, int], text: Tensor | None = None, mask: Tensor | None = None, batch: int = 1
+    ) -> MochiCondition:
+        """Everything that does not depend on the step, for latents of `size` (T, H, W).
+
+        text  (B, L, text_dim) features of all ranks' tokens; None for an empty prompt, which needs none
+        mask  (B, L), true where a token is no padding; None when all are
+        batch B when there is no text
+
+        Padding is dropped after pooling, so the prompts of a batch must be equally long: ValueError otherwise.
+        """
+        if text is None:
+            text = torch.zeros(batch, 0, self.config.text_dim)
+        text = _valid(text, mask, self.config.text_dim).to(self.device)
+        pooled = self.t5_y_embedder(text.to(self.dtype))
+        y = self.t5_yproj(self.sp.shard(text).to(self.dtype))
+        rope = self._rope(size)
+        video, words = math.prod(size) // self.config.patch**2, text.shape[1]
+        lengths = tuple(a + b for a, b in zip(self.sp.lengths(video), self.sp.lengths(words)))
+        return MochiCondition(y, pooled, rope, lengths)
+
+    def _rope(self, size: tuple[int, int, int]) -> Tensor:
+        """Cosines and sines for this rank's tokens, (n, H, D / 2, 2); each head has its own learned frequencies."""
+        T, h, w = size[0], size[1] // self.config.patch, size[2] // self.config.patch
+        kind = {"dtype": _wide(self.dtype), "device": self.device}
+        scale = math.sqrt(BASE_AREA / (h * w))
+        axes = [torch.arange(T, **kind)]
+        for count in (h, w):
+            edges = torch.linspace(-count * scale / 2, count * scale / 2, count + 1, **kind)
+            axes.append((edges[:-1] + edges[1:]) / 2)
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)  # (N, 3)
+        frequencies = self.pos_frequencies.to(kind["dtype"])
+        # A sum of products rather than a matmul, which a GPU may be told to round to ten bits.
+        positions = self.sp.shard(grid, dim=0)[..., None, None]  # (n, 3, 1, 1)
+        angles = sum(positions[:, i] * frequencies[i] for i in range(3))  # (n, H, D / 2)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+    def _time(self, t: Tensor) -> Tensor:
+        """Sinusoidal embedding of the timestep (B,) through its two layers: (B, hidden_x)."""
+        half = self.config.time_dim // 2
+        wide = _wide(self.dtype)
+        frequencies = torch.exp(torch.arange(half, dtype=wide, device=t.device) * -math.log(10000) / half)
+        angles = t.to(wide)[:, None] * frequencies
+        return self.t_embedder["mlp"](torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, cond: MochiCondition) -> Tensor:
+        """Predict video minus noise for this rank's tokens.
+
+        x (B, n, patch_dim) fp32, from `pack`; t (B,) or () = 1000 * (1 - sigma), 0 at pure noise. Returns the shape of
+        x, fp32 (fp64 for fp64 parameters).
+        """
+        t = t.to(x.device).expand(x.shape[0])
+        c = F.silu(self._time(t) + cond.pooled)
+        embed = self.x_embedder["proj"]
+        # A convolution whose stride is its kernel, on packed tokens: a matrix with its columns in their order.
+        x = F.linear(x.to(self.dtype), embed.weight.permute(0, 2, 3, 1).flatten(1), embed.bias)
+        y = cond.y
+        for block in self.blocks:
+            x, y = block(x, y, c, cond)
+        shift, scale = self.final_layer["mod"](c)[:, None].to(_wide(x.dtype)).chunk(2, dim=-1)
+        x = F.layer_norm(x.to(scale.dtype), x.shape[-1:], eps=NORM_EPS)
+        x = x.mul_(1 + scale).add_(shift).to(self.dtype)
+        return self.final_layer["linear"](x).to(scale.dtype)
+
+    @torch.no_grad()
+    def denoise(self, latents: Tensor, t: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`prepare` and one `forward` on full latents (B, C, T, H, W), for all ranks' tokens; the same on every rank.
+
+        t, text and mask as there. Returns the shape of `latents`.
+        """
+        size = tuple(latents.shape[2:])
+        tokens = pack(latents, self.config.patch)
+        cond = self.prepare(size, text, mask, batch=latents.shape[0])
+        out = self(self.sp.shard(tokens).to(self.device), t, cond)
+        return unpack(self.sp.gather(out, self.sp.lengths(tokens.shape[1])), size, self.config.patch)
+
+
+def _valid(text: Tensor, mask: Tensor | None, width: int) -> Tensor:
+    """The tokens of `text` where `mask` is true."""
+    if text.ndim != 3 or text.shape[2] != width:
+        raise ValueError(f"text features have shape {list(text.shape)}, expected [batch, tokens, {width}]")
+    if mask is None:
+        return text
+    if mask.shape != text.shape[:2]:
+        raise ValueError(f"the text mask has shape {list(mask.shape)}, expected {list(text.shape[:2])}")
+    mask = mask.to(text.device).bool()
+    counts = mask.sum(1)
+    if bool((counts != counts[0]).any()):
+        raise ValueError(f"a batch has prompts of {counts.tolist()} tokens; give them one at a time")
+    return text[mask].view(text.shape[0], int(counts[0]), width)
