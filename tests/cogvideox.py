@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import diffusers.models.embeddings as reference_embeddings
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +18,9 @@ from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.weights import rename_table
 from common.usp import SequenceParallel
 from common.weights import load, on_meta, open_checkpoint
+
+if TYPE_CHECKING:  # the ranks of the pool import this file, and the reference takes seconds to import
+    from diffusers import CogVideoXTransformer3DModel
 
 KINDS = tuple(CONFIGS)
 SIZES = {  # latent frames, rows and columns; the first is the one the small checkpoint "was trained on"
@@ -53,6 +55,8 @@ def small(kind: str, **changes: object) -> TransformerConfig:
 
 def reference(config: TransformerConfig, seed: int = 0) -> CogVideoXTransformer3DModel:
     """The installed model in fp64 with every weight random, modulation and norms included."""
+    from diffusers import CogVideoXTransformer3DModel
+
     raw = {key: value for key, value in transformer_json(config).items() if not key.startswith("_")}
     model = CogVideoXTransformer3DModel(**raw).double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -97,6 +101,8 @@ def inputs(config: TransformerConfig, size: tuple[int, int, int], batch: int = 1
 
 def reference_output(model: CogVideoXTransformer3DModel, given: dict[str, Tensor]) -> Tensor:
     """What the installed model says to the same arguments, in our order of axes."""
+    from diffusers import CogVideoXPipeline
+
     config = model.config
     x = given["latents"]
     if "image" in given:
@@ -116,6 +122,7 @@ def reference_output(model: CogVideoXTransformer3DModel, given: dict[str, Tensor
 @contextmanager
 def wide_rope() -> Iterator[None]:
     """The reference turns q and k in fp32 whatever their dtype; here in their own, so that fp64 can be compared."""
+    import diffusers.models.embeddings as reference_embeddings
 
     def apply(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (table.to(x.dtype) for table in tables)
