@@ -1,10 +1,17 @@
 """The demo checkpoint's common part: reproducible, complete or absent, safe when asked for twice."""
 
+import dataclasses
 import threading
 
 import pytest
+import torch
 
 from common.demo import cache_home, made_once, write_text_encoder
+from common.text import encode
+from common.weights import load, on_meta
+from mochi_xdit.demo import SHIPPED, demo_checkpoint, demo_config, random_checkpoint
+from mochi_xdit.vae import MochiDecoder, MochiEncoder, decode
+from mochi_xdit.weights import find_decoder, find_encoder, load_transformer
 
 CAPTIONS = [f"A {c} {s}." for c in ("red", "green", "blue") for s in ("circle", "square")]
 
@@ -56,3 +63,50 @@ def test_the_cache_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_home() == tmp_path / "xdit"
     assert cache_home("/x").as_posix() == "/x"
+
+
+def test_mochis_random_checkpoint_loads_strictly_and_runs(tmp_path):
+    folder = demo_checkpoint(cache_dir=tmp_path) if not SHIPPED.is_dir() else tmp_path / "random"
+    if SHIPPED.is_dir():
+        random_checkpoint(folder)
+    again = tmp_path / "again"
+    random_checkpoint(again)
+    for name in ("transformer", "vae"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert (folder / file).read_bytes() == (again / file).read_bytes()
+    transformer = load_transformer(folder, dtype=torch.float32)
+    config = demo_config()
+    assert transformer.config == dataclasses.replace(config, vae=transformer.config.vae)
+    text = encode(["A red circle."], folder, 64)
+    latents = torch.randn(1, 12, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = transformer.denoise(latents, torch.tensor([500.0]), text.features, text.mask)
+    assert out.shape == latents.shape and out.isfinite().all() and out.std() > 0.01
+    other = transformer.denoise(latents, torch.tensor([500.0]))
+    assert (out - other).abs().max() > 1e-3
+
+    part = find_decoder(folder)
+    decoder = load(on_meta(MochiDecoder, part.config), part.open(), part.rename, "cpu", torch.float32)
+    frames = torch.cat([f for f in decode(decoder, latents) if f is not None])
+    assert frames.shape == (7, 64, 64, 3) and frames.float().std() > 1
+    part = find_encoder(folder)
+    encoder = load(on_meta(MochiEncoder, part.config), part.open(), part.rename, "cpu", torch.float32)
+    assert encoder(torch.zeros(1, 3, 7, 64, 64))[0].shape == latents.shape
+
+
+def test_an_unknown_demo_is_named():
+    with pytest.raises(ValueError, match="no demo called 'huge'"):
+        demo_checkpoint("huge")
+
+
+def test_diffusers_reads_the_same_folder(tmp_path):
+    from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
+
+    random_checkpoint(tmp_path)
+    ours = load_transformer(tmp_path, dtype=torch.float32)
+    theirs = MochiTransformer3DModel.from_pretrained(tmp_path / "transformer", torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    z, text = torch.randn(1, 12, 2, 8, 8, generator=generator), torch.randn(1, 9, 64, generator=generator)
+    with torch.no_grad():
+        expected = theirs(z, text, torch.tensor([300.0]), torch.ones(1, 9), return_dict=False)[0]
+    assert (ours.denoise(z, torch.tensor([300.0]), text) - expected).abs().max() < 1e-4
+    AutoencoderKLMochi.from_pretrained(tmp_path / "vae")

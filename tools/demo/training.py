@@ -1,0 +1,106 @@
+"""A training loop that resumes where it stopped, logs what it does and repeats itself given the seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Losses = dict[str, Tensor]
+"""`loss` is minimised, the others are logged."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast: the learning rate rises over `warmup` steps and falls as a cosine to zero."""
+
+    steps: int
+    rate: float
+    warmup: int = 50
+    decay: float = 0.0
+    """Weight decay."""
+    average: float = 0.0
+    """Decay of the running average of the weights that is kept beside them; 0 keeps none."""
+    save_seconds: float = 120.0
+    seed: int = 0
+
+    def at(self, step: int) -> float:
+        ramp = min((step + 1) / self.warmup, 1.0)
+        return self.rate * ramp * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def in_bf16(module: nn.Module, *args: Tensor) -> Any:
+    """Call `module` with bf16 copies of its fp32 weights, through which gradients reach the originals."""
+    weights = {}
+    for name, p in module.named_parameters():
+        q = p.to(torch.bfloat16)
+        weights[name] = q.to(memory_format=torch.channels_last_3d) if q.ndim == 5 else q
+    return functional_call(module, weights, args)
+
+
+def write_atomically(path: Path, value: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    torch.save(value, temporary)
+    os.replace(temporary, path)
+
+
+def train(
+    module: nn.Module, step: Callable[[torch.Generator, int], Losses], plan: Plan, state_file: Path
+) -> dict[str, Tensor]:
+    """Train `module` in place and return the weights to use (the average, if the plan keeps one).
+
+    step(generator, i) computes the losses of step i; the generator depends on seed and i alone, so an interrupted
+    run that resumes from `state_file` sees the batches it would have seen. Losses go to `state_file` with .jsonl.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=plan.decay)
+    average = {n: p.detach().clone() for n, p in module.named_parameters()} if plan.average else {}
+    start = 0
+    state_file.parent.mkdir(parents=True, exist_ok=True)
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = state["average"], state["step"]
+        print(f"{state_file.name}: resumed at step {start}", flush=True)
+
+    def save(done: int) -> None:
+        kept = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
+        write_atomically(state_file, kept)
+
+    saved = logged = time.monotonic()
+    logged_step = start
+    for i in range(start, plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.at(i)
+        losses = step(torch.Generator().manual_seed(plan.seed * 1_000_003 + i), i)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise RuntimeError(f"step {i}: the gradient is {norm}; lower the rate and resume from {state_file}")
+        optimizer.step()
+        # Early weights are forgotten fast: the average of the first n steps has a horizon of n / 10.
+        keep = min(plan.average, (1 + i) / (10 + i))
+        for name, p in module.named_parameters() if average else ():
+            average[name].lerp_(p.detach(), 1 - keep)
+        now = time.monotonic()
+        if now - logged > 10 or i + 1 == plan.steps:
+            entry = {"step": i + 1, "rate": plan.at(i), "norm": float(norm)}
+            entry |= {name: float(value.detach()) for name, value in losses.items()}
+            entry["seconds_per_step"] = (now - logged) / (i + 1 - logged_step)
+            with state_file.with_suffix(".jsonl").open("a") as log:
+                log.write(json.dumps({k: float(f"{v:.5g}") for k, v in entry.items()}) + "\n")
+            logged, logged_step = now, i + 1
+        if now - saved > plan.save_seconds or i + 1 == plan.steps:
+            save(i + 1)
+            saved = now
+    return average or {n: p.detach() for n, p in module.named_parameters()}
