@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,15 +159,15 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
+            head = file.read(9)
+            length = int.from_bytes(head[:8], "little")
             if head.startswith(b"version "):
                 raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-            if len(head) == 8 and 2 <= length <= _MAX_HEADER_BYTES and 8 + length > size:
-                raise CheckpointError(f"{path}: truncated file, {size} bytes end inside the header")
-            if len(head) < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+            if head[8:] != b"{" or length > _MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path}: not a safetensors file")
-            header = json.loads(file.read(length))
+            if 8 + length > size:
+                raise CheckpointError(f"{path}: truncated file, {size} bytes end inside the header")
+            header = json.loads(b"{" + file.read(length - 1))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -177,15 +178,14 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON)") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file (its header is no table)")
     strings = header.pop("__metadata__", None) or {}
     return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}, strings
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, object], start: int, size: int) -> Stored:
+def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> Stored:
     try:
-        kind, shape, (begin, end) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
+        kind, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: not a safetensors file (bad entry for tensor {name})") from None
     if kind not in _DTYPES:
@@ -208,7 +208,7 @@ def find_files(folder: str | Path, stem: str, dtype: torch.dtype | None = None) 
     """
     folder = Path(folder)
     variants = ["", "bf16", "fp16"]
-    wanted = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "")
+    wanted = "bf16" if dtype == torch.bfloat16 else "fp16" if dtype == torch.float16 else ""
     variants.sort(key=lambda variant: variant != wanted)
     for variant in variants:
         dotted = f".{variant}" if variant else ""
@@ -238,7 +238,7 @@ def write_file(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 for view in views[name]:
-                    file.write(memoryview(view.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+                    file.write(view.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -25,8 +25,9 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -244,7 +245,7 @@ class _Reader:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.files: dict[Path, BinaryIO] = {}
+        self.files: dict[Path, FileIO] = {}
         self.open = ExitStack()
         self.staging: Tensor | None = None
 
@@ -280,8 +281,8 @@ class _Reader:
 
     def _bytes(self, stored: Stored, start: int, out: Tensor) -> None:
         if stored.file not in self.files:
-            self.files[stored.file] = self.open.enter_context(open(stored.file, "rb", buffering=0))
-        file, view = self.files[stored.file], memoryview(out.numpy())
+            self.files[stored.file] = self.open.enter_context(FileIO(stored.file))
+        file, view = self.files[stored.file], out.numpy().data
         file.seek(start)
         while view:
             count = file.readinto(view)

@@ -243,14 +243,14 @@ class MochiTransformer(nn.Module):
     def _rope(self, size: tuple[int, int, int]) -> Tensor:
         """Cosines and sines for this rank's tokens, (n, H, D / 2, 2); each head has its own learned frequencies."""
         T, h, w = size[0], size[1] // self.config.patch, size[2] // self.config.patch
-        kind = {"dtype": _wide(self.dtype), "device": self.device}
+        dtype, device = _wide(self.dtype), self.device
         scale = math.sqrt(BASE_AREA / (h * w))
-        axes = [torch.arange(T, **kind)]
+        axes = [torch.arange(T, dtype=dtype, device=device)]
         for count in (h, w):
-            edges = torch.linspace(-count * scale / 2, count * scale / 2, count + 1, **kind)
+            edges = torch.linspace(-count * scale / 2, count * scale / 2, count + 1, dtype=dtype, device=device)
             axes.append((edges[:-1] + edges[1:]) / 2)
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)  # (N, 3)
-        frequencies = self.pos_frequencies.to(kind["dtype"])
+        frequencies = self.pos_frequencies.to(dtype)
         # A sum of products rather than a matmul, which a GPU may be told to round to ten bits.
         positions = self.sp.shard(grid, dim=0)[..., None, None]  # (n, 3, 1, 1)
         angles = sum(positions[:, i] * frequencies[i] for i in range(3))  # (n, H, D / 2)
@@ -274,6 +274,7 @@ class MochiTransformer(nn.Module):
         t = t.to(x.device).expand(x.shape[0])
         c = F.silu(self._time(t) + cond.pooled)
         embed = self.x_embedder["proj"]
+        assert isinstance(embed, nn.Conv2d)
         # A convolution whose stride is its kernel, on packed tokens: a matrix with its columns in their order.
         x = F.linear(x.to(self.dtype), embed.weight.permute(0, 2, 3, 1).flatten(1), embed.bias)
         y = cond.y
@@ -290,7 +291,8 @@ class MochiTransformer(nn.Module):
 
         t, text and mask as there. Returns the shape of `latents`.
         """
-        size = tuple(latents.shape[2:])
+        _, _, T, H, W = latents.shape
+        size = (T, H, W)
         tokens = pack(latents, self.config.patch)
         cond = self.prepare(size, text, mask, batch=latents.shape[0])
         out = self(self.sp.shard(tokens).to(self.device), t, cond)
