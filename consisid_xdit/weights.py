@@ -6,7 +6,18 @@ import pickle
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cogvideox_xdit.weights import rename_table as cogvideox_table
+from common.weights import Rename, on_meta
+from consisid_xdit.config import ConsisIDConfig
+from consisid_xdit.transformer import face_modules
+
+
+def rename_table(config: ConsisIDConfig) -> Rename:
+    """Our modules -> theirs: CogVideoX's table; the face modules bear the checkpoint's own names."""
+    face = nn.ModuleDict(on_meta(face_modules, config))
+    return {**cogvideox_table(config), **{name: name for name in face.state_dict()}}
 
 
 def load_pth(path: Path | str) -> dict[str, Tensor]:
