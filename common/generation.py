@@ -1,0 +1,186 @@
+"""What every pipeline does around its model: noise, stages that load and leave, latents on disk, decode in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.decode import DecodePlan, VideoDecoder, agree, decode_plans, plan_decode, probe
+from common.parallel import Mesh
+from common.progress import Stages
+from common.vae import TimeSplit
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+T = TypeVar("T")
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`bf16`, `fp16`, `fp32` or `fp64`, or the torch dtype itself. ValueError for anything else."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def latent_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Latents are summed over the steps in fp32, in fp64 when the model runs in it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draw_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal noise, fp32: full size and from a CPU generator, so that no layout changes it."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+
+
+def require_finite(z: Tensor, where: str) -> None:
+    """Raise FloatingPointError when the latents have left the finite numbers, naming where."""
+    if not bool(torch.isfinite(z).all()):
+        raise FloatingPointError(
+            f"the latents contain NaN or infinity after {where}; the checkpoint may be damaged, or the dtype too narrow"
+        )
+
+
+class Models:
+    """The models of a pipeline, one after another on the device, unless they are told to stay."""
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.loaded: dict[str, Any] = {}
+
+    @contextmanager
+    def use(self, name: str, load: Callable[[], T]) -> Iterator[T]:
+        """The model `name`, loaded now or still there; it leaves the device afterwards unless models are kept.
+
+        The caller must not hold on to it: that is what keeps memory from falling.
+        """
+        if name not in self.loaded:
+            # Not after the previous stage: its own frame still held the model then.
+            release_memory()
+            self.loaded[name] = load()
+        try:
+            yield self.loaded[name]
+        finally:
+            if not self.keep:
+                del self.loaded[name]
+
+
+def release_memory() -> None:
+    """Give back what freed models held."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def free_memory(mesh: Mesh) -> int:
+    """Bytes that every rank can still allocate on its device: the smallest figure of them all. Collective."""
+    if mesh.device.type == "cuda":
+        free = torch.cuda.mem_get_info(mesh.device)[0]
+        free += torch.cuda.memory_reserved(mesh.device) - torch.cuda.memory_allocated(mesh.device)
+    else:
+        free = _host_memory() // mesh.world.size
+    if mesh.world.group is None:
+        return free
+    smallest = torch.tensor([free], dtype=torch.int64, device=mesh.device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=mesh.world.group)
+    return int(smallest.item())
+
+
+def _host_memory() -> int:
+    """Available host memory in bytes, from Linux's meminfo; elsewhere a cautious 4 GiB."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 4 << 30
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def save_latents(path: str | Path, latents: Tensor, settings: Mapping[str, Any]) -> None:
+    """Write latents (1, C, T, h, w) as safetensors, whole or not at all; `settings` become its metadata."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    save_file({"latents": latents.cpu().contiguous()}, partial, metadata={k: str(v) for k, v in settings.items()})
+    partial.replace(path)
+
+
+def load_latents(path: str | Path, channels: int) -> Tensor:
+    """Latents (1, C, T, h, w) from a file of `save_latents`. ValueError says what the file is instead."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            if "latents" not in file.keys():  # noqa: SIM118 (not a mapping)
+                raise ValueError(f"{path} holds no tensor named latents; give a file that this program has kept")
+            latents = file.get_tensor("latents")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such latents file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable latents file ({error})") from None
+    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[1] != channels:
+        raise ValueError(f"{path} holds latents of shape {tuple(latents.shape)}; expected (1, {channels}, T, h, w)")
+    return latents
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless latents that a caller brings have the shape its size and frames need."""
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; this size and number of frames need {shape}")
+
+
+def decode_video(
+    decode: Callable[[DecodePlan, TimeSplit], Iterator[Tensor | None]],
+    decoder: VideoDecoder,
+    latents: Tensor,
+    mesh: Mesh,
+    stages: Stages,
+    mode: str = "auto",
+    chunk: int | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Tensor | None:
+    """All frames (T, H, W, 3) uint8 on rank 0, None elsewhere, by the best plan that fits into free memory.
+
+    decode: runs one plan over the ranks (see `common.decode.decode_frames`). latents: (1, C, T, h, w).
+    mode, chunk, tile: as for `decode_plans`. One process falls back to the next smaller plan when memory runs out
+    after all; several try the plan on zeros first, on a GPU, since a rank that fails leaves the others waiting.
+    Raises MemoryError when nothing fits.
+    """
+    assert isinstance(decoder, nn.Module)
+    _, channels, frames, height, width = latents.shape
+    size = (channels, frames, height, width)
+    plans = decode_plans(decoder, size, mesh.world.size, mode, chunk, tile)
+    plans = plan_decode(decoder, size, free_memory(mesh), plans)
+    if mesh.world.size > 1 and mesh.device.type == "cuda":
+        plans = (agree(plans, lambda plan: probe(decoder, size, plan), mesh.world, mesh.device),)
+    split = TimeSplit(mesh.world, mesh.device)
+    try:
+        for i, plan in enumerate(plans):
+            stages.note(f"decode: {plan}")
+            try:
+                return _collect(decode(plan, split), len(decoder.chunks(frames, plan.chunk)), stages)
+            except (torch.OutOfMemoryError, MemoryError):
+                if mesh.world.size > 1 or i == len(plans) - 1:
+                    raise
+                stages.warn(f"out of memory decoding ({plan}); trying a smaller way")
+            release_memory()
+        raise AssertionError("there is always a plan")
+    finally:
+        split.close()
+
+
+def _collect(pieces: Iterator[Tensor | None], chunks: int, stages: Stages) -> Tensor | None:
+    with stages.stage("decoding", total=chunks, unit="chunk") as step:
+        kept = []
+        for piece in pieces:
+            if piece is not None:
+                kept.append(piece)
+                step()
+    return torch.cat(kept) if kept else None

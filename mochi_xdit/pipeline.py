@@ -1,0 +1,264 @@
+"""Mochi from prompt to frames. The number of ranks changes the time it takes and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.generation import (
+    Models,
+    check_latents,
+    decode_video,
+    draw_noise,
+    latent_dtype,
+    parse_dtype,
+    require_finite,
+    save_latents,
+)
+from common.guidance import NEGATIVE, POSITIVE, Guidance
+from common.parallel import Mesh, resolve_device
+from common.progress import Stages
+from common.text import TextEncoder, encode_on_main
+from common.usp import SequenceParallel
+from common.weights import load, on_meta
+from mochi_xdit.transformer import MochiTransformer, pack, unpack
+from mochi_xdit.vae import MochiDecoder, decode
+from mochi_xdit.weights import find_decoder, find_transformer, load_transformer
+
+TIME_SCALE = 1000
+T5_REPO = "google/t5-v1_1-xxl"
+TextBranch = tuple[Tensor | None, Tensor | None]
+"""T5 features (1, L, D) with their mask (1, L); Nones for the empty prompt, which the model does not let T5 see."""
+
+
+def linear_quadratic_sigmas(num_steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> list[float]:
+    """Noise levels from 1 (pure noise) to 0, num_steps + 1 of them: linear at first, then quadratic.
+
+    The first `linear_steps` (default: half) steps leave the noise by `threshold` in all; the rest continue with the
+    same slope and end at 0. From Mochi's reference sampler (facts: i * th / L, then a i^2 + b i + k).
+    """
+    if num_steps == 1:
+        return [1.0, 0.0]
+    linear = num_steps // 2 if linear_steps is None else linear_steps
+    quadratic = num_steps - linear
+    slope = threshold / linear
+    excess = linear - threshold * num_steps
+    a = excess / (linear * quadratic**2)
+    b = slope - 2 * excess / quadratic**2
+    done = [slope * i for i in range(linear)]
+    done += [a * i**2 + b * i + a * linear**2 for i in range(linear, num_steps)]
+    return [1.0 - value for value in done] + [0.0]
+
+
+def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:
+    """The T5 encoder's folder: the given one, else the checkpoint's own, else T5_REPO in the hub's local cache.
+
+    The native layout has no text encoder in it. ValueError says where one was looked for.
+    """
+    if given is not None:
+        return Path(given)
+    if (model_dir / "text_encoder").is_dir():
+        return model_dir
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(T5_REPO, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"{model_dir} has no folder text_encoder/, and {T5_REPO} is not in the local cache; "
+            f"download it, or name a T5 encoder's folder with --text-encoder-dir"
+        ) from None
+
+
+class MochiPipeline:
+    """Loads each stage's model when its turn comes, and lets it go before the next one's.
+
+    mesh: this rank's place (`common.parallel.distributed`). attention: kernel, see `common.attention`.
+    keep_loaded: models stay on the device between calls. stages: where progress and times go.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "bf16",
+        attention: str = "auto",
+        keep_loaded: bool = False,
+        stages: Stages | None = None,
+        text_encoder_dir: str | Path | None = None,
+        text_cache: str | Path | None = None,
+    ) -> None:
+        mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
+        self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype(dtype)
+        self.model_dir = Path(model_dir)
+        self.text_dir = text_encoder_dir
+        self.text_cache = text_cache
+        self.stages = stages or Stages(device=mesh.device)
+        self.sp = SequenceParallel(mesh, attention)
+        self.guidance = Guidance(mesh.cfg)
+        self.models = Models(keep_loaded)
+        self.config = find_transformer(self.model_dir, self.dtype).config
+        self.vae_config = find_decoder(self.model_dir, self.dtype).config
+        self.sp.require_heads(self.config.heads)
+
+    @classmethod
+    def from_pretrained(
+        cls, model_dir: str | Path, mesh: Mesh | None = None, device: str | torch.device | None = None, **options
+    ) -> MochiPipeline:
+        """A pipeline over a checkpoint folder, native or diffusers layout; only headers are read here.
+
+        Options as for the constructor. ValueError for a folder that is no Mochi checkpoint, a device or kernel that
+        is not there, or more Ulysses ranks than attention heads.
+        """
+        return cls(model_dir, mesh, device, **options)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        height: int = 480,
+        width: int = 848,
+        num_frames: int = 49,
+        num_steps: int = 64,
+        cfg_scale: float | Sequence[float] = 4.5,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        output: str = "frames",
+        threshold_noise: float = 0.025,
+        linear_steps: int | None = None,
+        vae: str = "auto",
+        vae_chunk: int | None = None,
+        vae_tile: int | None = None,
+        latents_file: str | Path | None = None,
+    ) -> Tensor | None:
+        """Generate one video. Collective: every rank calls it with the same arguments.
+
+        height, width: pixels, multiples of 16. num_frames: 6k + 1. cfg_scale: one number, or one for each step.
+        latents: noise to start from, (1, 12, T, height / 8, width / 8), in place of the seed's.
+        output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
+        latents, (1, 12, T, h, w), on every rank).
+        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile's side is in pixels.
+        latents_file: where rank 0 puts the final latents before the decode begins.
+        Raises ValueError for sizes the model does not admit, FloatingPointError when the latents turn NaN.
+        """
+        shape = self._latent_shape(height, width, num_frames)
+        scales = _scales(cfg_scale, num_steps)
+        _check_schedule(num_steps, threshold_noise, linear_steps)
+        if output not in ("frames", "latent"):
+            raise ValueError(f"output is {output!r}; choose frames or latent")
+        if latents is None:
+            latents = draw_noise(shape, seed)
+        check_latents(latents, shape)
+        guided = any(scale != 1 for scale in scales)
+        text = self._encode(prompt, negative_prompt if guided else None)
+        sigmas = linear_quadratic_sigmas(num_steps, threshold_noise, linear_steps)
+        final = self._sample(latents, text, sigmas, scales)
+        if latents_file is not None and self.mesh.is_main:
+            save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed})
+        if output == "latent":
+            return final
+        return self.decode(final, vae, vae_chunk, vae_tile)
+
+    def decode(
+        self, latents: Tensor, vae: str = "auto", vae_chunk: int | None = None, vae_tile: int | None = None
+    ) -> Tensor | None:
+        """Latents (1, 12, T, h, w) to uint8 frames (6T - 5, 8h, 8w, 3) on rank 0, None elsewhere. Collective."""
+        tile = None if vae_tile is None else (vae_tile // self.vae_config.spatial_ratio,) * 2
+        with self.models.use("decoder", self._load_decoder) as decoder:
+            return decode_video(
+                lambda plan, split: decode(decoder, latents, plan, split),
+                decoder,
+                latents,
+                self.mesh,
+                self.stages,
+                vae,
+                vae_chunk,
+                tile,
+            )
+
+    def _latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        vae = self.vae_config
+        multiple = vae.spatial_ratio * self.config.patch
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} is {value}; it must be a positive multiple of {multiple}")
+        if num_frames < 1 or (num_frames - 1) % vae.temporal_ratio:
+            raise ValueError(f"num_frames is {num_frames}; it must be {vae.temporal_ratio}k + 1")
+        time = (num_frames - 1) // vae.temporal_ratio + 1
+        return (1, self.config.channels, time, height // vae.spatial_ratio, width // vae.spatial_ratio)
+
+    def _encode(self, prompt: str, negative: str | None) -> dict[int, TextBranch]:
+        """Features of the branches that have any. T5 runs on rank 0 alone and is gone before this returns."""
+        wanted = {POSITIVE: prompt, NEGATIVE: negative}
+        spoken = {branch: text for branch, text in wanted.items() if text}
+        text: dict[int, TextBranch] = dict.fromkeys((POSITIVE, NEGATIVE), (None, None))
+        if not spoken:
+            return text
+        with self.models.use("text encoder", self._load_text_encoder) as encoder, self.stages.stage("encoding"):
+            found = encode_on_main(self.mesh, list(spoken.values()), encoder, self.config.text_tokens, use_mask=True)
+        for i, (branch, said) in enumerate(spoken.items()):
+            text[branch] = (found.features[i : i + 1], found.mask[i : i + 1])
+            self.stages.note(
+                f"{'negative ' if branch else ''}prompt: {found.used[i]} of {self.config.text_tokens} tokens"
+            )
+            if found.cut[i]:
+                self.stages.warn(f"the prompt {said[:40]!r}... is too long; this was cut off: {found.cut[i]!r}")
+        return text
+
+    def _sample(
+        self, latents: Tensor, text: dict[int, TextBranch], sigmas: Sequence[float], scales: Sequence[float]
+    ) -> Tensor:
+        """Euler steps on this rank's tokens; the full final latents (1, 12, T, h, w) on every rank."""
+        size = (latents.shape[2], latents.shape[3], latents.shape[4])
+        kept = latent_dtype(self.dtype)
+        with self.models.use("transformer", self._load_transformer) as model:
+            branches = {b: model.prepare(size, *text[b]) for b in self.guidance.branches}
+            tokens = pack(latents.to(self.device, kept), self.config.patch)
+            lengths = self.sp.lengths(tokens.shape[1])
+            z = self.sp.shard(tokens)
+            with self.stages.stage("sampling", total=len(scales)) as step:
+                for i, scale in enumerate(scales):
+                    t = torch.tensor([TIME_SCALE * (1.0 - sigmas[i])], dtype=kept, device=self.device)
+                    velocity = self.guidance(lambda b, z=z, t=t: model(z, t, branches[b]), scale)
+                    z = z + (sigmas[i] - sigmas[i + 1]) * velocity
+                    require_finite(z, f"sampling step {i + 1} of {len(scales)}")
+                    step()
+            return unpack(self.sp.gather(z, lengths), size, self.config.patch)
+
+    def _load_text_encoder(self) -> TextEncoder | None:
+        if not self.mesh.is_main:
+            return None
+        with self.stages.stage("loading text encoder"):
+            directory = find_text_encoder(self.model_dir, self.text_dir)
+            return TextEncoder(directory, self.device, self.dtype, self.text_cache)
+
+    def _load_transformer(self) -> MochiTransformer:
+        with self.stages.stage("loading transformer"):
+            return load_transformer(self.model_dir, self.sp, self.device, self.dtype)
+
+    def _load_decoder(self) -> MochiDecoder:
+        with self.stages.stage("loading decoder"):
+            part = find_decoder(self.model_dir, self.dtype)
+            return load(on_meta(MochiDecoder, part.config), part.open(), part.rename, self.device, self.dtype)
+
+
+def _scales(cfg_scale: float | Sequence[float], num_steps: int) -> list[float]:
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+    scales = [float(cfg_scale)] * num_steps if isinstance(cfg_scale, (int, float)) else [float(s) for s in cfg_scale]
+    if len(scales) != num_steps:
+        raise ValueError(f"cfg_scale has {len(scales)} values for {num_steps} steps; give one number, or one a step")
+    return scales
+
+
+def _check_schedule(num_steps: int, threshold: float, linear_steps: int | None) -> None:
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold_noise is {threshold}; it must lie between 0 and 1")
+    if linear_steps is not None and not 1 <= linear_steps < max(num_steps, 2):
+        raise ValueError(f"linear_steps is {linear_steps}; it must be at least 1 and less than the {num_steps} steps")
