@@ -1,0 +1,330 @@
+"""From latents to frames: how to decode within the memory at hand, and doing it, over one or many ranks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.parallel import Axis
+from common.tiles import tiles
+from common.vae import CausalStream, Link, LocalLink, TimeSplit, deal, spans
+
+OVERLAP = 8
+# What the allocator and the convolutions' workspaces take on top of the tensors that the estimate counts.
+MARGIN = 1.4
+# CUDA's padding and convolution kernels index with 32 bits.
+LARGEST_TENSOR = 2**31 - 1
+
+
+class VideoDecoder(nn.Module):
+    """What a model's decoder says about itself. Chunk lengths are in latent frames.
+
+    scale: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the fastest first.
+    """
+
+    scale: int
+    chunk_choices: tuple[int, ...]
+
+    def chunks(self, latents: int, chunk: int) -> list[int]:
+        """The lengths of the chunks that `latents` frames are decoded in, at most about `chunk` at a time."""
+        raise NotImplementedError
+
+    def frames(self, latents: int, first: bool) -> int:
+        """Frames that a chunk of `latents` becomes; `first` says that the video begins with it."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
+        """(B, C, t, h, w) -> (B, 3, frames(t), h * scale, w * scale), pixels in [-1, 1]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How to decode: `exact` gives the result of one full decode, `tiled` cuts the picture too.
+
+    chunk: latent frames at a time. tile: largest tile (height, width) and overlap, in latent pixels, when tiled.
+    """
+
+    mode: str = "exact"
+    chunk: int = 1
+    tile: tuple[int, int] | None = None
+    overlap: int = OVERLAP
+
+    def __str__(self) -> str:
+        where = f", tiles of {self.tile[0]}x{self.tile[1]} latent pixels" if self.tile else ""
+        return f"{self.mode}, {self.chunk} latent frames at a time{where}"
+
+
+def to_uint8(pixels: Tensor, rounding: str = "truncate") -> Tensor:
+    """Pixels (3, t, H, W) in [-1, 1] as frames (t, H, W, 3) uint8 on the CPU.
+
+    rounding: `truncate` (Mochi's reference) or `nearest` (reference pipelines that go through PIL images).
+    """
+    if pixels.dtype not in (torch.float32, torch.float64):
+        pixels = pixels.float()
+    scaled = ((pixels + 1) / 2).clamp(0, 1) * 255
+    if rounding == "nearest":
+        scaled = scaled.round()
+    return scaled.to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous()
+
+
+def decode_frames(
+    decoder: VideoDecoder,
+    z: Tensor,
+    plan: DecodePlan | None = None,
+    split: TimeSplit | None = None,
+    rounding: str = "truncate",
+) -> Iterator[Tensor | None]:
+    """Decode a video, yielding its frames in order as they become ready.
+
+    z: (1, C, T, h, w) as the decoder takes it, the same on every rank, on the decoder's device.
+    split: the ranks that share the work; collective over its axis. Default: this process alone.
+    Yields on rank 0 uint8 CPU tensors (t, h * scale, w * scale, 3), one per chunk, together all frames; on the other
+    ranks None, now and then. Every rank must run it to its end: one that stops early leaves the others waiting.
+    Raises ValueError for more than one video.
+    """
+    if z.ndim != 5 or z.shape[0] != 1:
+        raise ValueError(f"latents have shape {tuple(z.shape)}; one video is decoded at a time: (1, C, T, h, w)")
+    plan, split = plan or DecodePlan(), split or TimeSplit()
+    with torch.inference_mode():
+        whole = _Decode(decoder, z, plan, split, rounding)
+        pieces = whole.tiled() if plan.mode == "tiled" else whole.exact()
+        yield from pieces
+
+
+class _Decode:
+    """One run of `decode_frames`."""
+
+    def __init__(self, decoder: VideoDecoder, z: Tensor, plan: DecodePlan, split: TimeSplit, rounding: str) -> None:
+        self.decoder, self.z, self.split, self.rounding = decoder, z, split, rounding
+        lengths = decoder.chunks(z.shape[2], plan.chunk)
+        self.times = spans(lengths)
+        self.frames = [decoder.frames(n, first=k == 0) for k, n in enumerate(lengths)]
+        self.height, self.width = z.shape[3], z.shape[4]
+        self.tiles = tiles(self.height, self.width, plan.tile, plan.overlap)
+
+    def stream(self, k: int, link: Link) -> CausalStream:
+        return CausalStream(link, first=k == 0, last=k == len(self.times) - 1)
+
+    def exact(self) -> Iterator[Tensor | None]:
+        """Chunk k of the whole picture on rank k mod P."""
+        link, scale = self.split.link(), self.decoder.scale
+
+        def work(k: int) -> Tensor:
+            pixels = self.decoder(self.z[:, :, self.times[k]], self.stream(k, link))
+            return to_uint8(pixels[0], self.rounding)
+
+        def blank(k: int) -> Tensor:
+            return torch.empty(self.frames[k], self.height * scale, self.width * scale, 3, dtype=torch.uint8)
+
+        owners = [k % self.split.axis.size for k in range(len(self.times))]
+        yield from deal(owners, self.split.axis, work, blank)
+        link.close()
+
+    def tiled(self) -> Iterator[Tensor | None]:
+        """Tile j, streamed in time, on rank j mod P; rank 0 blends the tiles of one chunk at a time."""
+        axis, count = self.split.axis, len(self.tiles)
+        # Every tile's tails wait while the others are computed: together they are as large as the whole picture's.
+        offload = self.z.device.type != "cpu"
+        links = {j: LocalLink(offload) for j in range(axis.rank, count, axis.size)}
+
+        def work(item: int) -> Tensor:
+            k, j = divmod(item, count)
+            z = self.tiles[j].of(self.z[:, :, self.times[k]])
+            return self.decoder(z, self.stream(k, links[j]))[0].cpu().contiguous()
+
+        def blank(item: int) -> Tensor:
+            k, j = divmod(item, count)
+            return torch.empty(3, self.frames[k], *self.tiles[j].size(self.decoder.scale), dtype=self.z.dtype)
+
+        owners = [item % count % axis.size for item in range(len(self.times) * count)]
+        pieces = deal(owners, axis, work, blank)
+        if axis.rank != 0:
+            yield from pieces
+            return
+        for frames in self.frames:
+            yield self.blended(pieces, frames)
+
+    def blended(self, pieces: Iterator[Tensor | None], frames: int) -> Tensor:
+        """The next chunk's frames from its tiles, added up in a fixed order: the same on any number of ranks."""
+        scale = self.decoder.scale
+        dtype = torch.float64 if self.z.dtype == torch.float64 else torch.float32
+        canvas = torch.zeros(3, frames, self.height * scale, self.width * scale, dtype=dtype, device=self.z.device)
+        for tile in self.tiles:
+            piece = next(pieces)
+            assert piece is not None
+            tile.blend(canvas, piece, scale)
+        return to_uint8(canvas, self.rounding)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations inside it make: `peak` at once, `largest` in elements.
+
+    On the meta device it measures a computation that could not run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.largest = 0
+        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        size = storage.nbytes()
+        weakref.finalize(storage, self._free, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.largest = max(self.largest, tensor.numel())
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def decode_memory(decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan) -> tuple[int, int]:
+    """(bytes at the peak, elements of the largest tensor) of decoding (C, T, h, w) latents by `plan` on one rank.
+
+    Counted by running the decoder's first two chunks without data, in the dtype of its weights, which are not
+    included, nor the workspaces of the kernels (`MARGIN` is for those).
+    """
+    parts = tiles(latents[2], latents[3], plan.tile, plan.overlap)
+    weights = {name: torch.empty_like(weight, device="meta") for name, weight in decoder.state_dict().items()}
+    link, counter = LocalLink(), PeakMemory()
+    with counter:
+        _two_chunks(lambda *args: functional_call(decoder, weights, args), decoder, latents, plan, link, "meta")
+    # Beside a GPU the waiting tiles' tails lie in host memory; on the CPU they lie where the work is done.
+    waiting = len(parts) - 1 if next(decoder.parameters()).device.type == "cpu" else 0
+    tails = sum(tail.nbytes for queue in link.kept.values() for tail in queue)
+    return counter.peak + waiting * tails, counter.largest
+
+
+def _two_chunks(
+    run: Callable[[Tensor, CausalStream], Tensor],
+    decoder: VideoDecoder,
+    latents: tuple[int, int, int, int],
+    plan: DecodePlan,
+    link: LocalLink,
+    device: torch.device | str,
+) -> None:
+    """The largest tile's first chunk, which is the longest, and its second, which finds tails and leaves its own."""
+    channels, frames, height, width = latents
+    sizes = [part.size() for part in tiles(height, width, plan.tile, plan.overlap)]
+    tall, wide = max(sizes, key=lambda size: size[0] * size[1])
+    lengths = decoder.chunks(frames, plan.chunk)
+    dtype = next(decoder.parameters()).dtype
+    with torch.inference_mode():
+        for k, length in enumerate(lengths[:2]):
+            z = torch.zeros(1, channels, length, tall, wide, dtype=dtype, device=device)
+            run(z, CausalStream(link, first=k == 0, last=k == len(lengths) - 1))
+
+
+def decode_plans(
+    decoder: VideoDecoder,
+    latents: tuple[int, int, int, int],
+    ranks: int = 1,
+    mode: str = "auto",
+    chunk: int | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: int = OVERLAP,
+) -> tuple[DecodePlan, ...]:
+    """The ways to decode (C, T, h, w) latents on `ranks` ranks, each needing less memory than the one before.
+
+    mode: `auto`, `exact` or `tiled`; chunk (latent frames) and tile (latent pixels) fix what they name.
+    Raises ValueError for a mode, chunk or tile that cannot be.
+    """
+    _, frames, height, width = latents
+    if mode not in ("auto", "exact", "tiled"):
+        raise ValueError(f"VAE mode is {mode!r}; it must be auto, exact or tiled")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"VAE chunk is {chunk}; it must be at least 1 latent frame")
+    if tile is not None and min(tile) < 4:
+        raise ValueError(f"VAE tile is {tile[0]}x{tile[1]} latent pixels; it must be at least 4x4")
+    if tile is not None and mode == "exact":
+        raise ValueError("VAE mode exact does not cut the picture; leave the tile away or use mode tiled")
+    share = -(-frames // ranks)
+    choices = (chunk,) if chunk else tuple(sorted({min(c, share) for c in decoder.chunk_choices}, reverse=True))
+    exact = [DecodePlan("exact", c) for c in choices] if mode != "tiled" and tile is None else []
+    smallest = DecodePlan("tiled", choices[-1], overlap=overlap)
+    limits = [tile] if tile else _tile_limits(height, width)
+    tiled = [replace(smallest, tile=limit) for limit in limits] if mode != "exact" else []
+    return tuple(exact + tiled)
+
+
+def _tile_limits(height: int, width: int, smallest: int = 12) -> list[tuple[int, int]]:
+    """Tile sizes for 2, 4, 6, 9, ... tiles: the longer side is cut once more each time."""
+    limits: list[tuple[int, int]] = []
+    rows = columns = 1
+    while True:
+        if width / columns >= height / rows:
+            columns += 1
+        else:
+            rows += 1
+        tall = height if rows == 1 else -(-height // rows) + OVERLAP
+        wide = width if columns == 1 else -(-width // columns) + OVERLAP
+        limit = (min(tall, height), min(wide, width))
+        if -(-height // rows) < smallest and -(-width // columns) < smallest:
+            break
+        if not limits or limit[0] * limit[1] < limits[-1][0] * limits[-1][1]:
+            limits.append(limit)
+    return limits or [(height, width)]
+
+
+def plan_decode(
+    decoder: VideoDecoder,
+    latents: tuple[int, int, int, int],
+    free_bytes: float,
+    plans: tuple[DecodePlan, ...],
+) -> tuple[DecodePlan, ...]:
+    """`plans` from the first one on that should fit into `free_bytes` (the last one, if none does).
+
+    The rest are the fall-backs, in order, after an out-of-memory error. All ranks must start with the same plan:
+    give the smallest free memory of them all, or see `agree`.
+    """
+    for i, plan in enumerate(plans):
+        peak, largest = decode_memory(decoder, latents, plan)
+        if peak * MARGIN <= free_bytes and largest <= LARGEST_TENSOR:
+            return plans[i:]
+    return plans[-1:]
+
+
+def probe(decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan) -> bool:
+    """Whether this rank can decode two chunks of zeros by `plan`; False after an out-of-memory error."""
+    try:
+        _two_chunks(decoder, decoder, latents, plan, LocalLink(), next(decoder.parameters()).device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def agree(
+    plans: tuple[DecodePlan, ...], fits: Callable[[DecodePlan], bool], axis: Axis, device: torch.device
+) -> DecodePlan:
+    """The first plan that fits on every rank of the axis; collective.
+
+    In the middle of a decode a rank that runs out of memory cannot call the others back from waiting for it, so
+    with several ranks the plan is tried out (`probe`) before it is used. Raises MemoryError when none fits.
+    """
+    for plan in plans:
+        mine = torch.tensor([int(fits(plan))], device=device)
+        if axis.group is not None:
+            dist.all_reduce(mine, dist.ReduceOp.MIN, group=axis.group)
+        if mine.item():
+            return plan
+    raise MemoryError(f"even the smallest way to decode ({plans[-1]}) does not fit into memory")

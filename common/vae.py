@@ -1,0 +1,273 @@
+"""Causal video autoencoders in bounded memory: streaming in time, on one rank or dealt over many.
+
+A causal layer needs nothing but the last frames of what came before, so a video can pass through chunk by chunk and
+come out as if it had passed in one piece. `CausalStream` is all a model sees of this: a causal convolution says
+`x = stream.extend(self, x, frames)` and computes. Where the frames come from is the link's business: the first frame
+repeated, this rank's memory (`LocalLink`), or the rank that computes the chunk before (`PairLink`).
+
+Over P ranks chunk k belongs to rank k mod P, and a convolution's tail leaves for the next rank before the
+convolution runs. So chunk k + 1 follows chunk k one layer behind: a wavefront over (chunk, layer).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.parallel import Axis
+
+# A message on its way and the tensor that must live until it has arrived.
+Sent = tuple[dist.Work | None, Tensor]
+
+
+def _wait(sent: Sent | None) -> None:
+    if sent is not None and sent[0] is not None:
+        sent[0].wait()
+
+
+class Link(Protocol):
+    """Carries each layer's last frames from one chunk of a video to the next."""
+
+    def send(self, key: Hashable, tail: Tensor) -> None: ...
+
+    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        """The `frames` frames before `x`, (B, C, frames, H, W), with the dtype and device of `x`."""
+        ...
+
+    def close(self) -> None:
+        """The video is through: wait until everything sent has been taken."""
+        ...
+
+
+class LocalLink:
+    """Tails kept in this process. `offload` parks them in host memory, for videos of which only a part is in hand."""
+
+    def __init__(self, offload: bool = False) -> None:
+        self.offload = offload
+        self.kept: defaultdict[Hashable, deque[Tensor]] = defaultdict(deque)
+
+    def send(self, key: Hashable, tail: Tensor) -> None:
+        # A view would keep the whole chunk's activations alive.
+        kept = tail.to("cpu", copy=True) if self.offload else tail.clone()
+        self.kept[key].append(kept)
+
+    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        return self.kept[key].popleft().to(x.device)
+
+    def close(self) -> None:
+        self.kept.clear()
+
+
+class PairLink:
+    """Tails to the next rank and from the one before, each over a process group of just these two ranks.
+
+    Both ends go through (chunk, layer) in the same order, so the order of the messages says what they are. A send is
+    waited for only when the same layer sends again, one round later: by then its receiver, which depends on nothing
+    this rank has still to do, has taken it. At most one tail a layer is on its way.
+    """
+
+    def __init__(self, before: dist.ProcessGroup, after: dist.ProcessGroup) -> None:
+        self.before, self.after = before, after
+        self.sending: dict[Hashable, Sent] = {}
+
+    def send(self, key: Hashable, tail: Tensor) -> None:
+        _wait(self.sending.pop(key, None))
+        tail = tail.clone(memory_format=torch.contiguous_format)
+        work = dist.isend(tail, group=self.after, group_dst=1 - dist.get_rank(self.after))
+        self.sending[key] = (work, tail)
+
+    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        tail = x.new_empty(*x.shape[:2], frames, *x.shape[3:])
+        _wait((dist.irecv(tail, group=self.before, group_src=1 - dist.get_rank(self.before)), tail))
+        return tail
+
+    def close(self) -> None:
+        for sent in self.sending.values():
+            _wait(sent)
+        self.sending.clear()
+
+
+class CausalStream:
+    """One chunk's place in its video. The default is the whole video as one chunk, which also trains."""
+
+    def __init__(self, link: Link | None = None, first: bool = True, last: bool = True) -> None:
+        self.link = link or LocalLink()
+        self.first, self.last = first, last
+
+    def extend(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        """`x` (B, C, T, H, W) with the `frames` frames before it, (B, C, frames + T, H, W).
+
+        Before the first frame of a video lie copies of it. `key` names the layer. The tail is handed on before
+        anything is awaited, unless this chunk is so short that its tail reaches into the chunk before.
+        """
+        if frames == 0:
+            return x
+        enough = x.shape[2] >= frames
+        if enough and not self.last:
+            self.link.send(key, x[:, :, -frames:])
+        before = x[:, :, :1].expand(-1, -1, frames, -1, -1) if self.first else self.link.receive(key, x, frames)
+        x = torch.cat([before, x], dim=2)
+        if not enough and not self.last:
+            self.link.send(key, x[:, :, -frames:])
+        return x
+
+    def skip(self, x: Tensor, frames: int) -> Tensor:
+        """`x` without the video's first `frames` frames, which only its first chunk has."""
+        return x[:, :, frames:] if self.first else x
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that sees no later frame; padding in space is half the kernel, in the given mode."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int | tuple[int, int, int],
+        padding_mode: Literal["zeros", "replicate"] = "zeros",
+        stride: int | tuple[int, int, int] = 1,
+    ) -> None:
+        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        padding = (0, (kernel[1] - 1) // 2, (kernel[2] - 1) // 2)
+        super().__init__(channels_in, channels_out, kernel, stride, padding, padding_mode=padding_mode)
+
+    def forward(self, x: Tensor, stream: CausalStream) -> Tensor:  # type: ignore[override]
+        x = stream.extend(self, x, self.kernel_size[0] - 1)
+        if self.padding_mode != "zeros":
+            # Done here and not by the base class, which would keep the unpadded copy while it convolves.
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        return F.conv3d(x, self.weight, self.bias, self.stride, padding)
+
+
+class TimeSplit:
+    """The ranks of an axis as a ring along which tails travel. Construction and `close` are collective.
+
+    One process group per directed edge p -> p + 1, so that with two ranks the two directions do not queue behind
+    each other (NCCL gives a group one stream). NCCL also connects at the first message and blocks until the other
+    side does the same; around a ring of sends that would never end, so the edges are connected here, in one order.
+    """
+
+    def __init__(self, axis: Axis | None = None, device: torch.device | str = "cpu") -> None:
+        self.axis = axis or Axis()
+        self.edges: list[dist.ProcessGroup] = []
+        if self.axis.size == 1:
+            return
+        ranks = dist.get_process_group_ranks(self.axis.group)
+        pairs = [(ranks[p], ranks[(p + 1) % len(ranks)]) for p in range(len(ranks))]
+        whole_world = len(ranks) == dist.get_world_size()
+        for pair in pairs:
+            member = dist.get_rank() in pair
+            if member or whole_world:
+                group = dist.new_group(list(pair), use_local_synchronization=not whole_world)
+            if member:
+                self._connect(group, pair, torch.device(device))
+                self.edges.append(group)
+        # The edges in the order of this rank's life: from the rank before, to the rank after.
+        first, second = self.edges
+        self.edges = [second, first] if self.axis.rank == 0 else [first, second]
+
+    @staticmethod
+    def _connect(group: dist.ProcessGroup, pair: tuple[int, int], device: torch.device) -> None:
+        token = torch.zeros(1, device=device)
+        if dist.get_rank() == pair[0]:
+            dist.send(token, dst=pair[1], group=group)
+        else:
+            dist.recv(token, src=pair[0], group=group)
+
+    def link(self) -> Link:
+        """A fresh link for one video."""
+        return PairLink(*self.edges) if self.edges else LocalLink()
+
+    def close(self) -> None:
+        for group in self.edges:
+            dist.destroy_process_group(group)
+        self.edges = []
+
+
+def deal(
+    owners: Sequence[int],
+    axis: Axis,
+    work: Callable[[int], Tensor],
+    blank: Callable[[int], Tensor],
+) -> Iterator[Tensor | None]:
+    """Item i is computed by rank owners[i]; rank 0 yields every item in order, the others None for each of theirs.
+
+    work(i): the item, a contiguous CPU tensor. blank(i): an empty tensor of its shape and dtype.
+    Rank 0 computes its next item before it waits for those of the others, so it never holds up the wavefront, and
+    holds no more than the items between two of its own. The others keep one finished item until it is taken.
+    """
+    if axis.rank == 0:
+        awaited: deque[Sent] = deque()
+        for item, owner in enumerate(owners):
+            if owner == 0:
+                mine = work(item)
+                yield from _arrivals(awaited)
+                yield mine
+            else:
+                box = blank(item)
+                awaited.append((dist.irecv(box, group=axis.group, group_src=owner), box))
+        yield from _arrivals(awaited)
+        return
+    sending: Sent | None = None
+    for item, owner in enumerate(owners):
+        if owner == axis.rank:
+            mine = work(item)
+            _wait(sending)
+            sending = (dist.isend(mine, group=axis.group, group_dst=0), mine)
+            yield None
+    _wait(sending)
+
+
+def _arrivals(awaited: deque[Sent]) -> Iterator[Tensor]:
+    while awaited:
+        message = awaited.popleft()
+        _wait(message)
+        yield message[1]
+
+
+def spans(lengths: Sequence[int]) -> list[slice]:
+    """Consecutive slices of the given lengths."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [slice(start, start + length) for start, length in zip(starts, lengths)]
+
+
+def encode_moments(
+    encoder: Callable[[Tensor, CausalStream], Tensor],
+    video: Tensor,
+    lengths: Sequence[int],
+    split: TimeSplit,
+) -> Tensor:
+    """Encode a video chunk by chunk, chunk k on rank k mod P; the whole result is on every rank.
+
+    encoder: (1, C, t, H, W) and a stream -> (1, C', t', h, w). video: (1, C, T, H, W), the same on every rank.
+    lengths: frames of each chunk. Collective over the axis of `split`.
+    """
+    axis, link, parts = split.axis, split.link(), spans(lengths)
+    mine = {}
+    for k in range(axis.rank, len(parts), axis.size):
+        stream = CausalStream(link, first=k == 0, last=k == len(parts) - 1)
+        mine[k] = encoder(video[:, :, parts[k]], stream)
+    link.close()
+    if axis.group is None:
+        return torch.cat([mine[k] for k in range(len(parts))], dim=2)
+    return _everywhere(mine, len(parts), axis, video)
+
+
+def _everywhere(mine: dict[int, Tensor], count: int, axis: Axis, like: Tensor) -> Tensor:
+    """All chunks on every rank, each broadcast by its owner, who alone knows its shape."""
+    described: list[dict[int, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(axis.size)]
+    dist.all_gather_object(described, {k: (c.shape, c.dtype) for k, c in mine.items()}, group=axis.group)
+    chunks = []
+    for k in range(count):
+        shape, dtype = described[k % axis.size][k]
+        chunk = mine[k].contiguous() if k in mine else torch.empty(shape, dtype=dtype, device=like.device)
+        dist.broadcast(chunk, group=axis.group, group_src=k % axis.size)
+        chunks.append(chunk)
+    return torch.cat(chunks, dim=2)
