@@ -177,3 +177,8 @@ def reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space is left on the disk"
     return (os.strerror(error.errno) if error.errno else str(error)).lower()
+
+
+def partial_name(path: Path) -> Path:
+    """The name under which a file grows until it is complete: hidden, beside it, of the same kind."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")

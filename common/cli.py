@@ -22,6 +22,7 @@ from common.checks import Degrees, Ranks, Rules, choose_degrees, folder_problem,
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
+MIN_TILE = 32
 
 
 class Option(click.Option):
@@ -36,8 +37,22 @@ class Option(click.Option):
             return None, args
 
 
+class TileSize(click.ParamType):
+    """`256` or `320x240` (width x height), as (height, width)."""
+
+    name = "N|WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        sides = str(value).lower().split("x")
+        if len(sides) > 2 or not all(side.isdigit() and int(side) >= MIN_TILE for side in sides):
+            self.fail(f"{value!r} is no tile size; write 256 or 320x240, at least {MIN_TILE} pixels a side", param, ctx)
+        return int(sides[-1]), int(sides[0])
+
+
 def _options(program: Program) -> list[click.Parameter]:
     def option(name: str, *, type: Any = None, default: Any = None, help: str, **more: Any) -> Option:
+        if more.get("is_flag"):
+            default = False
         return Option([name], type=type, default=default, help=help, **more)
 
     path = click.Path(path_type=Path)
@@ -52,6 +67,7 @@ def _options(program: Program) -> list[click.Parameter]:
             type=choice(program.demos),
             help="Use a small checkpoint that is made on first use.",
         ),
+        option("--text-encoder-dir", type=path, help="T5 directory, where it is not in the checkpoint's."),
         option("--prompt", help="What the video shows."),
         option("--prompt-file", type=path, help="A text file, one prompt a line: one loading, many videos."),
         option("--num-videos", type=int, default=1, help="Videos per prompt, each with the next seed."),
@@ -79,7 +95,7 @@ def _options(program: Program) -> list[click.Parameter]:
         ),
         option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
         option("--vae-chunk", type=int, help="Latent frames decoded at once."),
-        option("--vae-tile", type=int, help="Side of a decoded tile in pixels."),
+        option("--vae-tile", type=TileSize(), help="Largest tile in pixels: 256, or 320x240 (width x height)."),
         option("--keep-loaded", is_flag=True, help="Keep every stage in memory between videos."),
         option(
             "--timeout", type=float, default=1800.0, help="Seconds after which a collective that hangs ends the run."
@@ -159,11 +175,16 @@ class _Reader:
     def __init__(self, program: Program, values: Mapping[str, Any], problems: list[str], at: launch.Place) -> None:
         self.program, self.values, self.problems, self.place = program, values, problems, at
         self.output = Path()
+        self.gpus = 0 if values["device"] == "cpu" else launch.visible_gpus()
 
     def request(self) -> Request:
         source, rules = self._source()
         videos = self._videos(source, rules)
-        self._positive("vae_chunk", "vae_tile")
+        self._positive("vae_chunk")
+        if self.values["vae"] == "exact" and self.values["vae_tile"]:
+            self.problems.append("--vae exact does not cut the picture; leave --vae-tile out, or use --vae tiled")
+        if (folder := self.values["text_encoder_dir"]) is not None and not folder.is_dir():
+            self.problems.append(f"--text-encoder-dir {folder} is not a directory")
         if not (self.values["timeout"] or 0) > 0:
             self.problems.append(f"--timeout {self.values['timeout']} is not a positive number of seconds")
         extra = {option.name: self.values[option.name] for option in self.program.options}
@@ -171,8 +192,8 @@ class _Reader:
         ranks, degrees, chosen = self._layout(rules)
         if self.problems:
             raise WrongUse(list(dict.fromkeys(self.problems)))
-        names = ("device", "attention", "vae", "vae_chunk", "vae_tile", "keep_loaded", "timeout", "debug")
-        taken = {name: self.values[name] for name in names}
+        names = ("attention", "vae", "vae_chunk", "vae_tile", "keep_loaded", "timeout", "debug", "text_encoder_dir")
+        taken = {name: self.values[name] for name in names} | {"device": "cuda" if self.gpus else "cpu"}
         dtype = self.values["dtype"] or rules.dtype
         setup = Setup(source, rules, ranks, degrees, chosen, dtype=dtype, extra=extra, **taken)
         return Request(setup, self.output, tuple(videos), tuple(self._remarks()))
@@ -282,10 +303,11 @@ class _Reader:
         ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
         cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
         self._positive("gpus")
-        gpus = 0 if self.values["device"] == "cpu" else launch.visible_gpus()
-        if self.values["device"] == "cuda" and not gpus:
+        if self.values["device"] == "cuda" and not self.gpus:
             self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
-        ranks = self._ranks(gpus, [d for d in (cfg, ring, ulysses) if d is not None])
+        if self.values["attention"] in ("cudnn", "flash2", "flash3") and not self.gpus:
+            self.problems.append(f"--attention {self.values['attention']} needs an NVIDIA GPU; use sdpa or auto here")
+        ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
         guided = self._value("cfg_scale", rules.cfg_scale) != 1
         wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong
@@ -336,5 +358,5 @@ def _numbered(base: Video, prompts: Sequence[str], count: int) -> list[Video]:
         output = base.output
         if total > 1:
             output = output.with_stem(f"{output.stem}-{index + 1:0{len(str(total))}}")
-        videos.append(replace(base, prompt=prompts[index // count], seed=seed, output=output))
+        videos.append(replace(base, prompt=prompts[index // count], seed=seed, take=index % count, output=output))
     return videos

@@ -26,6 +26,7 @@ class Failure:
     secondary: bool = False
     late: bool = False
     killed: bool = False
+    status: int = 1
     trace: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -36,7 +37,7 @@ class Failure:
         return f"rank {self.rank}, {self.stage}: {self.message}" if with_rank else f"{self.stage}: {self.message}"
 
 
-def describe(error: BaseException, rank: int, stage: str) -> Failure:
+def describe(error: BaseException, rank: int, stage: str, status: int = 1) -> Failure:
     """One line for an exception, and whether it is the cause or only an echo of another rank's end."""
     text = " ".join(str(error).split())
     trace = "".join(traceback.format_exception(error))
@@ -47,8 +48,8 @@ def describe(error: BaseException, rank: int, stage: str) -> Failure:
         if any(word in text.lower() for word in _NO_ANSWER):
             message = "another rank did not answer within --timeout"
             return Failure(rank, stage, message, secondary=True, late=True, trace=trace)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = f"no space is left on the disk for {error.filename or 'a file'}"
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "no space left" in text.lower():
+        message = f"no space is left on the disk: {text}"
     elif isinstance(error, OSError) and error.errno and error.filename:
         message = f"{error.filename}: {(error.strerror or kind).lower()}"
     elif kind == "OutOfMemoryError" or isinstance(error, MemoryError):
@@ -57,25 +58,24 @@ def describe(error: BaseException, rank: int, stage: str) -> Failure:
         message = text
     else:
         message = f"{kind}: {text}" if text else kind
-    return Failure(rank, stage, message[:2000], trace=trace)
+    return Failure(rank, stage, message[:2000], status=status, trace=trace)
 
 
 def _first_sentence(text: str) -> str:
     return text.split(". ")[0]
 
 
-def verdict(failures: Sequence[Failure], silent: Sequence[tuple[int, str]]) -> str:
-    """The one line for the user. silent: (rank, stage) of the ranks that are alive and have said nothing."""
-    causes = [f for f in failures if not f.secondary and not f.killed]
+def verdict(failures: Sequence[Failure], silent: Sequence[tuple[int, str]]) -> tuple[int, str]:
+    """Exit status and the one line for the user. silent: (rank, stage) of ranks that live and have said nothing."""
     killed = [f for f in failures if f.killed]
+    causes = sorted((f for f in failures if not f.secondary and not f.killed), key=lambda f: f.when)
     echoes = sorted((f for f in failures if f.secondary), key=lambda f: f.when)
-    if causes:
-        first = min(causes, key=lambda f: f.when)
-        # A crash that a signal reports and an exception do not exclude each other; the earlier one is the cause.
-        return min([first, *[k for k in killed if k.when < first.when]], key=lambda f: f.when).text()
+    # A killed rank is noticed after it died, so an exception told before that is the earlier event.
+    if causes and all(causes[0].when < k.when for k in killed):
+        return causes[0].status, causes[0].text()
     if killed:
-        return "; ".join(f.text() for f in sorted(killed, key=lambda f: f.rank))
-    if echoes and echoes[0].late and silent:
+        return 1, "; ".join(f.text() for f in sorted(killed, key=lambda f: f.rank))
+    if echoes[0].late and silent:
         waiting = ", ".join(f"rank {rank} ({stage})" for rank, stage in silent)
-        return f"{echoes[0].text()}; still silent: {waiting}"
-    return echoes[0].text()
+        return 1, f"{echoes[0].text()}; still silent: {waiting}"
+    return 1, echoes[0].text()

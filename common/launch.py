@@ -20,8 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import IO, Any
@@ -30,6 +30,7 @@ from common.failure import Failure, describe, verdict
 
 GRACE_SECONDS = 1.5  # after the first failure: time for the rank that caused it to be noticed
 _PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REPORT, _LIFE, _STDERR, _PARENT = "XDIT_REPORT_FD", "XDIT_LIFE_FD", "XDIT_STDERR_FD", "XDIT_PARENT_PID"
 
 
@@ -90,7 +91,7 @@ def raise_on_signals() -> None:
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, stop)
 
 
@@ -129,23 +130,38 @@ class Link:
         """Tell the parent where this rank is; lost when the parent does not keep up."""
         self._send({"stage": where})
 
-    def failed(self, stage: str, error: BaseException) -> None:
-        """Tell the user, once, why this rank failed."""
-        failure = describe(error, self.place.rank, stage)
+    def failed(self, stage: str, error: BaseException, status: int = 1, afterword: str = "") -> None:
+        """Tell the user, once for all ranks, why this rank failed. afterword: follows the message on the same line."""
+        failure = describe(error, self.place.rank, stage, status)
         if self.debug:
             print(failure.trace, file=self.stderr, flush=True)
         if self._pipe is not None:
             os.set_blocking(self._pipe, True)
             self._send({"failure": failure.as_dict()})
         elif self.place.world_size == 1:
-            print(f"error: {failure.text(with_rank=False)}", file=self.stderr, flush=True)
+            print(f"error: {failure.text(with_rank=False)}{afterword}", file=self.stderr, flush=True)
         elif _first_to_fail():
-            print(f"error: {failure.text()}", file=self.stderr, flush=True)
+            print(f"error: {failure.text()}{afterword}", file=self.stderr, flush=True)
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._pipe is not None:
             with suppress(BlockingIOError, BrokenPipeError):
                 os.write(self._pipe, json.dumps(message).encode() + b"\n")
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Signals become `Stopped` inside, so that what is half written is removed; rank 0 writes within this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    raise_on_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:
@@ -187,9 +203,11 @@ class _Child:
     failure: Failure | None = None
 
     def last_words(self) -> str:
+        """The last line on stderr that is no warning, nor the indented source line that follows one."""
         self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 4096))
-        lines = [line.strip() for line in self.output.read().decode(errors="replace").splitlines()]
-        return next((line[:300] for line in reversed(lines) if line), "")
+        lines = self.output.read().decode(errors="replace").splitlines()
+        said = [line for line in lines if line.strip() and not line[0].isspace() and "Warning" not in line]
+        return said[-1][:300] if said else ""
 
 
 def supervise(
@@ -197,33 +215,34 @@ def supervise(
     ranks: int,
     cpu: bool,
     debug: bool = False,
-    clean_up: Callable[[], None] = lambda: None,
+    clean_up: Callable[[], str] = lambda: "",
 ) -> int:
     """Run `command` once per rank and return the exit status: 0, 1 (one line on stderr says why), 2, or 128 + signal.
 
     cpu: the ranks compute on the CPU and share its cores.
     debug: the ranks' own stderr goes to the screen; otherwise it is kept for the last words of a rank that crashed.
-    clean_up: called when the run did not succeed, after the last rank is gone.
+    clean_up: called when the run did not succeed, after the last rank is gone; what it returns ends the error line.
     """
     raise_on_signals()
     children: list[_Child] = []
-    status = 1
+    status, reason = 1, ""
     life_read, life_write = os.pipe()
     try:
         port = free_port()
         for rank in range(ranks):
             children.append(_start(command, rank, ranks, port, cpu, debug, life_read))
-        status = _watch(children)
+        status, reason = _watch(children)
     except Stopped as stopped:
         status = stopped.status
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         _stop(children)
         os.close(life_read)
         os.close(life_write)
-        if status:
-            clean_up()
+        afterword = clean_up() if status else ""
+    if reason:
+        print(f"error: {reason}{afterword}", file=sys.stderr, flush=True)
     return status
 
 
@@ -264,8 +283,8 @@ def _start(command: Sequence[str], rank: int, ranks: int, port: int, cpu: bool, 
     return _Child(rank, process, read, output)
 
 
-def _watch(children: list[_Child]) -> int:
-    """Until all ranks are done, or one has failed and its reason is known."""
+def _watch(children: list[_Child]) -> tuple[int, str]:
+    """Until all ranks are done, or one has failed: the exit status and the reason."""
     deadline: float | None = None
     with selectors.DefaultSelector() as selector:
         for child in children:
@@ -276,9 +295,7 @@ def _watch(children: list[_Child]) -> int:
                     selector.unregister(key.fd)
             codes = [child.process.poll() for child in children]
             if all(code == 0 for code in codes):
-                return 0
-            if 2 in codes:
-                return 2  # a rank found wrong use and has said so
+                return 0, ""
             broken = any(code for code in codes) or any(child.failure for child in children)
             if broken and deadline is None:
                 deadline = time.monotonic() + GRACE_SECONDS
@@ -286,8 +303,7 @@ def _watch(children: list[_Child]) -> int:
                 break
     for child in children:
         _read(child)
-    print(f"error: {_explain(children)}", file=sys.stderr, flush=True)
-    return 1
+    return _explain(children)
 
 
 def _read(child: _Child) -> bool:
@@ -307,19 +323,17 @@ def _read(child: _Child) -> bool:
     return False
 
 
-def _explain(children: list[_Child]) -> str:
+def _explain(children: list[_Child]) -> tuple[int, str]:
     failures = []
     for child in children:
         code = child.process.poll()
         if child.failure is not None:
             failures.append(child.failure)
         elif code:
-            words = child.last_words()
-            if code < 0:
-                message = f"killed by signal {-code} ({signal.Signals(-code).name})"
-            else:
-                message = f"ended with status {code}"
-            if words:
+            message = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
+            if code == -signal.SIGKILL:
+                message += ", which is also how the system ends a process when memory runs out"
+            elif words := child.last_words():
                 message += f"; its last words: {words}"
             failures.append(Failure(child.rank, child.stage, message, time.time(), killed=code < 0))
     silent = [(child.rank, child.stage) for child in children if child.failure is None and child.process.poll() is None]

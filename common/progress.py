@@ -47,8 +47,8 @@ class StageRecord:
 
 
 class _Active:
-    def __init__(self, name: str, total: int | None, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
+    def __init__(self, name: str, total: int | None, unit: str, quiet: bool) -> None:
+        self.name, self.total, self.unit, self.quiet = name, total, unit, quiet
         self.done = 0
         self.started = time.perf_counter()
         self.first_done = 0.0
@@ -123,11 +123,16 @@ class Stages:
         return getattr(self.device, "type", None) == "cuda"
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, unit: str = "step") -> Iterator[Callable[..., None]]:
-        """Run a stage; yields `step(count=1)`, to be called as units get done when `total` is given."""
+    def stage(
+        self, name: str, total: int | None = None, unit: str = "step", quiet: bool = False
+    ) -> Iterator[Callable[..., None]]:
+        """Run a stage; yields `step(count=1)`, to be called as units get done when `total` is given.
+
+        quiet: not shown and not kept in `records`; where the run is, is told all the same.
+        """
         self._failed = None
         self._fold_peak()
-        active = _Active(name, total, unit)
+        active = _Active(name, total, unit, quiet)
         self._stack.append(active)
         self._tell(active.where)
         self._open(active)
@@ -198,7 +203,7 @@ class Stages:
             self.note(f"{active.name} {active.speed}")
 
     def _open(self, active: _Active) -> None:
-        if self.console is None:
+        if self.console is None or active.quiet:
             return
         if not self.console.is_terminal:
             self.note(f"{active.name} ...")
@@ -216,7 +221,7 @@ class Stages:
             if len(self._stack) == 1:
                 self._progress.stop()
                 self._progress = None
-        if failed:
+        if failed or active.quiet:
             return
         steps = active.done if active.total is not None else None
         self.records.append(StageRecord(active.name, seconds, active.peak_bytes, steps))

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from common.checks import Degrees, Rules
+from common.checks import Degrees, Rules, partial_name
 
 
 class WrongUse(Exception):
@@ -34,7 +34,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Video:
-    """One video to make. seed None: rank 0 draws one. latents: decode this file instead of sampling."""
+    """One video to make. latents: decode this file instead of sampling.
+
+    seed None: rank 0 draws one for the whole command, and the video's is that plus `take`, its place among the videos
+    of the same prompt.
+    """
 
     prompt: str
     negative_prompt: str
@@ -46,6 +50,7 @@ class Video:
     fps: int
     output: Path
     seed: int | None = None
+    take: int = 0
     latents: Path | None = None
 
     @property
@@ -58,16 +63,17 @@ class Video:
         return self.output.with_suffix(".json")
 
     @property
-    def partial_files(self) -> tuple[Path, Path]:
-        """The temporary names under which the mp4 and the json grow."""
-        return partial_name(self.output), partial_name(self.sidecar)
+    def partial_files(self) -> tuple[Path, ...]:
+        """The temporary names under which the files of this video grow."""
+        latents = self.latents_file
+        return partial_name(self.output), partial_name(self.sidecar), latents.with_name(f"{latents.name}.part")
 
 
 @dataclass(frozen=True)
 class Setup:
     """How the videos of one command are made. degrees: cfg, ring, ulysses; chosen: whether the program chose any.
 
-    extra: the fork's own options by name.
+    device: cpu or cuda. vae_tile: height, width in pixels. extra: the fork's own options by name.
     """
 
     source: Source
@@ -75,16 +81,21 @@ class Setup:
     ranks: int
     degrees: Degrees
     chosen: bool
-    device: str = "auto"
+    device: str = "cpu"
     dtype: str = "bf16"
     attention: str = "auto"
     vae: str = "auto"
     vae_chunk: int | None = None
-    vae_tile: int | None = None
+    vae_tile: tuple[int, int] | None = None
     keep_loaded: bool = False
     timeout: float = 1800.0
     debug: bool = False
+    text_encoder_dir: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
 
 
 @dataclass(frozen=True)
@@ -123,23 +134,17 @@ class Program:
     check: Callable[[Mapping[str, Any], Sequence[Video]], list[str]] = lambda options, videos: []
 
 
-def partial_name(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.partial{path.suffix}")
-
-
 def draw_seeds(videos: Sequence[Video]) -> list[Video]:
-    """Videos without a seed get one; rank 0 draws for all ranks, then sends the list."""
-    return [
-        video if video.seed is not None else replace(video, seed=random.SystemRandom().randrange(2**32))
-        for video in videos
-    ]
+    """The videos with seeds. Rank 0 draws for all ranks, then sends the list."""
+    drawn = random.SystemRandom().randrange(2**32)
+    return [replace(v, seed=drawn + v.take) if v.seed is None else v for v in videos]
 
 
 def settings(setup: Setup, video: Video) -> dict[str, Any]:
     """Every setting of one video, plain values for the json."""
     cfg, ring, ulysses = setup.degrees
     flat = asdict(setup) | asdict(video) | dict(setup.extra)
-    for name in ("source", "rules", "degrees", "chosen", "extra", "debug"):
+    for name in ("source", "rules", "degrees", "chosen", "extra", "debug", "take"):
         flat.pop(name)
     flat |= {"model_dir": setup.source.model_dir, "demo": setup.source.demo}
     flat["layout"] = {"cfg": cfg, "ring": ring, "ulysses": ulysses, "ranks": setup.ranks}

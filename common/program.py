@@ -1,0 +1,249 @@
+"""The program every fork runs: read the command, start the ranks, prove that they can talk, make the videos.
+
+A fork's cli.py is a `Program` and two lines:
+
+    def main() -> None:
+        sys.exit(program.main(PROGRAM))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common import launch
+from common.cli import parse, version
+from common.progress import StageRecord, Stages
+from common.request import Program, Request, Setup, WrongUse, draw_seeds, settings
+
+if TYPE_CHECKING:
+    from common.parallel import Mesh
+
+SELF_TEST_SECONDS = 60.0
+
+
+def main(program: Program, arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    at = launch.place()
+    try:
+        request = parse(program, arguments, at)
+    except WrongUse as wrong:
+        if at.local_rank == 0:
+            for problem in wrong.problems:
+                print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except KeyboardInterrupt:
+        return 130
+    if at.rank == 0 and not request.output.parent.exists():
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    if at.launcher is None and request.setup.ranks > 1:
+        # The ranks get the name too: by default it holds the time.
+        command = [sys.executable, program.script, *arguments, "--output", str(request.output)]
+        setup = request.setup
+        return launch.supervise(command, setup.ranks, setup.on_cpu, setup.debug, lambda: clean_up(request, started))
+    return run_rank(program, request, at, started)
+
+
+def clean_up(request: Request, since: float) -> str:
+    """After a failure: remove what is half written; name the latents this run has finished, for `--from-latents`."""
+    kept = []
+    for video in request.videos:
+        for path in video.partial_files:
+            path.unlink(missing_ok=True)
+        if video.latents_file.exists() and video.latents_file.stat().st_mtime >= since:
+            kept.append(str(video.latents_file))
+    return f"; finished latents are kept, decode them with --from-latents {kept[-1]}" if kept else ""
+
+
+def run_rank(program: Program, request: Request, at: launch.Place, started: float) -> int:
+    """One rank's whole life; returns its exit status, or ends the process when peers may still be waiting for it."""
+    link = launch.Link(at, request.setup.debug)
+    console = None
+    if at.rank == 0:
+        from rich.console import Console
+
+        console = Console(file=link.stderr)
+    stages = Stages(console, link.at_stage)
+    for remark in request.remarks:
+        stages.note(remark)
+
+    def after_failure() -> str:
+        return clean_up(request, started) if at.rank == 0 and at.launcher != "supervise" else ""
+
+    try:
+        with _reporting(link, stages, after_failure, wrong_use=True):
+            mesh = _connect(request.setup, at, stages)
+        with mesh:
+            with _reporting(link, stages, after_failure, wrong_use=True):
+                _self_test(mesh, request.setup, stages, link)
+                setup = _with_demo(program, request.setup, mesh, at, stages)
+                with stages.stage("opening the checkpoint", quiet=True):
+                    pipeline = program.pipeline(setup, mesh, stages)
+            with _reporting(link, stages, after_failure):
+                make_videos(program, pipeline, request, mesh, stages)
+    except launch.Stopped as stopped:
+        after_failure()
+        return stopped.status
+    except KeyboardInterrupt:
+        after_failure()
+        return 130
+    except _Failed as failed:
+        return failed.status
+    return 0
+
+
+class _Failed(Exception):
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+@contextmanager
+def _reporting(
+    link: launch.Link, stages: Stages, after_failure: Callable[[], str], wrong_use: bool = False
+) -> Iterator[None]:
+    """Tell the user of an exception once. With peers, leave at once: they would wait in a collective for us.
+
+    wrong_use: a ValueError means the command asks for what this machine or checkpoint does not have (status 2).
+    """
+    try:
+        yield
+    except Exception as error:
+        status = 2 if wrong_use and type(error) is ValueError else 1
+        link.failed(stages.where, error, status, after_failure())
+        if link.place.world_size > 1:
+            sys.stdout.flush()
+            link.stderr.flush()
+            os._exit(status)
+        raise _Failed(status) from None
+
+
+def _connect(setup: Setup, at: launch.Place, stages: Stages) -> Mesh:
+    with stages.stage("starting", quiet=True):
+        from common.parallel import Layout, distributed
+
+        if setup.on_cpu:
+            launch.split_cores(at)
+        layout = Layout(*setup.degrees)
+        mesh = distributed(layout, "cpu" if setup.on_cpu else setup.device, setup.timeout)
+    stages.device = mesh.device
+    ranks = "1 rank" if setup.ranks == 1 else f"{setup.ranks} ranks"
+    stages.note(f"{ranks} on {mesh.device.type}: {layout}{' (chosen)' if setup.chosen else ''}")
+    return mesh
+
+
+def _self_test(mesh: Mesh, setup: Setup, stages: Stages, link: launch.Link) -> None:
+    from common.selftest import self_test
+
+    with stages.stage("testing the connections", quiet=True):
+        limit = min(setup.timeout, SELF_TEST_SECONDS)
+        self_test(mesh, limit, lambda error: link.failed(stages.where, error))
+
+
+def _with_demo(program: Program, setup: Setup, mesh: Mesh, at: launch.Place, stages: Stages) -> Setup:
+    """The setup with a real checkpoint directory; a demo checkpoint is made by one rank of each machine."""
+    if setup.source.demo is None:
+        return setup
+    with stages.stage("making the demo checkpoint", quiet=True):
+        if at.local_rank == 0:
+            program.make_demo(setup.source.demo)
+        _wait_for_all(mesh)
+        folder = program.make_demo(setup.source.demo)
+    return replace(setup, source=replace(setup.source, model_dir=folder))
+
+
+def _wait_for_all(mesh: Mesh) -> None:
+    if mesh.world.group is not None:
+        import torch
+
+        torch.distributed.all_reduce(torch.zeros(1), group=mesh.world.group)
+
+
+def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, stages: Stages) -> None:
+    """All videos of a request, one after the other, each complete on disk before the next begins. Collective."""
+    from common.parallel import broadcast_object
+    from common.video import VideoFile
+
+    videos = broadcast_object(mesh.world, draw_seeds(request.videos), mesh.device)
+    for number, video in enumerate(videos, 1):
+        if len(videos) > 1:
+            stages.note(f"video {number} of {len(videos)}: {video.prompt}")
+        if video.latents is None:
+            stages.note(f"seed {video.seed}")
+        first, began = len(stages.records), time.perf_counter()
+        make = program.generate if video.latents is None else program.decode
+        frames = make(pipeline, video, request.setup, stages)
+        of_peers = _gather(mesh, stages.records[first:])[1:]
+        if mesh.is_main:
+            count, height, width, _ = frames.shape  # decoded from a file, they need not be what the options say
+            made = settings(request.setup, video) | {"width": width, "height": height, "num_frames": count}
+            with launch.stoppable(), VideoFile(video.output, video.fps, video.prompt, json.dumps(made)) as file:
+                with stages.stage("writing"):
+                    file.add(frames)
+                    file.close()
+                seconds = time.perf_counter() - began
+                cost = {"seconds": seconds, "stages": _costs(stages.records[first:], of_peers)}
+                file.finish(video.sidecar, {"program": program.name, "settings": made} | cost | _surroundings(mesh))
+            if video.latents is None:
+                video.latents_file.unlink(missing_ok=True)
+            print(video.output, flush=True)
+
+
+def _gather(mesh: Mesh, records: list[StageRecord]) -> list[list[StageRecord]]:
+    if mesh.world.group is None:
+        return [records]
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * mesh.world.size
+    dist.all_gather_object(gathered, records, group=mesh.world.group)
+    return gathered
+
+
+def _costs(mine: list[StageRecord], of_peers: list[list[StageRecord]]) -> list[dict[str, Any]]:
+    """Seconds and peak memory by stage: rank 0's seconds, the bytes of every rank that ran the stage."""
+    costs = []
+    for record in mine:
+        peaks = [
+            r.peak_bytes for r in (record, *(other for peer in of_peers for other in peer)) if r.name == record.name
+        ]
+        costs.append(record.as_dict() | {"peak_bytes": max(peaks), "peak_bytes_by_rank": peaks})
+    return costs
+
+
+def _surroundings(mesh: Mesh) -> dict[str, Any]:
+    written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {"device": _device_name(mesh), "versions": _versions(), "written": written}
+
+
+def _device_name(mesh: Mesh) -> str:
+    if mesh.device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(mesh.device)
+    return "cpu"
+
+
+def _versions() -> dict[str, str | None]:
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    found: dict[str, str | None] = {"xdit-zoo": version(), "python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {"cuda": torch.version.cuda}

@@ -1,0 +1,73 @@
+"""Two seconds that prove the ranks can talk, before anyone waits for weights to load."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from common.parallel import Axis, Mesh
+
+
+def self_test(mesh: Mesh, limit: float, on_hang: Callable[[TimeoutError], None]) -> None:
+    """Send a number through every group of the mesh, the way the model will, and check what arrives. Collective.
+
+    limit: seconds for each group. A group that does not answer ends this process with status 1 after
+    `on_hang(error)` has told the user: a collective that hangs cannot be interrupted in any other way.
+    Raises RuntimeError when a group delivers wrong numbers.
+    """
+    tests = {
+        "world": (mesh.world, _gather),
+        "cfg": (mesh.cfg, _gather),
+        "sequence": (mesh.sequence, _gather),
+        "ring": (mesh.ring, _pass_on),
+        "ulysses": (mesh.ulysses, _all_to_all),
+    }
+    for name, (axis, test) in tests.items():
+        if axis.group is None:
+            continue
+        message = f"the {name} group ({axis.size} ranks) did not answer within {limit:.0f} s; check network and drivers"
+        timer = threading.Timer(limit, _give_up, (on_hang, TimeoutError(message)))
+        timer.daemon = True
+        timer.start()
+        received = test(axis, mesh.device)
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize(mesh.device)
+        timer.cancel()
+        if received.tolist() != _expected(axis, test):
+            raise RuntimeError(f"the {name} group delivered {received.tolist()}, expected {_expected(axis, test)}")
+
+
+def _give_up(on_hang: Callable[[TimeoutError], None], error: TimeoutError) -> None:
+    on_hang(error)
+    os._exit(1)
+
+
+def _gather(axis: Axis, device: torch.device) -> torch.Tensor:
+    received = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(axis.size)]
+    dist.all_gather(received, torch.full((1,), axis.rank, device=device), group=axis.group)
+    return torch.cat(received)
+
+
+def _all_to_all(axis: Axis, device: torch.device) -> torch.Tensor:
+    received = torch.zeros(axis.size, dtype=torch.int64, device=device)
+    dist.all_to_all_single(received, torch.full((axis.size,), axis.rank, device=device), group=axis.group)
+    return received
+
+
+def _pass_on(axis: Axis, device: torch.device) -> torch.Tensor:
+    received = torch.zeros(1, dtype=torch.int64, device=device)
+    to, source = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    mine = torch.full((1,), axis.rank, device=device)
+    sending = dist.P2POp(dist.isend, mine, group=axis.group, group_peer=to)
+    receiving = dist.P2POp(dist.irecv, received, group=axis.group, group_peer=source)
+    for work in dist.batch_isend_irecv([sending, receiving]):
+        work.wait()
+    return received
+
+
+def _expected(axis: Axis, test: Callable[..., torch.Tensor]) -> list[int]:
+    return [(axis.rank - 1) % axis.size] if test is _pass_on else list(range(axis.size))

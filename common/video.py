@@ -1,0 +1,217 @@
+"""Video files: frames to mp4 through a pipe to ffmpeg, and images and videos to frames. Frames are (T, H, W, 3) uint8.
+
+ffmpeg comes with imageio-ffmpeg; nothing has to be installed on the system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.checks import partial_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CRF = 17  # x264's constant rate factor: visually without loss
+MAX_TAG_BYTES = 60_000  # one command line argument may hold 128 KiB
+
+
+class VideoFile:
+    """An mp4 (H.264, yuv420p) that appears under its name only when it is complete, a json beside it likewise.
+
+    with VideoFile(path, fps=30, title=prompt) as file:
+        file.add(frames)                     # (t, H, W, 3) uint8, array or tensor, as often as needed
+        file.finish()                        # or finish(json_path, report)
+
+    Leaving without `finish` removes what was written. Odd sizes grow by one repeated row or column: yuv420p has no odd
+    sizes. Raises OSError when the file cannot be written, ValueError for frames that are no uint8 pictures.
+    """
+
+    def __init__(self, path: str | Path, fps: float, title: str = "", comment: str = "") -> None:
+        self.path, self.fps = Path(path), fps
+        self.tags = {"title": title, "comment": comment}
+        self.partial = partial_name(self.path)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the file is left
+        self.size: tuple[int, ...] = ()
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process is not None:
+            with suppress(OSError):
+                self.process.kill()
+            self.process.wait()
+            with suppress(OSError):
+                if self.process.stdin:
+                    self.process.stdin.close()
+        self.log.close()
+        self.partial.unlink(missing_ok=True)
+
+    def add(self, frames: np.ndarray | Tensor) -> None:
+        pictures = np.asarray(frames)
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+            raise ValueError(f"frames are {pictures.dtype} {pictures.shape}; needed are uint8 (T, H, W, 3)")
+        _, height, width, _ = pictures.shape
+        if self.process is None:
+            self.size = (height, width)
+            self.process = self._start(height + height % 2, width + width % 2)
+        if (height, width) != self.size:
+            raise ValueError(f"frames of {width}x{height} in a video of {self.size[1]}x{self.size[0]}")
+        assert self.process.stdin is not None
+        try:
+            for picture in pictures:  # one at a time: no second copy of the video
+                padded = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                self.process.stdin.write(np.ascontiguousarray(padded).data)
+        except BrokenPipeError:
+            raise self._failure() from None
+
+    def close(self) -> None:
+        """No more frames: wait for ffmpeg. The mp4 is complete, but still under its temporary name."""
+        if self.process is None:
+            raise ValueError(f"no frames for {self.path}")
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            raise self._failure() from None
+        if self.process.wait() != 0:
+            raise self._failure()
+        _flush_to_disk(self.partial)
+
+    def finish(self, sidecar: str | Path | None = None, report: dict[str, Any] | None = None) -> None:
+        """Complete the mp4, and the json `sidecar` with it; both get their names now."""
+        if self.process is None or self.process.returncode is None:
+            self.close()
+        if sidecar is not None:
+            write_json(Path(sidecar), report or {})
+        os.replace(self.partial, self.path)
+
+    def _start(self, height: int, width: int) -> subprocess.Popen[bytes]:
+        import ffmpeg
+
+        tags = {
+            f"metadata:g:{i}": f"{key}={text.encode()[:MAX_TAG_BYTES].decode(errors='ignore')}"
+            for i, (key, text) in enumerate(self.tags.items())
+            if text
+        }
+        source = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=self.fps)
+        # Untagged video is guessed to be BT.601 or BT.709 by its size; say which it is.
+        stream = source.output(
+            f"file:{self.partial}",
+            format="mp4",
+            vcodec="libx264",
+            pix_fmt="yuv420p",
+            crf=CRF,
+            vf="scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709",
+            colorspace="bt709",
+            color_primaries="bt709",
+            color_trc="bt709",
+            movflags="+faststart",
+            **tags,
+        )
+        command = stream.global_args("-loglevel", "error").overwrite_output().compile(cmd=_ffmpeg())
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log)
+
+    def _failure(self) -> OSError:
+        assert self.process is not None
+        self.process.wait()
+        self.log.seek(0)
+        said = " ".join(self.log.read().decode(errors="replace").split())
+        if "no space left" in said.lower():
+            return OSError(f"cannot write {self.path}: no space left on the disk")
+        return OSError(f"cannot write {self.path}: ffmpeg ended with status {self.process.returncode}: {said[-300:]}")
+
+
+def write_video(path: str | Path, frames: np.ndarray | Tensor | Iterable[np.ndarray | Tensor], fps: float) -> None:
+    """Frames (T, H, W, 3), or an iterable of such chunks, to an mp4; see `VideoFile` for what it raises."""
+    with VideoFile(path, fps) as file:
+        for chunk in [frames] if hasattr(frames, "shape") else frames:
+            file.add(chunk)
+        file.finish()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a json file, whole or not at all."""
+    partial = partial_name(path)
+    try:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _flush_to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """A disk may find out only now that it is full."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture file as (H, W, 3) uint8, upright as its EXIF data say. Raises ValueError when it cannot be read."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scale
+                return np.repeat((np.asarray(upright, dtype=np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            return np.asarray(upright.convert("RGB"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable image ({_one_line(error)})") from None
+
+
+def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndarray, float]:
+    """The first frames of a video file, (T, H, W, 3) uint8, and its frames per second.
+
+    Raises ValueError when the file is missing, is no video, or holds no frame.
+    """
+    import imageio_ffmpeg
+
+    _ffmpeg()
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such video file")
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{path} is not a readable video (the file is empty)")
+    frames: list[np.ndarray] = []
+    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    try:
+        info = next(reader)
+        width, height = info["size"]
+        for data in reader:
+            frames.append(np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3))
+            if len(frames) == max_frames:
+                break
+    except (OSError, RuntimeError, StopIteration, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable video ({_one_line(error)[-200:]})") from None
+    finally:
+        reader.close()
+    if not frames:
+        raise ValueError(f"{path} holds no video frames")
+    return np.stack(frames), float(info["fps"])
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _ffmpeg() -> str:
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise OSError("no ffmpeg: reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg program") from None
