@@ -134,7 +134,7 @@ class MochiPipeline:
         linear_steps: int | None = None,
         vae: str = "auto",
         vae_chunk: int | None = None,
-        vae_tile: int | None = None,
+        vae_tile: int | tuple[int, int] | None = None,
         latents_file: str | Path | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
@@ -143,7 +143,8 @@ class MochiPipeline:
         latents: noise to start from, (1, 12, T, height / 8, width / 8), in place of the seed's.
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, 12, T, h, w), on every rank).
-        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile's side is in pixels.
+        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile is (height, width), or its
+        side, in pixels.
         latents_file: where rank 0 puts the final latents before the decode begins.
         Raises ValueError for sizes the model does not admit, FloatingPointError when the latents turn NaN.
         """
@@ -166,10 +167,17 @@ class MochiPipeline:
         return self.decode(final, vae, vae_chunk, vae_tile)
 
     def decode(
-        self, latents: Tensor, vae: str = "auto", vae_chunk: int | None = None, vae_tile: int | None = None
+        self,
+        latents: Tensor,
+        vae: str = "auto",
+        vae_chunk: int | None = None,
+        vae_tile: int | tuple[int, int] | None = None,
     ) -> Tensor | None:
         """Latents (1, 12, T, h, w) to uint8 frames (6T - 5, 8h, 8w, 3) on rank 0, None elsewhere. Collective."""
-        tile = None if vae_tile is None else (vae_tile // self.vae_config.spatial_ratio,) * 2
+        tile = None
+        if vae_tile is not None:
+            height, width = (vae_tile, vae_tile) if isinstance(vae_tile, int) else vae_tile
+            tile = (height // self.vae_config.spatial_ratio, width // self.vae_config.spatial_ratio)
         with self.models.use("decoder", self._load_decoder) as decoder:
             return decode_video(
                 lambda plan, split: decode(decoder, latents, plan, split),
