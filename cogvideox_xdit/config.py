@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """`transformer/config.json`; the defaults are CogVideoX-2b's. Field names are ours, `KEYS` maps them.
+    """`transformer/config.json`; the defaults are CogVideoX-2b's. Field names are ours.
 
     sample_height, sample_width: of the latents the checkpoint was trained on; sample_frames: of the video
     patch_time: frames of a patch, None where a patch is one frame (1.0 checkpoints)
@@ -88,7 +88,7 @@ CONFIGS: Mapping[str, TransformerConfig] = {
     "1.5-i2v": replace(_15, in_channels=32, ofs_dim=512),
 }
 
-KEYS: Mapping[str, str] = {
+_TRANSFORMER = {
     "heads": "num_attention_heads",
     "head_dim": "attention_head_dim",
     "layers": "num_layers",
@@ -110,10 +110,8 @@ KEYS: Mapping[str, str] = {
     "time_scale": "temporal_interpolation_scale",
     "norm_eps": "norm_eps",
 }
-
-# What this code does, so a checkpoint that says otherwise must not be run. patch_bias is not here: the 1.5
-# checkpoints say false and have the bias all the same.
-_FIXED: Mapping[str, Any] = {
+# What this code does, so a checkpoint that says otherwise must not be run.
+_TRANSFORMER_FIXED = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "dropout": 0.0,
@@ -122,12 +120,97 @@ _FIXED: Mapping[str, Any] = {
     "timestep_activation_fn": "silu",
     "norm_elementwise_affine": True,
 }
+# The 1.5 checkpoints say patch_bias false and have the bias all the same.
+_TRANSFORMER_IGNORED = ("patch_bias",)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """`vae/config.json`; the defaults are CogVideoX-2b's, the others have a scaling_factor of 0.7.
+
+    channels: of the blocks, from the pixels to the latents
+    time_compression: frames per latent frame; sample_height, sample_width: pixels, half of them make a tile
+    scaling_factor: transformer latents = VAE latents * factor. inverted: image latents are divided by it instead (1.5)
+    """
+
+    channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers: int = 3
+    eps: float = 1e-6
+    groups: int = 32
+    time_compression: int = 4
+    sample_height: int = 480
+    sample_width: int = 720
+    scaling_factor: float = 1.15258426
+    inverted: bool = False
+
+    @property
+    def space_compression(self) -> int:
+        """Pixels per latent pixel in each direction: 8."""
+        return 2 ** (len(self.channels) - 1)
+
+
+_VAE = {
+    "channels": "block_out_channels",
+    "latent_channels": "latent_channels",
+    "layers": "layers_per_block",
+    "eps": "norm_eps",
+    "groups": "norm_num_groups",
+    "time_compression": "temporal_compression_ratio",
+    "sample_height": "sample_height",
+    "sample_width": "sample_width",
+    "scaling_factor": "scaling_factor",
+    "inverted": "invert_scale_latents",
+}
+_VAE_FIXED = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+# Names of the blocks are always these four; force_upcast speaks of the reference's own dtype handling.
+_VAE_IGNORED = ("down_block_types", "up_block_types", "force_upcast", "mid_block_add_attention", "sample_size")
+
+
+def transformer_config(
+    raw: Mapping[str, Any], where: str = "transformer/config.json", ignored: Sequence[str] = ()
+) -> TransformerConfig:
+    """A checkpoint's own numbers. ValueError names the key and the value that cannot be run.
+
+    ignored: keys that the caller reads itself.
+    """
+    _check_keys(raw, (*_TRANSFORMER.values(), *_TRANSFORMER_IGNORED, *ignored), _TRANSFORMER_FIXED, where)
+    return TransformerConfig(**_numbers(TransformerConfig, _TRANSFORMER, raw, where))
+
+
+def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
+    """As `transformer_config`, for the autoencoder."""
+    _check_keys(raw, (*_VAE.values(), *_VAE_IGNORED), _VAE_FIXED, where)
+    return VAEConfig(**_numbers(VAEConfig, _VAE, raw, where))
+
+
+def transformer_json(config: TransformerConfig) -> dict[str, Any]:
+    """The reverse of `transformer_config`: what a checkpoint's config.json says."""
+    raw = {key: getattr(config, name) for name, key in _TRANSFORMER.items()}
+    return {"_class_name": "CogVideoXTransformer3DModel", **raw, **_TRANSFORMER_FIXED}
+
+
+def vae_json(config: VAEConfig) -> dict[str, Any]:
+    """The reverse of `vae_config`."""
+    raw = {key: getattr(config, name) for name, key in _VAE.items()}
+    count = len(config.channels)
+    blocks = {"down_block_types": ["CogVideoXDownBlock3D"] * count, "up_block_types": ["CogVideoXUpBlock3D"] * count}
+    return {"_class_name": "AutoencoderKLCogVideoX", **raw, **_VAE_FIXED, **blocks}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; ValueError when it is missing or holds none."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; a CogVideoX checkpoint in the diffusers layout has it")
+        raise ValueError(f"{path} is missing; a checkpoint in the diffusers layout has it")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -137,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def check_keys(raw: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
+def _check_keys(raw: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
     """Raise ValueError naming key and value of what the code behind `known` and `fixed` would get wrong.
 
     Keys beginning with `_` are notes of the library that wrote the file; an unknown key that is off (None, false)
@@ -151,37 +234,65 @@ def check_keys(raw: Mapping[str, Any], known: Collection[str], fixed: Mapping[st
             raise ValueError(f"{where} says {key}={value!r}, which is unknown here; this checkpoint needs newer code")
 
 
-def transformer_config(raw: Mapping[str, Any], where: str = "transformer/config.json") -> TransformerConfig:
-    """A checkpoint's own numbers. ValueError names the key and the value that cannot be run."""
-    check_keys(raw, {*KEYS.values(), "patch_bias"}, _FIXED, where)
-    return TransformerConfig(**_typed(raw, where))
-
-
-def _typed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kinds = {field.name: str(field.type) for field in fields(TransformerConfig)}
+def _numbers(cls: type, keys: Mapping[str, str], raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of `raw` under the field names of the dataclass `cls`, of the kinds its fields have."""
     found = {}
-    for name, key in KEYS.items():
-        if key not in raw or (raw[key] is None and "None" not in kinds[name]):
+    for field in fields(cls):
+        key = keys[field.name]
+        kind, _, optional = str(field.type).partition(" | ")
+        if key not in raw or (raw[key] is None and not optional):
             continue
-        value = raw[key]
-        kind = kinds[name].split(" ")[0]
-        good = isinstance(value, bool) if kind == "bool" else _positive(value, kind) or value is None
-        if not good:
-            raise ValueError(f"{where} says {key}={value!r}; it must be {_MEANT[kind]}")
-        found[name] = value
+        value = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
+        if value is not None and not _IS[kind](value):
+            raise ValueError(f"{where} says {key}={raw[key]!r}; it must be {_MEANT[kind]}")
+        found[field.name] = value
     return found
 
 
-_MEANT = {"bool": "true or false", "int": "a whole number of at least 1", "float": "a number above 0"}
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _positive(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value > 0 and (kind == "float" or isinstance(value, int))
+_IS: Mapping[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
+    "int": _whole,
+    "float": lambda value: _whole(value) or (isinstance(value, float) and value > 0),
+    "tuple[int, ...]": lambda value: isinstance(value, tuple) and bool(value) and all(map(_whole, value)),
+}
+_MEANT = {
+    "bool": "true or false",
+    "int": "a whole number of at least 1",
+    "float": "a number above 0",
+    "tuple[int, ...]": "a list of whole numbers of at least 1",
+}
 
 
-def transformer_json(config: TransformerConfig) -> dict[str, Any]:
-    """The reverse of `transformer_config`: what a checkpoint's config.json says."""
-    raw = {key: getattr(config, name) for name, key in KEYS.items()}
-    return {"_class_name": "CogVideoXTransformer3DModel", **raw, **_FIXED}
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What the json files of a checkpoint folder say. scheduler: scheduler_config.json, with the class to use."""
+
+    transformer: TransformerConfig
+    vae: VAEConfig
+    scheduler: Mapping[str, Any]
+
+
+_PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
+
+
+def read_checkpoint(model_dir: Path) -> CheckpointConfig:
+    """Read a checkpoint folder in the diffusers layout. ValueError names what is missing or cannot be run."""
+    index_file = model_dir / "model_index.json"
+    index = read_json(index_file)
+    if index.get("_class_name") not in _PIPELINES:
+        raise ValueError(f"{index_file} says _class_name={index.get('_class_name')!r}; known: {', '.join(_PIPELINES)}")
+    raw = [read_json(model_dir / part / "config.json") for part in ("transformer", "vae")]
+    transformer = transformer_config(raw[0], str(model_dir / "transformer" / "config.json"))
+    vae = vae_config(raw[1], str(model_dir / "vae" / "config.json"))
+    have, need = vae.latent_channels, transformer.out_channels
+    if have != need:
+        raise ValueError(f"{model_dir}: the VAE has {have} latent channels, the transformer needs {need}")
+    scheduler = read_json(model_dir / "scheduler" / "scheduler_config.json")
+    # The pipeline's index says which class is to be used; the config file notes which one wrote it.
+    if isinstance(named := index.get("scheduler"), list) and len(named) == 2:
+        scheduler = scheduler | {"_class_name": named[1]}
+    return CheckpointConfig(transformer, vae, scheduler)

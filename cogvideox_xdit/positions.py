@@ -1,7 +1,7 @@
 """Where a video token is: rope angles and sine-cosine tables of this rank's tokens.
 
-Tables are made per axis on the CPU and then picked per token, so a rank pays for its own tokens only and every
-device sees the same numbers. Token order: frame, row, column.
+Tables are made per axis on the CPU, so that every device sees the same numbers, and picked per token on the device:
+a rank pays for its own tokens only. Token order: frame, row, column.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from common.usp import SequenceParallel
 Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 
 
-def axes_of_tokens(grid: Grid, sp: SequenceParallel) -> tuple[Tensor, Tensor, Tensor]:
+def axes_of_tokens(grid: Grid, sp: SequenceParallel, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Frame, row and column (each (n,), int64) of this rank's tokens."""
     frames, rows, columns = grid
-    index = sp.shard(torch.arange(frames * rows * columns), dim=0)
+    index = sp.shard(torch.arange(frames * rows * columns, device=device), dim=0)
     return index // (rows * columns), index // columns % rows, index % columns
 
 
-def sine_cosine(config: TransformerConfig, grid: Grid, sp: SequenceParallel) -> Tensor:
+def sine_cosine(config: TransformerConfig, grid: Grid, sp: SequenceParallel, device: torch.device) -> Tensor:
     """The fixed table of 2b for this rank's tokens: (n, W) fp64.
 
     Per token: W/4 numbers for time, 3W/8 for the column, 3W/8 for the row (the column before the row), each half
     sines, half cosines. Rows and columns are counted in units of `space_scale`.
     """
     time, space = config.width // 4, config.width * 3 // 8
-    t, h, w = axes_of_tokens(grid, sp)
+    t, h, w = axes_of_tokens(grid, sp, device)
     table_t = _sinusoid(torch.arange(grid[0]) / config.time_scale, time)
     table_h = _sinusoid(torch.arange(grid[1]) / config.space_scale, space)
     table_w = _sinusoid(torch.arange(grid[2]) / config.space_scale, space)
-    return torch.cat((table_t[t], table_w[w], table_h[h]), dim=-1)
+    return torch.cat((table_t.to(device)[t], table_w.to(device)[w], table_h.to(device)[h]), dim=-1)
 
 
 def _sinusoid(position: Tensor, width: int) -> Tensor:
@@ -42,14 +42,14 @@ def _sinusoid(position: Tensor, width: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
-def rope(config: TransformerConfig, grid: Grid, sp: SequenceParallel) -> tuple[Tensor, Tensor]:
+def rope(config: TransformerConfig, grid: Grid, sp: SequenceParallel, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of this rank's video tokens, each (n, head_dim / 2) fp32: time D/8, row 3D/16, column 3D/16."""
     cos, sin = [], []
-    for position, picked, share in zip(_rope_axes(config, grid), axes_of_tokens(grid, sp), (1 / 4, 3 / 8, 3 / 8)):
-        width = int(config.head_dim * share)
+    widths = (config.head_dim // 4, config.head_dim * 3 // 8, config.head_dim * 3 // 8)
+    for position, picked, width in zip(_rope_axes(config, grid), axes_of_tokens(grid, sp, device), widths):
         angle = torch.outer(position, 1.0 / 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
-        cos.append(angle.cos()[picked])
-        sin.append(angle.sin()[picked])
+        cos.append(angle.cos().to(device)[picked])
+        sin.append(angle.sin().to(device)[picked])
     return torch.cat(cos, dim=-1), torch.cat(sin, dim=-1)
 
 

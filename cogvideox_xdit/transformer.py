@@ -253,11 +253,11 @@ class CogVideoXTransformer(nn.Module):
         if config.rotary and not config.learned:
             return None, None
         # Also what the reference gives a checkpoint with learned positions for another number of frames.
-        table = positions.sine_cosine(config, grid, sp)
-        return None, table.to(self.device, self.dtype)[None]
+        table = positions.sine_cosine(config, grid, sp, self.device)
+        return None, table.to(self.dtype)[None]
 
     def _rope(self, n_text: int, grid: Size) -> tuple[Tensor, Tensor]:
-        cos, sin = (table[:, None].to(self.device) for table in positions.rope(self.config, grid, self.sp))
+        cos, sin = (table[:, None] for table in positions.rope(self.config, grid, self.sp, self.device))
         still = cos.new_zeros(n_text, *cos.shape[1:])
         return torch.cat((still + 1, cos)), torch.cat((still, sin))
 
