@@ -96,10 +96,12 @@ def _options(program: Program) -> list[click.Parameter]:
         option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
         option("--vae-chunk", type=int, help="Latent frames decoded at once."),
         option("--vae-tile", type=TileSize(), help="Largest tile in pixels: 256, or 320x240 (width x height)."),
-        option("--keep-loaded", is_flag=True, help="Keep every stage in memory between videos."),
-        option(
-            "--timeout", type=float, default=1800.0, help="Seconds after which a collective that hangs ends the run."
+        Option(
+            ["--keep-loaded/--no-keep-loaded"],
+            default=None,
+            help="Keep every stage in memory between videos. Default: when there are several.",
         ),
+        option("--timeout", type=float, default=1800.0, help="Seconds after which a hung collective ends the run."),
         option("--debug", is_flag=True, help="Show tracebacks and the libraries' own output."),
         Option(
             ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it."
@@ -192,8 +194,9 @@ class _Reader:
         ranks, degrees, chosen = self._layout(rules)
         if self.problems:
             raise WrongUse(list(dict.fromkeys(self.problems)))
-        names = ("attention", "vae", "vae_chunk", "vae_tile", "keep_loaded", "timeout", "debug", "text_encoder_dir")
+        names = ("attention", "vae", "vae_chunk", "vae_tile", "timeout", "debug", "text_encoder_dir")
         taken = {name: self.values[name] for name in names} | {"device": "cuda" if self.gpus else "cpu"}
+        taken["keep_loaded"] = self._value("keep_loaded", len(videos) > 1)
         dtype = self.values["dtype"] or rules.dtype
         setup = Setup(source, rules, ranks, degrees, chosen, dtype=dtype, extra=extra, **taken)
         return Request(setup, self.output, tuple(videos), tuple(self._remarks()))

@@ -1,0 +1,169 @@
+"""mochi-xdit: a prompt becomes an mp4. Also `python -m mochi_xdit`, `python mochi_xdit/cli.py`, and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # run as a script: this folder's modules are not top-level names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import click
+
+from common import program
+from common.checks import Rules
+from common.cli import Option
+from common.request import Program, Setup, Source, Video
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.parallel import Mesh
+    from common.progress import Stages
+    from mochi_xdit.pipeline import MochiPipeline
+
+OFFICIAL = Rules(heads=24, width=848, height=480, num_frames=49, num_steps=64, cfg_scale=4.5, fps=30)
+FAST = replace(OFFICIAL, num_steps=8, cfg_scale=1.5)
+DEMO = Rules(
+    heads=4,
+    width=64,
+    height=64,
+    num_frames=13,
+    num_steps=20,
+    cfg_scale=3.0,
+    fps=8,
+    default_prompt="A big red circle moves slowly to the right on a black background.",
+)
+# Loss of noise over the linear part of the schedule, and its steps (None: half), of the two published models.
+SCHEDULES: dict[bool, tuple[float, int | None]] = {False: (0.025, None), True: (0.1, 6)}
+
+
+def rules(source: Source) -> Rules:
+    """The admissible values for a checkpoint; ValueError when the folder is none. Reads a header, imports no torch."""
+    folder = source.model_dir
+    if folder is None:
+        return DEMO
+    config = folder / "transformer" / "config.json"
+    for name in ("dit.safetensors", "dit.fast.safetensors"):
+        if (folder / name).is_file():
+            return replace(FAST if _is_fast(folder) else OFFICIAL, heads=_native_heads(folder / name))
+    if not config.is_file():
+        raise ValueError("no Mochi checkpoint: neither dit.safetensors nor transformer/config.json is there")
+    try:
+        return replace(OFFICIAL, heads=int(json.loads(config.read_text())["num_attention_heads"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} is no configuration of a Mochi transformer ({error!r})") from None
+
+
+def _is_fast(folder: Path) -> bool:
+    return not (folder / "dit.safetensors").is_file() and (folder / "dit.fast.safetensors").is_file()
+
+
+def _native_heads(file: Path) -> int:
+    """Heads by the shape of `pos_frequencies`; the official number where the loader will find fault with the file."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), 100 << 20)))
+        shape = next(entry["shape"] for name, entry in header.items() if name.endswith("pos_frequencies"))
+        return int(shape[1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration):
+        return OFFICIAL.heads
+
+
+def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
+    found = []
+    threshold, linear = options["threshold_noise"], options["linear_steps"]
+    if threshold is not None and not 0 < threshold < 1:
+        found.append(f"--threshold-noise {threshold} must lie between 0 and 1")
+    steps = videos[0].num_steps
+    if linear is not None and not 1 <= linear < max(steps, 2):
+        found.append(f"--linear-steps {linear} must be at least 1 and less than --num-steps {steps}")
+    return found
+
+
+def make_demo(name: str) -> Path:
+    from mochi_xdit.demo import demo_checkpoint
+
+    return demo_checkpoint(name)
+
+
+def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
+    from mochi_xdit.pipeline import MochiPipeline
+
+    assert setup.source.model_dir is not None
+    if setup.source.demo is not None:
+        from mochi_xdit.demo import is_trained
+
+        if not is_trained(setup.source.model_dir):
+            stages.note("the demo checkpoint has random weights: the picture is noise")
+    return MochiPipeline.from_pretrained(
+        setup.source.model_dir,
+        mesh=mesh,
+        dtype=setup.dtype,
+        attention=setup.attention,
+        keep_loaded=setup.keep_loaded,
+        stages=stages,
+        text_encoder_dir=setup.text_encoder_dir or setup.extra["t5_model_path"],
+    )
+
+
+def generate(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
+    folder = setup.source.model_dir
+    assert video.seed is not None
+    fast = folder is not None and _is_fast(folder)
+    threshold, linear = SCHEDULES[fast and video.num_steps > 6]
+    given_threshold, given_linear = setup.extra["threshold_noise"], setup.extra["linear_steps"]
+    return pipe(
+        video.prompt,
+        negative_prompt=video.negative_prompt,
+        height=video.height,
+        width=video.width,
+        num_frames=video.num_frames,
+        num_steps=video.num_steps,
+        cfg_scale=video.cfg_scale,
+        seed=video.seed,
+        threshold_noise=threshold if given_threshold is None else given_threshold,
+        linear_steps=linear if given_linear is None else given_linear,
+        vae=setup.vae,
+        vae_chunk=setup.vae_chunk,
+        vae_tile=setup.vae_tile,
+        latents_file=video.latents_file,
+    )
+
+
+def decode(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
+    from common.generation import load_latents
+
+    assert video.latents is not None
+    latents = load_latents(video.latents, pipe.config.channels)
+    return pipe.decode(latents, vae=setup.vae, vae_chunk=setup.vae_chunk, vae_tile=setup.vae_tile)
+
+
+PROGRAM = Program(
+    name="mochi-xdit",
+    script=str(Path(__file__).resolve()),
+    rules=rules,
+    make_demo=make_demo,
+    pipeline=pipeline,
+    generate=generate,
+    decode=decode,
+    check=check,
+    options=(
+        Option(["--threshold-noise"], type=float, help="Noise that the linear part of the schedule removes."),
+        Option(["--linear-steps"], type=int, help="Steps of the linear part; default: half."),
+        Option(["--t5-model-path"], type=click.Path(path_type=Path), hidden=True, help="As --text-encoder-dir."),
+        Option(["--max-t5-token-length"], type=int, hidden=True, help="Accepted; the model's own limit is used."),
+    ),
+)
+
+
+def main() -> None:
+    sys.exit(program.main(PROGRAM))
+
+
+if __name__ == "__main__":
+    main()
