@@ -1,0 +1,1 @@
+"""Measuring, comparing with what was published, and calibrating the planner."""

@@ -1,0 +1,178 @@
+"""Hardware profiles: what a GPU and its links can do, and the few constants that were calibrated.
+
+`hardware.json` holds three tables. `links`: kinds of links between the GPUs of a machine. `gpus`: data sheets and
+constants of a kind of GPU. `profiles`: groups of published rows, each a GPU, the links of that machine and what was
+calibrated on it. xdit-doctor writes a file of one profile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).with_name("hardware.json")
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links of one machine, and between machines. Bandwidths are GB/s that a GPU sends while it receives as much."""
+
+    kind: str = "pcie"
+    gbs: float = 16.0
+    across: float = 0.8
+    """Factor on it for groups that lie across two sockets."""
+    ring_gain: float = 1.1
+    """Factor on it in rings of more than two, where a link carries one direction only."""
+    contention: float = 2.5
+    """Loss of an all-to-all with u > 3 ranks: it takes 1 + contention (u - 3) times as long."""
+    gpus_per_socket: int = 4
+    balanced: bool = False
+    """Whether ranks are spread evenly over the sockets, rather than filling the first."""
+    gpus_per_node: int = 8
+    node_gbs: float = 25.0
+    """What one machine sends to the others, all its GPUs together."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All the planner knows of a machine. Efficiencies are fractions of the peak."""
+
+    name: str
+    gpu: str
+    tflops: float
+    """Dense bf16 peak."""
+    hbm_gbs: float
+    memory_gb: float
+    links: Links = field(default_factory=Links)
+    scheme: str = "ours"
+    """Whose scheme the profile stands for when none is asked for."""
+    matmul: float = 0.6
+    attention: float = 0.6
+    convolution: float = 0.25
+    elementwise: float = 25.0
+    """Times that a token's channels are read or written between matrix products, in a layer."""
+    half_rows: float = 250.0
+    """Tokens at which matrix products reach half their efficiency."""
+    merge_bytes: float = 22.0
+    """Bytes per channel and hop for merging the partial results of a ring."""
+    exposed: float = 0.6
+    """Share of a ring's messages that never hides behind attention."""
+    layer_overhead_ms: float = 0.12
+    """Per layer where tokens are split: launches and waiting for the slowest rank."""
+    launch_floor_ms: float = 0.25
+    """A layer's kernels cannot be launched faster than this."""
+    single_gpu: float = 1.0
+    """Factor on the compute of one GPU, where the table's single-GPU row is another program."""
+    speed: float = 1.0
+    """Factor on a step: software version, clocks."""
+    other_s: float = 1.0
+    """Seconds end to end outside text, sampling and decoding."""
+    other_parallel: float = 1.0
+    """Factor on everything outside sampling when there is more than one GPU."""
+    fsdp: bool = False
+    """Whether more than one GPU means weights gathered for every pass (reference scheme only)."""
+    fsdp_across: float = 0.28
+    calibrated_on: str = ""
+    """Which rows the constants come from; empty for data sheet and defaults."""
+
+
+def _table() -> dict[str, Any]:
+    return json.loads(DATA.read_text(encoding="utf-8"))
+
+
+@cache
+def table() -> Mapping[str, Any]:
+    """hardware.json."""
+    return _table()
+
+
+_PROFILE = {f.name for f in fields(Profile)}
+_LINKS = {f.name for f in fields(Links)}
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile that xdit-doctor or benchmarks/calibrate.py wrote. ValueError says what is wrong with the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"hardware profile {path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"hardware profile {path} is not readable JSON: {error}") from None
+    raw = raw.get("profile", raw) if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or not {"gpu", "tflops", "hbm_gbs", "memory_gb"} <= raw.keys():
+        raise ValueError(f"hardware profile {path} lacks gpu, tflops, hbm_gbs or memory_gb; xdit-doctor writes one")
+    return make_profile(raw.get("name", path.stem), raw)
+
+
+def make_profile(name: str, raw: Mapping[str, Any]) -> Profile:
+    """From the flat fields of a profile and its `links`; unknown fields are notes."""
+    links = Links(**{k: v for k, v in raw.get("links", {}).items() if k in _LINKS})
+    own = {k: v for k, v in raw.items() if k in _PROFILE and k not in ("links", "name")}
+    return Profile(name=name, links=links, **own)
+
+
+def names() -> tuple[list[str], list[str]]:
+    """(kinds of GPU, calibrated profiles) that `get_profile` knows."""
+    return list(table()["gpus"]), list(table()["profiles"])
+
+
+def describe(name: str) -> str:
+    """One line about a name: data sheet, and what its constants come from."""
+    profile = get_profile(name)
+    what = f"{profile.tflops:g} TFLOP/s bf16, {profile.hbm_gbs:g} GB/s, {profile.memory_gb:g} GB, {profile.links.kind}"
+    source = f"calibrated on {profile.calibrated_on}" if profile.calibrated_on else "not calibrated: data sheet"
+    return f"{what}; {source}"
+
+
+def get_profile(name: str, link: str | None = None, node_gbs: float | None = None) -> Profile:
+    """A kind of GPU (`l40`), a calibrated profile (`mochi-l40-e2e`) or the path of a profile file.
+
+    link: kind of link or GB/s in place of the profile's own. node_gbs: between machines.
+    Raises ValueError naming what is known.
+    """
+    data = table()
+    if name.endswith(".json") or "/" in name:
+        profile = read_profile(Path(name))
+    elif name in data["profiles"]:
+        entry = data["profiles"][name]
+        profile = make_profile(name, {**data["gpus"][entry["gpu"]], **entry, "links": _links(data, entry)})
+    elif name.lower() in data["gpus"]:
+        entry = data["gpus"][name.lower()]
+        profile = make_profile(name.lower(), {**entry, "gpu": name.lower(), "links": _links(data, entry)})
+    else:
+        raise ValueError(
+            f"--gpu {name} is unknown; a kind of GPU ({', '.join(data['gpus'])}), a calibrated profile "
+            f"(see --list-gpus), or the path of a profile that xdit-doctor wrote"
+        )
+    links = profile.links
+    if link is not None:
+        links = parse_link(link, links)
+    if node_gbs is not None:
+        links = replace(links, node_gbs=node_gbs)
+    return replace(profile, links=links)
+
+
+def _links(data: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    given = entry.get("links", {})
+    kind = given.get("kind", entry.get("link", "pcie"))
+    return {**data["links"][kind], "kind": kind, **given}
+
+
+def parse_link(link: str, old: Links) -> Links:
+    """`nvlink`, `pcie`, `pcie+qpi` or a number of GB/s, which keeps what else is known of the machine."""
+    kinds = table()["links"]
+    if link in kinds:
+        values = {k: v for k, v in kinds[link].items() if k in _LINKS}
+        return Links(**{**values, "kind": link, "gpus_per_node": old.gpus_per_node, "node_gbs": old.node_gbs})
+    try:
+        gbs = float(link)
+    except ValueError:
+        gbs = 0.0
+    if not 0 < gbs < float("inf"):
+        raise ValueError(f"--link {link} is unknown; choose {', '.join(kinds)} or a number of GB/s above 0")
+    return replace(old, gbs=gbs)

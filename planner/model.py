@@ -1,0 +1,253 @@
+"""Seconds and memory of a generation on a machine, layer by layer from the counted FLOPs and bytes.
+
+One layer of one forward pass takes
+
+    matrix products   FLOPs / (peak * matmul * rows / (rows + half_rows))
+    attention         FLOPs / (peak * attention)
+    elementwise       elementwise * rows * width * 2 bytes / HBM bandwidth
+    all-to-all        bytes sent / B * max(1 + contention * (u - 3), 1 / across), and packing at HBM bandwidth
+    ring              (r - 1) * (exposed * h + max(0, (1 - exposed) * h - attention / r)) + merging, h = bytes / B + 30 us
+    overhead          a constant where tokens are split
+
+B is the links' bandwidth; `across` counts for groups that lie across sockets. Messages between machines share the
+machine's network: their time is what all of its ranks send in one direction over `node_gbs`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from planner import cost, reference
+from planner.cost import Degrees, Pass, Place
+from planner.decoding import decoding
+from planner.hardware import GIGA, Links, Profile
+from planner.models import BYTES, T5_PARAMETERS, Model, Size, video_tokens
+
+HOP_SECONDS = 3e-5
+KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
+SCHEMES = ("ours", "reference")
+TEXT_SECONDS = 0.2
+"""Tokenizer and launches of the text encoder."""
+GIB_RUNTIME = 1.0
+"""CUDA context, NCCL buffers, workspaces."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the groups of a layout lie on the machines."""
+
+    ulysses_across: bool = False
+    ring_across: bool = False
+    ulysses_out: float = 0.0
+    """All-to-all: bytes that leave a machine in one direction, in units of one rank's q, k, v and output."""
+    ring_out: float = 0.0
+    """Ring: messages that leave a machine in one direction, at one hop."""
+    cfg_out: bool = False
+
+
+def spread(degrees: Degrees, links: Links, nodes: int = 1) -> Spread:
+    """Ranks fill machines in order, and within one its sockets (evenly where the links say so)."""
+    ranks = degrees.ranks
+    per_node = -(-ranks // nodes)
+    in_node = min(per_node, ranks)
+    per_socket = links.gpus_per_socket
+    if links.balanced and in_node > per_socket:
+        per_socket = -(-in_node // 2)
+    node = [rank // per_node for rank in range(ranks)]
+    socket = [(rank // per_node, rank % per_node // per_socket) for rank in range(ranks)]
+    u, r = degrees.ulysses, degrees.ring
+    groups = [list(range(start, start + u)) for start in range(0, ranks, u)] if u > 1 else []
+    rings = []
+    if r > 1:
+        rings = [
+            [c * degrees.sequence + j * u + i for j in range(r)] for c in range(degrees.cfg) for i in range(u)
+        ]
+    pairs = [(a, b) for group in groups for a in group for b in group if node[a] != node[b]]
+    hops = [(ring[j], ring[(j + 1) % r]) for ring in rings for j in range(r)]
+    return Spread(
+        ulysses_across=any(len({socket[k] for k in group}) > 1 for group in groups),
+        ring_across=any(len({socket[k] for k in ring}) > 1 for ring in rings),
+        ulysses_out=_most(node[a] for a, b in pairs) / u,
+        ring_out=_most(node[a] for a, b in hops if node[a] != node[b]),
+        cfg_out=degrees.cfg == 2 and node[0] != node[degrees.sequence],
+    )
+
+
+def _most(values: Iterable[int]) -> int:
+    return max(Counter(values).values(), default=0)
+
+
+def pass_seconds(work: Pass, degrees: Degrees, at: Spread, profile: Profile) -> dict[str, float]:
+    """Seconds of one forward pass, by kind; `elementwise` and `overhead` besides those of `KINDS`."""
+    peak, hbm, layers = profile.tflops * 1e12, profile.hbm_gbs * GIGA, work.layers
+    full = work.rows / (work.rows + profile.half_rows)
+    attention = work.attention / (peak * profile.attention)
+    bytes_once = work.rows * work.width * BYTES
+    seconds = {
+        "matmul": work.matmul / (peak * profile.matmul * full),
+        "attention": attention,
+        "elementwise": layers * profile.elementwise * bytes_once / hbm,
+        "all-to-all": layers * _all_to_all(work, degrees.ulysses, at, profile.links, hbm),
+        "ring": layers * _ring(work, degrees.ring, at, profile, attention / layers),
+        "overhead": layers * profile.layer_overhead_ms / 1e3 if degrees.sequence > 1 else 0.0,
+    }
+    compute = seconds["matmul"] + attention + seconds["elementwise"]
+    seconds["overhead"] += max(0.0, layers * profile.launch_floor_ms / 1e3 - compute)
+    return seconds
+
+
+def _all_to_all(work: Pass, u: int, at: Spread, links: Links, hbm: float) -> float:
+    if u == 1:
+        return 0.0
+    slower = max(1 + links.contention * max(0, u - 3), 1 / links.across if at.ulysses_across else 1)
+    inside = work.all_to_all / work.layers / (links.gbs * GIGA) * slower
+    outside = at.ulysses_out * work.held / u / (links.node_gbs * GIGA) * u
+    return max(inside, outside) + 2 * work.held / hbm
+
+
+def _ring(work: Pass, r: int, at: Spread, profile: Profile, attention: float) -> float:
+    if r == 1:
+        return 0.0
+    links, hbm = profile.links, profile.hbm_gbs * GIGA
+    bandwidth = links.gbs * GIGA * (links.across if at.ring_across else 1) * (links.ring_gain if r > 2 else 1)
+    hop = max(work.hop / bandwidth, at.ring_out * work.hop / (links.node_gbs * GIGA)) + HOP_SECONDS
+    hidden = (1 - profile.exposed) * hop
+    messages = (r - 1) * (profile.exposed * hop + max(0.0, hidden - attention / r))
+    return messages + r * profile.merge_bytes * work.rows * work.width / hbm
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layout on one machine. Seconds; GB (1e9 bytes) per GPU and stage; bytes that the busiest rank sends."""
+
+    degrees: Degrees
+    text: float
+    step: float
+    sampling: float
+    decode: float
+    other: float
+    parts: dict[str, float] = field(repr=False)
+    """Seconds end to end by kind, see KINDS."""
+    memory_gb: dict[str, float]
+    sent: cost.Sent
+    fits: bool
+
+    @property
+    def total(self) -> float:
+        return self.text + self.sampling + self.decode + self.other
+
+    @property
+    def bound(self) -> str:
+        """The kind that takes most of the time."""
+        return max(KINDS, key=lambda kind: self.parts[kind])
+
+
+def predict(
+    model: Model, size: Size, degrees: Degrees, profile: Profile, scheme: str | None = None, nodes: int | None = None
+) -> Prediction:
+    """What the layout costs. nodes: machines, by default as few as hold the ranks."""
+    scheme = scheme or profile.scheme
+    nodes = nodes or -(-degrees.ranks // profile.links.gpus_per_node)
+    at = spread(degrees, profile.links, nodes)
+    seconds = step_seconds(model, size, degrees, profile, scheme, at)
+    sampling = size.num_steps * sum(seconds.values())
+    text, decode, other = outside_seconds(model, size, degrees, profile, scheme)
+    parts = {kind: size.num_steps * seconds.get(kind, 0.0) for kind in KINDS}
+    parts["matmul"] += size.num_steps * seconds["elementwise"]
+    parts["fixed"] = text + decode + other + size.num_steps * (seconds["overhead"] + seconds["cfg"])
+    memory = memory_gb(model, size, degrees, scheme)
+    sent = cost.sent(model, size, Place(degrees, 0)) if scheme == "ours" else reference.sent(model, size, degrees)
+    fits = max(memory.values()) <= profile.memory_gb
+    return Prediction(degrees, text, sampling / size.num_steps, sampling, decode, other, parts, memory, sent, fits)
+
+
+def workload(model: Model, size: Size, degrees: Degrees, scheme: str) -> list[list[Pass]]:
+    """The passes of one step on each rank that may be the slowest."""
+    if scheme == "reference":
+        return [reference.passes(model, size, degrees)]
+    # The first rank of a branch has the most tokens and heads.
+    places = [Place(degrees, c * degrees.sequence) for c in range(degrees.cfg)]
+    video, text = video_tokens(model, size), model.text_tokens
+    return [[cost.forward(model, video, text[b], p) for b in cost.branches(p, size.guided)] for p in places]
+
+
+def step_seconds(
+    model: Model,
+    size: Size,
+    degrees: Degrees,
+    profile: Profile,
+    scheme: str,
+    at: Spread,
+    work: list[list[Pass]] | None = None,
+) -> dict[str, float]:
+    """Seconds of one sampling step on the slowest rank, by kind."""
+    work = work or workload(model, size, degrees, scheme)
+    found = [_sum([pass_seconds(p, degrees, at, profile) for p in passes]) for passes in work]
+    seconds = max(found, key=lambda kinds: sum(kinds.values()))
+    if scheme == "reference" and degrees.ranks == 1:
+        for kind in ("matmul", "attention", "elementwise"):
+            seconds[kind] *= profile.single_gpu
+    seconds = {kind: value * profile.speed for kind, value in seconds.items()}
+    if scheme == "reference" and profile.fsdp and degrees.ranks > 1:
+        seconds["overhead"] += len(work[0]) * _gather_weights(model, degrees, profile, at)
+    return {**seconds, "cfg": _guidance(model, size, degrees, profile.links, at)}
+
+
+def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {kind: sum(part[kind] for part in parts) for kind in parts[0]}
+
+
+def _gather_weights(model: Model, degrees: Degrees, profile: Profile, at: Spread) -> float:
+    """Every rank takes the weights it lacks from the others, once a pass; nothing of it was seen to hide."""
+    missing = model.parameters * BYTES * (degrees.ranks - 1) / degrees.ranks
+    slow = profile.fsdp_across if at.ulysses_across or at.ring_across else 1.0
+    return missing / (profile.links.gbs * GIGA * slow)
+
+
+def _guidance(model: Model, size: Size, degrees: Degrees, links: Links, at: Spread) -> float:
+    if degrees.cfg == 1:
+        return 0.0
+    shard = video_tokens(model, size) / degrees.sequence * model.patch_dim * cost.GUIDANCE_BYTES
+    # All ranks of a branch send at once, through one network when the branches are on different machines.
+    bandwidth = links.node_gbs / degrees.sequence if at.cfg_out else links.gbs
+    return shard / (bandwidth * GIGA) + HOP_SECONDS
+
+
+def outside_seconds(
+    model: Model, size: Size, degrees: Degrees, profile: Profile, scheme: str
+) -> tuple[float, float, float]:
+    """Seconds of text, decoding, and the rest."""
+    peak = profile.tflops * 1e12
+    prompts = 2 if size.guided and model.family == "cogvideox" else 1
+    text = TEXT_SECONDS + 2 * T5_PARAMETERS * prompts * max(model.text_tokens) / (peak * 0.4)
+    video = decoding(model, size)
+    decode = video.flops / (peak * profile.convolution)
+    if scheme == "ours":
+        # Chunks are dealt round robin, so the busiest rank has the rounded-up share.
+        decode *= -(-video.chunks // degrees.ranks) / video.chunks
+    parallel = profile.other_parallel if degrees.ranks > 1 else 1.0
+    return text, decode * (parallel if scheme == "reference" else 1.0), profile.other_s * parallel
+
+
+def memory_gb(model: Model, size: Size, degrees: Degrees, scheme: str) -> dict[str, float]:
+    """GB per GPU at the peak of each stage. Reference: all models stay loaded, and text and decode are not shared."""
+    rows = (video_tokens(model, size) + max(model.text_tokens)) / degrees.sequence
+    batch = 1.0
+    if scheme == "reference" and model.family == "cogvideox" and degrees.cfg == 1 and size.guided:
+        batch = 2.0
+    # The widest moment of a block: residual, its normalised copy, q, k, v and their exchanged copies or the hidden
+    # layer of the feed-forward and its input, some of it in fp32.
+    hidden = 3 * model.config.mlp_x if model.family == "mochi" else 2 * 4 * model.hidden  # type: ignore[union-attr]
+    exchanged = 14 * model.hidden if degrees.sequence > 1 else 8 * model.hidden
+    sampling = batch * math.ceil(rows) * (4 * model.hidden + max(hidden, exchanged)) * BYTES
+    transformer, text = model.parameters * BYTES, T5_PARAMETERS * BYTES
+    decoder = model.decoder_parameters * BYTES
+    frames = decoding(model, size).activation * 4
+    stages = {"text": text + 0.2e9, "sampling": transformer + sampling, "decode": decoder + frames}
+    if scheme == "reference":
+        loaded = transformer + text + decoder
+        stages = {"text": loaded + 0.2e9, "sampling": loaded + sampling, "decode": loaded + frames}
+    return {stage: round(value / 1e9 + GIB_RUNTIME, 2) for stage, value in stages.items()}
