@@ -5,11 +5,11 @@ One layer of one forward pass takes
     matrix products   FLOPs / (peak * matmul * rows / (rows + half_rows))
     attention         FLOPs / (peak * attention)
     elementwise       elementwise * rows * width * 2 bytes / HBM bandwidth
-    all-to-all        bytes sent / B * max(1 + contention * (u - 3), 1 / across), and packing at HBM bandwidth
+    all-to-all        bytes sent / B * max(1 + contention * crowd, 1 / across), and packing at HBM bandwidth
     ring              (r - 1) * (exposed * h + max(0, (1 - exposed) * h - attention / r)) + merging, h = bytes / B + 30 us
     overhead          a constant where tokens are split
 
-B is the links' bandwidth; `across` counts for groups that lie across sockets. Messages between machines share the
+crowd is u - 3 (0 for two ranks, 0.12 for three). B is the links' bandwidth; `across` counts for groups that lie across sockets. Messages between machines share the
 machine's network: their time is what all of its ranks send in one direction over `node_gbs`.
 """
 
@@ -27,6 +27,8 @@ from planner.hardware import GIGA, Links, Profile
 from planner.models import BYTES, T5_PARAMETERS, Model, Size, video_tokens
 
 HOP_SECONDS = 3e-5
+CROWD_OF_THREE = 0.12
+"""A third rank in an all-to-all costs a little of what each further one does."""
 KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
 SCHEMES = ("ours", "reference")
 TEXT_SECONDS = 0.2
@@ -102,7 +104,8 @@ def pass_seconds(work: Pass, degrees: Degrees, at: Spread, profile: Profile) -> 
 def _all_to_all(work: Pass, u: int, at: Spread, links: Links, hbm: float) -> float:
     if u == 1:
         return 0.0
-    slower = max(1 + links.contention * max(0, u - 3), 1 / links.across if at.ulysses_across else 1)
+    crowd = max(CROWD_OF_THREE, u - 3) if u > 2 else 0.0
+    slower = max(1 + links.contention * crowd, 1 / links.across if at.ulysses_across else 1)
     inside = work.all_to_all / work.layers / (links.gbs * GIGA) * slower
     outside = at.ulysses_out * work.held / u / (links.node_gbs * GIGA) * u
     return max(inside, outside) + 2 * work.held / hbm
