@@ -22,6 +22,7 @@ from common.checks import Degrees, Ranks, Rules, choose_degrees, folder_problem,
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
+MAX_TIMEOUT = 10_000_000
 MIN_TILE = 32
 
 
@@ -187,8 +188,8 @@ class _Reader:
             self.problems.append("--vae exact does not cut the picture; leave --vae-tile out, or use --vae tiled")
         if (folder := self.values["text_encoder_dir"]) is not None and not folder.is_dir():
             self.problems.append(f"--text-encoder-dir {folder} is not a directory")
-        if not (self.values["timeout"] or 0) > 0:
-            self.problems.append(f"--timeout {self.values['timeout']} is not a positive number of seconds")
+        if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
+            self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
         extra = {option.name: self.values[option.name] for option in self.program.options}
         self.problems += self.program.check(extra, videos)
         ranks, degrees, chosen = self._layout(rules)
@@ -203,7 +204,7 @@ class _Reader:
 
     def _source(self) -> tuple[Source, Rules]:
         model_dir, demo = self.values["model_dir"], self.values["demo"]
-        fallback = self.program.rules(Source(demo=demo or self.program.demos[0]))
+        official = self.program.rules(Source())  # to check the rest by, where the source itself is wrong
         if model_dir is not None and demo is not None:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
         elif model_dir is None and demo is None:
@@ -217,7 +218,7 @@ class _Reader:
                 return source, self.program.rules(source)
             except (ValueError, OSError) as error:
                 self.problems.append(f"--model-dir {model_dir}: {error}")
-        return Source(model_dir, demo), fallback
+        return Source(model_dir, demo), official
 
     def _value(self, name: str, default: Any) -> Any:
         given = self.values[name]
@@ -271,7 +272,7 @@ class _Reader:
             self.problems.append("--prompt and --prompt-file exclude each other; give one of them")
         elif file is not None:
             try:
-                prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+                prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             except OSError as error:
                 self.problems.append(f"--prompt-file {file} cannot be read: {reason(error)}")
             except UnicodeDecodeError as error:
@@ -279,7 +280,7 @@ class _Reader:
             else:
                 if not prompts:
                     self.problems.append(f"--prompt-file {file} holds no prompt; write one a line")
-                return prompts
+                return prompts or [""]
         elif prompt is None and self.values["from_latents"] is None:
             if rules.default_prompt is None:
                 self.problems.append("--prompt is missing; say what the video shows")
@@ -323,7 +324,7 @@ class _Reader:
         asked, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)
         if self.place.launcher is not None:
             world = self.place.world_size
-            if asked and asked != world and self.place.launcher == "torchrun":
+            if asked and asked != world:
                 self.problems.append(f"--gpus {asked}, but torchrun started {world} ranks; leave --gpus out")
             if gpus and self.place.local_world_size > gpus:
                 self.problems.append(f"{self.place.local_world_size} ranks on this machine, but {_visible(gpus)}")

@@ -15,6 +15,10 @@ _NO_ANSWER = ("timed out", "timeout")
 _COLLECTIVE = ("gloo", "nccl", "c10d", "tcpstore", "process group", "collective", "socket", "store")
 
 
+_PLAIN = (ValueError, ImportError, ArithmeticError, TimeoutError)  # their messages need no name in front
+NO_ANSWER = "another rank did not answer within --timeout"
+
+
 @dataclass(frozen=True)
 class Failure:
     """One rank's failure. secondary: only an echo of another rank's; late: a peer did not answer in time."""
@@ -46,15 +50,14 @@ def describe(error: BaseException, rank: int, stage: str, status: int = 1) -> Fa
         if any(word in text.lower() for word in _PEER_GONE):
             return Failure(rank, stage, "lost the connection to another rank", secondary=True, trace=trace)
         if any(word in text.lower() for word in _NO_ANSWER):
-            message = "another rank did not answer within --timeout"
-            return Failure(rank, stage, message, secondary=True, late=True, trace=trace)
+            return Failure(rank, stage, NO_ANSWER, secondary=True, late=True, trace=trace)
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "no space left" in text.lower():
         message = f"no space is left on the disk: {text}"
     elif isinstance(error, OSError) and error.errno and error.filename:
         message = f"{error.filename}: {(error.strerror or kind).lower()}"
     elif kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         message = f"out of memory: {_first_sentence(text) or 'the machine has no more'}"
-    elif text and (isinstance(error, (ValueError, ImportError)) or kind == "RuntimeError"):
+    elif text and (isinstance(error, _PLAIN) or kind == "RuntimeError"):
         message = text
     else:
         message = f"{kind}: {text}" if text else kind
@@ -69,7 +72,7 @@ def verdict(failures: Sequence[Failure], silent: Sequence[tuple[int, str]]) -> t
     """Exit status and the one line for the user. silent: (rank, stage) of ranks that live and have said nothing."""
     killed = [f for f in failures if f.killed]
     causes = sorted((f for f in failures if not f.secondary and not f.killed), key=lambda f: f.when)
-    echoes = sorted((f for f in failures if f.secondary), key=lambda f: f.when)
+    echoes = sorted((f for f in failures if f.secondary), key=lambda f: (not f.late, f.when))
     # A killed rank is noticed after it died, so an exception told before that is the earlier event.
     if causes and all(causes[0].when < k.when for k in killed):
         return causes[0].status, causes[0].text()

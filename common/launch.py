@@ -26,12 +26,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import IO, Any
 
-from common.failure import Failure, describe, verdict
+from common.failure import NO_ANSWER, Failure, describe, verdict
 
 GRACE_SECONDS = 1.5  # after the first failure: time for the rank that caused it to be noticed
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REPORT, _LIFE, _STDERR, _PARENT = "XDIT_REPORT_FD", "XDIT_LIFE_FD", "XDIT_STDERR_FD", "XDIT_PARENT_PID"
+_REQUEST = "XDIT_REQUEST_FD"
 
 
 class Stopped(BaseException):
@@ -96,6 +97,12 @@ def raise_on_signals() -> None:
 
 
 # ---- in a rank
+
+
+def handed_down() -> bytes:
+    """What the parent passed to `supervise` as `request`."""
+    request = int(os.environ[_REQUEST])
+    return os.pread(request, os.fstat(request).st_size, 0)
 
 
 class Link:
@@ -196,29 +203,47 @@ class _Child:
     rank: int
     process: subprocess.Popen[bytes]
     report: int
-    output: IO[bytes]
+    output: IO[bytes] | None
     stage: str = "starting"
     since: float = field(default_factory=time.monotonic)
     pending: bytes = b""
     failure: Failure | None = None
 
-    def last_words(self) -> str:
-        """The last line on stderr that is no warning, nor the indented source line that follows one."""
-        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 4096))
-        lines = self.output.read().decode(errors="replace").splitlines()
-        said = [line for line in lines if line.strip() and not line[0].isspace() and "Warning" not in line]
-        return said[-1][:300] if said else ""
+    def said(self) -> str:
+        """The end of what the process wrote on its stderr, where that is kept."""
+        if self.output is None:
+            return ""
+        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 65536))
+        return self.output.read().decode(errors="replace")
+
+    def ending(self, code: int) -> Failure:
+        """Why the process ended with this status, although it has not said so."""
+        said = self.said()
+        if "collective operation timeout" in said:  # NCCL's watchdog aborts the process
+            return Failure(self.rank, self.stage, NO_ANSWER, secondary=True, late=True)
+        message = (
+            f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
+        )
+        # The last line that is no warning, nor the indented source line that follows one.
+        lines = [line for line in said.splitlines() if line.strip() and not line[0].isspace() and "Warning" not in line]
+        if code == -signal.SIGKILL:
+            message += ", which is also how the system ends a process when memory runs out"
+        elif lines:
+            message += f"; its last words: {lines[-1][:300]}"
+        return Failure(self.rank, self.stage, message, killed=code < 0)
 
 
 def supervise(
     command: Sequence[str],
     ranks: int,
     cpu: bool,
+    request: bytes = b"",
     debug: bool = False,
     clean_up: Callable[[], str] = lambda: "",
 ) -> int:
     """Run `command` once per rank and return the exit status: 0, 1 (one line on stderr says why), 2, or 128 + signal.
 
+    request: what every rank gets from `handed_down`.
     cpu: the ranks compute on the CPU and share its cores.
     debug: the ranks' own stderr goes to the screen; otherwise it is kept for the last words of a rank that crashed.
     clean_up: called when the run did not succeed, after the last rank is gone; what it returns ends the error line.
@@ -227,10 +252,14 @@ def supervise(
     children: list[_Child] = []
     status, reason = 1, ""
     life_read, life_write = os.pipe()
+    handed = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     try:
-        port = free_port()
+        handed.write(request)
+        handed.flush()
+        common = _shared_environment(ranks, cpu) | {_LIFE: str(life_read), _REQUEST: str(handed.fileno())}
         for rank in range(ranks):
-            children.append(_start(command, rank, ranks, port, cpu, debug, life_read))
+            output = None if debug else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+            children.append(_start(command, rank, common, output))
         status, reason = _watch(children)
     except Stopped as stopped:
         status = stopped.status
@@ -240,41 +269,36 @@ def supervise(
         _stop(children)
         os.close(life_read)
         os.close(life_write)
+        handed.close()
         afterword = clean_up() if status else ""
     if reason:
         print(f"error: {reason}{afterword}", file=sys.stderr, flush=True)
     return status
 
 
-def _start(command: Sequence[str], rank: int, ranks: int, port: int, cpu: bool, debug: bool, life: int) -> _Child:
-    read, write = os.pipe()
-    stderr = os.dup(2)
-    output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-    given = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": ranks,
-        "LOCAL_WORLD_SIZE": ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        _REPORT: write,
-        _LIFE: life,
-        _STDERR: stderr,
-        _PARENT: os.getpid(),
-    }
+def _shared_environment(ranks: int, cpu: bool) -> dict[str, str]:
+    """What torchrun would set for all ranks, and defaults that the user's own environment overrides."""
     defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: independent of what its host name resolves to
     if cpu:
         defaults["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
-    environment = defaults | dict(os.environ) | {name: str(value) for name, value in given.items()}
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return defaults | dict(os.environ) | {name: str(value) for name, value in world.items()}
+
+
+def _start(command: Sequence[str], rank: int, common: dict[str, str], output: IO[bytes] | None) -> _Child:
+    """output: where the rank's own stderr goes; None: to the screen."""
+    read, write = os.pipe()
+    stderr = os.dup(2)
+    own = {"RANK": rank, "LOCAL_RANK": rank, _REPORT: write, _STDERR: stderr, _PARENT: os.getpid()}
     # A session of its own: the terminal's Ctrl-C reaches the parent alone, and killing the group leaves no grandchild.
     process = subprocess.Popen(
         list(command),
-        env=environment,
+        env=common | {name: str(value) for name, value in own.items()},
         stdin=subprocess.DEVNULL,
-        stderr=None if debug else output,
-        pass_fds=(write, life, stderr),
+        stderr=output,
+        pass_fds=(write, stderr, int(common[_LIFE]), int(common[_REQUEST])),
         start_new_session=True,
     )
     os.close(write)
@@ -330,12 +354,7 @@ def _explain(children: list[_Child]) -> tuple[int, str]:
         if child.failure is not None:
             failures.append(child.failure)
         elif code:
-            message = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
-            if code == -signal.SIGKILL:
-                message += ", which is also how the system ends a process when memory runs out"
-            elif words := child.last_words():
-                message += f"; its last words: {words}"
-            failures.append(Failure(child.rank, child.stage, message, time.time(), killed=code < 0))
+            failures.append(child.ending(code))
     silent = [(child.rank, child.stage) for child in children if child.failure is None and child.process.poll() is None]
     return verdict(failures, silent)
 
@@ -348,7 +367,8 @@ def _stop(children: list[_Child]) -> None:
     for child in children:
         child.process.wait()
         os.close(child.report)
-        child.output.close()
+        if child.output is not None:
+            child.output.close()
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,9 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     at = launch.place()
+    started = time.time()
+    if at.launcher == "supervise":
+        return run_rank(program, pickle.loads(launch.handed_down()), at, started)
     try:
         request = parse(program, arguments, at)
     except WrongUse as wrong:
@@ -47,12 +51,13 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
         return 130
     if at.rank == 0 and not request.output.parent.exists():
         request.output.parent.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    if at.launcher is None and request.setup.ranks > 1:
-        # The ranks get the name too: by default it holds the time.
-        command = [sys.executable, program.script, *arguments, "--output", str(request.output)]
-        setup = request.setup
-        return launch.supervise(command, setup.ranks, setup.on_cpu, setup.debug, lambda: clean_up(request, started))
+    setup = request.setup
+    if at.launcher is None and setup.ranks > 1:
+        command = [sys.executable, program.script, *arguments]  # arguments: for whoever looks at the process list
+        handed = pickle.dumps(request)
+        return launch.supervise(
+            command, setup.ranks, setup.on_cpu, handed, setup.debug, lambda: clean_up(request, started)
+        )
     return run_rank(program, request, at, started)
 
 
@@ -178,7 +183,8 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
     videos = broadcast_object(mesh.world, draw_seeds(request.videos), mesh.device)
     for number, video in enumerate(videos, 1):
         if len(videos) > 1:
-            stages.note(f"video {number} of {len(videos)}: {video.prompt}")
+            stages.about = f"video {number} of {len(videos)}"
+            stages.note(f"{stages.about}: {video.prompt}")
         if video.latents is None:
             stages.note(f"seed {video.seed}")
         first, began = len(stages.records), time.perf_counter()

@@ -104,6 +104,7 @@ class Stages:
     ) -> None:
         self.console = console
         self.records: list[StageRecord] = []
+        self.about = ""  # what the stages are about, such as "video 2 of 3"; goes in front of `where`
         self._report = report
         self._stack: list[_Active] = []
         self._last = "starting"
@@ -116,7 +117,8 @@ class Stages:
         """The innermost running stage, or the one that ran last; after a failure, where it failed."""
         if self._failed is not None:
             return self._failed
-        return self._stack[-1].where if self._stack else self._last
+        where = self._stack[-1].where if self._stack else self._last
+        return f"{self.about}, {where}" if self.about else where
 
     @property
     def _on_gpu(self) -> bool:
@@ -134,7 +136,7 @@ class Stages:
         self._fold_peak()
         active = _Active(name, total, unit, quiet)
         self._stack.append(active)
-        self._tell(active.where)
+        self._tell(self.where)
         self._open(active)
 
         def step(count: int = 1) -> None:
@@ -152,7 +154,7 @@ class Stages:
         self._close(active, failed=False)
         self._stack.pop()
         self._last = self._stack[-1].where if self._stack else f"after {name}"
-        self._tell(self._last)
+        self._tell(self.where)
 
     def note(self, text: str) -> None:
         """A line for the user; rank 0 only."""
@@ -195,7 +197,7 @@ class Stages:
         if active.done == 0:
             active.first_done = now
         active.done += count
-        self._tell(active.where)
+        self._tell(self.where)
         if self._progress is not None and active.task is not None:
             self._progress.update(active.task, completed=active.done, speed=active.speed)
         elif self.console is not None and active.total and now - active.last_line >= PLAIN_LINE_SECONDS:

@@ -100,7 +100,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Request:
-    """A whole command: how, what, and remarks for the user. output: what the names of all videos begin with."""
+    """A whole command: how, what, and remarks for the user. output: as given; several videos add numbers to it."""
 
     setup: Setup
     output: Path
@@ -113,7 +113,8 @@ class Program:
     """What a fork adds to the shared program.
 
     name: the console command. script: the fork's cli.py, which the ranks run. demos: names for `--demo`, default first.
-    rules: a checkpoint's Rules; raises ValueError when the directory is no checkpoint of this model. Without torch.
+    rules: a checkpoint's Rules, and the official one's for an empty Source. Raises ValueError when the directory is no
+        checkpoint of this model. Without torch.
     make_demo: makes the demo checkpoint unless it is cached, returns its directory. Runs on one rank per machine.
     pipeline: (setup, mesh, stages) -> the pipeline; cheap, stages load later.
     generate, decode: (pipeline, video, setup, stages) -> frames, uint8 (T, H, W, 3) on rank 0 and None elsewhere;

@@ -46,7 +46,7 @@ def rules(source: Source) -> Rules:
     """The admissible values for a checkpoint; ValueError when the folder is none. Reads a header, imports no torch."""
     folder = source.model_dir
     if folder is None:
-        return DEMO
+        return OFFICIAL if source.demo is None else DEMO
     config = folder / "transformer" / "config.json"
     for name in ("dit.safetensors", "dit.fast.safetensors"):
         if (folder / name).is_file():

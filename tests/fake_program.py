@@ -57,7 +57,8 @@ class FakePipeline:
             raise RuntimeError("the second went wrong")
         if not self.mesh.is_main:
             return None
-        return np.full((video.num_frames, video.height, video.width, 3), video.seed % 251, dtype=np.uint8)
+        size = (video.num_frames, video.height, video.width, 3)
+        return np.random.default_rng(video.seed).integers(0, 256, size, dtype=np.uint8)
 
     def misbehave(self):
         if self.fault == "raise":
@@ -66,6 +67,11 @@ class FakePipeline:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self.fault == "watchdog":
+            os.write(2, b"[E] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)\n")
+            os.abort()
+        if self.fault == "nan":
+            raise FloatingPointError("the latents contain NaN after sampling step 3 of 8")
         if self.fault == "crash":
             os.write(2, b"terminate called after throwing\n")
             os.abort()
