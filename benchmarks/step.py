@@ -38,6 +38,8 @@ from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.weights import load_transformer, transformer_rename
 
+TEXT_DIM = 512
+"""Of 4096: the pool over the text runs once a forward in diffusers, and with few blocks it would weigh too much."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,6 +68,7 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> None:
         hidden_y=width // 2,
         mlp_x=8 * width // 3,
         mlp_y=4 * width // 3,
+        text_dim=TEXT_DIM,
     )
     torch.manual_seed(0)
     model = MochiTransformer(config)
@@ -75,7 +78,7 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> None:
     target.mkdir()
     save(model.state_dict(), target / "diffusion_pytorch_model.safetensors", transformer_rename(config))
     numbers = {"num_layers": args.depth, "num_attention_heads": args.heads, "pooled_projection_dim": width // 2}
-    numbers["_class_name"] = "MochiTransformer3DModel"
+    numbers |= {"text_embed_dim": TEXT_DIM, "_class_name": "MochiTransformer3DModel"}
     (target / "config.json").write_text(json.dumps(numbers))
 
 
@@ -114,7 +117,7 @@ class Case:
         self.size = size_of(tokens)
         generator = torch.Generator().manual_seed(1)
         self.latents = torch.randn(1, 12, *self.size, generator=generator).to(mesh.device)
-        self.text = torch.randn(1, 256, 4096, generator=generator).to(mesh.device)
+        self.text = torch.randn(1, 256, TEXT_DIM, generator=generator).to(mesh.device)
         self.mask = (torch.arange(256) < words)[None].to(mesh.device)
         self.none = torch.zeros_like(self.mask)
         self.t = torch.full((1,), 250.0, device=mesh.device)

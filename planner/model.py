@@ -64,9 +64,7 @@ def spread(degrees: Degrees, links: Links, nodes: int = 1) -> Spread:
     groups = [list(range(start, start + u)) for start in range(0, ranks, u)] if u > 1 else []
     rings = []
     if r > 1:
-        rings = [
-            [c * degrees.sequence + j * u + i for j in range(r)] for c in range(degrees.cfg) for i in range(u)
-        ]
+        rings = [[c * degrees.sequence + j * u + i for j in range(r)] for c in range(degrees.cfg) for i in range(u)]
     pairs = [(a, b) for group in groups for a in group for b in group if node[a] != node[b]]
     hops = [(ring[j], ring[(j + 1) % r]) for ring in rings for j in range(r)]
     return Spread(

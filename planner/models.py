@@ -169,9 +169,7 @@ def _mochi() -> Model:
 
 def _consisid() -> Model:
     sizes = ((720, 480),)
-    return Model(
-        "consisid", "ConsisID", PREVIEW, 6_217_102_912, COGVIDEOX_DECODER, 720, 480, 49, 50, 4, sizes=sizes
-    )
+    return Model("consisid", "ConsisID", PREVIEW, 6_217_102_912, COGVIDEOX_DECODER, 720, 480, 49, 50, 4, sizes=sizes)
 
 
 _MAKERS: Mapping[str, Callable[[], Model]] = {
@@ -180,9 +178,7 @@ _MAKERS: Mapping[str, Callable[[], Model]] = {
     "cogvideox-5b": lambda: _cogvideox("cogvideox-5b", "CogVideoX-5b", "5b", 5_570_283_072),
     "cogvideox-5b-i2v": lambda: _cogvideox("cogvideox-5b-i2v", "CogVideoX-5b-I2V", "5b-i2v", 5_625_087_552),
     "cogvideox-1.5-5b": lambda: _cogvideox("cogvideox-1.5-5b", "CogVideoX1.5-5B", "1.5", 5_570_676_352),
-    "cogvideox-1.5-5b-i2v": lambda: _cogvideox(
-        "cogvideox-1.5-5b-i2v", "CogVideoX1.5-5B-I2V", "1.5-i2v", 5_571_594_880
-    ),
+    "cogvideox-1.5-5b-i2v": lambda: _cogvideox("cogvideox-1.5-5b-i2v", "CogVideoX1.5-5B-I2V", "1.5-i2v", 5_571_594_880),
     "consisid": _consisid,
 }
 MODELS = tuple(_MAKERS)

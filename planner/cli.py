@@ -1,0 +1,193 @@
+"""xdit-plan: every layout of a model on some GPUs with predicted seconds, and the best one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+from planner.hardware import describe, get_profile, names
+from planner.layouts import Plan, plan, replicas
+from planner.model import SCHEMES, Prediction
+from planner.models import MODELS, Size, get_model
+
+
+@click.command(
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    }
+)
+@click.option("--model", type=click.Choice(MODELS), help="Which checkpoint.")
+@click.option("--width", type=int, help="Pixels. Default: as in the model's published tables.")
+@click.option("--height", type=int, help="Pixels.")
+@click.option("--num-frames", type=int, help="Frames of the video.")
+@click.option("--num-steps", type=int, help="Sampling steps.")
+@click.option("--no-guidance", is_flag=True, help="cfg-scale 1: one branch instead of two.")
+@click.option("--gpu", help="Kind of GPU, calibrated profile (see --list-gpus), or a profile file of xdit-doctor.")
+@click.option("--gpus", type=int, default=1, show_default=True, help="How many.")
+@click.option("--link", help="nvlink, pcie, pcie+qpi or GB/s in place of the GPU's usual link.")
+@click.option("--nodes", type=int, help="Machines. Default: as few as hold the GPUs.")
+@click.option("--node-link", type=float, help="GB/s that a machine sends to the others.")
+@click.option("--scheme", type=click.Choice(SCHEMES), help="Default: ours; reference for published profiles.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of a table.")
+@click.option("--list-gpus", is_flag=True, help="List what --gpu knows, and what it was calibrated on.")
+def command(**options: Any) -> None:
+    """Predict seconds, memory and traffic of every layout, and name the best.
+
+    --gpu takes a kind of GPU (l40) or a group of published rows (mochi-l40-e2e), for which it predicts what the
+    published system would take on that machine.
+    """
+    if options["list_gpus"]:
+        _list()
+        return
+    try:
+        found = _plan(options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if options["as_json"]:
+        click.echo(json.dumps([as_dict(found, one) for one in found.layouts], indent=1))
+        for refused in found.refused:
+            click.echo(f"refused: {refused.degrees}: {refused.reason}", err=True)
+    else:
+        show(found)
+
+
+def _plan(options: dict[str, Any]) -> Plan:
+    missing = [f"--{name} is missing" for name in ("model", "gpu") if options[name] is None]
+    if missing:
+        raise ValueError("\n".join(missing))
+    model = get_model(options["model"])
+    node_link = options["node_link"]
+    if node_link is not None and not 0 < node_link < float("inf"):
+        raise ValueError(f"--node-link {node_link} is not a number of GB/s above 0")
+    profile = get_profile(options["gpu"], options["link"], node_link)
+    size = Size(
+        width=_given(options["width"], model.width),
+        height=_given(options["height"], model.height),
+        num_frames=_given(options["num_frames"], model.num_frames),
+        num_steps=_given(options["num_steps"], model.num_steps),
+        guided=not options["no_guidance"],
+    )
+    return plan(model, size, options["gpus"], profile, options["scheme"], options["nodes"])
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
+    """One layout as plain data: seconds, GB (1e9 bytes) per GPU and stage, bytes the busiest GPU sends."""
+    return {
+        "cfg": one.degrees.cfg,
+        "ring": one.degrees.ring,
+        "ulysses": one.degrees.ulysses,
+        "seconds": {
+            "total": one.total,
+            "sampling": one.sampling,
+            "step": one.step,
+            "text": one.text,
+            "decode": one.decode,
+        },
+        "memory_gb": one.memory_gb,
+        "bytes": {**asdict(one.sent), "total": one.sent.total},
+        "bound": one.bound,
+        "speedup": found.speedup(one),
+        "efficiency": found.speedup(one) / found.ranks,
+        "fits": one.fits,
+        "best": one is found.best,
+    }
+
+
+def _list() -> None:
+    gpus, profiles = names()
+    click.echo("kinds of GPU:")
+    for name in gpus:
+        click.echo(f"  {name:24}{describe(name)}")
+    click.echo("calibrated profiles (groups of published rows, scheme reference):")
+    for name in profiles:
+        click.echo(f"  {name:24}{describe(name)}")
+
+
+COLUMNS = ("cfg", "ring", "ulysses", "total s", "step s", "sampling", "text", "decode", "speed-up", "eff. %", "sent GB")
+MEMORY = "GB text/DiT/VAE"
+
+
+def show(found: Plan) -> None:
+    """The table, the best layout, what was refused, and what else the GPUs could do."""
+    size, profile = found.size, found.profile
+    between = f"; {found.nodes} machines, {profile.links.node_gbs:g} GB/s between them" if found.nodes > 1 else ""
+    click.echo(
+        f"{found.model.title}, {size.width}x{size.height}, {size.num_frames} frames, {size.num_steps} steps on "
+        f"{found.ranks} x {profile.name} ({profile.links.kind}, {profile.links.gbs:g} GB/s{between}), "
+        f"scheme: {found.scheme}"
+    )
+    click.echo("".join(f"{name:>9}" for name in COLUMNS) + f"{MEMORY:>17}  bound by")
+    for one in found.layouts:
+        click.echo(_line(found, one))
+    best = found.best.degrees
+    cfg = " --cfg-parallel" if best.cfg == 2 else ""
+    click.echo(f"best: {best}   (--ulysses-degree {best.ulysses} --ring-degree {best.ring}{cfg})")
+    if any(not one.fits for one in found.layouts):
+        click.echo(f"! a stage needs more than the {profile.memory_gb:g} GB of a GPU; decoding falls back to tiles")
+    for refused in found.refused:
+        click.echo(f"refused: {refused.degrees}: {refused.reason}")
+    if not profile.calibrated_on:
+        click.echo("not calibrated: efficiencies are guesses; trust the order more than the seconds")
+    if found.ranks > 1:
+        _advise(found)
+
+
+def _line(found: Plan, one: Prediction) -> str:
+    degrees, speedup = one.degrees, found.speedup(one)
+    memory = "/".join(f"{one.memory_gb[stage]:.0f}" for stage in ("text", "sampling", "decode"))
+    cells = (
+        str(degrees.cfg),
+        str(degrees.ring),
+        str(degrees.ulysses),
+        f"{one.total:.1f}",
+        f"{one.step:.3f}",
+        f"{one.sampling:.1f}",
+        f"{one.text:.1f}",
+        f"{one.decode:.1f}",
+        f"{speedup:.2f}",
+        f"{100 * speedup / found.ranks:.0f}",
+        f"{one.sent.total / 1e9:.1f}",
+    )
+    return "".join(f"{cell:>9}" for cell in cells) + f"{memory + ('' if one.fits else ' !'):>17}  {one.bound}"
+
+
+def _advise(found: Plan) -> None:
+    other = replicas(found)
+    if other.ranks < found.ranks:
+        click.echo(
+            f"one video is as fast on {other.ranks} of these GPUs ({other.best.degrees}: {other.best.total:.1f} s); "
+            f"use the others for other videos"
+        )
+    if other.copies > 1:
+        many, one = other.copies * 3600 / other.copy.total, 3600 / found.best.total
+        click.echo(
+            f"for many videos: {other.copies} copies, each {other.copy.degrees}, make {many:.1f} videos an hour "
+            f"against {one:.1f}"
+        )
+
+
+def main() -> None:
+    """Exit status 0, or 2 for wrong use."""
+    try:
+        command.main(standalone_mode=False)
+    except click.UsageError as error:
+        for problem in error.format_message().splitlines():
+            click.echo(f"error: {problem}", err=True)
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+
+
+if __name__ == "__main__":
+    main()

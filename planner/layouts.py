@@ -1,0 +1,200 @@
+"""Which layouts a number of GPUs admits, why others are refused, and which one to take."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.cost import Degrees
+from planner.hardware import Profile, get_profile, names, read_profile
+from planner.model import Prediction, memory_gb, predict
+from planner.models import Model, Size, default_size, get_model, video_tokens
+
+LOCAL_PROFILE = Path.home() / ".config" / "xdit-zoo" / "hardware.json"
+"""Where xdit-doctor puts this machine's profile."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layout that is not possible, and why."""
+
+    degrees: Degrees
+    reason: str
+
+
+def products(ranks: int) -> Iterator[Degrees]:
+    """Every cfg x ring x ulysses = ranks."""
+    for cfg in (1, 2):
+        for ring in range(1, ranks // cfg + 1):
+            if ranks % (cfg * ring) == 0:
+                yield Degrees(cfg, ring, ranks // (cfg * ring))
+
+
+def refusal(model: Model, size: Size, degrees: Degrees, scheme: str, profile: Profile | None = None) -> str | None:
+    """Why a layout cannot run; None when it can. With a profile, also whether its GPUs have the memory."""
+    if degrees.cfg == 2 and not size.guided:
+        return "cfg 2 computes the two guidance branches apart, and without guidance there is one"
+    if degrees.ulysses > model.heads:
+        return f"ulysses {degrees.ulysses} is more than the {model.heads} attention heads; the rest can go to ring"
+    if scheme == "reference":
+        return _reference_refusal(model, size, degrees)
+    if profile is not None:
+        need = memory_gb(model, size, degrees, scheme)["sampling"]
+        if need > profile.memory_gb:
+            return f"sampling needs {need:.1f} GB on each GPU, which has {profile.memory_gb:g}"
+    return None
+
+
+def _reference_refusal(model: Model, size: Size, degrees: Degrees) -> str | None:
+    """The published systems want everything to divide evenly."""
+    if model.heads % degrees.ulysses:
+        return f"the reference needs the {model.heads} heads to divide by ulysses {degrees.ulysses}"
+    if model.family == "mochi":
+        tokens = video_tokens(model, size)
+        if tokens % degrees.sequence:
+            return f"the reference needs the {tokens} video tokens to divide by {degrees.sequence}"
+    elif (size.height // 16) % degrees.sequence:
+        return f"the reference needs the {size.height // 16} rows of patches to divide by {degrees.sequence}"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every layout of a number of GPUs on a machine, fastest first."""
+
+    model: Model
+    size: Size
+    profile: Profile
+    scheme: str
+    ranks: int
+    nodes: int
+    layouts: list[Prediction]
+    refused: list[Refusal]
+    single: Prediction
+
+    @property
+    def best(self) -> Prediction:
+        return self.layouts[0]
+
+    def speedup(self, one: Prediction) -> float:
+        return self.single.total / one.total
+
+
+def plan(
+    model: Model, size: Size, ranks: int, profile: Profile, scheme: str | None = None, nodes: int | None = None
+) -> Plan:
+    """All layouts of `ranks` GPUs. Raises ValueError for a size the model cannot make, and when no layout is left."""
+    scheme = scheme or profile.scheme
+    nodes = nodes or -(-ranks // profile.links.gpus_per_node)
+    problems = model.problems(size) if scheme == "ours" else []
+    if ranks < 1:
+        problems.append(f"--gpus {ranks} is not a positive number")
+    if not 1 <= nodes <= max(ranks, 1):
+        problems.append(f"--nodes {nodes} is not between 1 and the {ranks} GPUs")
+    if problems:
+        raise ValueError("\n".join(problems))
+    layouts, refused = [], []
+    for degrees in products(ranks):
+        reason = refusal(model, size, degrees, scheme, profile)
+        if reason:
+            refused.append(Refusal(degrees, reason))
+        else:
+            layouts.append(predict(model, size, degrees, profile, scheme, nodes))
+    if not layouts:
+        raise ValueError(f"no layout of {ranks} GPUs is possible: {refused[0].degrees}: {refused[0].reason}")
+    layouts.sort(key=lambda p: p.total)
+    single = predict(model, size, Degrees(), profile, scheme, 1)
+    return Plan(model, size, profile, scheme, ranks, nodes, layouts, refused, single)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The best use of the GPUs for one video, and for many."""
+
+    ranks: int
+    """GPUs beyond which one video gets less than 3 % faster."""
+    best: Prediction
+    copies: int
+    copy: Prediction
+    """The layout of each of `copies` when many videos are wanted."""
+
+
+def replicas(whole: Plan) -> Replicas:
+    """Compare the plan with fewer GPUs a video: for one video, and for videos an hour."""
+    candidates: dict[int, Prediction] = {whole.ranks: whole.best}
+    for ranks in range(1, whole.ranks):
+        nodes = -(-ranks * whole.nodes // whole.ranks)
+        try:
+            candidates[ranks] = plan(whole.model, whole.size, ranks, whole.profile, whole.scheme, nodes).best
+        except ValueError:
+            continue  # these many GPUs have no layout, which says nothing about others
+    fastest = min(p.total for p in candidates.values())
+    enough = min(ranks for ranks, p in candidates.items() if p.total <= 1.03 * fastest)
+    rate = {ranks: (whole.ranks // ranks) / p.total for ranks, p in candidates.items()}
+    copy = max(rate, key=lambda ranks: rate[ranks])
+    return Replicas(enough, candidates[enough], whole.ranks // copy, candidates[copy])
+
+
+def recognise(gpu: str) -> str | None:
+    """The kind of GPU in a device name such as `NVIDIA A100-SXM4-80GB`; None when the planner has no data on it."""
+    words = gpu.lower().replace("-", " ").replace("rtx", " ").split()
+    return next((kind for kind in sorted(names()[0], key=len, reverse=True) if kind in words), None)
+
+
+def local_profile() -> Profile | None:
+    """This machine's: what xdit-doctor wrote, else by the name of its first GPU; None without either."""
+    if LOCAL_PROFILE.is_file():
+        try:
+            return read_profile(LOCAL_PROFILE)
+        except ValueError:
+            return None  # an old or damaged file must not stop a run that does not need it
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    kind = recognise(found.splitlines()[0]) if found.strip() else None
+    return get_profile(kind) if kind else None
+
+
+def by_rule(ranks: int, heads: int, guided: bool, allowed: list[Degrees]) -> Degrees:
+    """CFG first, then ring: the rule of thumb, among the allowed layouts."""
+    return min(allowed, key=lambda d: (-d.cfg if guided else d.cfg, d.ulysses))
+
+
+def choose_layout(
+    model_name: str,
+    size: Size | None,
+    ranks: int,
+    gpu: str | Profile | None = None,
+    *,
+    cfg: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+    nodes: int | None = None,
+) -> tuple[Degrees, str]:
+    """The degrees that were not given, and why they were chosen, in a line to print.
+
+    gpu: a kind of GPU, a calibrated profile, the path of one, or a Profile; None asks this machine. Where nothing is
+    known of model or machine, the rule "CFG first, then ring" decides.
+    Raises ValueError when no layout of `ranks` agrees with the given degrees.
+    """
+    model = get_model(model_name)
+    size = size or default_size(model)
+    asked = (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
+    fitting = [d for d in products(ranks) if all(want in (None, getattr(d, name)) for name, want in asked)]
+    reasons = {d: refusal(model, size, d, "ours") for d in fitting}
+    allowed = [d for d in fitting if reasons[d] is None]
+    if not allowed:
+        why = f"; {fitting[0]}: {reasons[fitting[0]]}" if fitting else ""
+        given = ", ".join(f"{name} {want}" for name, want in asked if want)
+        raise ValueError(f"no layout of {ranks} ranks has {given or 'these degrees'}{why}")
+    profile = gpu if isinstance(gpu, Profile) else get_profile(gpu) if gpu else local_profile()
+    if profile is None:
+        return by_rule(ranks, model.heads, size.guided, allowed), "by the rule: guidance first, then ring"
+    nodes = nodes or -(-ranks // profile.links.gpus_per_node)
+    predicted = [predict(model, size, d, profile, "ours", nodes) for d in allowed]
+    best = min(predicted, key=lambda p: p.total)
+    return best.degrees, f"{best.total:.0f} s predicted on {profile.name}, bound by {best.bound}"
