@@ -67,27 +67,37 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the channels, (..., 1), without a wide copy of x."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
-    return torch.rsqrt(norm * norm / x.shape[-1] + eps)
+def _normalised(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the channels, a new tensor in the wide dtype."""
+    wide = _wide(x.dtype)
+    # CPU kernels widen a half-precision operand anew each time; GPU kernels do it on the fly.
+    copied = x.device.type == "cpu" and x.dtype != wide
+    x = x.to(wide) if copied else x
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    inverse = torch.rsqrt(norm * norm / x.shape[-1] + eps)
+    return x.mul_(inverse) if copied else x * inverse
 
 
 def _modulated(x: Tensor, scale: Tensor) -> Tensor:
     """RMS norm times 1 + scale; scale (B, 1, D) wide."""
-    return (x * _inverse_rms(x, NORM_EPS)).mul_(1 + scale).to(x.dtype)
+    return _normalised(x, NORM_EPS).mul_(1 + scale).to(x.dtype)
 
 
 def _gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """Residual sum with the RMS norm of the branch times tanh(gate); gate (B, 1, D) wide."""
-    return (branch * _inverse_rms(branch, NORM_EPS)).mul_(torch.tanh(gate)).add_(x).to(x.dtype)
+    return _normalised(branch, NORM_EPS).mul_(torch.tanh(gate)).to(x.dtype).add_(x)
 
 
 def _rotate(qk: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of channels: qk (B, n, 2, H, D), rope (n, H, D / 2, 2)."""
-    cos, sin = rope[:, None].unbind(-1)
-    a, b = qk.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    """Turn neighbouring pairs of channels: qk (B, n, 2, H, D), rope (n, H, D / 2, 2). May overwrite qk."""
+    pairs = qk.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # A compiler fuses real arithmetic with its surroundings and leaves complex numbers alone.
+        (a, b), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs).mul_(torch.view_as_complex(rope)[:, None]))
+    return turned.flatten(-2)
 
 
 class FeedForward(nn.Module):
@@ -100,7 +110,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w1(x).chunk(2, dim=-1)
-        return self.w2(F.silu(a).mul_(b))
+        return self.w2(F.silu(a, inplace=True).mul_(b))
 
 
 class JointAttention(nn.Module):
@@ -120,10 +130,10 @@ class JointAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
         """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to the branch's output for each."""
-        qk, v = self._normalised(self.qkv_x(x), self.q_norm_x, self.k_norm_x)
+        qk, v = self._split(self.qkv_x(x), self.q_norm_x, self.k_norm_x)
         qk = _rotate(qk, cond.rope).to(x.dtype)
         if y.shape[1]:
-            qk_y, v_y = self._normalised(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
+            qk_y, v_y = self._split(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
             qk = torch.cat((qk, qk_y.to(y.dtype)), dim=1)
             v = torch.cat((v, v_y), dim=1)
         q, k = qk.unbind(2)  # (B, n + m, H, D)
@@ -131,12 +141,12 @@ class JointAttention(nn.Module):
         x, y = self.proj_x(out[:, : x.shape[1]]), out[:, x.shape[1] :]
         return x, y if self.proj_y is None else self.proj_y(y)
 
-    def _normalised(self, qkv: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    def _split(self, qkv: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
         """qkv (B, n, 3 * H * D) to wide q and k (B, n, 2, H, D), RMS-normalised per head, and v (B, n, H, D)."""
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         weight = torch.stack((q_norm.weight, k_norm.weight))[:, None]
-        return (qk * _inverse_rms(qk, QK_NORM_EPS)).mul_(weight), v
+        return _normalised(qk, QK_NORM_EPS).mul_(weight), v
 
 
 class Block(nn.Module):
@@ -253,7 +263,8 @@ class MochiTransformer(nn.Module):
         frequencies = self.pos_frequencies.to(dtype)
         # A sum of products rather than a matmul, which a GPU may be told to round to ten bits.
         positions = self.sp.shard(grid, dim=0)[..., None, None]  # (n, 3, 1, 1)
-        angles = sum(positions[:, i] * frequencies[i] for i in range(3))  # (n, H, D / 2)
+        t, row, column = (positions[:, i] * frequencies[i] for i in range(3))
+        angles = t + row + column  # (n, H, D / 2)
         return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
     def _time(self, t: Tensor) -> Tensor:
