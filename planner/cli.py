@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+
 from planner.hardware import describe, get_profile, names
 from planner.layouts import Plan, plan, replicas
 from planner.model import SCHEMES, Prediction

@@ -20,7 +20,7 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Links:
-    """The links of one machine, and between machines. Bandwidths are GB/s that a GPU sends while it receives as much."""
+    """The links of a machine, and between machines. Bandwidths: GB/s that a GPU sends while it receives as much."""
 
     kind: str = "pcie"
     gbs: float = 16.0

@@ -6,11 +6,12 @@ One layer of one forward pass takes
     attention         FLOPs / (peak * attention)
     elementwise       elementwise * rows * width * 2 bytes / HBM bandwidth
     all-to-all        bytes sent / B * max(1 + contention * crowd, 1 / across), and packing at HBM bandwidth
-    ring              (r - 1) * (exposed * h + max(0, (1 - exposed) * h - attention / r)) + merging, h = bytes / B + 30 us
+    ring              (r - 1) * (exposed * h + max(0, (1 - exposed) * h - attention / r)) + merging
     overhead          a constant where tokens are split
 
-crowd is u - 3 (0 for two ranks, 0.12 for three). B is the links' bandwidth; `across` counts for groups that lie across sockets. Messages between machines share the
-machine's network: their time is what all of its ranks send in one direction over `node_gbs`.
+with h = bytes / B + 30 us for a hop, and crowd = u - 3 (0 for two ranks, 0.12 for three). B is the links' bandwidth;
+`across` counts for groups that lie across sockets. Messages between machines share the machine's network: their time
+is what all of its ranks send in one direction over `node_gbs`.
 """
 
 from __future__ import annotations
