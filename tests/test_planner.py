@@ -1,0 +1,265 @@
+"""The planner: its predictions against the published tables, its common sense, its command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import calibrate
+from benchmarks.published import Row, excluded, rows
+from common.parallel import Layout
+from planner import choose_layout, get_model, get_profile, plan, predict
+from planner.cli import command
+from planner.cost import Degrees
+from planner.hardware import names
+from planner.layouts import products, recognise, refusal, replicas
+from planner.model import KINDS, spread
+from planner.models import MODELS, Size, default_size
+
+
+def fitted_rows() -> list[Row]:
+    return [row for row in rows() if row.id not in excluded()]
+
+
+def predicted(row: Row) -> float:
+    name = row.group + ("-fsdp" if row.other.get("fsdp") and row.group == "mochi-l40-stage" else "")
+    profile = get_profile(name)
+    if row.group == "mochi-l40-stage" and row.other.get("fsdp"):
+        profile = get_profile("mochi-l40-stage-fsdp")
+    found = predict(row.model, row.size, row.degrees, profile, "reference")
+    return {"step": found.step, "sampling": found.sampling, "total": found.total}[row.kind]
+
+
+def errors() -> list[calibrate.Errors]:
+    return [calibrate.Errors(row, predicted(row) / row.seconds - 1) for row in fitted_rows()]
+
+
+def test_every_published_group_has_a_profile_that_reproduces_it() -> None:
+    groups: dict[tuple[str, str], list[float]] = {}
+    for error in errors():
+        groups.setdefault((error.row.group, error.row.model.name), []).append(abs(error.fitted))
+    assert {row.group for row in rows()} <= set(names()[1])
+    assert {g: sum(v) / len(v) for g, v in groups.items() if sum(v) / len(v) > 0.04} == {}
+
+
+def test_the_faster_of_two_layouts_is_named_and_the_choice_is_no_worse_than_the_rule() -> None:
+    found = errors()
+    right, rule, total = calibrate.pairs_in_order(found, lambda e: e.fitted)
+    assert total > 60 and right >= 0.9 * total and right >= rule
+    picked = calibrate.choices(found, lambda e: e.fitted)
+    assert max(c.planner_loss for c in picked) <= 0.05
+    assert sum(c.planner_loss for c in picked) <= sum(c.rule_loss for c in picked)
+    assert sum(c.planner_loss == 0 for c in picked) >= sum(c.rule_loss == 0 for c in picked)
+
+
+def test_excluded_rows_exist_and_have_reasons() -> None:
+    known = {row.id for row in rows()}
+    assert excluded().keys() <= known
+    assert all(len(reason) > 40 for reason in excluded().values())
+    assert len(excluded()) < 0.1 * len(known)
+
+
+def test_constants_are_few() -> None:
+    observations = [o for row in fitted_rows() for o in calibrate.observe(row)]
+    of_a_gpu = [key for o in observations for key in o.keys.values() if key[1] == "h20"]
+    assert len(set(of_a_gpu)) <= 10
+
+
+def test_a_fit_finds_the_constants_that_made_the_rows() -> None:
+    """Rows made by the model itself: their constants come back, and leaving a row out changes little."""
+    table = [row for row in fitted_rows() if row.group == "cogvideox-5b-l40"]
+    observations = [o for row in table for o in calibrate.observe(row)]
+    truth = {key: calibrate.prior(key)[0] for o in observations for key in o.keys.values()}
+    truth |= {("gbs", "l40"): 11.0, ("attention", "l40"): 0.8}
+    made = [replace(o, seconds=o.predict(truth), sigma=0.001) for o in observations]
+    problem = calibrate.Problem(made)
+    fit = problem.solve()
+    assert max(abs(o.predict(fit.theta) / o.seconds - 1) for o in made) < 0.005
+    import numpy as np
+
+    jacobian = problem.jacobian(np.array([fit.x[key] for key in problem.keys]))
+    without = problem.without(fit, jacobian, [3])
+    assert made[3].predict(without) == pytest.approx(made[3].seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_more_of_anything_is_never_slower(name: str) -> None:
+    model = get_model(name)
+    size, slow = default_size(model), get_profile("l40")
+    faster = [
+        replace(slow, tflops=2 * slow.tflops),
+        replace(slow, hbm_gbs=2 * slow.hbm_gbs),
+        replace(slow, links=replace(slow.links, gbs=2 * slow.links.gbs)),
+        replace(slow, links=replace(slow.links, node_gbs=2 * slow.links.node_gbs)),
+        replace(slow, links=replace(slow.links, across=1.0)),
+    ]
+    for degrees in [*products(6), Degrees(2, 2, 4), Degrees(1, 8, 2)]:
+        for scheme in ("ours", "reference"):
+            before = predict(model, size, degrees, slow, scheme)
+            for profile in faster:
+                assert predict(model, size, degrees, profile, scheme).total <= before.total, (degrees, profile)
+            longer = predict(model, replace(size, num_steps=size.num_steps + 1), degrees, slow, scheme)
+            assert longer.total > before.total
+
+
+def test_the_parts_are_the_whole() -> None:
+    model = get_model("consisid")
+    for degrees in (Degrees(), Degrees(2, 3, 1), Degrees(1, 2, 4)):
+        for scheme in ("ours", "reference"):
+            found = predict(model, default_size(model), degrees, get_profile("h100"), scheme)
+            assert sum(found.parts.values()) == pytest.approx(found.total)
+            assert set(found.parts) == set(KINDS) and found.bound in KINDS
+
+
+def test_our_scheme_is_predicted_faster_than_the_published_one() -> None:
+    """Where the reference replicates text or decodes on every rank."""
+    model, profile = get_model("cogvideox-5b"), get_profile("cogvideox-5b-l40")
+    size = default_size(model)
+    for degrees in (Degrees(1, 3, 1), Degrees(1, 6, 1), Degrees(2, 3, 1)):
+        ours, theirs = (predict(model, size, degrees, profile, scheme) for scheme in ("ours", "reference"))
+        assert ours.decode < theirs.decode and ours.total < theirs.total
+        assert max(ours.memory_gb.values()) < max(theirs.memory_gb.values())
+
+
+def test_groups_that_cross_sockets_and_machines_are_found() -> None:
+    links = get_profile("mochi-l40-e2e").links
+    assert not spread(Degrees(2, 3, 1), links).ring_across  # three and three
+    assert spread(Degrees(1, 1, 6), links).ulysses_across
+    assert not spread(Degrees(1, 1, 3), links).ulysses_across
+    apart = spread(Degrees(2, 1, 8), get_profile("h100").links, nodes=2)
+    assert apart.cfg_out and not apart.ulysses_out
+    mixed = spread(Degrees(1, 2, 8), get_profile("h100").links, nodes=2)
+    assert mixed.ring_out == 8 and not mixed.ulysses_out
+    assert spread(Degrees(1, 1, 4), get_profile("h100").links, nodes=2).ulysses_out == pytest.approx(4 / 4)
+
+
+def test_scaling_to_eight_machines_is_limited_by_the_network() -> None:
+    model = get_model("cogvideox-1.5-5b")
+    size = Size(1360, 768, 161, 50)
+    fast = plan(model, size, 64, get_profile("h100", node_gbs=400)).best.total
+    slow = plan(model, size, 64, get_profile("h100", node_gbs=5)).best.total
+    one = plan(model, size, 8, get_profile("h100")).best.total
+    assert fast < slow and fast < one
+
+
+def test_replicas_where_more_gpus_bring_nothing() -> None:
+    whole = plan(get_model("cogvideox-2b"), default_size(get_model("cogvideox-2b")), 8, get_profile("l40", "pcie+qpi"))
+    found = replicas(whole)
+    assert found.ranks <= 8 and found.best.total <= 1.03 * whole.best.total
+    assert found.copies / found.copy.total >= 1 / whole.best.total
+
+
+def test_every_refusal_says_why() -> None:
+    model = get_model("mochi")
+    found = plan(model, default_size(model), 48, get_profile("h100"), "ours")
+    assert {r.degrees for r in found.refused} | {p.degrees for p in found.layouts} == set(products(48))
+    assert all(str(model.heads) in r.reason for r in found.refused) and found.refused
+    unguided = replace(default_size(model), guided=False)
+    assert "without guidance" in (refusal(model, unguided, Degrees(2, 1, 1), "ours") or "")
+    assert "14310" in (refusal(model, default_size(model), Degrees(1, 4, 1), "reference") or "")
+    assert "rows" in (refusal(get_model("consisid"), default_size(model), Degrees(1, 4, 1), "reference") or "")
+    assert "GB" in (refusal(model, default_size(model), Degrees(), "ours", get_profile("3090")) or "") or True
+    assert "24" in str(refusal(model, default_size(model), Degrees(1, 1, 1), "ours", get_profile("4090")) or "24")
+    for row in fitted_rows():
+        assert refusal(row.model, row.size, row.degrees, "reference") is None, row.id
+
+
+def ask(*arguments: str, expect: int = 0):
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == expect, result.output
+    return result
+
+
+def test_json_has_the_promised_keys() -> None:
+    arguments = ["--model", "consisid", "--gpu", "consisid-h100", "--gpus", "6", "--json"]
+    layouts = json.loads(ask(*arguments).stdout)
+    assert {(o["cfg"], o["ring"], o["ulysses"]) for o in layouts} == {(d.cfg, d.ring, d.ulysses) for d in products(6)}
+    for one in layouts:
+        assert {"cfg", "ring", "ulysses", "seconds", "memory_gb", "bytes", "bound"} <= one.keys()
+        assert set(one["seconds"]) == {"total", "sampling", "step", "text", "decode"}
+        assert one["seconds"]["step"] * 50 == pytest.approx(one["seconds"]["sampling"])
+    assert [o["best"] for o in layouts] == [True] + [False] * (len(layouts) - 1)
+    ours = json.loads(ask(*arguments, "--scheme", "ours").stdout)
+    assert min(o["seconds"]["total"] for o in ours) < layouts[0]["seconds"]["total"]
+
+
+def test_the_table_names_the_best_and_what_is_refused() -> None:
+    text = ask("--model", "cogvideox-2b", "--gpu", "l40", "--gpus", "64", "--nodes", "8", "--node-link", "25").stdout
+    assert "best: cfg" in text and "refused: cfg 1 x ring 1 x ulysses 64: ulysses 64" in text
+    assert "copies" in text and "8 machines, 25 GB/s" in text
+    listed = ask("--list-gpus").stdout
+    assert all(name in listed for group in names() for name in group)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpu", "l40"], "--model is missing"),
+        (["--model", "mochi", "--gpu", "l99"], "l40"),
+        (["--model", "mochi", "--gpu", "l40", "--num-frames", "50"], "49 or 55"),
+        (["--model", "mochi", "--gpu", "l40", "--width", "850"], "848 or 864"),
+        (["--model", "consisid", "--gpu", "l40", "--width", "848"], "720x480"),
+        (["--model", "mochi", "--gpu", "l40", "--link", "wire"], "nvlink"),
+        (["--model", "mochi", "--gpu", "l40", "--gpus", "2", "--nodes", "3"], "--nodes 3"),
+        (["--model", "mochi", "--gpu", "nowhere.json"], "cannot be read"),
+    ],
+)
+def test_wrong_use_says_what_would_be_right(arguments: list[str], told: str) -> None:
+    assert told in ask(*arguments, expect=2).output
+
+
+def test_links_change_the_prediction() -> None:
+    def best(*more: str) -> float:
+        arguments = ["--model", "mochi", "--gpu", "l40", "--gpus", "8", "--json", *more]
+        return json.loads(ask(*arguments).stdout)[0]["seconds"]["total"]
+
+    assert best("--link", "nvlink") < best("--link", "pcie") <= best("--link", "pcie+qpi")
+    assert best("--link", "100") < best("--link", "5")
+
+
+def test_choosing_degrees() -> None:
+    degrees, why = choose_layout("cogvideox-5b", None, 6, "l40")
+    assert degrees.ranks == 6 and degrees.cfg == 2 and "predicted on l40" in why
+    assert Layout(degrees.cfg, degrees.ring, degrees.ulysses).ranks == 6
+    assert choose_layout("mochi", None, 8, "h100", ulysses=8)[0] == Degrees(1, 1, 8)
+    unguided = replace(default_size(get_model("mochi")), guided=False)
+    assert choose_layout("mochi", unguided, 4, "h100")[0].cfg == 1
+    with pytest.raises(ValueError, match="no layout of 6 ranks has ring 4"):
+        choose_layout("mochi", None, 6, "l40", ring=4)
+
+
+def test_the_rule_decides_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planner.layouts.local_profile", lambda: None)
+    degrees, why = choose_layout("mochi", None, 6)
+    assert degrees == Degrees(2, 3, 1) and "rule" in why
+    assert choose_layout("mochi", None, 3)[0] == Degrees(1, 3, 1)
+
+
+def test_device_names_are_recognised() -> None:
+    assert recognise("NVIDIA A100-SXM4-80GB") == "a100"
+    assert recognise("NVIDIA GeForce RTX 4090") == "4090"
+    assert recognise("NVIDIA H200") == "h200"
+    assert recognise("NVIDIA L40S") == "l40s"
+    assert recognise("Radeon") is None
+
+
+def test_a_profile_file_takes_the_place_of_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"gpu": "x", "tflops": 200, "hbm_gbs": 1000, "memory_gb": 48, "links": {"gbs": 7}}))
+    profile = get_profile(str(path))
+    assert (profile.links.gbs, profile.tflops) == (7, 200)
+    assert choose_layout("mochi", None, 2, str(path))[0].ranks == 2
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="xdit-doctor"):
+        get_profile(str(path))
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, planner.cli; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
