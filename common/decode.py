@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common.parallel import Axis
 from common.tiles import tiles
@@ -20,18 +21,18 @@ from common.vae import CausalStream, Link, LocalLink, TimeSplit, deal, spans
 OVERLAP = 8
 # What the allocator and the convolutions' workspaces take on top of the tensors that the estimate counts.
 MARGIN = 1.4
-# CUDA's padding and convolution kernels index with 32 bits.
-LARGEST_TENSOR = 2**31 - 1
 
 
 class VideoDecoder(nn.Module):
     """What a model's decoder says about itself. Chunk lengths are in latent frames.
 
-    scale: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the fastest first.
+    scale: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the longest first; with
+    `chunks_fixed` there is no other, since the result depends on it.
     """
 
     scale: int
     chunk_choices: tuple[int, ...]
+    chunks_fixed = False
 
     def chunks(self, latents: int, chunk: int) -> list[int]:
         """The lengths of the chunks that `latents` frames are decoded in, at most about `chunk` at a time."""
@@ -166,25 +167,26 @@ class _Decode:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations inside it make: `peak` at once, `largest` in elements.
+    """Counts the bytes of the tensors that operations inside it make: `now`, and `peak` at once.
 
     On the meta device it measures a computation that could not run.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.largest = 0
+        self.now = self.peak = 0
         self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What goes in and was not made here was there before; a view of it is not new memory.
+        self.seen.update(leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
         return out
 
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self.seen:
             return
         self.seen.add(storage)
@@ -192,14 +194,13 @@ class PeakMemory(TorchDispatchMode):
         weakref.finalize(storage, self._free, size)
         self.now += size
         self.peak = max(self.peak, self.now)
-        self.largest = max(self.largest, tensor.numel())
 
     def _free(self, size: int) -> None:
         self.now -= size
 
 
-def decode_memory(decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan) -> tuple[int, int]:
-    """(bytes at the peak, elements of the largest tensor) of decoding (C, T, h, w) latents by `plan` on one rank.
+def decode_memory(decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan) -> int:
+    """Bytes at the peak of decoding (C, T, h, w) latents by `plan` on one rank.
 
     Counted by running the decoder's first two chunks without data, in the dtype of its weights, which are not
     included, nor the workspaces of the kernels (`MARGIN` is for those).
@@ -212,7 +213,7 @@ def decode_memory(decoder: VideoDecoder, latents: tuple[int, int, int, int], pla
     # Beside a GPU the waiting tiles' tails lie in host memory; on the CPU they lie where the work is done.
     waiting = len(parts) - 1 if next(decoder.parameters()).device.type == "cpu" else 0
     tails = sum(tail.nbytes for queue in link.kept.values() for tail in queue)
-    return counter.peak + waiting * tails, counter.largest
+    return counter.peak + waiting * tails
 
 
 def _two_chunks(
@@ -258,8 +259,13 @@ def decode_plans(
         raise ValueError(f"VAE tile is {tile[0]}x{tile[1]} latent pixels; it must be at least 4x4")
     if tile is not None and mode == "exact":
         raise ValueError("VAE mode exact does not cut the picture; leave the tile away or use mode tiled")
+    if chunk is not None and decoder.chunks_fixed and chunk not in decoder.chunk_choices:
+        raise ValueError(
+            f"VAE chunk is {chunk}; the chunks are part of this model, so only {decoder.chunk_choices[0]} is possible"
+        )
     share = -(-frames // ranks)
-    choices = (chunk,) if chunk else tuple(sorted({min(c, share) for c in decoder.chunk_choices}, reverse=True))
+    shared = tuple(c for c in decoder.chunk_choices if c <= share) or decoder.chunk_choices[-1:]
+    choices = (chunk,) if chunk else shared
     exact = [DecodePlan("exact", c) for c in choices] if mode != "tiled" and tile is None else []
     smallest = DecodePlan("tiled", choices[-1], overlap=overlap)
     limits = [tile] if tile else _tile_limits(height, width)
@@ -268,7 +274,7 @@ def decode_plans(
 
 
 def _tile_limits(height: int, width: int, smallest: int = 12) -> list[tuple[int, int]]:
-    """Tile sizes for 2, 4, 6, 9, ... tiles: the longer side is cut once more each time."""
+    """Tile sizes, each about half the one before; the longer side is cut once more until it is."""
     limits: list[tuple[int, int]] = []
     rows = columns = 1
     while True:
@@ -281,7 +287,7 @@ def _tile_limits(height: int, width: int, smallest: int = 12) -> list[tuple[int,
         limit = (min(tall, height), min(wide, width))
         if -(-height // rows) < smallest and -(-width // columns) < smallest:
             break
-        if not limits or limit[0] * limit[1] < limits[-1][0] * limits[-1][1]:
+        if not limits or limit[0] * limit[1] < 0.6 * limits[-1][0] * limits[-1][1]:
             limits.append(limit)
     return limits or [(height, width)]
 
@@ -298,8 +304,7 @@ def plan_decode(
     give the smallest free memory of them all, or see `agree`.
     """
     for i, plan in enumerate(plans):
-        peak, largest = decode_memory(decoder, latents, plan)
-        if peak * MARGIN <= free_bytes and largest <= LARGEST_TENSOR:
+        if decode_memory(decoder, latents, plan) * MARGIN <= free_bytes:
             return plans[i:]
     return plans[-1:]
 

@@ -22,6 +22,10 @@ from torch.nn import functional as F
 
 from common.parallel import Axis
 
+# Elements of the input of one convolution call. What a call needs beside input and output (the padded copy, the
+# workspace) grows with it, and CUDA's 3D kernels index with 32 bits.
+LARGEST_CONVOLUTION = 2**27
+
 # A message on its way and the tensor that must live until it has arrived.
 Sent = tuple[dist.Work | None, Tensor]
 
@@ -100,26 +104,34 @@ class CausalStream:
         self.link = link or LocalLink()
         self.first, self.last = first, last
 
-    def extend(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
-        """`x` (B, C, T, H, W) with the `frames` frames before it, (B, C, frames + T, H, W).
+    def before(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        """The `frames` frames before `x` (B, C, T, H, W): copies of its first frame where the video begins.
 
-        Before the first frame of a video lie copies of it. `key` names the layer. The tail is handed on before
-        anything is awaited, unless this chunk is so short that its tail reaches into the chunk before.
+        `key` names the layer. The chunk's own last frames are handed on before anything is awaited, unless the chunk
+        is so short that they reach into the chunk before.
         """
         if frames == 0:
-            return x
+            return x[:, :, :0]
         enough = x.shape[2] >= frames
         if enough and not self.last:
             self.link.send(key, x[:, :, -frames:])
         before = x[:, :, :1].expand(-1, -1, frames, -1, -1) if self.first else self.link.receive(key, x, frames)
-        x = torch.cat([before, x], dim=2)
         if not enough and not self.last:
-            self.link.send(key, x[:, :, -frames:])
-        return x
+            self.link.send(key, torch.cat([before, x], dim=2)[:, :, -frames:])
+        return before
+
+    def extend(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        """`x` (B, C, T, H, W) with the `frames` frames before it, (B, C, frames + T, H, W)."""
+        return torch.cat([self.before(key, x, frames), x], dim=2) if frames else x
 
     def skip(self, x: Tensor, frames: int) -> Tensor:
         """`x` without the video's first `frames` frames, which only its first chunk has."""
         return x[:, :, frames:] if self.first else x
+
+
+def silu(x: Tensor) -> Tensor:
+    """In place where no gradient is needed: what lives at once is what decides how much fits."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class CausalConv3d(nn.Conv3d):
@@ -138,10 +150,44 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(channels_in, channels_out, kernel, stride, padding, padding_mode=padding_mode)
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:  # type: ignore[override]
-        x = stream.extend(self, x, self.kernel_size[0] - 1)
-        if self.padding_mode != "zeros":
-            # Done here and not by the base class, which would keep the unpadded copy while it convolves.
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        before = stream.before(self, x, self.kernel_size[0] - 1)
+        cuts = self._cuts(before.shape[2] + x.shape[2], x[:, :, 0].numel())
+        if len(cuts) == 1:
+            # Rebound, so that the unpadded copy does not live beside the padded one while they are convolved.
+            x = torch.cat([before, x], dim=2) if before.shape[2] else x
+            x = self._pad(x)
+            return self._convolve(x)
+        rows, columns = (self._size(x.shape[dim], dim) for dim in (3, 4))
+        total = self._size(before.shape[2] + x.shape[2], 2)
+        out = x.new_empty(x.shape[0], self.out_channels, total, rows, columns)
+        for cut, made in cuts:
+            out[:, :, made] = self._convolve(self._stretch(before, x, cut))
+        return out
+
+    def _size(self, length: int, dim: int) -> int:
+        """What `length` along `dim` becomes."""
+        i = dim - 2
+        return (length + 2 * int(self.padding[i]) - self.kernel_size[i]) // self.stride[i] + 1
+
+    def _cuts(self, frames: int, size: int) -> list[tuple[slice, slice]]:
+        """Overlapping stretches of `frames` frames, and the frames that each of them makes."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        total = self._size(frames, 2)
+        most = max(1, (LARGEST_CONVOLUTION // size - kernel) // stride + 1)
+        made = [slice(i, min(i + most, total)) for i in range(0, total, most)]
+        return [(slice(m.start * stride, (m.stop - 1) * stride + kernel), m) for m in made]
+
+    def _stretch(self, before: Tensor, x: Tensor, cut: slice) -> Tensor:
+        """The frames `cut` of both together, padded in space."""
+        n = before.shape[2]
+        return self._pad(torch.cat([before[:, :, cut], x[:, :, max(cut.start - n, 0) : max(cut.stop - n, 0)]], dim=2))
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self.padding_mode == "zeros" or not any(self._reversed_padding_repeated_twice):
+            return x
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         padding = self.padding if self.padding_mode == "zeros" else 0
         return F.conv3d(x, self.weight, self.bias, self.stride, padding)
 

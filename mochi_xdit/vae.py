@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.decode import DecodePlan, VideoDecoder, decode_frames
-from common.vae import CausalConv3d, CausalStream, TimeSplit
+from common.vae import CausalConv3d, CausalStream, TimeSplit, silu
 from mochi_xdit.config import MochiVAEConfig
 
 # The encoder also sees sin and cos of 2 pi 2^k x.
@@ -65,6 +65,13 @@ class AttentionBlock(nn.Module):
         return x + self.attn(pixels).unflatten(0, (b, h, w)).permute(0, 4, 3, 1, 2)
 
 
+class SiLU(nn.Module):
+    """Takes the place that the checkpoint's names leave for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x)
+
+
 class ResBlock(nn.Module):
     """Two convolutions around the residual; with a `head_dim`, attention over time after them."""
 
@@ -73,10 +80,10 @@ class ResBlock(nn.Module):
         self.stack = nn.ModuleList(
             [
                 FrameNorm(groups, channels),
-                nn.SiLU(),
+                SiLU(),
                 CausalConv3d(channels, channels, 3, padding_mode="replicate"),
                 FrameNorm(groups, channels),
-                nn.SiLU(),
+                SiLU(),
                 CausalConv3d(channels, channels, 3, padding_mode="replicate"),
             ]
         )
@@ -167,7 +174,7 @@ class MochiDecoder(VideoDecoder):
         x = conv_in(z)
         for block in blocks:
             x = block(x, stream)
-        return self.output_proj(F.silu(x).movedim(1, -1)).movedim(-1, 1)
+        return self.output_proj(silu(x).movedim(1, -1)).movedim(-1, 1)
 
 
 class MochiEncoder(nn.Module):
@@ -201,7 +208,7 @@ class MochiEncoder(nn.Module):
         x = proj_in(features.movedim(1, -1)).movedim(-1, 1)
         for block in blocks:
             x = block(x, stream)
-        moments = self.output_proj(F.silu(self.output_norm(x)).movedim(1, -1)).movedim(-1, 1)
+        moments = self.output_proj(silu(self.output_norm(x)).movedim(1, -1)).movedim(-1, 1)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 
