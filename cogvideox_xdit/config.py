@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+PIXELS = 8  # rows and columns of the video per row and column of the latents
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -74,6 +76,32 @@ class TransformerConfig:
     def latent_frames(self) -> int:
         """Latent frames of `sample_frames`."""
         return (self.sample_frames - 1) // self.time_compression + 1
+
+    @property
+    def official_size(self) -> tuple[int, int]:
+        """Height and width in pixels that a video has by default."""
+        if (self.sample_height, self.sample_width) == (300, 300):
+            # Some 1.5 repositories name the largest grid here instead of the size of their videos.
+            return 768, 1360
+        return self.sample_height * PIXELS, self.sample_width * PIXELS
+
+    def check_area(self, rows: int, columns: int) -> None:
+        """ValueError unless the checkpoint has positions for latents of this size."""
+        if self.learned and (rows, columns) != (self.sample_height, self.sample_width):
+            height, width = self.official_size
+            raise ValueError(
+                f"this checkpoint has learned positions for videos of {height} x {width} pixels (height x width) "
+                f"only, not {rows * PIXELS} x {columns * PIXELS}"
+            )
+
+    def check_task(self, image: bool, video: bool) -> None:
+        """ValueError unless the checkpoint can start from what is given."""
+        if self.image_channels and not image:
+            raise ValueError("this checkpoint makes a video from an image; give one (--image)")
+        if self.image_channels and video:
+            raise ValueError("this checkpoint starts from an image, not from a video; use a text to video checkpoint")
+        if image and not self.image_channels:
+            raise ValueError("this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)")
 
 
 _2B = TransformerConfig()

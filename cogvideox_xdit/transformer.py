@@ -231,17 +231,9 @@ class CogVideoXTransformer(nn.Module):
 
     def _check(self, text_length: int, size: Size, image: Tensor | None) -> None:
         config = self.config
-        if (image is None) != (config.image_channels == 0):
-            wanted = "needs an image" if config.image_channels else "is a text to video model and takes no image"
-            raise ValueError(f"this checkpoint {wanted}")
-        if not config.learned:
-            return
-        if size[1:] != (config.sample_height, config.sample_width):
-            raise ValueError(
-                f"this checkpoint has learned positions for videos of {config.sample_height * 8} x "
-                f"{config.sample_width * 8} pixels only, not {size[1] * 8} x {size[2] * 8}"
-            )
-        if text_length > config.text_length:
+        config.check_task(image is not None, video=False)
+        config.check_area(*size[1:])
+        if config.learned and text_length > config.text_length:
             raise ValueError(f"this checkpoint has positions for {config.text_length} text tokens, not {text_length}")
 
     def _added_positions(self, text_length: int, grid: Size) -> tuple[Tensor | None, Tensor | None]:

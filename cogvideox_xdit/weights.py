@@ -1,9 +1,21 @@
-"""Transformer weights in the official (diffusers) layout, both ways: see `common.weights` for what a table means."""
+"""Weights in the official (diffusers) layout, both ways: see `common.weights` for what a table means."""
 
 from __future__ import annotations
 
-from cogvideox_xdit.config import TransformerConfig
-from common.weights import Concat, Rename
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cogvideox_xdit.config import TransformerConfig, VAEConfig
+from common.usp import SequenceParallel
+from common.weights import Checkpoint, Concat, Rename, find_files, load, on_meta, open_checkpoint
+
+if TYPE_CHECKING:
+    from cogvideox_xdit.transformer import CogVideoXTransformer
+    from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
+
+STEM = "diffusion_pytorch_model"
 
 _TOP = {
     "patch": "patch_embed.proj",
@@ -42,3 +54,39 @@ def rename_table(config: TransformerConfig) -> Rename:
         table |= {f"blocks.{i}.{ours}": f"{theirs}.{name}" for ours, name in _BLOCK.items()}
         table[f"blocks.{i}.qkv"] = Concat(tuple(f"{theirs}.{name}" for name in _QKV))
     return table
+
+
+def load_transformer(
+    folder: Path,
+    config: TransformerConfig,
+    sp: SequenceParallel | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> CogVideoXTransformer:
+    """The transformer of a checkpoint folder on `device`; see `common.weights.load` for memory and errors."""
+    from cogvideox_xdit.transformer import CogVideoXTransformer
+
+    checkpoint = open_checkpoint(find_files(folder / "transformer", STEM, dtype))
+    return load(on_meta(CogVideoXTransformer, config, sp), checkpoint, rename_table(config), device, dtype)  # type: ignore[return-value]
+
+
+def load_decoder(
+    folder: Path, config: VAEConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> CogVideoXDecoder:
+    """The decoder of a checkpoint's autoencoder."""
+    from cogvideox_xdit.vae import CogVideoXDecoder
+
+    return load(on_meta(CogVideoXDecoder, config), _vae(folder, "decoder.", dtype), None, device, dtype)  # type: ignore[return-value]
+
+
+def load_encoder(
+    folder: Path, config: VAEConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> CogVideoXEncoder:
+    """The encoder of a checkpoint's autoencoder."""
+    from cogvideox_xdit.vae import CogVideoXEncoder
+
+    return load(on_meta(CogVideoXEncoder, config), _vae(folder, "encoder.", dtype), None, device, dtype)  # type: ignore[return-value]
+
+
+def _vae(folder: Path, prefix: str, dtype: torch.dtype | None) -> Checkpoint:
+    return open_checkpoint(find_files(folder / "vae", STEM, dtype)).select(prefix, strip=True)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cogvideox_xdit.config import CONFIGS, TransformerConfig, transformer_json
+from cogvideox_xdit.config import CONFIGS, TransformerConfig, VAEConfig, transformer_json
+from cogvideox_xdit.demo import random_checkpoint, scaling
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.weights import rename_table
 from common.usp import SequenceParallel
@@ -135,3 +136,16 @@ def wide_rope() -> Iterator[None]:
         yield
     finally:
         reference_embeddings.apply_rotary_emb = before
+
+
+TINY_VAE = VAEConfig(
+    channels=(16, 16, 16, 16), latent_channels=4, layers=1, groups=4, sample_height=64, sample_width=96
+)
+
+
+def write_checkpoint(folder: Path, kind: str, **changes: object) -> Path:
+    """A whole small checkpoint of a kind in fp32 (the text encoder in bf16), with the kind's published scaling."""
+    vae = replace(TINY_VAE, **scaling(kind))
+    config = small(kind, text_dim=32, text_length=16, **changes)
+    random_checkpoint(folder, kind, config, vae, torch.float32)
+    return folder

@@ -116,9 +116,9 @@ def test_more_ulysses_ranks_than_heads_are_refused() -> None:
     [
         ("2b", (3, 7, 12), TEXT, False, "not whole patches of 1 x 2 x 2"),
         ("1.5", (3, 8, 12), TEXT, False, "not whole patches of 2 x 2 x 2"),
-        ("5b-i2v", (3, 8, 14), TEXT, True, "64 x 96 pixels only, not 64 x 112"),
+        ("5b-i2v", (3, 8, 14), TEXT, True, r"64 x 96 pixels \(height x width\) only, not 64 x 112"),
         ("5b-i2v", (3, 8, 12), TEXT + 1, True, "positions for 7 text tokens, not 8"),
-        ("5b-i2v", (3, 8, 12), TEXT, False, "needs an image"),
+        ("5b-i2v", (3, 8, 12), TEXT, False, "makes a video from an image"),
         ("5b", (3, 8, 12), TEXT, True, "takes no image"),
     ],
 )

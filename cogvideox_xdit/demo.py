@@ -1,0 +1,126 @@
+"""Demo checkpoints: a small model of each published kind, random weights, loaded by the same code as the real one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogvideox_xdit.config import CONFIGS, TransformerConfig, VAEConfig, transformer_json, vae_json
+from cogvideox_xdit.transformer import CogVideoXTransformer
+from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
+from cogvideox_xdit.weights import STEM, rename_table
+from common.demo import cache_home, fill, made_once, write_text_encoder
+from common.weights import Rename, save
+
+SEED = 20240806
+_REVISION = 1
+"""Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
+
+VAE = VAEConfig(channels=(32, 32, 64, 64), layers=1, groups=8, sample_height=64, sample_width=96)
+_COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
+_CAPTIONS = [
+    f"A {colour} {thing} moves slowly to the {side} on a black background."
+    for colour in _COLOURS
+    for thing in _THINGS
+    for side in ("left", "right")
+]
+
+
+def demo_config(kind: str) -> TransformerConfig:
+    """Four heads of 16 in four layers, for videos of 64 x 96 pixels and 17 frames. ValueError for an unknown kind."""
+    if kind not in CONFIGS:
+        raise ValueError(f"no demo called {kind!r}; cogvideox-xdit has {', '.join(CONFIGS)}")
+    sizes = {"heads": 4, "head_dim": 16, "layers": 4, "text_dim": 64, "text_length": 32, "time_dim": 32}
+    sample = {"sample_height": 8, "sample_width": 12, "sample_frames": 17}
+    return replace(CONFIGS[kind], **sizes, **sample, ofs_dim=32 if CONFIGS[kind].ofs_dim else None)
+
+
+def demo_vae(kind: str) -> VAEConfig:
+    """The small autoencoder with the published scaling of `kind`."""
+    return replace(VAE, **scaling(kind))
+
+
+def scaling(kind: str) -> dict[str, Any]:
+    """The published VAE's `scaling_factor` and `inverted` of a kind."""
+    return {"scaling_factor": 1.15258426 if kind == "2b" else 0.7, "inverted": kind.startswith("1.5")}
+
+
+def scheduler_json(kind: str, name: str = "CogVideoXDDIMScheduler") -> dict[str, Any]:
+    """The published scheduler_config.json of a kind."""
+    return {
+        "_class_name": name,
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "snr_shift_scale": 3.0 if kind == "2b" else 1.0,
+        "timestep_spacing": "trailing",
+    }
+
+
+def demo_checkpoint(kind: str = "2b", cache_dir: str | Path | None = None) -> Path:
+    """The folder of a demo checkpoint, made at first use, whole or not at all, under `cache_dir` (the user's cache).
+
+    Raises ValueError when it cannot be written or when there is no demo of that name.
+    """
+    config, vae = demo_config(kind), demo_vae(kind)
+    target = cache_home(cache_dir) / f"cogvideox-demo-{kind}-{_REVISION}"
+    return made_once(target, lambda folder: random_checkpoint(folder, kind, config, vae))
+
+
+def random_checkpoint(
+    folder: Path, kind: str, config: TransformerConfig, vae: VAEConfig, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write random weights, an untrained T5 with a vocabulary, and the kind's scheduler into `folder`."""
+    parts = CogVideoXTransformer(config), CogVideoXEncoder(vae), CogVideoXDecoder(vae)
+    for i, part in enumerate(parts):
+        fill(part, SEED + i)
+    transformer, encoder, decoder = parts
+    pipeline = "CogVideoXImageToVideoPipeline" if config.image_channels else "CogVideoXPipeline"
+    write_part(folder / "transformer", transformer_json(config), transformer.state_dict(), rename_table(config), dtype)
+    write_vae(folder / "vae", vae, encoder, decoder, dtype)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(kind))
+    write_json(folder / "model_index.json", model_index(pipeline, "CogVideoXTransformer3DModel"))
+    sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": max(config.text_dim // 4, 1), "d_ff": 2 * config.text_dim}
+    write_text_encoder(folder, _CAPTIONS, SEED + len(parts), config.text_length, **sizes)
+
+
+def model_index(pipeline: str, transformer: str, scheduler: str = "CogVideoXDDIMScheduler") -> dict[str, Any]:
+    return {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", transformer],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
+
+
+def write_vae(folder: Path, config: VAEConfig, encoder: nn.Module, decoder: nn.Module, dtype: torch.dtype) -> None:
+    state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    write_part(folder, vae_json(config), state, None, dtype)
+
+
+def write_part(
+    folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], rename: Rename | None, dtype: torch.dtype
+) -> None:
+    """A part of a diffusers folder: its config.json and its weights."""
+    write_json(folder / "config.json", config)
+    save({name: tensor.to(dtype) for name, tensor in state.items()}, folder / f"{STEM}.safetensors", rename)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,70 @@
+"""Pictures and videos that a generation starts from, as pixels the autoencoder takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from common.parallel import Mesh, broadcast_object, broadcast_tensors
+from common.video import read_image, read_video
+
+Picture: TypeAlias = "str | Path | np.ndarray | Tensor | PIL.Image.Image"
+Clip: TypeAlias = "str | Path | np.ndarray | Tensor"
+
+
+def image_frames(image: Picture, height: int, width: int) -> Tensor:
+    """A picture stretched to the video's size: (1, height, width, 3) uint8.
+
+    image: a file, a PIL image, or (H, W, 3) uint8. Raises ValueError when it is none of them.
+    """
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
+    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    return _resized(array[None], "image", height, width)
+
+
+def video_frames(video: Clip, height: int, width: int, num_frames: int) -> Tensor:
+    """The first `num_frames` frames of a video stretched to a size: (num_frames, height, width, 3) uint8.
+
+    video: a file, or (T, H, W, 3) uint8. Raises ValueError when it is neither or too short.
+    """
+    array = read_video(video, num_frames)[0] if isinstance(video, (str, Path)) else np.asarray(video)[:num_frames]
+    if len(array) < num_frames:
+        what = video if isinstance(video, (str, Path)) else "the video"
+        raise ValueError(f"{what} has {len(array)} frames, fewer than the {num_frames} of num_frames")
+    return _resized(array, "video", height, width)
+
+
+def _resized(frames: np.ndarray, what: str, height: int, width: int) -> Tensor:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        shape = "(H, W, 3)" if what == "image" else "(T, H, W, 3)"
+        raise ValueError(f"the {what} is {frames.dtype} of shape {list(frames.shape)}; expected uint8 {shape}")
+    # Stretched without regard to its shape, with the filter of the reference pipelines.
+    filtered = [PIL.Image.fromarray(frame).resize((width, height), PIL.Image.Resampling.LANCZOS) for frame in frames]
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in filtered]))
+
+
+def pixels(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    """Frames (T, H, W, 3) uint8 -> (1, 3, T, H, W) in [-1, 1]."""
+    return (frames.to(dtype) / 255 * 2 - 1).permute(3, 0, 1, 2)[None]
+
+
+def read_on_main(mesh: Mesh, read: Callable[[], Tensor]) -> Tensor:
+    """What rank 0 reads, on every rank's device: only rank 0 needs the file, and all raise its ValueError."""
+    frames: dict[str, Tensor] | None = None
+    failure: Any = None
+    if mesh.is_main:
+        try:
+            frames = {"frames": read()}
+        except (ValueError, OSError) as error:
+            failure = str(error)
+    failure = broadcast_object(mesh.world, failure)
+    if failure is not None:
+        raise ValueError(failure)
+    return broadcast_tensors(mesh.world, frames, mesh.device)["frames"]

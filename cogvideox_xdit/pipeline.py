@@ -1,0 +1,307 @@
+"""CogVideoX from prompt, image or video to frames. The number of ranks changes the time it takes and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cogvideox_xdit.config import CheckpointConfig, read_checkpoint
+from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, read_on_main, video_frames
+from cogvideox_xdit.solver import Solver, dynamic_scale
+from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size, pack, unpack
+from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, decode, encode
+from cogvideox_xdit.weights import load_decoder, load_encoder, load_transformer
+from common.generation import (
+    Models,
+    check_latents,
+    decode_video,
+    latent_dtype,
+    parse_dtype,
+    require_finite,
+    save_latents,
+)
+from common.guidance import NEGATIVE, POSITIVE, Guidance
+from common.parallel import Mesh, resolve_device
+from common.progress import Stages
+from common.text import TextEncoder, encode_on_main
+from common.usp import SequenceParallel
+from common.vae import TimeSplit
+
+FRAME_STEP = 8
+STEPS, SCALE, STRENGTH = 50, 6.0, 0.8
+
+
+@dataclass(frozen=True)
+class Start:
+    """What sampling starts from: latents (1, C, T, h, w), T with padding, image latents beside them, and the draws."""
+
+    latents: Tensor
+    image: Tensor | None
+    generator: torch.Generator
+
+
+class CogVideoXPipeline:
+    """Loads each stage's model when its turn comes, and lets it go before the next one's.
+
+    mesh: this rank's place (`common.parallel.distributed`). attention: kernel, see `common.attention`.
+    scheduler: `ddim` or `dpm` in place of the checkpoint's own. keep_loaded: models stay on the device between calls.
+    stages: where progress and times go.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "bf16",
+        attention: str = "auto",
+        scheduler: str | None = None,
+        keep_loaded: bool = False,
+        stages: Stages | None = None,
+        text_encoder_dir: str | Path | None = None,
+        text_cache: str | Path | None = None,
+    ) -> None:
+        mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
+        self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype(dtype)
+        self.model_dir = Path(model_dir)
+        self.text_dir = Path(text_encoder_dir) if text_encoder_dir else self.model_dir
+        self.text_cache, self.scheduler = text_cache, scheduler
+        self.stages = stages or Stages(device=mesh.device)
+        self.sp = SequenceParallel(mesh, attention)
+        self.guidance = Guidance(mesh.cfg)
+        self.models = Models(keep_loaded)
+        self.checkpoint = self.read_config(self.model_dir)
+        self.config, self.vae_config = self.checkpoint.transformer, self.checkpoint.vae
+        self.sp.require_heads(self.config.heads)
+        Solver(self.checkpoint.scheduler, STEPS, scheduler)
+
+    @classmethod
+    def from_pretrained(
+        cls, model_dir: str | Path, mesh: Mesh | None = None, device: str | torch.device | None = None, **options
+    ) -> CogVideoXPipeline:
+        """A pipeline over a checkpoint folder in the diffusers layout; only json files are read here.
+
+        Options as for the constructor. ValueError for a folder that is no CogVideoX checkpoint or names something
+        unknown, a device or kernel that is not there, or more Ulysses ranks than attention heads.
+        """
+        return cls(model_dir, mesh, device, **options)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_steps: int = STEPS,
+        cfg_scale: float = SCALE,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        output: str = "frames",
+        image: Picture | None = None,
+        video: Clip | None = None,
+        strength: float = STRENGTH,
+        dynamic_cfg: bool = False,
+        vae: str = "auto",
+        vae_chunk: int | None = None,
+        vae_tile: int | None = None,
+        latents_file: str | Path | None = None,
+    ) -> Tensor | None:
+        """Generate one video. Collective: every rank calls it with the same arguments.
+
+        height, width: pixels, multiples of 16. num_frames: 8k + 1 or 8k. Defaults: what the checkpoint was trained on.
+        cfg_scale: guidance, none at 1 or less; dynamic_cfg lets it vary as the official demo does.
+        latents: noise to start from, (1, C, T, height / 8, width / 8), in place of the seed's; T as `latent_size` says.
+        image: the first frame, for checkpoints that take one and only for them: a file, a PIL image or uint8 (H, W, 3).
+        video: what a text checkpoint starts from: a file or uint8 (T, H, W, 3); strength, of (0, 1], is how much of
+        the schedule is run on it.
+        output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
+        latents, (1, C, T, h, w) without padding, on every rank).
+        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile's side is in pixels.
+        latents_file: where rank 0 puts the final latents before the decode begins.
+        Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
+        """
+        self.config.check_task(image is not None, video is not None)
+        height, width, num_frames = self._defaults(height, width, num_frames)
+        size, padding = self.latent_size(height, width, num_frames)
+        self._check(video is not None, strength, latents, size, output)
+        solver = Solver(self.checkpoint.scheduler, num_steps, self.scheduler, 1.0 if video is None else strength)
+        frames: Tensor | None = None
+        if image is not None:
+            frames = read_on_main(self.mesh, lambda: image_frames(image, height, width))
+        elif video is not None:
+            frames = read_on_main(self.mesh, lambda: video_frames(video, height, width, num_frames))
+        text = self._encode(prompt, negative_prompt if cfg_scale > 1 or self.mesh.cfg.size > 1 else None)
+        start = self._start(size, padding, seed, latents, frames, solver)
+        scales = [cfg_scale if cfg_scale > 1 else 1.0] * len(solver)
+        if dynamic_cfg and cfg_scale > 1:
+            scales = [dynamic_scale(cfg_scale, t, len(solver)) for t in solver.timesteps]
+        final = self._sample(start, text, solver, scales)[:, :, padding:]
+        if latents_file is not None and self.mesh.is_main:
+            save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed})
+        if output == "latent":
+            return final
+        return self.decode(final, vae, vae_chunk, vae_tile)
+
+    def decode(
+        self, latents: Tensor, vae: str = "auto", vae_chunk: int | None = None, vae_tile: int | None = None
+    ) -> Tensor | None:
+        """Latents (1, C, T, h, w) to uint8 frames (4T - 3 for odd T, else 4T; 8h, 8w, 3) on rank 0, None elsewhere.
+
+        Collective.
+        """
+        tile = None if vae_tile is None else (vae_tile // self.vae_config.space_compression,) * 2
+        with self.models.use("decoder", self._load_decoder) as decoder:
+            return decode_video(
+                lambda plan, split: decode(decoder, latents, plan, split),
+                decoder,
+                latents,
+                self.mesh,
+                self.stages,
+                vae,
+                vae_chunk,
+                tile,
+            )
+
+    def latent_size(self, height: int, width: int, num_frames: int) -> tuple[Size, int]:
+        """Latent frames (padding included), rows and columns; and how many padding frames stand in front.
+
+        Raises ValueError when the checkpoint does not admit the size.
+        """
+        vae, config = self.vae_config, self.config
+        multiple = vae.space_compression * config.patch_size
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} is {value}; it must be a positive multiple of {multiple}")
+        if num_frames < 1 or num_frames % FRAME_STEP > 1:
+            raise ValueError(f"num_frames is {num_frames}; it must be {FRAME_STEP}k + 1 or {FRAME_STEP}k")
+        config.check_area(height // vae.space_compression, width // vae.space_compression)
+        frames = (num_frames - 1) // vae.time_compression + 1
+        padding = -frames % config.patch[0]
+        return (frames + padding, height // vae.space_compression, width // vae.space_compression), padding
+
+    def _defaults(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
+        official = self.config.official_size
+        return height or official[0], width or official[1], num_frames or self.config.sample_frames
+
+    def _check(self, from_video: bool, strength: float, latents: Tensor | None, size: Size, output: str) -> None:
+        if output not in ("frames", "latent"):
+            raise ValueError(f"output is {output!r}; choose frames or latent")
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}; it must be above 0 and at most 1")
+        if latents is not None:
+            if from_video:
+                raise ValueError("latents and video exclude each other: sampling starts from one of them")
+            check_latents(latents, (1, self.config.out_channels, *size))
+
+    def _encode(self, prompt: str, negative: str | None) -> dict[int, Tensor]:
+        """T5 features (1, L, D) of the branches. T5 runs on rank 0 alone and is gone before this returns."""
+        said = {POSITIVE: prompt} if negative is None else {POSITIVE: prompt, NEGATIVE: negative}
+        limit = self.config.text_length
+        with self.models.use("text encoder", self._load_text_encoder) as encoder, self.stages.stage("encoding"):
+            # Padding is encoded and attended to without a mask: so the model was trained.
+            found = encode_on_main(self.mesh, list(said.values()), encoder, limit, use_mask=False)
+        for branch, words in said.items():
+            self.stages.note(f"{'negative ' if branch else ''}prompt: {found.used[branch]} of {limit} tokens")
+            if found.cut[branch]:
+                self.stages.warn(f"the prompt {words[:40]!r}... is too long; cut off: {found.cut[branch]!r}")
+        return {branch: found.features[branch : branch + 1] for branch in said}
+
+    def _start(
+        self, size: Size, padding: int, seed: int, latents: Tensor | None, frames: Tensor | None, solver: Solver
+    ) -> Start:
+        """Latents to begin with. The seed's draws come in the reference's order: image or video, noise, steps."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        known, image = None, None
+        if frames is not None:
+            known = self._encode_frames(frames, generator)
+            if self.config.image_channels:
+                image, known = self.image_latents(known, size), None
+        if latents is None:
+            latents = draw(size, self.config.out_channels, generator)
+        if known is not None:
+            scaled = known * self.vae_config.scaling_factor
+            # What stands in front is dropped at the end, so it may be a copy of the first frame.
+            scaled = torch.cat((scaled[:, :, :1].expand(-1, -1, padding, -1, -1), scaled), dim=2)
+            latents = solver.add_noise(scaled, latents)
+        return Start(latents, image, generator)
+
+    def _encode_frames(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """A sample of the autoencoder's latents of frames (T, H, W, 3): (1, C, t, h, w) on the CPU, unscaled."""
+        wide = latent_dtype(self.dtype)
+        split = TimeSplit(self.mesh.world, self.device)
+        try:
+            with self.models.use("encoder", self._load_encoder) as encoder, self.stages.stage("encoding video"):
+                mean, logvar = (x.to("cpu", wide) for x in encode(encoder, pixels(frames, wide), split))
+        finally:
+            split.close()
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
+        return mean + torch.exp(logvar / 2) * noise
+
+    def image_latents(self, encoded: Tensor, size: Size) -> Tensor:
+        """What stands beside the noise: encoded frames (1, C, k, h, w), scaled as in training, then zeros."""
+        factor = self.vae_config.scaling_factor
+        # The 1.5 checkpoint was trained on latents divided by the factor by which all others are multiplied.
+        scaled = encoded / factor if self.vae_config.inverted else encoded * factor
+        zeros = scaled.new_zeros(1, scaled.shape[1], size[0] - scaled.shape[2], *size[1:])
+        return torch.cat((scaled, zeros), dim=2)
+
+    def _sample(self, start: Start, text: dict[int, Tensor], solver: Solver, scales: list[float]) -> Tensor:
+        """All steps on this rank's tokens; the full final latents (1, C, T, h, w) on every rank."""
+        _, channels, *size = start.latents.shape
+        patch, kept = self.config.patch, latent_dtype(self.dtype)
+
+        def local(z: Tensor) -> Tensor:
+            return self.sp.shard(pack(z, patch)).to(self.device, kept)
+
+        def noise() -> Tensor:
+            return local(draw((size[0], size[1], size[2]), channels, start.generator))
+
+        with self.models.use("transformer", self._load_transformer) as model:
+            wanted = [branch for branch in self.guidance.branches if branch in text]
+            conds = {b: self.condition(model, text[b], (size[0], size[1], size[2]), start.image) for b in wanted}
+            z = local(start.latents)
+            with self.stages.stage("sampling", total=len(solver)) as step:
+                for i, (t, scale) in enumerate(zip(solver.timesteps, scales)):
+                    v = self.guidance(lambda b, z=z, t=t: model(z, t, conds[b]), scale)
+                    z = solver.step(i, z, v, noise)
+                    require_finite(z, f"sampling step {i + 1} of {len(solver)}")
+                    step()
+            tokens = size[0] * size[1] * size[2] // self.config.patch_volume
+            return unpack(self.sp.gather(z, self.sp.lengths(tokens)), (size[0], size[1], size[2]), patch)
+
+    def condition(self, model: CogVideoXTransformer, text: Tensor, size: Size, image: Tensor | None) -> Condition:
+        """Everything about one guidance branch that no step changes."""
+        return model.prepare(text, size, image)
+
+    @staticmethod
+    def read_config(model_dir: Path) -> CheckpointConfig:
+        return read_checkpoint(model_dir)
+
+    def _load_text_encoder(self) -> TextEncoder | None:
+        if not self.mesh.is_main:
+            return None
+        with self.stages.stage("loading text encoder"):
+            return TextEncoder(self.text_dir, self.device, self.dtype, self.text_cache)
+
+    def _load_transformer(self) -> CogVideoXTransformer:
+        with self.stages.stage("loading transformer"):
+            return load_transformer(self.model_dir, self.config, self.sp, self.device, self.dtype)
+
+    def _load_encoder(self) -> CogVideoXEncoder:
+        with self.stages.stage("loading encoder"):
+            return load_encoder(self.model_dir, self.vae_config, self.device, self.dtype)
+
+    def _load_decoder(self) -> CogVideoXDecoder:
+        with self.stages.stage("loading decoder"):
+            return load_decoder(self.model_dir, self.vae_config, self.device, self.dtype)
+
+
+def draw(size: Size, channels: int, generator: torch.Generator) -> Tensor:
+    """Standard normal fp32 latents (1, channels, T, h, w), drawn frame by frame in the reference's order."""
+    frames, rows, columns = size
+    return torch.randn(1, frames, channels, rows, columns, generator=generator).transpose(1, 2)
