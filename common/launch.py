@@ -86,14 +86,22 @@ def split_cores(at: Place) -> None:
         torch.set_num_threads(max(1, cores() // at.local_world_size))
 
 
-def raise_on_signals() -> None:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Stopped`, so that files are cleaned up on the way out."""
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise `Stopped` inside, so that what is half written is removed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    for number in _SIGNALS:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- in a rank
@@ -118,8 +126,6 @@ class Link:
             _die_with_parent()
             # At once, even while a collective waits: torchrun would kill us only 30 seconds later.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        else:
-            raise_on_signals()
 
     def _attach(self) -> None:
         _die_with_parent()
@@ -154,21 +160,6 @@ class Link:
         if self._pipe is not None:
             with suppress(BlockingIOError, BrokenPipeError):
                 os.write(self._pipe, json.dumps(message).encode() + b"\n")
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Signals become `Stopped` inside, so that what is half written is removed; rank 0 writes within this."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    raise_on_signals()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:
@@ -221,9 +212,8 @@ class _Child:
         said = self.said()
         if "collective operation timeout" in said:  # NCCL's watchdog aborts the process
             return Failure(self.rank, self.stage, NO_ANSWER, secondary=True, late=True)
-        message = (
-            f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
-        )
+        killer = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
+        message = f"killed by {killer}" if killer else f"ended with status {code}"
         # The last line that is no warning, nor the indented source line that follows one.
         lines = [line for line in said.splitlines() if line.strip() and not line[0].isspace() and "Warning" not in line]
         if code == -signal.SIGKILL:
@@ -248,32 +238,39 @@ def supervise(
     debug: the ranks' own stderr goes to the screen; otherwise it is kept for the last words of a rank that crashed.
     clean_up: called when the run did not succeed, after the last rank is gone; what it returns ends the error line.
     """
-    raise_on_signals()
-    children: list[_Child] = []
     status, reason = 1, ""
-    life_read, life_write = os.pipe()
-    handed = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    try:
-        handed.write(request)
-        handed.flush()
-        common = _shared_environment(ranks, cpu) | {_LIFE: str(life_read), _REQUEST: str(handed.fileno())}
-        for rank in range(ranks):
-            output = None if debug else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
-            children.append(_start(command, rank, common, output))
-        status, reason = _watch(children)
-    except Stopped as stopped:
-        status = stopped.status
-    finally:
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        _stop(children)
-        os.close(life_read)
-        os.close(life_write)
-        handed.close()
-        afterword = clean_up() if status else ""
+    children: list[_Child] = []
+    with tempfile.TemporaryFile() as handed, _pipe() as (life, _), stoppable():
+        try:
+            handed.write(request)
+            handed.flush()
+            common = _shared_environment(ranks, cpu) | {_LIFE: str(life), _REQUEST: str(handed.fileno())}
+            for rank in range(ranks):
+                output = None if debug else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+                children.append(_start(command, rank, common, output))
+            status, reason = _watch(children)
+        except Stopped as stopped:
+            status = stopped.status
+        except OSError as error:
+            reason = f"cannot start the ranks: {error}"
+        finally:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            _stop(children)
+            afterword = clean_up() if status else ""
     if reason:
         print(f"error: {reason}{afterword}", file=sys.stderr, flush=True)
     return status
+
+
+@contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def _shared_environment(ranks: int, cpu: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,16 +88,19 @@ def run_rank(program: Program, request: Request, at: launch.Place, started: floa
         return clean_up(request, started) if at.rank == 0 and at.launcher != "supervise" else ""
 
     try:
-        with _reporting(link, stages, after_failure, wrong_use=True):
-            mesh = _connect(request.setup, at, stages)
-        with mesh:
+        # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
+        with launch.stoppable() if at.world_size == 1 else nullcontext():
             with _reporting(link, stages, after_failure, wrong_use=True):
+                mesh = _connect(request.setup, at, stages)
                 _self_test(mesh, request.setup, stages, link)
                 setup = _with_demo(program, request.setup, mesh, at, stages)
                 with stages.stage("opening the checkpoint", quiet=True):
                     pipeline = program.pipeline(setup, mesh, stages)
             with _reporting(link, stages, after_failure):
                 make_videos(program, pipeline, request, mesh, stages)
+                _wait_for_all(mesh)
+        if at.world_size > 1:
+            _leave(0, link)
     except launch.Stopped as stopped:
         after_failure()
         return stopped.status
@@ -128,10 +131,15 @@ def _reporting(
         status = 2 if wrong_use and type(error) is ValueError else 1
         link.failed(stages.where, error, status, after_failure())
         if link.place.world_size > 1:
-            sys.stdout.flush()
-            link.stderr.flush()
-            os._exit(status)
+            _leave(status, link)
         raise _Failed(status) from None
+
+
+def _leave(status: int, link: launch.Link) -> None:
+    """End this process without tearing down process groups: their threads may wait for a peer, or abort at exit."""
+    sys.stdout.flush()
+    link.stderr.flush()
+    os._exit(status)
 
 
 def _connect(setup: Setup, at: launch.Place, stages: Stages) -> Mesh:

@@ -1,0 +1,225 @@
+"""The launcher with ranks that do not import torch: every way a rank can end, in fractions of a second each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common import launch
+from common.failure import Failure, describe, verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK = f"""
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from common import launch
+at = launch.place()
+link = launch.Link(at)
+with open(sys.argv[1] + f"/{{at.rank}}", "w") as file:
+    file.write(str(os.getpid()))
+link.at_stage("sampling step 3/8")
+def fail(error):
+    link.failed("sampling step 3/8", error)
+    os._exit(1)
+def wait():
+    time.sleep(60)
+def fail_after_rank_1(error):
+    while not os.path.exists(sys.argv[1] + "/1"):
+        time.sleep(.02)
+    time.sleep(.3)
+    fail(error)
+"""
+GONE = 'RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6276")'
+LATE = 'RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms for recv operation")'
+
+
+def script(folder: Path, *bodies: str) -> list[str]:
+    """A command whose rank i runs bodies[i], the last one for all others; all write their process ids first."""
+    text = RANK + "\n".join(
+        f"if at.rank == {rank}:\n    {body}\n    sys.exit()" for rank, body in enumerate(bodies[:-1])
+    )
+    (folder / "rank.py").write_text(f"{text}\n{bodies[-1]}\n")
+    (folder / "pids").mkdir(exist_ok=True)
+    return [sys.executable, str(folder / "rank.py"), str(folder / "pids")]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes among the written ids that still run; one that nobody waits for is dead all the same."""
+    pids = [int(path.read_text() or 0) for path in (folder / "pids").iterdir()]
+    running = []
+    for pid in filter(None, pids):
+        try:
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                running.append(pid)
+        except psutil.NoSuchProcess:
+            pass
+    return running
+
+
+def test_ranks_get_torchruns_variables(tmp_path, capfd):
+    body = (
+        "names = ('MASTER_ADDR', 'MASTER_PORT', 'OMP_NUM_THREADS'); "
+        "print(at.rank, at.world_size, at.local_rank, at.launcher, *(os.environ[name] for name in names), "
+        "launch.handed_down().decode(), flush=True)"
+    )
+    os.environ.pop("OMP_NUM_THREADS", None)
+    assert launch.supervise(script(tmp_path, body), 3, cpu=True, request=b"hello") == 0
+    lines = sorted(capfd.readouterr().out.splitlines())
+    assert [line.split()[0] for line in lines] == ["0", "1", "2"]
+    for rank, line in enumerate(lines):
+        threads = max(1, launch.cores() // 3)
+        port = line.split()[5]
+        assert line == f"{rank} 3 {rank} supervise 127.0.0.1 {port} {threads} hello" and 1024 < int(port) < 65536
+
+
+@pytest.mark.parametrize(
+    ("bodies", "line"),
+    [
+        (
+            ("wait()", 'fail(ValueError("tensor x\\nis missing"))'),
+            "error: rank 1, sampling step 3/8: tensor x is missing",
+        ),
+        ((f"fail_after_rank_1({GONE})", 'fail(KeyError("x"))'), "error: rank 1, sampling step 3/8: KeyError: 'x'"),
+        (
+            (f"fail_after_rank_1({GONE})", "os.kill(os.getpid(), signal.SIGKILL)"),
+            "error: rank 1, sampling step 3/8: killed by signal 9 (SIGKILL), "
+            "which is also how the system ends a process when memory runs out",
+        ),
+        (
+            (
+                "wait()",
+                'print("[W] noise", file=sys.stderr); print("it broke", file=sys.stderr, flush=True); os.abort()',
+            ),
+            "error: rank 1, sampling step 3/8: killed by signal 6 (SIGABRT); its last words: it broke",
+        ),
+        (("wait()", "os._exit(3)"), "error: rank 1, sampling step 3/8: ended with status 3"),
+        (
+            (f"fail_after_rank_1({LATE})", "os.kill(os.getpid(), signal.SIGSTOP)"),
+            "error: rank 0, sampling step 3/8: another rank did not answer within --timeout; "
+            "still silent: rank 1 (sampling step 3/8)",
+        ),
+        (
+            ("wait()", 'os.write(2, b"[E] Watchdog caught collective operation timeout: WorkNCCL"); os.abort()'),
+            "error: rank 1, sampling step 3/8: another rank did not answer within --timeout; "
+            "still silent: rank 0 (sampling step 3/8)",
+        ),
+    ],
+)
+def test_one_line_for_every_end(tmp_path, capfd, bodies, line):
+    done = []
+    status = launch.supervise(script(tmp_path, *bodies), 2, cpu=True, clean_up=lambda: done.append(1) or "")
+    assert status == 1 and capfd.readouterr().err == line + "\n"
+    assert done == [1] and alive(tmp_path) == []
+
+
+def test_wrong_use_found_by_a_rank_keeps_its_status(tmp_path, capfd):
+    body = 'link.failed("opening", ValueError("no such kernel"), status=2); os._exit(2)'
+    assert launch.supervise(script(tmp_path, body), 2, cpu=True, clean_up=lambda: "; kept x") == 2
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "no such kernel; kept x" in told
+
+
+def test_what_a_rank_started_ends_with_it(tmp_path, capfd):
+    child = 'p = subprocess.Popen(["sleep", "60"]); open(sys.argv[1] + "/child", "w").write(str(p.pid)); '
+    assert launch.supervise(script(tmp_path, child + "time.sleep(.5); fail(ValueError())", "wait()"), 2, cpu=True) == 1
+    assert (tmp_path / "pids" / "child").exists() and eventually(lambda: alive(tmp_path) == [])
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert launch.supervise(script(tmp_path, "pass"), 1, cpu=True) == 0
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A launcher in a process of its own whose two ranks wait."""
+    command = script(tmp_path, "wait()")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common import launch; "
+    code += f"sys.exit(launch.supervise({command!r}, 2, cpu=True))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert eventually(lambda: len(alive(tmp_path)) == 2)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_all_ranks_quietly(parent, tmp_path, number, status):
+    parent.send_signal(number)
+    assert parent.wait(timeout=20) == status and parent.stderr.read() == ""
+    assert alive(tmp_path) == []
+
+
+def test_ranks_die_with_their_parent(parent, tmp_path):
+    parent.kill()
+    assert eventually(lambda: alive(tmp_path) == [])
+
+
+def test_ranks_die_with_their_parent_where_the_kernel_sends_no_signal(tmp_path):
+    """The second line of defence alone: the pipe that closes."""
+    command = script(tmp_path, "wait()")
+    (tmp_path / "rank.py").write_text(RANK.replace("at = ", "launch._die_with_parent = lambda: None; at = ") + "wait()")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common import launch; "
+    process = subprocess.Popen([sys.executable, "-c", code + f"launch.supervise({command!r}, 2, cpu=True)"])
+    assert eventually(lambda: len(alive(tmp_path)) == 2)
+    process.kill()
+    process.wait()
+    assert eventually(lambda: alive(tmp_path) == [])
+
+
+def test_places(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.place() == launch.Place()
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.place() == launch.Place(5, 8, 1, 4, "torchrun")
+
+
+def test_a_free_port_can_be_bound():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", launch.free_port()))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("a\n  b"), "a b"),
+        (RuntimeError("shape mismatch"), "shape mismatch"),
+        (FloatingPointError("NaN"), "NaN"),
+        (AssertionError(), "AssertionError"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (FileNotFoundError(2, "No such file or directory", "/a"), "/a: no such file or directory"),
+        (OSError(28, "No space left on device", "/a"), "no space is left on the disk"),
+        (MemoryError("no plan fits"), "out of memory: no plan fits"),
+    ],
+)
+def test_descriptions_are_one_line(error, message):
+    failure = describe(error, 2, "decoding")
+    assert failure.message.startswith(message) and "\n" not in failure.message and not failure.secondary
+
+
+def test_the_cause_is_told_and_not_its_echoes():
+    echo = Failure(0, "sampling", "lost the connection", when=1.0, secondary=True)
+    cause = Failure(2, "sampling", "tensor x", when=2.0)
+    later = Failure(1, "sampling", "tensor y", when=3.0, status=2)
+    assert verdict([later, echo, cause], []) == (1, "rank 2, sampling: tensor x")
+    assert verdict([echo], [(1, "loading")]) == (1, "rank 0, sampling: lost the connection")
