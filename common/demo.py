@@ -80,6 +80,7 @@ def save_text_encoder(root: Path, model: nn.Module, config: dict, spiece: Path, 
     (encoder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}
     save_file(state, encoder / "model.safetensors", metadata={"format": "pt"})
+    (encoder / "model.safetensors").chmod(0o644)
     shutil.copyfile(spiece, tokenizer / "spiece.model")
     settings = {"tokenizer_class": "T5Tokenizer", "legacy": False, "model_max_length": limit}
     settings |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "extra_ids": 0}

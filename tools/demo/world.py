@@ -103,7 +103,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.8:
         where = f" {rng.choice(_PREPOSITIONS)} a {scene.background} background"
     article = "An" if not size and scene.colour[0] in "aeiou" else "A"
-    return f"{article} {size}{scene.colour} {scene.shape} {motion}{where}."
+    text = f"{article} {size}{scene.colour} {scene.shape} {motion}{where}."
+    return text if rng.random() < 0.8 else text.lower().rstrip(".")
 
 
 def _distance(shape: str, x: Tensor, y: Tensor, r: float) -> Tensor:

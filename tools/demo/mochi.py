@@ -1,0 +1,230 @@
+"""Train the small Mochi transformer: rectified flow over latents of a fixed pool of clips.
+
+As its sampler expects: at noise level s the input is (1 - s) * data + s * noise, the time is 1000 * (1 - s) and the
+answer is data - noise. One caption in ten is left out, which trains the branch without a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.demo import fill
+from common.text import TextEncoder
+from mochi_xdit.config import MochiConfig
+from mochi_xdit.demo import demo_config, write_checkpoint
+from mochi_xdit.transformer import MochiTransformer, pack
+from tools.demo.mochi_vae import CONFIG as VAE
+from tools.demo.mochi_vae import FRAMES, Autoencoder, clips
+from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
+from tools.demo.world import Scene, caption, draw
+
+LATENT = (3, 8, 8)
+CLIPS_PER_CHUNK = 250
+
+
+class Velocity(nn.Module):
+    """The transformer's arithmetic with gradients, for batches of prompts of any lengths.
+
+    The product's forward is written for inference (in place, prompts of one length); this one shares its parameters
+    and is tested to give the same numbers.
+    """
+
+    def __init__(self, config: MochiConfig) -> None:
+        super().__init__()
+        self.model = MochiTransformer(config)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """x (B, N, patch_dim) packed latents, t (B,) as the model's, text (B, L, D), mask (B, L): -> like x."""
+        m, n = self.model, x.shape[1]
+        kind = m.t5_yproj.weight.dtype
+        rope = m._rope(LATENT).to(torch.float32)
+        c = F.silu(m._time(t) + self._pool(text.to(kind), mask))
+        embed = m.x_embedder["proj"]
+        x = F.linear(x.to(kind), embed.weight.permute(0, 2, 3, 1).flatten(1), embed.bias)
+        y = m.t5_yproj(text.to(kind))
+        seen = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)[:, None, None]
+        for block in m.blocks:
+            x, y = self._block(block, x, y, c, rope, seen)
+        shift, scale = m.final_layer["mod"](c)[:, None].float().chunk(2, dim=-1)
+        x = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return m.final_layer["linear"](x.to(kind)).float()
+
+    def _pool(self, text: Tensor, mask: Tensor) -> Tensor:
+        pool = self.model.t5_y_embedder
+        weight = mask[..., None].to(text.dtype)
+        mean = (text * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        tokens = torch.cat([mean, text], dim=1)
+        kv = pool.to_kv(tokens).unflatten(-1, (2, pool.heads, -1)).transpose(1, 3)
+        q = pool.to_q(mean).unflatten(-1, (pool.heads, -1)).transpose(1, 2)
+        seen = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)[:, None, None]
+        out = _attend(q, kv[:, :, 0], kv[:, :, 1], seen)
+        return pool.to_out(out.transpose(1, 2).flatten(2)).squeeze(1)
+
+    def _block(
+        self, block: nn.Module, x: Tensor, y: Tensor, c: Tensor, rope: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        n = x.shape[1]
+        scale_x, gate_x, mlp_scale_x, mlp_gate_x = block.mod_x(c)[:, None].chunk(4, dim=-1)
+        mod_y = block.mod_y(c)[:, None]
+        attn = block.attn
+        q, k, v = _heads(attn.qkv_x(_rms(x) * (1 + scale_x)), attn.heads, attn.q_norm_x, attn.k_norm_x)
+        q, k = _turn(q, rope), _turn(k, rope)
+        qkv_y = attn.qkv_y(_rms(y) * (1 + mod_y[..., : y.shape[-1]]))
+        parts = zip((q, k, v), _heads(qkv_y, attn.heads, attn.q_norm_y, attn.k_norm_y), strict=True)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in parts)
+        out = _attend(q, k, v, seen).transpose(1, 2).flatten(2)
+        x = x + _rms(attn.proj_x(out[:, :n])) * torch.tanh(gate_x)
+        x = x + _rms(_ffn(block.mlp_x, _rms(x) * (1 + mlp_scale_x))) * torch.tanh(mlp_gate_x)
+        if not block.last:
+            _, gate_y, mlp_scale_y, mlp_gate_y = mod_y.chunk(4, dim=-1)
+            y = y + _rms(attn.proj_y(out[:, n:])) * torch.tanh(gate_y)
+            y = y + _rms(_ffn(block.mlp_y, _rms(y) * (1 + mlp_scale_y))) * torch.tanh(mlp_gate_y)
+        return x, y
+
+
+def _rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Written out: on a CPU and at these sizes several times faster, backwards, than the fused kernel."""
+    bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, float("-inf"))
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
+
+
+def _ffn(ffn: nn.Module, x: Tensor) -> Tensor:
+    a, b = ffn.w1(x).chunk(2, dim=-1)
+    return ffn.w2(F.silu(a) * b)
+
+
+def _heads(qkv: Tensor, heads: int, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    return _rms(q, 1e-5) * q_norm.weight, _rms(k, 1e-5) * k_norm.weight, v
+
+
+def _turn(x: Tensor, rope: Tensor) -> Tensor:
+    cos, sin = rope.to(x.dtype).unbind(-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+@torch.no_grad()
+def start(model: MochiTransformer, seed: int) -> None:
+    """First weights: every gate shut and the output zero, so that the network starts as the identity."""
+    fill(model, seed)
+    for block in model.blocks:
+        for layer in (block.mod_x, block.mod_y):
+            layer.weight.zero_()
+    for layer in model.final_layer.values():
+        layer.weight.zero_()
+    # Each pair of channels turns with one axis: frames are 1 apart, patches of an 8 x 8 latent 48.
+    frequencies = model.pos_frequencies.zero_()
+    _, heads, count = frequencies.shape
+    for k in range(count):
+        axis = (k % 4 + 1) // 2 if k % 4 < 3 else 2 - (k // 4) % 2
+        level = (k // 4) / max(count // 4 - 1, 1)
+        frequencies[axis, :, k] = (1.2 if axis == 0 else 0.03) * 0.12**level
+    spread = torch.linspace(0.8, 1.25, heads)
+    frequencies.mul_(spread[:, None])
+    model.pos_frequencies.requires_grad_(False)
+
+
+def pool(folder: Path, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` clips as normalised latents (count, 12, 3, 8, 8), and the latents' mean and std by channel."""
+    autoencoder = Autoencoder()
+    autoencoder.load_state_dict(torch.load(folder / "mochi_vae.pt", weights_only=True)["module"])
+    autoencoder.eval()
+    chunks = []
+    for i in range(count // CLIPS_PER_CHUNK):
+        file = folder / "latents" / f"{seed}-{i}.pt"
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            with torch.no_grad():
+                parts = [
+                    in_bf16(autoencoder.encoder, x)[0].float()
+                    for x in clips(f"pool {seed} {i}", CLIPS_PER_CHUNK).split(10)
+                ]
+            write_atomically(file, torch.cat(parts))
+        chunks.append(torch.load(file, weights_only=True))
+    latents = torch.cat(chunks)
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    latents = (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+    return latents, mean, std
+
+
+def pool_scenes(count: int, seed: int) -> list[Scene]:
+    """What the clips of `pool` show."""
+    scenes = []
+    for i in range(count // CLIPS_PER_CHUNK):
+        rng = random.Random(f"clips pool {seed} {i} False")
+        scenes += [draw(rng, FRAMES) for _ in range(CLIPS_PER_CHUNK)]
+    return scenes
+
+
+def features(folder: Path, scenes: list[Scene], seed: int, wordings: int = 2) -> list[Tensor]:
+    """For every scene the T5 features (L, D) of `wordings` captions."""
+    file = folder / f"features-{seed}-{len(scenes)}-{wordings}.pt"
+    if not file.exists():
+        rng = random.Random(f"captions {seed}")
+        found = []
+        with TextEncoder(folder, dtype=torch.float32) as encoder:
+            for scene in scenes:
+                out = encoder.encode([caption(scene, rng) for _ in range(wordings)], 64, use_mask=True)
+                found.append([out.features[b, : out.used[b]].to(torch.bfloat16) for b in range(wordings)])
+        write_atomically(file, found)
+    return torch.load(file, weights_only=True)
+
+
+def noise_levels(count: int, generator: torch.Generator) -> Tensor:
+    """Mostly in the middle, where shape and place are decided, with a fifth spread evenly."""
+    normal = torch.sigmoid(torch.randn(count, generator=generator) + 0.3)
+    even = torch.rand(count, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.2, even, normal)
+
+
+def train_mochi(folder: Path, steps: int = 2500, batch: int = 48, clip_count: int = 5000, seed: int = 0) -> None:
+    """Train, or go on where it stopped, and write the whole checkpoint into `folder`/mochi."""
+    texts = features(folder, pool_scenes(clip_count, seed), seed)
+    latents, mean, std = pool(folder, clip_count, seed)
+    tokens = pack(latents)
+    vae = dataclasses.replace(VAE, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    config = demo_config(vae)
+    model = Velocity(config)
+    start(model.model, seed)
+
+    def step(generator: torch.Generator, _: int) -> Losses:
+        index = torch.randint(len(tokens), (batch,), generator=generator).tolist()
+        words = [texts[i][int(torch.randint(2, (), generator=generator))] for i in index]
+        keep = torch.rand(batch, generator=generator) > 0.1
+        text = nn.utils.rnn.pad_sequence(words, batch_first=True)
+        lengths = torch.tensor([len(w) for w in words]) * keep
+        mask = torch.arange(text.shape[1]) < lengths[:, None]
+        data = tokens[index]
+        noise = torch.randn(data.shape, generator=generator)
+        s = noise_levels(batch, generator)
+        noisy = torch.lerp(data, noise, s[:, None, None])
+        error = (in_bf16(model, noisy, 1000 * (1 - s), text, mask) - (data - noise)).square().mean((1, 2))
+        high = s > 0.7
+        return {"loss": error.mean(), "early": error[high].mean(), "late": error[~high].mean()}
+
+    plan = Plan(steps, 1.5e-3, warmup=200, average=0.999, decay=0.01, seed=seed)
+    weights = train(model, step, plan, folder / "mochi.pt")
+    export(folder, config, {name.removeprefix("model."): p for name, p in weights.items()})
+
+
+def export(folder: Path, config: MochiConfig, transformer: dict[str, Tensor]) -> None:
+    """Write the checkpoint; the text encoder is copied from where it was trained."""
+
+    autoencoder = Autoencoder()
+    autoencoder.load_state_dict(torch.load(folder / "mochi_vae.pt", weights_only=True)["module"])
+    target = folder / "mochi"
+    write_checkpoint(target, config, transformer, autoencoder.encoder, autoencoder.decoder)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, target / part, dirs_exist_ok=True)
