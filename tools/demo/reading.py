@@ -40,7 +40,8 @@ def read(frames: Tensor) -> Reading:
     distance = (video - background).norm(dim=-1)
     peak = distance.flatten().quantile(0.99)
     cover = distance > 0.5 * peak
-    if peak < 40 or cover.sum() < 10 * len(frames):
+    plain = (border.flatten(0, 1) - background).norm(dim=1).median() < 40
+    if not plain or peak < 40 or cover.sum() < 10 * len(frames):
         return Reading(None, None, None, None, ground)
     core = distance > 0.8 * peak
     colour = _nearest(video[core].median(dim=0).values, COLOURS)
@@ -92,6 +93,6 @@ def _shape(cover: Tensor, centres: list[tuple[float, float] | None]) -> tuple[st
         masks = torch.stack([c for c, _ in found])
         overlap[shape] = float((drawn & masks).sum() / (drawn | masks).sum())
     best = max(overlap, key=lambda name: overlap[name])
-    if overlap[best] < 0.55:
+    if overlap[best] < 0.6:
         return None, None
     return best, float(12.0 * (area / _UNIT_AREA[best]) ** 0.5)

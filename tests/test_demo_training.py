@@ -1,0 +1,103 @@
+"""How the demo checkpoints are trained: captions tell the truth, and training is the product's arithmetic."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from mochi_xdit.demo import demo_config
+from mochi_xdit.transformer import pack
+from tools.demo.evaluate import evaluate
+from tools.demo.mochi import Velocity, start
+from tools.demo.reading import read
+from tools.demo.text_encoder import named
+from tools.demo.training import Plan, in_bf16, train
+from tools.demo.world import FIELDS, VALUES, caption, dataset, draw, held_out, render
+
+
+def test_scenes_repeat_and_held_out_combinations_are_never_trained():
+    assert dataset(1, 20, 13) == dataset(1, 20, 13) != dataset(2, 20, 13)
+    assert not any(held_out(scene.attributes) for scene, _ in dataset(0, 300, 13))
+    assert all(held_out(scene.attributes) for scene, _ in dataset(0, 30, 13, test=True))
+
+
+def test_captions_name_what_they_must():
+    rng = random.Random(0)
+    for scene in (draw(rng, 13) for _ in range(50)):
+        text = caption(scene, rng)
+        indices = named(scene, text)
+        for field, value, index in zip(FIELDS, scene.attributes, indices, strict=True):
+            assert index == (VALUES[field].index(value) if value in text.lower() else len(VALUES[field]))
+        assert all(index < len(VALUES[field]) for field, index in list(zip(FIELDS, indices, strict=True))[:3])
+
+
+@pytest.mark.parametrize("frames", [9, 13, 17])
+def test_pixels_are_read_back_even_through_noise(frames):
+    wrong = 0
+    for scene, _ in dataset(3, 40, frames, test=True):
+        clip = render(scene, frames).float()
+        noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0)) * 12
+        result = read((clip + noise).clamp(0, 255).to(torch.uint8))
+        found = {f: getattr(result, f) for f in ("shape", "colour", "direction", "size", "background")}
+        wrong += any(getattr(scene, f) != value for f, value in found.items())
+    assert wrong <= 1
+
+
+def test_reading_does_not_see_what_is_not_there():
+    assert read(torch.full((13, 64, 64, 3), 90, dtype=torch.uint8)).shape is None
+    noise = torch.randint(0, 256, (13, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert read(noise).shape is None
+    scene, _ = dataset(3, 1, 13)[0]
+    assert read(render(scene, 13)[:1].expand(13, -1, -1, -1)).direction is None
+
+
+def test_evaluation_counts_what_came_true():
+    scenes = {text: scene for scene, text in dataset(4242, 20, 13, test=True)}
+    assert set(evaluate(lambda text, seed: render(scenes[text], 13), 20, 13)["right"].values()) == {1.0}
+    blank = torch.full((13, 64, 64, 3), 16, dtype=torch.uint8)
+    result = evaluate(lambda text, seed: blank, 20, 13)
+    assert result["right"]["colour"] == result["right"]["shape"] == result["right"]["direction"] == 0.0
+    assert len(result["misses"]) == 20
+
+
+def test_the_trained_function_is_the_products():
+    config = dataclasses.replace(demo_config(), depth=2)
+    velocity = Velocity(config)
+    start(velocity.model, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in velocity.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+    z, text = torch.randn(2, 12, 3, 8, 8, generator=generator), torch.randn(2, 9, 64, generator=generator)
+    t, mask = torch.tensor([300.0, 900.0]), torch.tensor([[True] * 5 + [False] * 4, [False] * 9])
+    out = velocity(pack(z), t, text, mask)
+    expected = [velocity.model.denoise(z[:1], t[:1], text[:1, :5]), velocity.model.denoise(z[1:], t[1:])]
+    assert (out - pack(torch.cat(expected))).abs().max() < 1e-5
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in velocity.parameters() if p.requires_grad)
+
+
+def test_an_interrupted_training_ends_where_the_whole_one_does(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def run(file, stop_at=None):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+
+        def step(generator, i):
+            if i == stop_at:
+                raise Stop
+            x = torch.randn(8, 4, generator=generator)
+            return {"loss": (in_bf16(model, x.bfloat16()).float() - x.sum(1, keepdim=True)).square().mean()}
+
+        return train(model, step, Plan(12, 0.05, warmup=2, average=0.9, save_seconds=0), file)
+
+    whole = run(tmp_path / "whole.pt")
+    with pytest.raises(Stop):
+        run(tmp_path / "parts.pt", stop_at=7)
+    parts = run(tmp_path / "parts.pt")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert (tmp_path / "parts.jsonl").read_text().count("loss") >= 1
