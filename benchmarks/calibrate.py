@@ -50,12 +50,12 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "other_parallel": (1.05, 0.08),
     "elementwise": (25, 0.3),
     "speed": (1.0, 0.03),
-    "other_s": (12, 1.0),
+    "other_s": (7, 0.8),
     "fsdp_across": (0.3, 0.5),
     "gbs": (20, 0.8),
     "across": (0.8, 0.5),
     "ring_gain": (1.3, 0.3),
-    "contention": (2.0, 0.7),
+    "contention": (1.5, 0.7),
 }
 SPECIAL: Mapping[Key, tuple[float, float]] = {
     # Where the source names the link, the prior knows it.

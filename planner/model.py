@@ -9,7 +9,7 @@ One layer of one forward pass takes
     ring              (r - 1) * (exposed * h + max(0, (1 - exposed) * h - attention / r)) + merging
     overhead          a constant where tokens are split
 
-with h = bytes / B + 30 us for a hop, and crowd = u - 3 (0 for two ranks, 0.12 for three). B is the links' bandwidth;
+with h = bytes / B + 30 us for a hop, and crowd = u - 3 (0 for two ranks, 0.06 for three). B is the links' bandwidth;
 `across` counts for groups that lie across sockets. Messages between machines share the machine's network: their time
 is what all of its ranks send in one direction over `node_gbs`.
 """
@@ -28,8 +28,10 @@ from planner.hardware import GIGA, Links, Profile
 from planner.models import BYTES, T5_PARAMETERS, Model, Size, video_tokens
 
 HOP_SECONDS = 3e-5
-CROWD_OF_THREE = 0.12
+CROWD_OF_THREE = 0.06
 """A third rank in an all-to-all costs a little of what each further one does."""
+SHARING = 0.5
+"""Rings across sockets share what is between them: n of them slow each other down by n to this power."""
 KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
 SCHEMES = ("ours", "reference")
 TEXT_SECONDS = 0.2
@@ -43,7 +45,8 @@ class Spread:
     """How the groups of a layout lie on the machines."""
 
     ulysses_across: bool = False
-    ring_across: bool = False
+    rings_across: int = 0
+    """Rings that lie across sockets: they share what is between them."""
     ulysses_out: float = 0.0
     """All-to-all: bytes that leave a machine in one direction, in units of one rank's q, k, v and output."""
     ring_out: float = 0.0
@@ -70,7 +73,7 @@ def spread(degrees: Degrees, links: Links, nodes: int = 1) -> Spread:
     hops = [(ring[j], ring[(j + 1) % r]) for ring in rings for j in range(r)]
     return Spread(
         ulysses_across=any(len({socket[k] for k in group}) > 1 for group in groups),
-        ring_across=any(len({socket[k] for k in ring}) > 1 for ring in rings),
+        rings_across=sum(len({socket[k] for k in ring}) > 1 for ring in rings),
         ulysses_out=_most(node[a] for a, b in pairs) / u,
         ring_out=_most(node[a] for a, b in hops if node[a] != node[b]),
         cfg_out=degrees.cfg == 2 and node[0] != node[degrees.sequence],
@@ -114,7 +117,8 @@ def _ring(work: Pass, r: int, at: Spread, profile: Profile, attention: float) ->
     if r == 1:
         return 0.0
     links, hbm = profile.links, profile.hbm_gbs * GIGA
-    bandwidth = links.gbs * GIGA * (links.across if at.ring_across else 1) * (links.ring_gain if r > 2 else 1)
+    across = links.across / at.rings_across**SHARING if at.rings_across else 1
+    bandwidth = links.gbs * GIGA * across * (links.ring_gain if r > 2 else 1)
     hop = max(work.hop / bandwidth, at.ring_out * work.hop / (links.node_gbs * GIGA)) + HOP_SECONDS
     hidden = (1 - profile.exposed) * hop
     messages = (r - 1) * (profile.exposed * hop + max(0.0, hidden - attention / r))
@@ -205,7 +209,7 @@ def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
 def _gather_weights(model: Model, degrees: Degrees, profile: Profile, at: Spread) -> float:
     """Every rank takes the weights it lacks from the others, once a pass; nothing of it was seen to hide."""
     missing = model.parameters * BYTES * (degrees.ranks - 1) / degrees.ranks
-    slow = profile.fsdp_across if at.ulysses_across or at.ring_across else 1.0
+    slow = profile.fsdp_across if at.ulysses_across or at.rings_across else 1.0
     return missing / (profile.links.gbs * GIGA * slow)
 
 
