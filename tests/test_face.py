@@ -14,12 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.parallel import Layout, distributed
 from consisid_xdit.eva import EvaConfig, EvaTower, load_eva, rope_tables
-from consisid_xdit.face_detect import ArcFace, RetinaDetector, Scrfd, align, onnx_network, suppress
+from consisid_xdit.face import (
+    FaceReader,
+    IdentityFeatures,
+    choose_face,
+    identity_on_main,
+    load_identity,
+    save_identity,
+    shrink,
+    warnings,
+)
+from consisid_xdit.face_detect import ArcFace, Faces, RetinaDetector, Scrfd, align, onnx_network, suppress
 from consisid_xdit.face_models import BiSeNet, RetinaFace, load_model
+from tests.conftest import RankPool
 
 DATA = Path(__file__).parent / "data"
 needs_cv2 = pytest.mark.skipif(importlib.util.find_spec("cv2") is None, reason="opencv is not installed (extra face)")
@@ -27,6 +39,7 @@ needs_onnx = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None or importlib.util.find_spec("onnxruntime") is None,
     reason="opencv or onnxruntime is not installed (extra face)",
 )
+PHOTOGRAPH_SEED, STRICT = 7, 5.0  # a picture and a bias at which RetinaFace finds exactly one "face"
 EVA_TINY = EvaConfig(image_size=42, width=32, heads=2, layers=24, hidden=85, output=12)
 
 
@@ -51,8 +64,8 @@ def seeded_state(shapes: dict[str, torch.Size | tuple[int, ...]]) -> dict[str, T
     return state
 
 
-def retina_state(shapes: dict[str, torch.Size | tuple[int, ...]]) -> dict[str, Tensor]:
-    """As `seeded_state`, tempered so that some places, but not all, count as faces."""
+def retina_state(shapes: dict[str, torch.Size | tuple[int, ...]], strict: float = 0.0) -> dict[str, Tensor]:
+    """As `seeded_state`, tempered so that some places, but not all, count as faces; fewer when `strict`."""
     state = seeded_state(shapes)
     state["body.conv1.weight"] *= 0.01  # the detector's input is in units of 255
     for name in state:
@@ -60,7 +73,17 @@ def retina_state(shapes: dict[str, torch.Size | tuple[int, ...]]) -> dict[str, T
             state[name] *= 0.3
     for i, bias in enumerate((-10.0, 4.0, 5.0)):
         state[f"ClassHead.{i}.conv1x1.weight"] *= 0.8
-        state[f"ClassHead.{i}.conv1x1.bias"] = torch.tensor([0.0, bias, 0.0, bias])
+        state[f"ClassHead.{i}.conv1x1.bias"] = torch.tensor([0.0, bias - strict, 0.0, bias - strict])
+    return state
+
+
+def parser_state(shapes: dict[str, torch.Size | tuple[int, ...]]) -> dict[str, Tensor]:
+    """As `seeded_state`, with the two classes that these weights see most made background and face."""
+    state = seeded_state(shapes)
+    weight = state["conv_out.conv_out.weight"]
+    weight = weight - weight.mean(1, keepdim=True)
+    weight[[0, 6]] = weight[[6, 0]]
+    state["conv_out.conv_out.weight"] = weight
     return state
 
 
@@ -71,6 +94,10 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
     waves = [np.sin(rng.uniform(2, 20) * x + rng.uniform(2, 20) * y + c) for c in range(3)]
     noise = rng.normal(0, 0.1, (height, width, 3))
     return ((np.stack(waves, -1) + noise).clip(-1, 1) * 127 + 128).astype(np.uint8)
+
+
+def photograph() -> np.ndarray:
+    return picture(150, 1100, PHOTOGRAPH_SEED)
 
 
 def crowd() -> np.ndarray:
@@ -241,3 +268,160 @@ def test_onnx_files_that_cannot_be_used(tmp_path: Path) -> None:
         onnx_network(tmp_path / "bad.onnx")
     with pytest.raises(FileNotFoundError, match="face_encoder"):
         onnx_network(tmp_path / "none.onnx")
+
+
+# --- a photograph's way to identity features ---
+
+
+def random_parser() -> BiSeNet:
+    parser = BiSeNet().eval()
+    parser.load_state_dict(parser_state({k: v.shape for k, v in parser.state_dict().items()}))
+    return parser
+
+
+@pytest.fixture(scope="module")
+def reader() -> FaceReader:
+    """The models that the reference's functions ran with; RetinaFace finds one face in `photograph`."""
+    retina = RetinaFace().eval()
+    retina.load_state_dict(retina_state({k: v.shape for k, v in retina.state_dict().items()}, STRICT))
+    return FaceReader(
+        Scrfd(onnx_network(DATA / "scrfd_small.onnx")),
+        ArcFace(onnx_network(DATA / "arcface_small.onnx")),
+        RetinaDetector(retina),
+        random_parser(),
+        tiny_eva(),
+    )
+
+
+def compare(identity: IdentityFeatures, golden: dict[str, Tensor], name: str) -> None:
+    close(identity.id_cond[:, :512], golden[f"{name}.id_cond"][:, :512], 1e-4)
+    close(identity.id_cond[:, 512:], golden[f"{name}.id_cond"][:, 512:], 1e-4)
+    close(torch.stack(identity.id_vit_hidden), golden[f"{name}.hidden"], 1e-4)
+    close(identity.face_kps, golden[f"{name}.kps"], 1e-5)
+    assert torch.equal(identity.image[::4, ::4], golden[f"{name}.image"])
+    white = (identity.image == 255).all(-1).float().mean()
+    assert 0.1 < white < 0.9, "both kinds of pixels are compared"
+
+
+@needs_onnx
+def test_features_match_the_reference(golden: dict[str, Tensor], reader: FaceReader) -> None:
+    identity, said = reader.read(photograph())
+    compare(identity, golden, "path")
+    assert "faces in the picture; the largest one is used" in said[0]
+
+
+@needs_onnx
+def test_fallback_matches_the_reference(golden: dict[str, Tensor], reader: FaceReader) -> None:
+    """SCRFD finds nothing: landmarks are RetinaFace's and the crop is recognised."""
+    blind = FaceReader(
+        lambda picture: faces_at(),  # type: ignore[arg-type]
+        reader.recognise,
+        reader.find_landmarks,
+        reader.parser,
+        reader.tower,
+    )
+    identity, said = blind.read(photograph())
+    compare(identity, golden, "fallback")
+    assert said[-1].startswith("the first detector found no face")
+
+
+def faces_at(*boxes: tuple[float, float, float, float]) -> Faces:
+    table = np.array([[*box, 0.9] for box in boxes], np.float32).reshape(-1, 5)
+    return Faces(table, np.zeros((len(table), 5, 2), np.float32))
+
+
+BIG, OTHER, LITTLE = (100, 100, 300, 300), (400, 100, 520, 230), (10, 10, 30, 35)
+
+
+def test_which_face_is_used_and_what_is_said() -> None:
+    found, landmarks = faces_at(OTHER, BIG), faces_at((395, 98, 522, 230), (102, 95, 299, 310), LITTLE)
+    target, chosen = choose_face(found, landmarks)
+    assert tuple(target.boxes[0, :4]) == BIG and chosen == 1
+    assert (
+        "3 faces" in warnings(found, landmarks, target)[0] and "x 100 to 300" in warnings(found, landmarks, target)[0]
+    )
+    one = faces_at(BIG)
+    assert warnings(one, one, one) == []
+    small = faces_at((0, 0, 60, 70))
+    assert "only 60 pixels wide" in warnings(small, small, small)[0]
+
+
+@pytest.mark.parametrize(
+    ("found", "landmarks", "message"),
+    [
+        (faces_at(), faces_at(), "no face was found"),
+        (faces_at(BIG), faces_at(), "no face was found"),
+        (faces_at(LITTLE), faces_at(LITTLE), "only 20 pixels wide"),
+        (faces_at(), faces_at(LITTLE), "only 20 pixels wide"),
+        (faces_at(BIG), faces_at(OTHER), "two detectors disagree"),
+    ],
+)
+def test_pictures_that_cannot_be_used(found: Faces, landmarks: Faces, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_face(found, landmarks)
+
+
+@needs_onnx
+def test_no_face_in_a_real_picture(reader: FaceReader) -> None:
+    with pytest.raises(ValueError, match="no face was found"):
+        reader.read(np.zeros((80, 60, 3), np.uint8))
+
+
+@needs_cv2
+def test_shrinking_rounds_down() -> None:
+    assert shrink(np.zeros((1024, 10, 3), np.uint8)).shape == (1024, 10, 3)
+    assert shrink(np.zeros((999, 2000, 3), np.uint8)).shape == (511, 1024, 3)
+    assert shrink(np.zeros((1, 5000, 3), np.uint8)).shape == (1, 1024, 3)
+
+
+def some_identity() -> IdentityFeatures:
+    hidden = tuple(torch.full((1, 3, 4), float(i), dtype=torch.bfloat16) for i in range(12))
+    return IdentityFeatures(
+        torch.randn(1, 10), hidden, torch.arange(48, dtype=torch.uint8).view(4, 4, 3), torch.ones(5, 2)
+    )
+
+
+def test_identity_files(tmp_path: Path) -> None:
+    identity = some_identity()
+    save_identity(tmp_path / "who.safetensors", identity)
+    again = load_identity(tmp_path / "who.safetensors")
+    assert [int(h[0, 0, 0]) for h in again.id_vit_hidden] == list(range(12))
+    assert all(torch.equal(a, b) for a, b in zip(identity.tensors().values(), again.tensors().values(), strict=True))
+    (tmp_path / "text").write_text("hello, this is not a file of tensors")
+    save_file({"latents": torch.ones(1)}, tmp_path / "latents.safetensors")
+    save_file(identity.tensors() | {"face_kps": torch.ones(4, 2)}, tmp_path / "wrong.safetensors")
+    for name, message in (
+        ("text", "not a safetensors file"),
+        ("latents.safetensors", "no identity features"),
+        ("wrong.safetensors", "wrong shape or kind"),
+        ("missing", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_identity(tmp_path / name)
+
+
+def read_on_rank(fail: bool) -> object:
+    mesh = distributed(Layout(ring=3))
+
+    def make() -> tuple[IdentityFeatures, list[str]]:
+        assert mesh.is_main, "only rank 0 reads the picture"
+        if fail:
+            raise FileNotFoundError("face_encoder is missing")
+        torch.manual_seed(3)
+        return some_identity(), ["two faces"]
+
+    try:
+        identity, said = identity_on_main(mesh, make)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return identity.tensors(), said
+
+
+def test_ranks_receive_what_rank_0_reads(run_ranks: RankPool) -> None:
+    results = run_ranks(3, read_on_rank, False)
+    for named, said in results:
+        assert said == ["two faces"]
+        assert all(torch.equal(named[name], tensor) for name, tensor in results[0][0].items())
+    failures = run_ranks(3, read_on_rank, True)
+    assert [kind for kind, _ in failures] == ["FileNotFoundError", "ValueError", "ValueError"]
+    assert {text for _, text in failures} == {"face_encoder is missing"}

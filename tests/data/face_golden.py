@@ -42,15 +42,13 @@ def declare_torchvision_ops():
     return library
 
 
-def golden_eva(out):
+def reference_tower():
+    from functools import partial
+
     from consisid_eva_clip.eva_vit_model import EVAVisionTransformer
     from consisid_eva_clip.transformer import LayerNorm
-    from functools import partial
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import normalize, resize
-    from consisid_eva_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    from test_face import EVA_TINY, picture, seeded_state
+    from test_face import EVA_TINY, seeded_state
 
     c = EVA_TINY
     tower = EVAVisionTransformer(
@@ -60,28 +58,31 @@ def golden_eva(out):
         intp_freq=True, naiveswiglu=True, subln=True,
     ).eval()  # fmt: skip
     state = tower.state_dict()
-    tower.load_state_dict({k: v if ".rope." in f".{k}" else seeded_state({k: v.shape})[k] for k, v in state.items()})
-    x = torch.from_numpy(picture(50, 64, 3)).permute(2, 0, 1)[None] / 255.0
-    x = normalize(
-        resize(x, tower.image_size, InterpolationMode.BICUBIC)[..., : c.image_size],
-        OPENAI_DATASET_MEAN,
-        OPENAI_DATASET_STD,
-    )
-    square = torch.from_numpy(picture(50, 50, 4)).permute(2, 0, 1)[None] / 255.0
-    square = normalize(
-        resize(square, tower.image_size, InterpolationMode.BICUBIC), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    )
+    fresh = seeded_state({k: v.shape for k, v in state.items() if ".rope." not in f".{k}"})
+    tower.load_state_dict(state | fresh)
+    return tower
+
+
+def golden_eva(out):
+    from consisid_eva_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import normalize, resize
+
+    from test_face import picture
+
+    def prepare(rgb, size):
+        x = torch.from_numpy(rgb).permute(2, 0, 1)[None] / 255.0
+        return normalize(resize(x, size, InterpolationMode.BICUBIC), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+    tower = reference_tower()
+    square = prepare(picture(50, 50, 4), tower.image_size)
     with torch.no_grad():
         embedding, hidden = tower(square, return_all_features=False, return_hidden=True, shuffle=False)
-        big = torch.from_numpy(picture(512, 512, 5)).permute(2, 0, 1)[None] / 255.0
-        out["eva.resize_336"] = normalize(
-            resize(big, 336, InterpolationMode.BICUBIC), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-        )[:, :, ::7, ::7]
+    out["eva.resize_336"] = prepare(picture(512, 512, 5), 336)[:, :, ::7, ::7]
     out["eva.input"], out["eva.embedding"] = square, embedding
-    out["eva.rope_cos"], out["eva.rope_sin"] = state["rope.freqs_cos"], state["rope.freqs_sin"]
+    out["eva.rope_cos"], out["eva.rope_sin"] = tower.rope.freqs_cos, tower.rope.freqs_sin
     for i, h in enumerate(hidden):
         out[f"eva.hidden.{i}"] = h
-    out["eva.keys"] = torch.tensor([len(state)])
 
 
 def golden_retina(out):
@@ -142,8 +143,10 @@ def small_onnx(path, outputs, size, seed, pool):
         return name
 
     for name, (channels, stride, count, sigmoid, scale) in outputs.items():
+        # The coarse level finds things as large as the picture.
+        base = -3 if sigmoid else 20 if name == "bbox_32" else 5
         kernel = constant(f"{name}.w", (rng.normal(size=(channels, 3, 1, 1)) * scale).astype(np.float32))
-        bias = constant(f"{name}.b", (rng.normal(size=channels) * 0.3 + (-3 if sigmoid else 5)).astype(np.float32))
+        bias = constant(f"{name}.b", (rng.normal(size=channels) * 0.3 + base).astype(np.float32))
         cell = [stride, stride]
         nodes.append(helper.make_node("AveragePool", ["x"], [f"{name}.a"], strides=cell, kernel_shape=cell))
         nodes.append(helper.make_node("Conv", [f"{name}.a", kernel, bias], [f"{name}.c"], kernel_shape=[1, 1]))
@@ -205,6 +208,55 @@ def golden_onnx(out):
     out["arcface.unaligned"] = torch.from_numpy(recogniser.get_feat(image)[0])
 
 
+def golden_path(out):
+    """diffusers' own process_face_embeddings_infer with the small models, from a picture that has to shrink."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from consisid_eva_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from diffusers.pipelines.consisid.consisid_utils import process_face_embeddings_infer
+    from facexlib.detection.retinaface import RetinaFace
+    from facexlib.parsing.bisenet import BiSeNet
+    from facexlib.utils.face_restoration_helper import FaceRestoreHelper
+    from insightface.app.common import Face
+    from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+    from insightface.model_zoo.scrfd import SCRFD
+
+    from test_face import STRICT, parser_state, photograph, retina_state
+
+    retina, parser = RetinaFace("resnet50", device="cpu").eval(), BiSeNet(19).eval()
+    retina.load_state_dict(retina_state({k: v.shape for k, v in retina.state_dict().items()}, STRICT))
+    parser.load_state_dict(parser_state({k: v.shape for k, v in parser.state_dict().items()}))
+    tower = reference_tower()
+    detector = SCRFD(str(HERE / "scrfd_small.onnx"))
+    detector.prepare(-1, input_size=(640, 640), det_thresh=0.5)
+    recogniser = ArcFaceONNX(str(HERE / "arcface_small.onnx"))
+
+    def get(image):
+        boxes, points = detector.detect(image, input_size=(640, 640))
+        faces = [Face(bbox=b[:4], kps=k, det_score=b[4]) for b, k in zip(boxes, points)]
+        for face in faces:
+            recogniser.get(image, face)
+        return faces
+
+    helper = "facexlib.utils.face_restoration_helper"
+    with mock.patch(f"{helper}.init_detection_model", lambda *a, **k: retina):
+        with mock.patch(f"{helper}.init_parsing_model", lambda *a, **k: None):
+            face_helper = FaceRestoreHelper(
+                1, face_size=512, crop_ratio=(1, 1), det_model="retinaface_resnet50", save_ext="png", device="cpu"
+            )
+    face_helper.face_parse = parser
+    for name, app in (("path", SimpleNamespace(get=get)), ("fallback", SimpleNamespace(get=lambda image: []))):
+        with torch.no_grad():
+            id_cond, hidden, image, kps = process_face_embeddings_infer(
+                face_helper, tower, recogniser, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, app,
+                torch.device("cpu"), torch.float32, photograph(), is_align_face=True,
+            )  # fmt: skip
+        out[f"{name}.id_cond"], out[f"{name}.kps"] = id_cond, torch.from_numpy(np.asarray(kps, dtype=np.float32))
+        out[f"{name}.hidden"] = torch.stack(hidden)
+        out[f"{name}.image"] = torch.from_numpy(np.asarray(image)[::4, ::4].copy())
+
+
 def main():
     import sys
 
@@ -217,6 +269,7 @@ def main():
     golden_eva(out)
     golden_retina(out)
     golden_bisenet(out)
+    golden_path(out)
     save_file({k: v.contiguous().clone() for k, v in out.items()}, HERE / "face_golden.safetensors")
     print(sum(v.numel() * v.element_size() for v in out.values()), "bytes", keep is not None)
 
