@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PIXELS = 8  # rows and columns of the video per row and column of the latents
+FRAME_STEP = 8  # videos of 8k + 1 or 8k frames are whole latents: the autoencoder makes 4 frames of each of two
 
 
 @dataclass(frozen=True)

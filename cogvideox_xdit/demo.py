@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+import PIL.ImageDraw
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ SEED = 20240806
 _REVISION = 1
 """Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
 
+IMAGE = "image.png"
+"""In the folder of a demo that starts from a picture."""
 VAE = VAEConfig(channels=(32, 32, 64, 64), layers=1, groups=8, sample_height=64, sample_width=96)
 _COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
 _CAPTIONS = [
@@ -36,7 +40,7 @@ def demo_config(kind: str) -> TransformerConfig:
     """Four heads of 16 in four layers, for videos of 64 x 96 pixels and 17 frames. ValueError for an unknown kind."""
     if kind not in CONFIGS:
         raise ValueError(f"no demo called {kind!r}; cogvideox-xdit has {', '.join(CONFIGS)}")
-    sizes = {"heads": 4, "head_dim": 16, "layers": 4, "text_dim": 64, "text_length": 32, "time_dim": 32}
+    sizes = {"heads": 4, "head_dim": 16, "layers": 4, "text_dim": 64, "text_length": 64, "time_dim": 32}
     sample = {"sample_height": 8, "sample_width": 12, "sample_frames": 17}
     return replace(CONFIGS[kind], **sizes, **sample, ofs_dim=32 if CONFIGS[kind].ofs_dim else None)
 
@@ -76,7 +80,23 @@ def demo_checkpoint(kind: str = "2b", cache_dir: str | Path | None = None) -> Pa
     """
     config, vae = demo_config(kind), demo_vae(kind)
     target = cache_home(cache_dir) / f"cogvideox-demo-{kind}-{_REVISION}"
-    return made_once(target, lambda folder: random_checkpoint(folder, kind, config, vae))
+
+    def make(folder: Path) -> None:
+        random_checkpoint(folder, kind, config, vae)
+        if config.image_channels:
+            red_circle(config.official_size).save(folder / IMAGE)
+
+    return made_once(target, make)
+
+
+def red_circle(size: tuple[int, int]) -> PIL.Image.Image:
+    """A picture (height, width) to start from."""
+    height, width = size
+    image = PIL.Image.new("RGB", (width, height))
+    radius = min(size) // 4
+    box = (width // 2 - radius, height // 2 - radius, width // 2 + radius, height // 2 + radius)
+    PIL.ImageDraw.Draw(image).ellipse(box, fill=(220, 30, 30))
+    return image
 
 
 def random_checkpoint(

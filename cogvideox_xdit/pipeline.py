@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogvideox_xdit.config import CheckpointConfig, read_checkpoint
+from cogvideox_xdit.config import FRAME_STEP, CheckpointConfig, read_checkpoint
 from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, read_on_main, video_frames
 from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size, pack, unpack
@@ -30,7 +30,6 @@ from common.text import TextEncoder, encode_on_main
 from common.usp import SequenceParallel
 from common.vae import TimeSplit
 
-FRAME_STEP = 8
 STEPS, SCALE, STRENGTH = 50, 6.0, 0.8
 
 
@@ -108,7 +107,7 @@ class CogVideoXPipeline:
         dynamic_cfg: bool = False,
         vae: str = "auto",
         vae_chunk: int | None = None,
-        vae_tile: int | None = None,
+        vae_tile: int | tuple[int, int] | None = None,
         latents_file: str | Path | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
@@ -121,7 +120,8 @@ class CogVideoXPipeline:
         the schedule is run on it.
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, C, T, h, w) without padding, on every rank).
-        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile's side is in pixels.
+        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile is (height, width), or its
+        side, in pixels.
         latents_file: where rank 0 puts the final latents before the decode begins.
         Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
         """
@@ -148,13 +148,20 @@ class CogVideoXPipeline:
         return self.decode(final, vae, vae_chunk, vae_tile)
 
     def decode(
-        self, latents: Tensor, vae: str = "auto", vae_chunk: int | None = None, vae_tile: int | None = None
+        self,
+        latents: Tensor,
+        vae: str = "auto",
+        vae_chunk: int | None = None,
+        vae_tile: int | tuple[int, int] | None = None,
     ) -> Tensor | None:
         """Latents (1, C, T, h, w) to uint8 frames (4T - 3 for odd T, else 4T; 8h, 8w, 3) on rank 0, None elsewhere.
 
         Collective.
         """
-        tile = None if vae_tile is None else (vae_tile // self.vae_config.space_compression,) * 2
+        tile = None
+        if vae_tile is not None:
+            height, width = (vae_tile, vae_tile) if isinstance(vae_tile, int) else vae_tile
+            tile = (height // self.vae_config.space_compression, width // self.vae_config.space_compression)
         with self.models.use("decoder", self._load_decoder) as decoder:
             return decode_video(
                 lambda plan, split: decode(decoder, latents, plan, split),

@@ -1,0 +1,209 @@
+"""cogvideox-xdit: a prompt, with an image or a video or without, becomes an mp4. Also `python -m cogvideox_xdit`,
+`python cogvideox_xdit/cli.py`, and under torchrun."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # run as a script: this folder's modules are not top-level names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import click
+
+from cogvideox_xdit.config import CONFIGS, FRAME_STEP, TransformerConfig, read_checkpoint
+from common import program
+from common.checks import Rules, nearest
+from common.cli import Option
+from common.request import Program, Setup, Source, Video
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cogvideox_xdit.pipeline import CogVideoXPipeline
+    from common.parallel import Mesh
+    from common.progress import Stages
+
+DEMO_PROMPT = "A red circle moves slowly to the left on a black background."
+
+
+@dataclass(frozen=True)
+class CogVideoXRules(Rules):
+    """exact: the only (width, height) of a checkpoint with learned positions."""
+
+    frame_step: int = FRAME_STEP
+    exact: tuple[int, int] | None = None
+
+    def problems(self, width: int, height: int, num_frames: int) -> list[str]:
+        """As for any model; multiples of the frame step are whole latents too."""
+        found = super().problems(width, height, num_frames + (num_frames > 0 and num_frames % FRAME_STEP == 0))
+        if self.exact and not found and (width, height) != self.exact:
+            found.append(f"this checkpoint makes videos of {self.exact[0]} x {self.exact[1]} pixels only")
+        return found
+
+
+def official_rules(config: TransformerConfig) -> CogVideoXRules:
+    """The official defaults of a checkpoint: 8 frames a second, 16 for the 1.5 line; half precision as published."""
+    height, width = config.official_size
+    return CogVideoXRules(
+        heads=config.heads,
+        width=width,
+        height=height,
+        num_frames=config.sample_frames,
+        num_steps=50,
+        cfg_scale=6.0,
+        fps=16 if config.patch_time else 8,
+        dtype="bf16" if config.rotary else "fp16",
+        exact=(width, height) if config.learned else None,
+    )
+
+
+def demo_rules(name: str) -> CogVideoXRules:
+    size = {"width": 96, "height": 64, "num_frames": 17, "num_steps": 10}
+    exact = (96, 64) if CONFIGS[name].learned else None
+    return CogVideoXRules(heads=4, **size, cfg_scale=6.0, fps=8, dtype="fp32", exact=exact, default_prompt=DEMO_PROMPT)
+
+
+def rules(source: Source) -> Rules:
+    """The admissible values for a checkpoint; ValueError when the folder is none. Imports no torch."""
+    if source.demo is not None:
+        return demo_rules(source.demo)
+    return official_rules(CONFIGS["2b"] if source.model_dir is None else read_checkpoint(source.model_dir).transformer)
+
+
+def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
+    """What is wrong with the image, the video and the strength. They are opened, but not read to their end."""
+    found = []
+    image, video, strength = options["image"], options["video"], options["strength"]
+    if image is not None and video is not None:
+        found.append("--image and --video exclude each other; give one of them")
+    if image is not None:
+        found += _unreadable_image(image)
+    if strength is not None and not 0 < strength <= 1:
+        found.append(f"--strength {strength} must be above 0 and at most 1")
+    elif video is not None and strength is not None and int(videos[0].num_steps * strength) < 1:
+        found.append(f"--strength {strength} of --num-steps {videos[0].num_steps} leaves no step; raise one of them")
+    return found + ([] if video is None else _short_video(video, videos[0].num_frames))
+
+
+def _unreadable_image(path: Path) -> list[str]:
+    from common.video import read_image
+
+    try:
+        read_image(path)
+    except ValueError as error:
+        return [f"--image {error}"]
+    return []
+
+
+def _short_video(path: Path, num_frames: int) -> list[str]:
+    import imageio_ffmpeg
+
+    from common.video import read_video
+
+    try:
+        read_video(path, max_frames=1)
+        count, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except (ValueError, RuntimeError) as error:
+        return [f"--video {error}"]
+    if count >= num_frames:
+        return []
+    near = nearest(count, FRAME_STEP, 1, at_least=1).split(" or ")[0]
+    return [f"--video {path} has {count} frames, fewer than --num-frames {num_frames}; --num-frames {near} would do"]
+
+
+def make_demo(name: str) -> Path:
+    from cogvideox_xdit.demo import demo_checkpoint
+
+    return demo_checkpoint(name)
+
+
+def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> CogVideoXPipeline:
+    from cogvideox_xdit.pipeline import CogVideoXPipeline
+
+    assert setup.source.model_dir is not None
+    if setup.source.demo is not None:
+        stages.note("the demo checkpoint has random weights: the picture is noise")
+    made = CogVideoXPipeline.from_pretrained(
+        setup.source.model_dir,
+        mesh=mesh,
+        dtype=setup.dtype,
+        attention=setup.attention,
+        scheduler=setup.extra["scheduler"],
+        keep_loaded=setup.keep_loaded,
+        stages=stages,
+        text_encoder_dir=setup.text_encoder_dir,
+    )
+    made.config.check_task(_image(setup, made) is not None, setup.extra["video"] is not None)
+    return made
+
+
+def _image(setup: Setup, pipe: CogVideoXPipeline) -> Path | None:
+    """The image to start from; a demo that needs one has one."""
+    image = setup.extra["image"]
+    if image is None and setup.source.demo is not None and pipe.config.image_channels:
+        from cogvideox_xdit.demo import IMAGE
+
+        return pipe.model_dir / IMAGE
+    return image
+
+
+def generate(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
+    assert video.seed is not None
+    return pipe(
+        video.prompt,
+        negative_prompt=video.negative_prompt,
+        height=video.height,
+        width=video.width,
+        num_frames=video.num_frames,
+        num_steps=video.num_steps,
+        cfg_scale=video.cfg_scale,
+        seed=video.seed,
+        image=_image(setup, pipe),
+        video=setup.extra["video"],
+        strength=setup.extra["strength"],
+        dynamic_cfg=setup.extra["dynamic_cfg"],
+        vae=setup.vae,
+        vae_chunk=setup.vae_chunk,
+        vae_tile=setup.vae_tile,
+        latents_file=video.latents_file,
+    )
+
+
+def decode(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
+    from common.generation import load_latents
+
+    assert video.latents is not None
+    latents = load_latents(video.latents, pipe.config.out_channels)
+    return pipe.decode(latents, vae=setup.vae, vae_chunk=setup.vae_chunk, vae_tile=setup.vae_tile)
+
+
+PROGRAM = Program(
+    name="cogvideox-xdit",
+    script=str(Path(__file__).resolve()),
+    rules=rules,
+    make_demo=make_demo,
+    pipeline=pipeline,
+    generate=generate,
+    decode=decode,
+    demos=tuple(CONFIGS),
+    check=check,
+    options=(
+        Option(["--image"], type=click.Path(path_type=Path), help="First frame, for image to video checkpoints."),
+        Option(["--video"], type=click.Path(path_type=Path), help="Video to start from, for text checkpoints."),
+        Option(["--strength"], type=float, default=0.8, help="How much of --video is made anew, of (0, 1]."),
+        Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own."),
+        Option(["--dynamic-cfg"], is_flag=True, help="Let the guidance vary, as the official demo does with dpm."),
+    ),
+)
+
+
+def main() -> None:
+    sys.exit(program.main(PROGRAM))
+
+
+if __name__ == "__main__":
+    main()
