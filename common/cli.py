@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from common import launch
-from common.checks import Degrees, Ranks, Rules, choose_degrees, folder_problem, layout_problems, reason
+from common.checks import Degrees, Ranks, Rules, folder_problem, layout_problems, reason
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
@@ -317,7 +317,7 @@ class _Reader:
         self.problems += wrong
         if wrong:
             return ranks.count, (1, 1, 1), False
-        degrees = choose_degrees(ranks.count, rules.heads, guided, cfg, ring, ulysses)
+        degrees = self.program.choose(ranks.count, rules.heads, guided, cfg, ring, ulysses)
         return ranks.count, degrees, None in (cfg, ring, ulysses) and ranks.count > 1
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:

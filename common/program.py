@@ -49,8 +49,6 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
         return done.exit_code
     except KeyboardInterrupt:
         return 130
-    if at.rank == 0 and not request.output.parent.exists():
-        request.output.parent.mkdir(parents=True, exist_ok=True)
     setup = request.setup
     if at.launcher is None and setup.ranks > 1:
         command = [sys.executable, program.script, *arguments]  # arguments: for whoever looks at the process list
@@ -188,6 +186,8 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
     from common.parallel import broadcast_object
     from common.video import VideoFile
 
+    if mesh.is_main:
+        request.output.parent.mkdir(exist_ok=True)  # missing only when it is our own default
     videos = broadcast_object(mesh.world, draw_seeds(request.videos), mesh.device)
     for number, video in enumerate(videos, 1):
         if len(videos) > 1:

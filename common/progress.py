@@ -199,7 +199,7 @@ class Stages:
         active.done += count
         self._tell(self.where)
         if self._progress is not None and active.task is not None:
-            self._progress.update(active.task, completed=active.done, speed=active.speed)
+            self._progress.update(active.task, completed=active.done, speed=active.speed, refresh=True)
         elif self.console is not None and active.total and now - active.last_line >= PLAIN_LINE_SECONDS:
             active.last_line = now
             self.note(f"{active.name} {active.speed}")

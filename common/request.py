@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from common.checks import Degrees, Rules, partial_name
+from common.checks import Degrees, Rules, choose_degrees, partial_name
 
 
 class WrongUse(Exception):
@@ -120,6 +120,7 @@ class Program:
     generate, decode: (pipeline, video, setup, stages) -> frames, uint8 (T, H, W, 3) on rank 0 and None elsewhere;
         `decode` starts from `video.latents`.
     check: the fork's own options and the videos -> problems.
+    choose: fills in the degrees that are None; takes and raises what `choose_degrees` does. A planner's place.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Program:
     demo_ranks: int = 2
     options: tuple[click.Option, ...] = ()
     check: Callable[[Mapping[str, Any], Sequence[Video]], list[str]] = lambda options, videos: []
+    choose: Callable[..., Degrees] = choose_degrees
 
 
 def draw_seeds(videos: Sequence[Video]) -> list[Video]:

@@ -93,6 +93,7 @@ def make_demo(name: str) -> Path:
 
 def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
     from mochi_xdit.pipeline import MochiPipeline
+    from mochi_xdit.weights import find_decoder, find_transformer
 
     assert setup.source.model_dir is not None
     if setup.source.demo is not None:
@@ -100,7 +101,7 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
 
         if not is_trained(setup.source.model_dir):
             stages.note("the demo checkpoint has random weights: the picture is noise")
-    return MochiPipeline.from_pretrained(
+    pipe = MochiPipeline.from_pretrained(
         setup.source.model_dir,
         mesh=mesh,
         dtype=setup.dtype,
@@ -109,6 +110,10 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
         stages=stages,
         text_encoder_dir=setup.text_encoder_dir or setup.extra["t5_model_path"],
     )
+    # A truncated decoder is found now, by its header, and not after twenty minutes of sampling.
+    find_transformer(pipe.model_dir, pipe.dtype).open()
+    find_decoder(pipe.model_dir, pipe.dtype).open()
+    return pipe
 
 
 def generate(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:

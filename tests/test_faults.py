@@ -226,19 +226,18 @@ def mochi(capsys, checkpoint: Path, *arguments: str) -> tuple[int, list[str]]:
     )
 
 
-def test_two_nodes_on_loopback_make_the_same_video(folder):
-    status, _, errors = run("mochi_xdit/cli.py", "--demo", *SMALL, "--gpus", "2", "--output", str(folder / "one.mp4"))
-    assert (status, errors) == (0, [])
+def test_two_nodes_on_loopback_make_the_same_video(demo, folder, capsys):
+    assert call(MOCHI, capsys, "--demo", *SMALL, "--gpus", "1", "--output", "one.mp4") == (0, [])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     nodes = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port))
     arguments = ("--demo", *SMALL, "--output", str(folder / "two.mp4"))
     agents = [start("mochi_xdit/cli.py", *arguments, torchrun=(*nodes, "--node-rank", str(i))) for i in (0, 1)]
-    told = [agent.communicate(timeout=120) for agent in agents]
+    told = [agent.communicate(timeout=180) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], told
-    one, two = read_video(folder / "one.mp4")[0], read_video(folder / "two.mp4")[0]
-    assert one.shape == (7, 32, 32, 3) and np.array_equal(one, two)
+    one, two = read_video("one.mp4")[0].astype(int), read_video("two.mp4")[0].astype(int)
+    assert one.shape == (7, 32, 32, 3) and np.abs(one - two).max() <= 1
     layout = {"cfg": 2, "ring": 1, "ulysses": 1, "ranks": 2}
     assert json.loads((folder / "two.json").read_text())["settings"]["layout"] == layout
 
@@ -246,16 +245,23 @@ def test_two_nodes_on_loopback_make_the_same_video(folder):
 def test_latents_survive_a_decode_that_fails(checkpoint, folder, capsys):
     assert mochi(capsys, checkpoint, "--output", "whole.mp4") == (0, [])
     decoder = next((checkpoint / "vae").glob("*.safetensors"))
-    whole = decoder.read_bytes()
-    decoder.write_bytes(whole[:-1000])
+    tensors = load_file(decoder)
+    save_file({name: t for name, t in tensors.items() if name != "decoder.proj_out.bias"}, decoder)
     status, (line,) = mochi(capsys, checkpoint, "--output", "out.mp4")
-    assert status == 1 and str(decoder) in line
-    if (folder / "out.latents.safetensors").exists():  # found out after sampling, not at the door
-        assert line.endswith("--from-latents out.latents.safetensors")
-        decoder.write_bytes(whole)
-        assert mochi(capsys, checkpoint, "--output", "out.mp4", "--from-latents", "out.latents.safetensors") == (0, [])
-        assert np.array_equal(read_video("out.mp4")[0], read_video("whole.mp4")[0])
-        assert (folder / "out.latents.safetensors").exists()  # the user's file now
+    assert status == 1 and f"{decoder}: missing tensor decoder.proj_out.bias" in line
+    assert line.endswith("--from-latents out.latents.safetensors") and not (folder / "out.mp4").exists()
+    save_file(tensors, decoder)
+    assert mochi(capsys, checkpoint, "--output", "out.mp4", "--from-latents", "out.latents.safetensors") == (0, [])
+    assert np.array_equal(read_video("out.mp4")[0], read_video("whole.mp4")[0])
+    assert (folder / "out.latents.safetensors").exists()  # it was given, so it is not ours to remove
+    assert not (folder / "whole.latents.safetensors").exists()
+
+
+def test_a_truncated_decoder_is_found_before_anything_is_loaded(checkpoint, folder, capsys):
+    decoder = next((checkpoint / "vae").glob("*.safetensors"))
+    decoder.write_bytes(decoder.read_bytes()[:-1000])
+    status, (line,) = mochi(capsys, checkpoint, "--output", "out.mp4")
+    assert status == 1 and line.startswith(f"error: opening the checkpoint: {decoder}: truncated file, tensor")
 
 
 def damage(checkpoint: Path, how: str) -> tuple[Path, str]:
