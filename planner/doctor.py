@@ -1,0 +1,406 @@
+"""xdit-doctor: what this machine has, whether its ranks can talk and how fast, and a hardware profile for the planner.
+
+Run it first, and paste what it prints into a report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common import launch
+from planner.hardware import get_profile
+from planner.layouts import LOCAL_PROFILE, recognise
+from planner.links import Job
+
+TESTED: Mapping[str, tuple[str, str]] = {
+    # package: (oldest, newest) it was tested with
+    "torch": ("2.13", "2.13"),
+    "diffusers": ("0.38", "0.42"),
+    "transformers": ("5.0", "5.23"),
+    "safetensors": ("0.5", "0.8"),
+    "huggingface_hub": ("1.0", "2.4"),
+    "sentencepiece": ("0.2", "0.2"),
+    "numpy": ("1.26", "2.4"),
+    "imageio-ffmpeg": ("0.5", "0.8"),
+}
+OPTIONAL = ("flash-attn", "torchao", "xfuser", "onnxruntime", "opencv-python-headless", "matplotlib", "scipy")
+SMI_FIELDS = ("name", "memory.total", "memory.used", "driver_version", "pcie.link.gen.current", "clocks.max.sm")
+NCCL_SWITCHES = (
+    "NCCL_P2P_DISABLE",
+    "NCCL_SHM_DISABLE",
+    "NCCL_IB_DISABLE",
+    "NCCL_SOCKET_IFNAME",
+    "CUDA_VISIBLE_DEVICES",
+)
+SLOW_LINK = 0.7
+"""A pair this much slower than the fastest lies across something: sockets, or switches."""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:2])
+
+
+def packages() -> list[dict[str, str]]:
+    """Versions against the tested ranges."""
+    found = []
+    for name, (oldest, newest) in TESTED.items():
+        try:
+            have = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found.append({"package": name, "have": "", "tested": f"{oldest} .. {newest}", "state": "missing"})
+            continue
+        state = "ok"
+        if numbers(have) < numbers(oldest):
+            state = "too old"
+        elif numbers(have) > numbers(newest):
+            state = "newer than tested"
+        found.append({"package": name, "have": have, "tested": f"{oldest} .. {newest}", "state": state})
+    return found
+
+
+def optional_packages() -> dict[str, str]:
+    found = {}
+    for name in OPTIONAL:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def gpus() -> list[dict[str, str]]:
+    """What nvidia-smi says; empty without a driver."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(SMI_FIELDS, (cell.strip() for cell in line.split(",")))) for line in out.splitlines() if line]
+
+
+def peer_access() -> list[list[bool]]:
+    """Which GPU can read which other's memory directly."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return [[i != j and torch.cuda.can_device_access_peer(i, j) for j in range(count)] for i in range(count)]
+
+
+def kernels(device: str) -> dict[str, str]:
+    """For each attention kernel `ok`, or why it cannot run."""
+    import torch
+
+    from common.attention import KERNELS, check_kernel
+
+    found = {}
+    for kernel in KERNELS:
+        try:
+            check_kernel(kernel, torch.device(device))
+            found[kernel] = "ok"
+        except ValueError as error:
+            found[kernel] = str(error)
+    return found
+
+
+def ffmpeg() -> str:
+    """The version line of the ffmpeg that videos are written with, or why there is none."""
+    try:
+        import imageio_ffmpeg
+
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        out = subprocess.run([program, "-version"], capture_output=True, text=True, timeout=20, check=True).stdout
+        return out.splitlines()[0]
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, IndexError) as error:
+        return f"missing: {error}; pip install imageio-ffmpeg"
+
+
+def machine() -> dict[str, Any]:
+    """System, cores, memory, disk, and switches in the environment that change how NCCL talks."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": launch.cores(),
+        "memory_gb": round(memory / 1e9, 1),
+        "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+        # Not a setting of ours: shown because NCCL reads them, and a forgotten one has cost people their speed-up.
+        "switches": {name: os.environ[name] for name in NCCL_SWITCHES if name in os.environ},
+    }
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """Reads every safetensors header under a checkpoint folder: files, GB, and what is damaged or missing."""
+    from common.checkpoint import CheckpointError, open_checkpoint
+
+    if not folder.is_dir():
+        return {"folder": str(folder), "problems": [f"{folder} is not a directory"]}
+    indexes = sorted(folder.rglob("*.safetensors.index*.json"))
+    files = sorted(folder.rglob("*.safetensors"))
+    problems, parts = [], {}
+    for path in [*indexes, *files]:
+        try:
+            opened = open_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if path.suffix == ".safetensors":
+            parts[str(path.relative_to(folder))] = round(opened.nbytes / 1e9, 3)
+    if not files:
+        problems.append(f"{folder} holds no .safetensors file")
+    index = folder / "model_index.json"
+    kind = "native"
+    if index.is_file():
+        try:
+            kind = str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+        except ValueError as error:
+            problems.append(f"{index} is not readable JSON: {error}")
+    return {"folder": str(folder), "kind": kind, "gb": parts, "problems": problems}
+
+
+def measure(device: str, ranks: int, quick: bool) -> dict[str, Any]:
+    """Start the ranks, let them test and measure; `{"self_test": why}` when they could not."""
+    cpu = device == "cpu"
+    message = (1 << 18 if quick else 1 << 22) if cpu else (1 << 24 if quick else 1 << 26)
+    matrix = (192 if quick else 512) if cpu else (2048 if quick else 8192)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "links.json"
+        job = Job(device, ranks, message, matrix, output)
+        status = launch.supervise([sys.executable, "-m", "planner.links"], ranks, cpu, pickle.dumps(job))
+        if status or not output.is_file():
+            return {"self_test": f"failed: the ranks ended with status {status}; see the error above", "ranks": ranks}
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def profile(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A hardware profile out of the findings, as `planner.hardware.read_profile` takes it.
+
+    Links are this machine's own. Compute is the calibrated kind's where the GPU is known, else what was measured.
+    """
+    measured, ranks = found["links"], found["links"]["ranks"]
+    name = found["gpus"][0]["name"] if found["gpus"] else f"cpu ({found['machine']['system']})"
+    kind = recognise(name) if found["gpus"] else None
+    made: dict[str, Any] = {"name": "this machine", "gpu": kind or name, "calibrated_on": "xdit-doctor on this machine"}
+    if kind:
+        known = get_profile(kind)
+        fields = ("tflops", "hbm_gbs", "memory_gb", "matmul", "attention", "convolution", "elementwise", "half_rows")
+        fields += ("merge_bytes", "exposed", "layer_overhead_ms")
+        made |= {field: getattr(known, field) for field in fields}
+        if not known.calibrated_on:
+            made["calibrated_on"] = "links: xdit-doctor on this machine; compute: data sheet"
+    else:
+        compute = measured["compute"]
+        tflops = compute["matmul_tflops"]
+        made |= {
+            "tflops": tflops,
+            "hbm_gbs": compute["copy_gbs"],
+            "memory_gb": found["machine"]["memory_gb"] / ranks,
+            "matmul": 0.9,
+            "attention": min(1.0, 0.9 * compute["attention_tflops"] / tflops),
+        }
+    if found["gpus"]:
+        made["memory_gb"] = float(found["gpus"][0]["memory.total"]) * 2**20 / 1e9
+    return made | {"links": links(measured), "measured": measured}
+
+
+def links(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The planner's link constants from the measured pairs, ring and all-to-all."""
+    pairs, ranks = measured.get("pairs", []), measured["ranks"]
+    if not pairs:
+        return {"kind": "none measured"}
+    fastest = max(pair["gbs"] for pair in pairs)
+    near = [pair["gbs"] for pair in pairs if pair["gbs"] >= SLOW_LINK * fastest]
+    far = [pair["gbs"] for pair in pairs if pair["gbs"] < SLOW_LINK * fastest]
+    gbs = statistics.median(near)
+    together = 1 + max((sum(p["a"] == 0 and p["gbs"] >= SLOW_LINK * fastest for p in pairs)), 0)
+    made: dict[str, Any] = {"kind": "measured", "gbs": gbs, "gpus_per_node": ranks}
+    made["across"] = statistics.median(far) / gbs if far else 1.0
+    made["gpus_per_socket"] = together if far else max(ranks, 1)
+    if ranks > 2:
+        made["ring_gain"] = max(0.2, measured["ring_gbs"] / (gbs * made["across"]))
+    if ranks > 3:
+        slower = gbs / measured["all_to_all_gbs"] - 1
+        made["contention"] = max(0.0, slower) / (ranks - 3)
+    return made
+
+
+def examine(device: str, ranks: int | None, model_dir: Path | None, quick: bool) -> dict[str, Any]:
+    """Everything, as plain data."""
+    cards = gpus()
+    if device == "auto":
+        device = "cuda" if launch.visible_gpus() else "cpu"
+    count = ranks or (launch.visible_gpus() if device == "cuda" else 2)
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "gpus": cards if device == "cuda" else [],
+        "packages": packages(),
+        "optional": optional_packages(),
+        "kernels": kernels(device),
+        "ffmpeg": ffmpeg(),
+        "links": measure(device, count, quick),
+    }
+    if device == "cuda":
+        import torch
+
+        found["peer_access"] = peer_access()
+        found["cuda"] = f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    if model_dir is not None:
+        found["checkpoint"] = checkpoint(model_dir)
+    return found
+
+
+def warnings(found: Mapping[str, Any]) -> list[str]:
+    """What should be looked at, worst first."""
+    said = []
+    if found["links"].get("self_test") != "passed":
+        said.append(f"collectives: {found['links'].get('self_test')}")
+    said += [str(problem) for problem in found.get("checkpoint", {}).get("problems", [])]
+    for package in found["packages"]:
+        if package["state"] != "ok":
+            said.append(f"{package['package']} {package['have']}: {package['state']} (tested {package['tested']})")
+    if found["ffmpeg"].startswith("missing"):
+        said.append(f"ffmpeg {found['ffmpeg']}")
+    if any(not ok for i, row in enumerate(found.get("peer_access", [])) for j, ok in enumerate(row) if i != j):
+        said.append("some GPUs cannot read each other's memory (P2P off): NCCL goes through host memory, slowly")
+    switches = found["machine"]["switches"]
+    if switches.get("NCCL_P2P_DISABLE", "0") != "0":
+        said.append("NCCL_P2P_DISABLE is set: no direct traffic between GPUs; unset it unless P2P hangs here")
+    if found["machine"]["disk_free_gb"] < 5:
+        said.append(f"only {found['machine']['disk_free_gb']} GB of disk are free")
+    return said
+
+
+def show(found: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """The report, line by line."""
+    machine_ = found["machine"]
+    say(f"system      {machine_['system']}, Python {machine_['python']}, {machine_['cores']} cores")
+    say(f"memory      {machine_['memory_gb']} GB; disk free {machine_['disk_free_gb']} GB")
+    for name, value in machine_["switches"].items():
+        say(f"environment {name}={value}")
+    if not found["gpus"]:
+        say("GPUs        none used; ranks on the CPU")
+    for i, gpu in enumerate(found["gpus"]):
+        say(
+            f"GPU {i}       {gpu['name']}, {gpu['memory.used']} of {gpu['memory.total']} MiB used, driver "
+            f"{gpu['driver_version']}, PCIe gen {gpu['pcie.link.gen.current']}, up to {gpu['clocks.max.sm']} MHz"
+        )
+    if "cuda" in found:
+        say(f"CUDA        {found['cuda']}")
+        for i, row in enumerate(found["peer_access"]):
+            say(f"P2P of {i}    " + " ".join("-" if i == j else "yes" if ok else "NO" for j, ok in enumerate(row)))
+    for package in found["packages"]:
+        say(f"package     {package['package']:16} {package['have'] or '-':12} {package['state']}")
+    say("optional    " + ", ".join(f"{name} {have}" for name, have in found["optional"].items()))
+    for kernel, state in found["kernels"].items():
+        say(f"attention   {kernel:8} {state}")
+    say(f"ffmpeg      {found['ffmpeg']}")
+    _show_links(found["links"], say)
+    if "checkpoint" in found:
+        _show_checkpoint(found["checkpoint"], say)
+    said = warnings(found)
+    for warning in said:
+        say(f"warning     {warning}")
+    say(f"verdict     {'all good' if not said else f'{len(said)} to look at'}")
+
+
+def _show_links(measured: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    say(f"self-test   {measured['self_test']} on {measured['ranks']} ranks")
+    if "compute" in measured:
+        compute = measured["compute"]
+        say(
+            f"compute     matmul {compute['matmul_tflops']:.3g} TFLOP/s, attention "
+            f"{compute['attention_tflops']:.3g} TFLOP/s, copy {compute['copy_gbs']:.3g} GB/s"
+        )
+    for pair in measured.get("pairs", []):
+        say(f"link {pair['a']} - {pair['b']}  {pair['gbs']:.3g} GB/s each way, {pair['latency_us']:.0f} us")
+    if "ring_gbs" in measured:
+        say(
+            f"together    all-to-all {measured['all_to_all_gbs']:.3g} GB/s, ring {measured['ring_gbs']:.3g} GB/s a rank"
+        )
+
+
+def _show_checkpoint(found: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    say(f"checkpoint  {found['folder']}: {found.get('kind', '?')}")
+    for name, size in found.get("gb", {}).items():
+        say(f"  {size:9.3f} GB  {name}")
+
+
+@click.command(
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    }
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--ranks", type=click.IntRange(min=1), help="Default: all GPUs; two without a GPU.")
+@click.option("--model-dir", type=click.Path(path_type=Path), help="Also check this checkpoint folder.")
+@click.option(
+    "--profile",
+    "profile_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=LOCAL_PROFILE,
+    help="Where to write the hardware profile for the planner and the programs. [default: in ~/.config/xdit-zoo]",
+)
+@click.option("--no-profile", is_flag=True, help="Write no profile.")
+@click.option("--quick", is_flag=True, help="Small messages: a functional test, not a measurement.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(
+    device: str,
+    ranks: int | None,
+    model_dir: Path | None,
+    profile_path: Path,
+    no_profile: bool,
+    quick: bool,
+    as_json: bool,
+) -> None:
+    """Report what this machine has, test that its ranks can talk, measure how fast, and write a hardware profile."""
+    if device == "cuda":
+        visible = launch.visible_gpus()
+        if not visible:
+            raise click.UsageError("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
+        if ranks and ranks > visible:
+            raise click.UsageError(f"--ranks {ranks}: only {visible} GPUs are visible")
+    found = examine(device, ranks, model_dir, quick)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        show(found, click.echo)
+    healthy = found["links"].get("self_test") == "passed"
+    if healthy and not no_profile:
+        made = profile(found)
+        profile_path.parent.mkdir(parents=True, exist_ok=True)
+        profile_path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"profile     {profile_path} (xdit-plan --gpu {profile_path})", err=as_json)
+    if not healthy or found.get("checkpoint", {}).get("problems"):
+        raise click.exceptions.Exit(1)
+
+
+def main() -> None:
+    """Exit status 0; 1 when the ranks cannot talk or the checkpoint is damaged; 2 for wrong use."""
+    try:
+        sys.exit(command.main(standalone_mode=False) or 0)
+    except click.UsageError as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""xdit-doctor on CPU ranks, and what it concludes from findings a GPU machine would give."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from planner import doctor
+from planner.hardware import get_profile, read_profile
+from planner.links import Job, run
+
+
+def test_a_report_of_two_cpu_ranks_writes_a_profile_the_planner_reads(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "here.json"
+    arguments = ["--device", "cpu", "--ranks", "2", "--quick", "--json", "--profile", str(path)]
+    command = [sys.executable, "-m", "planner.doctor", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["links"]["self_test"] == "passed" and len(found["links"]["pairs"]) == 1
+    assert found["links"]["compute"]["matmul_tflops"] > 0 and found["links"]["pairs"][0]["gbs"] > 0
+    assert {"machine", "packages", "kernels", "ffmpeg"} <= found.keys()
+    profile = read_profile(path)
+    assert profile.links.gbs == pytest.approx(found["links"]["pairs"][0]["gbs"])
+    assert get_profile(str(path)).memory_gb == pytest.approx(found["machine"]["memory_gb"] / 2)
+
+
+def measured(ranks: int) -> dict:
+    return run(Job("cpu", ranks, message=1 << 16, matrix=64, output=Path("unused")))
+
+
+def test_every_pair_of_three_ranks_is_measured(run_ranks) -> None:
+    results = run_ranks(3, measured, 3)
+    pairs = results[0]["pairs"]
+    assert [(p["a"], p["b"]) for p in pairs] == [(0, 1), (0, 2), (1, 2)]
+    assert all(p["gbs"] > 0 and p["latency_us"] > 0 for p in pairs)
+    assert results[0]["ring_gbs"] > 0 and results[0]["all_to_all_gbs"] > 0
+    # Times are those of the slowest rank, so all ranks agree about the links.
+    assert [r["pairs"] for r in results] == [pairs] * 3
+
+
+def eight_ranks(far: float) -> dict:
+    pairs = [
+        {"a": a, "b": b, "gbs": 20.0 if a // 4 == b // 4 else far, "latency_us": 10.0}
+        for a in range(8)
+        for b in range(a + 1, 8)
+    ]
+    return {"ranks": 8, "pairs": pairs, "ring_gbs": 24 * far / 20, "all_to_all_gbs": 2.0, "self_test": "passed"}
+
+
+def test_sockets_are_seen_in_the_pairs() -> None:
+    made = doctor.links(eight_ranks(far=2.0))
+    assert (made["gbs"], made["across"], made["gpus_per_socket"]) == (20, 0.1, 4)
+    assert made["contention"] == pytest.approx((20 / 2.0 - 1) / 5)
+    flat = doctor.links(eight_ranks(far=20.0))
+    assert (flat["across"], flat["gpus_per_socket"]) == (1.0, 8) and flat["ring_gain"] == pytest.approx(1.2)
+
+
+def findings(**more) -> dict:
+    found = {
+        "machine": {"switches": {}, "disk_free_gb": 100.0, "memory_gb": 64.0, "system": "Linux"},
+        "gpus": [],
+        "packages": [],
+        "ffmpeg": "ffmpeg version 7",
+        "links": {"self_test": "passed", "ranks": 2},
+    }
+    return found | more
+
+
+def test_a_known_gpu_keeps_its_calibrated_compute_with_measured_links() -> None:
+    gpu = {"name": "NVIDIA L40", "memory.total": "46068"}
+    made = doctor.profile(findings(gpus=[gpu], links=eight_ranks(far=2.0)))
+    known = get_profile("l40")
+    assert (made["gpu"], made["matmul"], made["tflops"]) == ("l40", known.matmul, known.tflops)
+    assert made["links"]["across"] == 0.1 and made["memory_gb"] == pytest.approx(48.3, abs=0.1)
+
+
+def test_warnings_name_what_costs_people_their_speed_up() -> None:
+    assert doctor.warnings(findings()) == []
+    machine = findings()["machine"] | {"switches": {"NCCL_P2P_DISABLE": "1"}, "disk_free_gb": 2.0}
+    said = doctor.warnings(findings(machine=machine, peer_access=[[False, False], [True, False]]))
+    assert any("NCCL_P2P_DISABLE" in line for line in said)
+    assert any("P2P off" in line for line in said) and any("disk" in line for line in said)
+    broken = doctor.warnings(findings(links={"self_test": "failed: x"}, ffmpeg="missing: y"))
+    assert "failed" in broken[0] and "ffmpeg" in broken[1]
+
+
+def test_package_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.9.0+cu128", "diffusers": "0.99.1", "numpy": "2.1"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    states = {p["package"]: p["state"] for p in doctor.packages()}
+    assert states["torch"] == "too old" and states["diffusers"] == "newer than tested"
+    assert states["numpy"] == "ok" and states["transformers"] == "missing"
+
+
+def test_the_oldest_tested_versions_are_those_the_project_asks_for() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    asked = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', text))
+    assert {name: oldest for name, (oldest, _) in doctor.TESTED.items()}.items() <= asked.items()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "transformer").mkdir(parents=True)
+    whole, cut = folder / "transformer" / "a.safetensors", folder / "transformer" / "b.safetensors"
+    save_file({"w": torch.zeros(64, 64)}, whole)
+    cut.write_bytes(whole.read_bytes()[:-100])
+    (folder / "model_index.json").write_text('{"_class_name": "MochiPipeline"}')
+    found = doctor.checkpoint(folder)
+    assert found["kind"] == "MochiPipeline" and list(found["gb"]) == ["transformer/a.safetensors"]
+    assert len(found["problems"]) == 1 and "b.safetensors" in found["problems"][0]
+    assert doctor.checkpoint(tmp_path / "nowhere")["problems"]
+
+
+def test_a_gpu_that_is_not_there_is_wrong_use() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = CliRunner().invoke(doctor.command, ["--device", "cuda"])
+    assert result.exit_code == 2 and "no GPU is visible" in result.output
