@@ -41,6 +41,7 @@ __all__ = [
     "Rename",
     "Stored",
     "Swap",
+    "check",
     "find_files",
     "load",
     "on_meta",
@@ -170,6 +171,11 @@ def load(
             if progress is not None:
                 progress(done, total)
     return module.eval()
+
+
+def check(module: nn.Module, checkpoint: Checkpoint, rename: Rename | None = None, ignore: Sequence[str] = ()) -> None:
+    """Raise what `load` would raise for these headers, and read nothing: for a check at the door."""
+    _plan(_slots(module), checkpoint, rename, ignore)
 
 
 def _nbytes(checkpoint: Checkpoint, pieces: Iterable[_Piece]) -> int:

@@ -26,6 +26,7 @@ from common.weights import (
     Progress,
     Rename,
     Swap,
+    check,
     find_files,
     load,
     on_meta,
@@ -188,11 +189,25 @@ def load_transformer(
     progress: Progress | None = None,
 ) -> MochiTransformer:
     """The transformer of a native or diffusers folder on `device`; see `common.weights.load` for memory and errors."""
+    part = find_transformer(folder, dtype)
+    module = _meta_transformer(part, sp)
+    return load(module, part.open(), part.rename, device, dtype, exact=EXACT, progress=progress)
+
+
+def check_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Part[MochiConfig]:
+    """Find the transformer and compare every name, shape and dtype with the model's, without reading a weight.
+
+    CheckpointError as `load_transformer` would raise it.
+    """
+    part = find_transformer(folder, dtype)
+    check(_meta_transformer(part), part.open(), part.rename)
+    return part
+
+
+def _meta_transformer(part: Part[MochiConfig], sp: SequenceParallel | None = None) -> MochiTransformer:
     from mochi_xdit.transformer import MochiTransformer
 
-    part = find_transformer(folder, dtype)
-    module = on_meta(MochiTransformer, part.config, sp or SequenceParallel(Mesh()))
-    return load(module, part.open(), part.rename, device, dtype, exact=EXACT, progress=progress)
+    return on_meta(MochiTransformer, part.config, sp or SequenceParallel(Mesh()))
 
 
 def _folder(folder: str | Path) -> Path:

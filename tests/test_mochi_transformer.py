@@ -15,10 +15,17 @@ from torch import Tensor, nn
 
 from common.parallel import Layout, distributed
 from common.usp import SequenceParallel
-from common.weights import Concat, Rename, Swap, load, on_meta, open_checkpoint, save
+from common.weights import CheckpointError, Concat, Rename, Swap, load, on_meta, open_checkpoint, save
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
-from mochi_xdit.weights import decoder_rename, encoder_rename, find_transformer, load_transformer, transformer_rename
+from mochi_xdit.weights import (
+    check_transformer,
+    decoder_rename,
+    encoder_rename,
+    find_transformer,
+    load_transformer,
+    transformer_rename,
+)
 
 NAMES = json.loads((Path(__file__).parent / "data" / "mochi_names.json").read_text())
 SMALL = {
@@ -177,6 +184,32 @@ def test_diffusers_reads_what_we_save(native: Path, oracle: nn.Module, tmp_path:
     want = oracle.state_dict()
     assert theirs.keys() == want.keys()
     assert all(torch.equal(theirs[name], want[name]) for name in want)
+
+
+def test_folders_are_checked_without_reading(folder: Path, native: Path, tmp_path: Path) -> None:
+    for place in (folder, native):
+        assert check_transformer(place).config.depth == 3
+    with pytest.raises(CheckpointError, match=r"nowhere: no such directory"):
+        check_transformer(tmp_path / "nowhere")
+    with pytest.raises(
+        CheckpointError, match=r"no Mochi checkpoint, neither dit\.safetensors nor a folder transformer/"
+    ):
+        check_transformer(tmp_path)
+    state = load_transformer(native).state_dict()
+    save(state | {"blocks.1.mod_x.bias": torch.ones(5)}, tmp_path / "dit.safetensors")
+    with pytest.raises(CheckpointError, match=r"dit\.safetensors: tensor blocks\.1\.mod_x\.bias has shape \[5\]"):
+        check_transformer(tmp_path)
+    save({name: value for name, value in state.items() if name != "t5_yproj.weight"}, tmp_path / "dit.safetensors")
+    with pytest.raises(CheckpointError, match=r"not a Mochi transformer, tensor t5_yproj\.weight is missing"):
+        check_transformer(tmp_path)
+
+
+def test_single_file_prefix(native: Path, oracle: nn.Module, tmp_path: Path) -> None:
+    """Files of graphical front ends put all names under one prefix."""
+    state = {f"model.diffusion_model.{k}": v for k, v in load_transformer(native).state_dict().items()}
+    save(state, tmp_path / "dit.safetensors")
+    given = inputs((1, 6, 10))
+    torch.testing.assert_close(actual(load_transformer(tmp_path), given), expected(oracle, given), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("entry", ["final_layer.mod", "blocks.1.mlp_x.w1", "blocks.0.mlp_y.w1", "blocks.2.attn.qkv_x"])

@@ -15,6 +15,7 @@ from common.weights import (
     CheckpointError,
     Concat,
     Swap,
+    check,
     find_files,
     load,
     on_meta,
@@ -155,9 +156,12 @@ def test_select(tmp_path: Path) -> None:
 def refused(tmp_path: Path, state: dict[str, Tensor], **kwargs) -> str:
     (file,) = save(state, tmp_path / "bad.safetensors")
     fresh = on_meta(Model)
+    with pytest.raises(CheckpointError) as at_the_door:
+        check(fresh, open_checkpoint(file), **kwargs)
     with pytest.raises(CheckpointError) as error:
         load(fresh, open_checkpoint(file), **kwargs)
     message = str(error.value)
+    assert message == str(at_the_door.value)
     assert "\n" not in message and "bad.safetensors" in message
     assert all(p.is_meta for p in fresh.parameters()), "something was loaded before the check was over"
     return message
