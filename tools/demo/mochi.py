@@ -21,7 +21,7 @@ from mochi_xdit.config import MochiConfig
 from mochi_xdit.demo import demo_config, write_checkpoint
 from mochi_xdit.transformer import MochiTransformer, pack
 from tools.demo.mochi_vae import CONFIG as VAE
-from tools.demo.mochi_vae import FRAMES, Autoencoder, clips
+from tools.demo.mochi_vae import FRAMES, clips, encode, load_autoencoder
 from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
 from tools.demo.world import Scene, caption, draw
 
@@ -138,19 +138,15 @@ def start(model: MochiTransformer, seed: int) -> None:
 
 def pool(folder: Path, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """`count` clips as normalised latents (count, 12, 3, 8, 8), and the latents' mean and std by channel."""
-    autoencoder = Autoencoder()
-    autoencoder.load_state_dict(torch.load(folder / "mochi_vae.pt", weights_only=True)["module"])
-    autoencoder.eval()
+    encoder = load_autoencoder(folder).encoder
     chunks = []
     for i in range(count // CLIPS_PER_CHUNK):
         file = folder / "latents" / f"{seed}-{i}.pt"
         file.parent.mkdir(exist_ok=True)
         if not file.exists():
+            video = clips(f"pool {seed} {i}", CLIPS_PER_CHUNK)
             with torch.no_grad():
-                parts = [
-                    in_bf16(autoencoder.encoder, x)[0].float()
-                    for x in clips(f"pool {seed} {i}", CLIPS_PER_CHUNK).split(10)
-                ]
+                parts = [encode(encoder, x) for x in video.split(10)]
             write_atomically(file, torch.cat(parts))
         chunks.append(torch.load(file, weights_only=True))
     latents = torch.cat(chunks)
@@ -222,8 +218,10 @@ def train_mochi(folder: Path, steps: int = 2500, batch: int = 48, clip_count: in
 def export(folder: Path, config: MochiConfig, transformer: dict[str, Tensor]) -> None:
     """Write the checkpoint; the text encoder is copied from where it was trained."""
 
-    autoencoder = Autoencoder()
-    autoencoder.load_state_dict(torch.load(folder / "mochi_vae.pt", weights_only=True)["module"])
+    autoencoder = load_autoencoder(folder)
+    trained = folder / "mochi_vae.pt"
+    if trained.exists():
+        autoencoder.decoder.load_state_dict(torch.load(trained, weights_only=True)["average"])
     target = folder / "mochi"
     write_checkpoint(target, config, transformer, autoencoder.encoder, autoencoder.decoder)
     for part in ("text_encoder", "tokenizer"):
