@@ -342,6 +342,8 @@ class _Reader:
 
     def _remarks(self) -> list[str]:
         remarks = []
+        if self.values["device"] == "auto" and not self.gpus and launch.driver_present():
+            remarks.append("there is a GPU driver, but PyTorch sees no GPU (a CPU build?): running on the CPU")
         if self.values["use_xdit"] or self.values["use_fsdp"]:
             remarks.append("--use-xdit and --use-fsdp have no effect: the parallel path is the only one here")
         if self.values["cpu_offload"]:

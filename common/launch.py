@@ -64,9 +64,14 @@ def place() -> Place:
     return Place(int(env["RANK"]), world, int(env.get("LOCAL_RANK", "0")), local, launcher)
 
 
+def driver_present() -> bool:
+    """Whether the system has a GPU driver, whatever this PyTorch can do with it."""
+    return any(os.path.exists(node) for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
 def visible_gpus() -> int:
     """GPUs this process may use. torch is asked only where a driver is present."""
-    if not any(os.path.exists(node) for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+    if not driver_present():
         return 0
     import torch
 

@@ -168,6 +168,12 @@ def test_hyphens_and_underscores(spelling):
     assert read("--demo", spelling, "7").videos[0].num_frames == 7
 
 
+def test_a_gpu_that_pytorch_cannot_use_is_mentioned(monkeypatch):
+    monkeypatch.setattr(launch, "driver_present", lambda: True)
+    assert any("running on the CPU" in remark for remark in read("--demo").remarks)
+    assert not read("--demo", "--device", "cpu").remarks
+
+
 def test_prompt_file_and_numbered_videos(tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffone\r\n\r\n two \n", encoding="utf-8")
     request = read("--demo", "--prompt-file", "prompts.txt", "--num-videos", "2", "--seed", "7", "--output", "a.mp4")

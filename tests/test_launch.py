@@ -183,6 +183,15 @@ def test_ranks_die_with_their_parent_where_the_kernel_sends_no_signal(tmp_path):
     assert eventually(lambda: alive(tmp_path) == [])
 
 
+def test_ranks_of_torchrun_die_with_their_agent(tmp_path):
+    code = f"import subprocess, os; subprocess.run({script(tmp_path, 'wait()')!r}, env=os.environ | {{'RANK': '0', "
+    agent = subprocess.Popen([sys.executable, "-c", code + "'WORLD_SIZE': '2', 'LOCAL_RANK': '0'})"])
+    assert eventually(lambda: len(alive(tmp_path)) == 1)
+    agent.kill()
+    agent.wait()
+    assert eventually(lambda: alive(tmp_path) == [])
+
+
 def test_places(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
