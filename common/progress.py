@@ -9,6 +9,8 @@ A pipeline says only this:
             ...
             step()                                               # one more is done
     with stages.stage("decoding", total=chunks, unit="chunk") as step: ...
+    with stages.loading("loading transformer") as progress:      # progress(bytes done, bytes in all), see weights.load
+        load(..., progress=progress)
     stages.note("prompt: 31 of 256 tokens")                      # rank 0 only; warn() the same, marked as a warning
 
 `Stages()` is silent and still measures, so it is the right default for library use. Stages may nest.
@@ -30,6 +32,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+BYTE = "byte"
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a running stage prints at most this often
 
 
@@ -60,6 +63,8 @@ class _Active:
     def where(self) -> str:
         if self.total is None:
             return self.name
+        if self.unit == BYTE:
+            return f"{self.name}, {100 * self.done // max(self.total, 1)} %"
         return f"{self.name} {self.unit} {min(self.done + 1, self.total)}/{self.total}"
 
     @property
@@ -73,6 +78,9 @@ class _Active:
     @property
     def speed(self) -> str:
         pace = self.pace
+        if self.unit == BYTE and self.total is not None:
+            rate = self.done / (time.perf_counter() - self.started)
+            return f"{self.done / 2**30:.1f} of {self.total / 2**30:.1f} GiB, {rate / 2**30:.2f} GiB/s"
         if pace is None or self.total is None:
             return ""
         left = pace * (self.total - self.done)
@@ -156,6 +164,18 @@ class Stages:
         self._last = self._stack[-1].where if self._stack else f"after {name}"
         self._tell(self.where)
 
+    @contextmanager
+    def loading(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """A stage that counts bytes: yields `progress(done, total)`, which `common.weights.load` can call."""
+        with self.stage(name, unit=BYTE) as step:
+            active = self._stack[-1]
+
+            def progress(done: int, total: int) -> None:
+                active.total = total
+                step(done - active.done)
+
+            yield progress
+
     def note(self, text: str) -> None:
         """A line for the user; rank 0 only."""
         if self.console is not None:
@@ -192,14 +212,19 @@ class Stages:
         return _peak_resident_bytes()
 
     def _step(self, active: _Active, count: int) -> None:
-        self._synchronize()
+        counted = active.unit != BYTE  # bytes come in thousands of small pieces: nothing waits for each of them
+        if counted:
+            self._synchronize()
         now = time.perf_counter()
+        before = active.where
         if active.done == 0:
             active.first_done = now
         active.done += count
-        self._tell(self.where)
+        if active.where != before:
+            self._tell(self.where)
         if self._progress is not None and active.task is not None:
-            self._progress.update(active.task, completed=active.done, speed=active.speed, refresh=True)
+            done = {"completed": active.done, "total": active.total, "speed": active.speed}
+            self._progress.update(active.task, refresh=counted, **done)
         elif self.console is not None and active.total and now - active.last_line >= PLAIN_LINE_SECONDS:
             active.last_line = now
             self.note(f"{active.name} {active.speed}")
@@ -225,9 +250,10 @@ class Stages:
                 self._progress = None
         if failed or active.quiet:
             return
-        steps = active.done if active.total is not None else None
+        counted = active.total is not None and active.unit != BYTE
+        steps = active.done if counted else None
         self.records.append(StageRecord(active.name, seconds, active.peak_bytes, steps))
-        pace = f" ({active.pace:.2f} s/{active.unit})" if active.total and active.pace else ""
+        pace = f" ({active.pace:.2f} s/{active.unit})" if counted and active.pace else ""
         self.note(f"{active.name}: {seconds:.1f} s{pace}, peak {active.peak_bytes / 2**30:.2f} GiB")
 
 

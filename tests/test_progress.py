@@ -23,7 +23,20 @@ def test_where_follows_the_steps_and_is_reported():
             assert stages.where == f"sampling step {i + 1}/2"
             step()
     assert told[:2] == ["loading transformer", "after loading transformer"]
-    assert told[2:5] == ["sampling step 1/2", "sampling step 2/2", "sampling step 2/2"]
+    assert told[2:] == ["sampling step 1/2", "sampling step 2/2", "after sampling"]
+
+
+def test_loading_counts_bytes():
+    told: list[str] = []
+    screen = io.StringIO()
+    stages = Stages(Console(file=screen, width=80, force_terminal=True), report=told.append)
+    with stages.loading("loading decoder") as progress:
+        for done in range(0, 2001, 5):
+            progress(done << 20, 2000 << 20)
+        time.sleep(0.4)  # the bar is drawn four times a second
+    assert told[0] == "loading decoder" and told[-2:] == ["loading decoder, 100 %", "after loading decoder"]
+    assert 50 < len(told) < 110
+    assert "2.0 of 2.0 GiB, " in screen.getvalue() and stages.records[0].steps is None
 
 
 def test_a_failure_is_told_with_the_innermost_stage():
