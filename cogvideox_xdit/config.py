@@ -308,12 +308,19 @@ class CheckpointConfig:
 _PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
 
 
-def read_checkpoint(model_dir: Path) -> CheckpointConfig:
-    """Read a checkpoint folder in the diffusers layout. ValueError names what is missing or cannot be run."""
+def read_checkpoint(
+    model_dir: Path,
+    pipelines: Collection[str] = _PIPELINES,
+    transformer_config: Callable[[Mapping[str, Any], str], TransformerConfig] = transformer_config,
+) -> CheckpointConfig:
+    """Read a checkpoint folder in the diffusers layout. ValueError names what is missing or cannot be run.
+
+    A fork on this model states its own `pipelines` of model_index.json and its reading of transformer/config.json.
+    """
     index_file = model_dir / "model_index.json"
     index = read_json(index_file)
-    if index.get("_class_name") not in _PIPELINES:
-        raise ValueError(f"{index_file} says _class_name={index.get('_class_name')!r}; known: {', '.join(_PIPELINES)}")
+    if index.get("_class_name") not in pipelines:
+        raise ValueError(f"{index_file} says _class_name={index.get('_class_name')!r}; known: {', '.join(pipelines)}")
     raw = [read_json(model_dir / part / "config.json") for part in ("transformer", "vae")]
     transformer = transformer_config(raw[0], str(model_dir / "transformer" / "config.json"))
     vae = vae_config(raw[1], str(model_dir / "vae" / "config.json"))

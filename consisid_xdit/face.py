@@ -9,8 +9,9 @@ Needs the extra `face` and the checkpoint's folder `face_encoder`; `--id-embeddi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, open_checkpoint, write_file
 from common.parallel import Mesh, broadcast_object, broadcast_tensors
-from consisid_xdit.eva import EvaTower, load_eva
+from consisid_xdit.eva import EvaConfig, EvaTower, load_eva
 from consisid_xdit.face_detect import (
     ArcFace,
     Faces,
@@ -39,6 +40,7 @@ RECOGNISER = "models/antelopev2/glintr100.onnx"
 LANDMARKS = "detection_Resnet50_Final.pth"
 PARSER = "parsing_bisenet.pth"
 TOWER = "EVA02_CLIP_L_336_psz14_s6B.pt"
+CONFIG = "config.json"  # only where the models are not the published ones
 
 LONGEST_SIDE = 1024
 SMALLEST_FACE = 32  # pixels; below, recogniser and crop see interpolation only
@@ -95,6 +97,29 @@ def load_identity(path: Path | str) -> IdentityFeatures:
     return identity
 
 
+@dataclass(frozen=True)
+class FaceConfig:
+    """Widths of the face models; the defaults are the published files'."""
+
+    tower: EvaConfig = field(default_factory=EvaConfig)
+    landmarks_base: int = 64
+    landmarks_channels: int = 256
+    parser_base: int = 64
+
+    @classmethod
+    def read(cls, folder: Path) -> FaceConfig:
+        """What `folder`/config.json says; the published widths where there is none. ValueError for another file."""
+        path = folder / CONFIG
+        if not path.is_file():
+            return cls()
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            tower = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.pop("tower", {}).items()}
+            return cls(EvaConfig(**tower), **raw)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not describe face models: {error}") from None
+
+
 class FaceReader:
     """The five face models. `read` a picture, then drop the reader to free them."""
 
@@ -112,12 +137,14 @@ class FaceReader:
         """
         require("cv2")
         folder = Path(model_dir) / FOLDER
+        sizes = FaceConfig.read(folder)
+        landmarks = RetinaFace(sizes.landmarks_base, sizes.landmarks_channels)
         return cls(
             Scrfd(onnx_network(folder / DETECTOR)),
             ArcFace(onnx_network(folder / RECOGNISER)),
-            RetinaDetector(load_model(RetinaFace(), folder / LANDMARKS, device)),
-            load_model(BiSeNet(), folder / PARSER, device),
-            load_eva(folder / TOWER, device, dtype),
+            RetinaDetector(load_model(landmarks, folder / LANDMARKS, device)),
+            load_model(BiSeNet(base=sizes.parser_base), folder / PARSER, device),
+            load_eva(folder / TOWER, device, dtype, sizes.tower),
         )
 
     def read(self, picture: Picture) -> tuple[IdentityFeatures, list[str]]:

@@ -1,0 +1,4 @@
+from consisid_xdit.cli import main
+
+if __name__ == "__main__":
+    main()
