@@ -1,0 +1,353 @@
+"""Measure layouts of a model with the real program, and set them beside the published rows.
+
+    make bench                                               # what this machine can: true sizes on GPUs, a demo on CPUs
+    python benchmarks/run.py --table mochi-l40-e2e           # a published table on this machine's GPUs
+    python benchmarks/run.py --model cogvideox-5b --layouts 1x1x1,2x2x1,2x1x2 --peers diffusers
+
+Layouts are written cfg x ring x ulysses. Without --model-dir, random weights of the true sizes are used: latency does
+not depend on the values. Results go to a json and a csv, row by row; a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import click
+
+from benchmarks.published import Row, rows
+from benchmarks.worker import PROGRAMS, Job
+from common import launch
+from planner.cost import Degrees
+from planner.layouts import products, refusal
+from planner.models import MODELS, Model, Size, default_size, get_model
+
+RESULTS = Path(__file__).parent / "results"
+DEMO_SIZES = {
+    # A demo checkpoint's own size: a functional run of the harness, no measurement of the model.
+    "mochi": Size(64, 64, 13, 4),
+    "cogvideox": Size(96, 64, 17, 4),
+}
+VERSIONS = ("torch", "diffusers", "transformers", "numpy")
+
+
+def context() -> dict[str, Any]:
+    """Machine, versions, commit and command, for the head of a results file."""
+    gpus: list[str] = []
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": launch.cores(), "gpus": gpus},
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in VERSIONS}},
+        "commit": git.stdout.strip() or "unknown",
+        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def parse_layouts(text: str, model: Model, size: Size, gpus: int) -> list[Degrees]:
+    """`all` that fit, or `2x3x1,...` (cfg x ring x ulysses). ValueError names what cannot run."""
+    if text == "all":
+        found = [d for n in range(1, gpus + 1) for d in products(n)]
+        return [d for d in found if refusal(model, size, d, "ours") is None]
+    layouts = []
+    for word in text.split(","):
+        try:
+            cfg, ring, ulysses = (int(n) for n in word.lower().split("x"))
+            if min(cfg, ring, ulysses) < 1 or cfg > 2:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--layouts: {word!r} is not cfg x ring x ulysses, such as 2x3x1") from None
+        layouts.append(Degrees(cfg, ring, ulysses))
+    for degrees in layouts:
+        reason = refusal(model, size, degrees, "ours")
+        if reason:
+            raise ValueError(f"--layouts: {degrees}: {reason}")
+        if degrees.ranks > gpus:
+            raise ValueError(f"--layouts: {degrees} needs {degrees.ranks} ranks, and there are {gpus}")
+    return layouts
+
+
+def table_rows(name: str) -> list[Row]:
+    """Published rows of a group. ValueError lists the groups."""
+    found = [row for row in rows() if row.group == name]
+    if not found:
+        groups = ", ".join(dict.fromkeys(row.group for row in rows()))
+        raise ValueError(f"--table {name} is unknown; choose one of {groups}")
+    return found
+
+
+def demo_folder(model: Model) -> Path:
+    """The small checkpoint that the programs make on first use."""
+    if model.family == "mochi":
+        from mochi_xdit.demo import demo_checkpoint
+
+        return demo_checkpoint()
+    if model.name == "consisid":
+        from consisid_xdit.demo import demo_checkpoint as consisid_demo
+
+        return consisid_demo()
+    from cogvideox_xdit.config import CONFIGS
+    from cogvideox_xdit.demo import demo_checkpoint as cogvideox_demo
+
+    return cogvideox_demo(next(kind for kind, config in CONFIGS.items() if config == model.config))
+
+
+class Results:
+    """A results file: every row is on disk before the next is measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"context": context(), "rows": []}
+        if path.is_file():
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+                self.data["rows"] = old["rows"]
+                self.data["context"] = old["context"] | {"resumed": context()} if old["rows"] else context()
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is no results file; move it away, or name another --output") from None
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether the row was measured; one that failed is tried again."""
+        return any(row["key"] == key and "error" not in row for row in self.data["rows"])
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.data["rows"] = [old for old in self.data["rows"] if old["key"] != row["key"]] + [row]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+        self._csv()
+
+    def _csv(self) -> None:
+        columns = ("model", "program", "cfg", "ring", "ulysses", "width", "height", "num_frames", "num_steps", "dtype")
+        numbers = ("total_s", "spread_s", "text_s", "sampling_s", "decode_s", "loading_s", "peak_gb", "error")
+        with self.path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*columns, *numbers])
+            for row in self.data["rows"]:
+                writer.writerow([row["key"].get(name, "") for name in columns] + [_cell(row, name) for name in numbers])
+
+
+def _cell(row: dict[str, Any], name: str) -> Any:
+    if name == "peak_gb":
+        return round(peak(row), 3)
+    stage = name.removesuffix("_s")
+    if stage in ("text", "sampling", "decode"):
+        return row.get("stages_s", {}).get(stage, "")
+    return row.get(name, "")
+
+
+def peak(row: dict[str, Any]) -> float:
+    """GB at the fullest moment of the fullest rank."""
+    return max((gb for ranks in row.get("peak_gb", {}).values() for gb in ranks), default=0.0)
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Start the ranks of one layout. A failure is a row with `error`; wrong use and interrupts raise."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = replace(job, output=Path(folder) / "row.json")
+        ranks = Degrees(*job.degrees).ranks
+        command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+        status = launch.supervise(command, ranks, job.device == "cpu", pickle.dumps(job))
+        if status > 128:
+            raise KeyboardInterrupt
+        if status or not job.output.is_file():
+            return {"error": f"the ranks ended with status {status}"}
+        return json.loads(job.output.read_text(encoding="utf-8"))
+
+
+def published_seconds(row: dict[str, Any], table: str | None) -> tuple[Row, float] | None:
+    """The published row of the same model, size and layout, and our seconds of what it covers."""
+    key = row["key"]
+    for one in rows():
+        same = (one.size.width, one.size.height, one.size.num_frames, one.size.num_steps) == tuple(
+            key[name] for name in ("width", "height", "num_frames", "num_steps")
+        )
+        layout = (one.degrees.cfg, one.degrees.ring, one.degrees.ulysses) == (key["cfg"], key["ring"], key["ulysses"])
+        if one.model.name != key["model"] or not same or not layout or (table and one.group != table):
+            continue
+        sampling = row["stages_s"].get("sampling", row["total_s"])
+        ours = {"total": row["total_s"], "sampling": sampling, "step": sampling / key["num_steps"]}
+        return one, ours[one.kind]
+    return None
+
+
+def show(measured: Sequence[dict[str, Any]], table: str | None) -> None:
+    """The rows with their published counterparts; the ratio is published over ours."""
+    heads = ("program", "cfg", "ring", "uly", "total s", "+-", "text", "sampling", "decode", "peak GB")
+    click.echo("".join(f"{head:>10}" for head in heads) + f"{'published':>12}{'ratio':>8}  of")
+    for row in measured:
+        key = row["key"]
+        start = f"{key['program'][:10]:>10}{key['cfg']:>10}{key['ring']:>10}{key['ulysses']:>10}"
+        if "error" in row:
+            click.echo(f"{start}  {row['error']}")
+            continue
+        stages = row["stages_s"]
+        cells = [row["total_s"], row["spread_s"], *(stages.get(n, 0.0) for n in ("text", "sampling", "decode"))]
+        line = start + "".join(f"{cell:>10.3f}" for cell in cells) + f"{peak(row):>10.2f}"
+        found = published_seconds(row, table)
+        if found:
+            line += f"{found[0].seconds:>12g}{found[0].seconds / found[1]:>8.2f}  {found[0].kind}, {found[0].id}"
+        click.echo(line)
+
+
+@click.command(
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    }
+)
+@click.option("--model", type=click.Choice(MODELS), help="Default: the table's, or mochi.")
+@click.option("--model-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Real weights.")
+@click.option("--demo", is_flag=True, help="The small demo checkpoint: tests the harness, measures nothing.")
+@click.option("--table", help="A published table: its model, size and layouts.")
+@click.option("--layouts", default="all", show_default=True, help="all, or cfg x ring x ulysses: 1x1x1,2x3x1")
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@click.option("--num-frames", type=int)
+@click.option("--num-steps", type=int)
+@click.option("--gpus", type=int, help="Use at most so many. Default: all; on CPUs two ranks.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Default: bf16 on a GPU, fp32 on a CPU.")
+@click.option("--attention", default="auto", show_default=True, help="Attention kernel of our program.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--warmup-steps", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--peers", default="", help="Comma-separated: diffusers, diffusers-compiled. On one GPU.")
+@click.option("--output", type=click.Path(path_type=Path), help="Results json. Default: benchmarks/results/MODEL.json")
+def command(**options: Any) -> None:
+    """Measure layouts with warm-up, repeats and medians, end to end and per stage, beside the published rows."""
+    try:
+        jobs, table, path = plan(options)
+        results = Results(path)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    for job in jobs:
+        key = key_of(job)
+        if results.has(key):
+            click.echo(f"{job.program} {Degrees(*job.degrees)}: measured before", err=True)
+            continue
+        click.echo(f"{job.program} {Degrees(*job.degrees)} ...", err=True)
+        results.add({"key": key, **measure(job), "date": datetime.date.today().isoformat()})
+    wanted = [key_of(job) for job in jobs]
+    show([row for row in results.data["rows"] if row["key"] in wanted], table)
+    click.echo(f"written: {path} and {path.with_suffix('.csv')}", err=True)
+    if any("error" in row for row in results.data["rows"] if row["key"] in wanted):
+        raise click.exceptions.Exit(1)
+
+
+def key_of(job: Job) -> dict[str, Any]:
+    """What makes two rows the same measurement."""
+    cfg, ring, ulysses = job.degrees
+    weights = "random" if job.hollow else job.model_dir.name
+    return {
+        "model": job.model,
+        "program": job.program,
+        "cfg": cfg,
+        "ring": ring,
+        "ulysses": ulysses,
+        **asdict(job.size),
+        "dtype": job.dtype,
+        "device": job.device,
+        "attention": job.attention,
+        "weights": weights,
+    }
+
+
+def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
+    """The jobs that a command asks for. ValueError says what is wrong with it."""
+    table = table_rows(options["table"]) if options["table"] else []
+    model = get_model(options["model"] or (table[0].model.name if table else "mochi"))
+    visible = launch.visible_gpus()
+    device = options["device"] if options["device"] != "auto" else ("cuda" if visible else "cpu")
+    if device == "cuda" and not visible:
+        raise ValueError("--device cuda: no GPU is visible; use --device cpu")
+    gpus = options["gpus"] or (visible if device == "cuda" else 2)
+    demo = options["demo"] or (device == "cpu" and options["model_dir"] is None)
+    size = _size(options, model, table, demo)
+    problems = [] if demo or table else model.problems(size)
+    if problems:
+        raise ValueError("\n".join(problems))
+    if table:
+        layouts = list(dict.fromkeys(r.degrees for r in table if r.model == model and r.degrees.ranks <= gpus))
+    else:
+        layouts = parse_layouts(options["layouts"], model, size, gpus)
+    folder = demo_folder(model) if demo else options["model_dir"] or _hollow(model)
+    base = Job(
+        model=model.name,
+        model_dir=folder,
+        hollow=not demo and options["model_dir"] is None,
+        degrees=(1, 1, 1),
+        size=size,
+        device=device,
+        dtype=options["dtype"] or ("bf16" if device == "cuda" else "fp32"),
+        attention=options["attention"],
+        repeats=options["repeats"],
+        warmup_steps=options["warmup_steps"],
+        output=Path(),
+    )
+    peers = [name for name in options["peers"].split(",") if name]
+    unknown = [name for name in peers if name not in PROGRAMS[1:]]
+    if unknown:
+        raise ValueError(f"--peers {unknown[0]} is unknown; choose of {', '.join(PROGRAMS[1:])}")
+    jobs = [replace(base, degrees=(d.cfg, d.ring, d.ulysses)) for d in layouts]
+    jobs += [replace(base, program=name) for name in peers]
+    path = options["output"] or RESULTS / f"{model.name}{'-demo' if demo else ''}-{device}.json"
+    return jobs, options["table"], path
+
+
+def _size(options: dict[str, Any], model: Model, table: Sequence[Row], demo: bool) -> Size:
+    size = default_size(model)
+    if table:
+        size = next(row.size for row in table if row.model == model)
+    if demo:
+        size = DEMO_SIZES[model.family]
+    given = {name: options[name] for name in ("width", "height", "num_frames", "num_steps") if options[name]}
+    return replace(size, **given)
+
+
+def _hollow(model: Model) -> Path:
+    from benchmarks.true_size import make
+    from common.demo import cache_home
+
+    return make(model, cache_home() / "true-size" / model.name)
+
+
+def main() -> None:
+    """Exit status 0; 1 when a layout failed; 2 for wrong use."""
+    try:
+        sys.exit(command.main(standalone_mode=False) or 0)
+    except click.UsageError as error:
+        for problem in error.format_message().splitlines():
+            click.echo(f"error: {problem}", err=True)
+        sys.exit(2)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted; what was measured is kept, and the same command goes on from there", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

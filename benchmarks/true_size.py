@@ -1,0 +1,161 @@
+"""Checkpoint folders of the true sizes without weights: every file has its true header and length, and is sparse.
+
+They load through the programs' own path in the time of reading zeros; the worker then draws random values on the
+device, because a GPU multiplies zeros at a higher clock than numbers. A folder takes a few MB of disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.checkpoint import DTYPE_NAMES
+from common.demo import t5_config, train_tokenizer
+from common.text import new_t5
+from common.weights import Rename, _source, _writes, on_meta
+from planner.models import Model
+
+STEM = "diffusion_pytorch_model"
+T5_XXL = {"d_model": 4096, "layers": 24, "heads": 64, "d_kv": 64, "d_ff": 10240}
+T5_VOCABULARY = 32128
+CAPTIONS = [
+    f"A {what} moves slowly to the {side}." for what in ("boat", "bird", "circle") for side in ("left", "right")
+]
+
+
+def hollow(path: Path, state: Mapping[str, Tensor], rename: Rename | None = None) -> None:
+    """A sparse safetensors file with the names and shapes of `state` (meta tensors) in the layout of `rename`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    pieces = {k: v for name in state for k, v in _writes(_source(rename, name), name).items()}
+    for name, parts in sorted(pieces.items()):
+        views = [part.rows(state[part.name]) for part in parts]
+        shape = list(views[0].shape)
+        if len(views) > 1:
+            shape[0] = sum(view.shape[0] for view in views)
+        size = sum(view.numel() * view.dtype.itemsize for view in views)
+        header[name] = {"dtype": DTYPE_NAMES[views[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
+def _json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _state(module: nn.Module, prefix: str = "", exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The module's tensors as bf16, but for the names that stay fp32."""
+    return {prefix + n: t if n in exact else t.to(torch.bfloat16) for n, t in module.state_dict().items()}
+
+
+def write_text_encoder(folder: Path, limit: int) -> None:
+    """T5 v1.1 XXL by its shapes; the tokenizer is a real one with a small vocabulary."""
+    with tempfile.TemporaryDirectory() as work:
+        spiece = Path(work) / "spiece.model"
+        train_tokenizer(CAPTIONS, spiece)
+        target = folder / "tokenizer" / "spiece.model"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(spiece.read_bytes())
+    settings = {"tokenizer_class": "T5Tokenizer", "legacy": False, "model_max_length": limit, "extra_ids": 0}
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    _json(folder / "tokenizer" / "tokenizer_config.json", settings | tokens)
+    config = t5_config(T5_VOCABULARY, **T5_XXL)
+    _json(folder / "text_encoder" / "config.json", config)
+    named = {name: p.to(torch.bfloat16) for name, p in new_t5(config).named_parameters()}
+    hollow(folder / "text_encoder" / "model.safetensors", named)
+
+
+def make(model: Model, folder: Path) -> Path:
+    """A folder in the diffusers layout for this model; an existing one is used again."""
+    if (folder / "model_index.json").is_file():
+        return folder
+    index = _mochi(model, folder) if model.family == "mochi" else _cogvideox(model, folder)
+    partial = folder / f"model_index.json.{os.getpid()}"
+    _json(partial, index)  # last, and at once: its presence means that the folder is complete
+    os.replace(partial, folder / "model_index.json")
+    return folder
+
+
+def _mochi(model: Model, folder: Path) -> dict[str, Any]:
+    from mochi_xdit import demo, weights
+    from mochi_xdit.transformer import MochiTransformer
+    from mochi_xdit.vae import MochiDecoder, MochiEncoder
+
+    config = model.config
+    state = _state(on_meta(MochiTransformer, config), exact=weights.EXACT)
+    hollow(folder / "transformer" / f"{STEM}.safetensors", state, weights.transformer_rename(config))
+    _json(folder / "transformer" / "config.json", demo._transformer_json(config))
+    parts = {"encoder.": on_meta(MochiEncoder, config.vae), "decoder.": on_meta(MochiDecoder, config.vae)}
+    tables = {"encoder.": weights.encoder_rename(config.vae), "decoder.": weights.decoder_rename(config.vae)}
+    vae = {name: t for prefix, part in parts.items() for name, t in _state(part, prefix).items()}
+    table = {prefix + ours: theirs for prefix, rename in tables.items() for ours, theirs in rename.items()}
+    hollow(folder / "vae" / f"{STEM}.safetensors", vae, table)
+    _json(folder / "vae" / "config.json", demo._vae_json(config.vae))
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True, "num_train_timesteps": 1000}
+    _json(folder / "scheduler" / "scheduler_config.json", scheduler | {"shift": 1.0})
+    write_text_encoder(folder, config.text_tokens)
+    return {
+        "_class_name": "MochiPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "MochiTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLMochi"],
+    }
+
+
+def _cogvideox(model: Model, folder: Path) -> dict[str, Any]:
+    from cogvideox_xdit import demo, weights
+    from cogvideox_xdit.config import CONFIGS, VAEConfig, transformer_json, vae_json
+    from cogvideox_xdit.transformer import CogVideoXTransformer
+    from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
+
+    config, consisid = model.config, model.name == "consisid"
+    if consisid:
+        from consisid_xdit.config import consisid_json
+        from consisid_xdit.transformer import ConsisIDTransformer
+        from consisid_xdit.weights import rename_table
+
+        state, rename = _state(on_meta(ConsisIDTransformer, config)), rename_table(config)
+        described = consisid_json(config)
+    else:
+        state, rename = _state(on_meta(CogVideoXTransformer, config)), weights.rename_table(config)
+        described = transformer_json(config)
+    kind = "5b-i2v" if consisid else next(name for name, known in CONFIGS.items() if known == config)
+    hollow(folder / "transformer" / f"{STEM}.safetensors", state, rename)
+    _json(folder / "transformer" / "config.json", described)
+    vae = VAEConfig(**demo.scaling(kind))
+    parts = _state(on_meta(CogVideoXEncoder, vae), "encoder.") | _state(on_meta(CogVideoXDecoder, vae), "decoder.")
+    hollow(folder / "vae" / f"{STEM}.safetensors", parts)
+    _json(folder / "vae" / "config.json", vae_json(vae))
+    _json(folder / "scheduler" / "scheduler_config.json", demo.scheduler_json(kind))
+    write_text_encoder(folder, config.text_length)
+    if consisid:
+        return demo.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")
+    pipeline = "CogVideoXImageToVideoPipeline" if config.image_channels else "CogVideoXPipeline"
+    return demo.model_index(pipeline, "CogVideoXTransformer3DModel")
+
+
+@torch.no_grad()
+def draw(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values in place of the zeros, on the module's own device: latency must not see an all-zero matrix."""
+    for i, p in enumerate(module.parameters()):
+        generator = torch.Generator(p.device).manual_seed(seed + i)
+        if p.ndim < 2:
+            p.zero_() if p.is_floating_point() and i % 2 else p.fill_(1.0)
+        else:
+            p.normal_(std=p[0].numel() ** -0.5, generator=generator)
+    return module

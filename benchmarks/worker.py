@@ -1,0 +1,229 @@
+"""One rank of one measured layout: the real pipeline, warmed up, repeated. run.py starts it on every rank."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+
+from common import launch
+from common.generation import parse_dtype
+from common.parallel import Layout, Mesh, distributed
+from common.progress import Stages
+from planner.models import Model, Size, get_model
+
+PROMPT = "A boat moves slowly to the left over a calm sea at sunset, seen from a cliff above the bay."
+STAGES = {"encoding": "text", "encoding video": "image", "sampling": "sampling", "decoding": "decode"}
+PROGRAMS = ("ours", "diffusers", "diffusers-compiled")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure. degrees: cfg, ring, ulysses. hollow: the folder holds no weights, draw random ones."""
+
+    model: str
+    model_dir: Path
+    hollow: bool
+    degrees: tuple[int, int, int]
+    size: Size
+    device: str
+    dtype: str
+    attention: str
+    repeats: int
+    warmup_steps: int
+    output: Path
+    program: str = "ours"
+    timeout: float = 1800.0
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Measure; collective. Every rank returns the row."""
+    if job.program != "ours":
+        return peer(job)
+    with distributed(Layout(*job.degrees), job.device, timeout=job.timeout) as mesh:
+        stages = Stages(device=mesh.device)
+        generate = pipeline(job, mesh, stages)
+        generate(job.warmup_steps, 0)
+        loading = {r.name: r.seconds for r in stages.records if r.name.startswith("loading")}
+        rounds = [_round(generate, job, mesh, stages, seed) for seed in range(1, job.repeats + 1)]
+        row = _medians(rounds)
+        row["loading_s"] = sum(loading.values())
+        return row
+
+
+def _round(generate: Callable[[int, int], Any], job: Job, mesh: Mesh, stages: Stages, seed: int) -> dict[str, Any]:
+    """One generation: seconds from the first rank's start to the last rank's end, per stage the slowest rank's."""
+    stages.records.clear()
+    _barrier(mesh)
+    start = time.perf_counter()
+    generate(job.size.num_steps, seed)
+    _barrier(mesh)
+    total = time.perf_counter() - start
+    mine = {STAGES[r.name]: (r.seconds, r.peak_bytes) for r in stages.records if r.name in STAGES}
+    everyone: list[dict[str, tuple[float, int]]] = [mine]
+    if mesh.world.group is not None:
+        everyone = [{} for _ in range(mesh.world.size)]
+        dist.all_gather_object(everyone, mine, group=mesh.world.group)
+    names = dict.fromkeys(name for one in everyone for name in one)
+    seconds = {name: max(one[name][0] for one in everyone if name in one) for name in names}
+    peaks = {name: [one.get(name, (0, 0))[1] / 1e9 for one in everyone] for name in names}
+    return {"total": total, "stages": seconds, "peak_gb": peaks}
+
+
+def _barrier(mesh: Mesh) -> None:
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+    if mesh.world.group is not None:
+        dist.barrier(mesh.world.group)
+
+
+def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    totals = [one["total"] for one in rounds]
+    names = dict.fromkeys(name for one in rounds for name in one["stages"])
+    return {
+        "total_s": statistics.median(totals),
+        "spread_s": max(totals) - min(totals),
+        "stages_s": {name: statistics.median([one["stages"][name] for one in rounds]) for name in names},
+        "peak_gb": {name: rounds[-1]["peak_gb"].get(name, []) for name in names},
+        "repeats": len(rounds),
+    }
+
+
+def pipeline(job: Job, mesh: Mesh, stages: Stages) -> Callable[[int, int], Any]:
+    """(steps, seed) -> frames, on the real pipeline with everything kept loaded."""
+    model = get_model(job.model)
+    options = {"mesh": mesh, "dtype": job.dtype, "attention": job.attention, "keep_loaded": True, "stages": stages}
+    made = _pipeline_class(model).from_pretrained(job.model_dir, **options)
+    if job.hollow:
+        for name in ("_load_transformer", "_load_decoder", "_load_encoder"):
+            if hasattr(made, name):
+                setattr(made, name, _drawn(getattr(made, name)))
+    extra = inputs(model, made.config, job.size)
+    size = {"height": job.size.height, "width": job.size.width, "num_frames": job.size.num_frames}
+    scale = 4.5 if job.size.guided else 1.0
+
+    def generate(steps: int, seed: int) -> Any:
+        return made(PROMPT, num_steps=steps, cfg_scale=scale, seed=seed, **size, **extra)
+
+    return generate
+
+
+def _drawn(load: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
+    from benchmarks.true_size import draw
+
+    return lambda: draw(load())
+
+
+def _pipeline_class(model: Model) -> Any:
+    if model.family == "mochi":
+        from mochi_xdit import MochiPipeline
+
+        return MochiPipeline
+    if model.name == "consisid":
+        from consisid_xdit.pipeline import ConsisIDPipeline
+
+        return ConsisIDPipeline
+    from cogvideox_xdit.pipeline import CogVideoXPipeline
+
+    return CogVideoXPipeline
+
+
+def inputs(model: Model, config: Any, size: Size) -> dict[str, Any]:
+    """A grey picture, or random identity features, for models that start from one."""
+    if model.name == "consisid":
+        from consisid_xdit.face import IdentityFeatures
+
+        generator = torch.Generator().manual_seed(0)
+        hidden = tuple(torch.randn(1, 577, config.vit_dim, generator=generator) for _ in range(config.scales))
+        face = torch.full((512, 512, 3), 128, dtype=torch.uint8)
+        known = torch.randn(1, config.id_dim, generator=generator)
+        return {"identity": IdentityFeatures(known, hidden, face, torch.zeros(5, 2))}
+    if getattr(config, "image_channels", 0):
+        import numpy as np
+
+        return {"image": np.full((size.height, size.width, 3), 128, dtype=np.uint8)}
+    return {}
+
+
+def peer(job: Job) -> dict[str, Any]:
+    """diffusers on one device with the same folder; sampling by the times between its steps."""
+    import diffusers
+
+    model = get_model(job.model)
+    if model.name == "consisid" or getattr(model.config, "image_channels", 0):
+        raise ValueError(f"the peer {job.program} is measured for text to video models only, not for {model.name}")
+    device = torch.device("cuda" if job.device == "cuda" else "cpu")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(job.model_dir, torch_dtype=parse_dtype(job.dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if job.hollow:
+        from benchmarks.true_size import draw
+
+        draw(pipe.transformer)
+        draw(pipe.vae)
+    if job.program == "diffusers-compiled":
+        pipe.transformer = torch.compile(pipe.transformer)
+    rounds = []
+    for seed in range(job.repeats + 1):
+        steps = job.size.num_steps if seed else max(2, job.warmup_steps)
+        rounds.append(_peer_round(pipe, job, device, steps, seed))
+    return _medians(rounds[1:]) | {"loading_s": 0.0}
+
+
+def _peer_round(pipe: Any, job: Job, device: torch.device, steps: int, seed: int) -> dict[str, Any]:
+    ends: list[float] = []
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def at_step(_pipe: Any, _i: int, _t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        ends.append(now())
+        return given
+
+    start = now()
+    pipe(
+        PROMPT,
+        height=job.size.height,
+        width=job.size.width,
+        num_frames=job.size.num_frames,
+        num_inference_steps=steps,
+        guidance_scale=4.5 if job.size.guided else 1.0,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        callback_on_step_end=at_step,
+    )
+    end = now()
+    pace = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
+    stages = {"sampling": pace * steps, "decode": end - ends[-1], "text": max(0.0, ends[0] - start - pace)}
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    return {"total": end - start, "stages": stages, "peak_gb": {"sampling": [peak]}}
+
+
+def main() -> None:
+    """One rank under common.launch.supervise."""
+    job: Job = pickle.loads(launch.handed_down())
+    at = launch.place()
+    link = launch.Link(at)
+    try:
+        row = run(job)
+    except Exception as error:
+        link.failed("measuring", error)
+        sys.exit(1)
+    if at.rank == 0:
+        job.output.write_text(json.dumps(row), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
