@@ -223,8 +223,8 @@ class Stages:
         if active.where != before:
             self._tell(self.where)
         if self._progress is not None and active.task is not None:
-            done = {"completed": active.done, "total": active.total, "speed": active.speed}
-            self._progress.update(active.task, refresh=counted, **done)
+            completed, total = active.done, active.total
+            self._progress.update(active.task, completed=completed, total=total, refresh=counted, speed=active.speed)
         elif self.console is not None and active.total and now - active.last_line >= PLAIN_LINE_SECONDS:
             active.last_line = now
             self.note(f"{active.name} {active.speed}")
