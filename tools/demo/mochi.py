@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from common.demo import fill
 from common.text import TextEncoder
-from mochi_xdit.config import MochiConfig
+from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.demo import demo_config, write_checkpoint
 from mochi_xdit.transformer import MochiTransformer, pack
 from tools.demo.mochi_vae import CONFIG as VAE
@@ -191,8 +191,8 @@ def train_mochi(folder: Path, steps: int = 2500, batch: int = 48, clip_count: in
     latents, mean, std = pool(folder, clip_count, seed)
     tokens = pack(latents)
     vae = dataclasses.replace(VAE, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-    config = demo_config(vae)
-    model = Velocity(config)
+    write_atomically(folder / "mochi_vae_config.pt", dataclasses.asdict(vae))
+    model = Velocity(demo_config(vae))
     start(model.model, seed)
 
     def step(generator: torch.Generator, _: int) -> Losses:
@@ -211,18 +211,21 @@ def train_mochi(folder: Path, steps: int = 2500, batch: int = 48, clip_count: in
         return {"loss": error.mean(), "early": error[high].mean(), "late": error[~high].mean()}
 
     plan = Plan(steps, 1.5e-3, warmup=200, average=0.999, decay=0.01, seed=seed)
-    weights = train(model, step, plan, folder / "mochi.pt")
-    export(folder, config, {name.removeprefix("model."): p for name, p in weights.items()})
+    train(model, step, plan, folder / "mochi.pt")
+    export(folder)
 
 
-def export(folder: Path, config: MochiConfig, transformer: dict[str, Tensor]) -> None:
-    """Write the checkpoint; the text encoder is copied from where it was trained."""
-
+def export(folder: Path) -> Path:
+    """Write the checkpoint from the parts as far as they are trained, into `folder`/mochi."""
+    vae = MochiVAEConfig(**torch.load(folder / "mochi_vae_config.pt", weights_only=True))
     autoencoder = load_autoencoder(folder)
     trained = folder / "mochi_vae.pt"
     if trained.exists():
         autoencoder.decoder.load_state_dict(torch.load(trained, weights_only=True)["average"])
+    average = torch.load(folder / "mochi.pt", weights_only=True)["average"]
+    transformer = {name.removeprefix("model."): p for name, p in average.items()}
     target = folder / "mochi"
-    write_checkpoint(target, config, transformer, autoencoder.encoder, autoencoder.decoder)
+    write_checkpoint(target, demo_config(vae), transformer, autoencoder.encoder, autoencoder.decoder)
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(folder / part, target / part, dirs_exist_ok=True)
+    return target
