@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from cogvideox_xdit.config import TransformerConfig, transformer_config, transformer_json
+from cogvideox_xdit.config import (
+    CheckpointConfig,
+    TransformerConfig,
+    read_checkpoint,
+    transformer_config,
+    transformer_json,
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,11 @@ def consisid_config(raw: Mapping[str, Any], where: str = "transformer/config.jso
             raise ValueError(f"{where} says {FACE_KEYS[name]}={value!r}; it must be {meant}")
     base = transformer_config(rest, where)
     return ConsisIDConfig(**vars(base), **face)
+
+
+def read_consisid(model_dir: Path) -> CheckpointConfig:
+    """Read a checkpoint folder in the diffusers layout. ValueError names what is missing or cannot be run."""
+    return read_checkpoint(model_dir, ("ConsisIDPipeline",), consisid_config)
 
 
 def consisid_json(config: ConsisIDConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
@@ -13,6 +14,7 @@ from cogvideox_xdit import demo as cogvideox
 from cogvideox_xdit.config import VAEConfig
 from common.demo import cache_home, fill, made_once
 from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_json
+from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.face_demo import write_face_models
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
@@ -45,6 +47,7 @@ def demo_checkpoint(name: str = "default", cache_dir: str | Path | None = None) 
         random_checkpoint(folder, config, cogvideox.demo_vae("5b-i2v"))
         write_face_models(folder, config, SEED)
         portrait().save(folder / PORTRAIT)
+        save_identity(folder / IDENTITY, made_up_identity(config))
 
     return made_once(cache_home(cache_dir) / f"consisid-demo-{_REVISION}", make)
 
@@ -59,6 +62,14 @@ def random_checkpoint(
     cogvideox.write_part(folder / "transformer", consisid_json(config), model.state_dict(), rename_table(config), dtype)
     index = cogvideox.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")
     cogvideox.write_json(folder / "model_index.json", index)
+
+
+def made_up_identity(config: ConsisIDConfig) -> IdentityFeatures:
+    """Random features and the whole portrait, for machines without the extra `face`."""
+    generator = torch.Generator().manual_seed(SEED)
+    hidden = tuple(torch.randn(1, 17, config.vit_dim, generator=generator) for _ in range(config.scales))
+    image = torch.from_numpy(np.array(portrait(512)))
+    return IdentityFeatures(torch.randn(1, config.id_dim, generator=generator), hidden, image, torch.zeros(5, 2))
 
 
 def portrait(side: int = 320) -> PIL.Image.Image:

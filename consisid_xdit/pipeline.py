@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideox_xdit.config import CheckpointConfig, read_checkpoint
 from cogvideox_xdit.inputs import Picture, image_frames
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
 from common.video import read_image
 from common.weights import find_files, load, on_meta, open_checkpoint
-from consisid_xdit.config import ConsisIDConfig, consisid_config
+from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.face import FaceReader, IdentityFeatures, identity_on_main, load_identity
 from consisid_xdit.keypoints import draw_keypoints
 from consisid_xdit.transformer import ConsisIDTransformer, Face, FaceCondition
@@ -102,9 +101,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
             latents.append(super()._encode_frames(landmarks.to(frames.device), generator))
         return torch.cat(latents, dim=2)
 
-    @staticmethod
-    def read_config(model_dir: Path) -> CheckpointConfig:
-        return read_checkpoint(model_dir, ("ConsisIDPipeline",), consisid_config)
+    read_config = staticmethod(read_consisid)
 
     def _load_face_models(self) -> FaceReader:
         with self.stages.stage("loading face models"):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.parallel import Layout, distributed
+from consisid_xdit.demo import demo_config, portrait
 from consisid_xdit.eva import EvaConfig, EvaTower, load_eva, rope_tables
 from consisid_xdit.face import (
     FaceReader,
@@ -29,6 +30,7 @@ from consisid_xdit.face import (
     shrink,
     warnings,
 )
+from consisid_xdit.face_demo import write_face_models
 from consisid_xdit.face_detect import ArcFace, Faces, RetinaDetector, Scrfd, align, onnx_network, suppress
 from consisid_xdit.face_models import BiSeNet, RetinaFace, load_model
 from tests.conftest import RankPool
@@ -425,3 +427,21 @@ def test_ranks_receive_what_rank_0_reads(run_ranks: RankPool) -> None:
     failures = run_ranks(3, read_on_rank, True)
     assert [kind for kind, _ in failures] == ["FileNotFoundError", "ValueError", "ValueError"]
     assert {text for _, text in failures} == {"face_encoder is missing"}
+
+
+@needs_onnx
+def test_the_demos_face_models_read_the_demos_portrait(tmp_path: Path) -> None:
+    """Files under the published names, loaded by the published loader; its detectors see one face and agree."""
+    config = demo_config()
+    write_face_models(tmp_path, config, seed=1)
+    reader = FaceReader.load(tmp_path, torch.device("cpu"), torch.bfloat16)
+    identity, said = reader.read(np.asarray(portrait()))
+    assert said == []
+    assert identity.id_cond.shape == (1, config.id_dim) and identity.id_cond.dtype == torch.bfloat16
+    assert [tuple(h.shape) for h in identity.id_vit_hidden] == [(1, 17, config.vit_dim)] * config.scales
+    eyes, mouth = identity.face_kps[:2], identity.face_kps[3:]
+    assert (eyes[:, 1] < mouth[:, 1]).all() and (identity.face_kps > 80).all() and (identity.face_kps < 240).all()
+    assert not torch.equal(identity.image.float().mean((0, 1)), torch.full((3,), 255.0))
+    (tmp_path / "face_encoder" / "config.json").write_text('{"tower": {"widht": 3}}')
+    with pytest.raises(ValueError, match="widht"):
+        FaceReader.load(tmp_path, torch.device("cpu"), torch.bfloat16)

@@ -1,0 +1,132 @@
+"""consisid-xdit's own options, and its demo from the portrait to the mp4."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import launch
+from common.cli import parse
+from common.request import Request, WrongUse
+from common.video import read_video
+from consisid_xdit import cli
+from consisid_xdit.cli import PROGRAM
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ("--demo", "--prompt", "x")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    from PIL import Image
+
+    Image.new("RGB", (20, 30)).save(tmp_path / "me.png")
+    return str(tmp_path / "me.png")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """The json files of a published checkpoint."""
+    from cogvideox_xdit.config import VAEConfig, vae_json
+    from consisid_xdit.config import PREVIEW, consisid_json
+
+    files = {
+        "model_index.json": {"_class_name": "ConsisIDPipeline", "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]},
+        "transformer/config.json": consisid_json(PREVIEW),
+        "vae/config.json": vae_json(VAEConfig()),
+        "scheduler/scheduler_config.json": {"prediction_type": "v_prediction"},
+    }
+    for name, value in files.items():
+        path = tmp_path / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+    return str(tmp_path / "model")
+
+
+def read(*arguments: str) -> Request:
+    return parse(PROGRAM, arguments)
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(WrongUse) as wrong:
+        read(*arguments)
+    return wrong.value.problems
+
+
+def test_official_defaults(checkpoint: str, picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "missing_packages", list)
+    request = read("--model-dir", checkpoint, "--prompt", "x", "--image", picture)
+    video, setup = request.videos[0], request.setup
+    assert (video.width, video.height, video.num_frames, video.fps) == (720, 480, 49, 8)
+    assert (video.num_steps, video.cfg_scale, setup.dtype) == (50, 6.0, "bf16")
+    assert setup.extra["dynamic_cfg"] is False and setup.extra["scheduler"] is None
+
+
+def test_published_layouts_are_accepted(checkpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "who.safetensors").touch()
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 6)
+    base = ("--model_dir", checkpoint, "--prompt", "x", "--id_embeddings", "who.safetensors")
+    found = read(*base, "--ring_degree", "3", "--ulysses_degree", "1", "--cfg_parallel").setup
+    assert found.degrees == (2, 3, 1) and found.ranks == 6
+    assert "heads" in problems(*base, "--gpus", "1", "--ulysses-degree", "49")[0]
+
+
+def test_a_person_is_needed_where_something_is_generated(checkpoint: str, tmp_path: Path) -> None:
+    assert any("--image is missing" in p for p in problems("--model-dir", checkpoint, "--prompt", "x"))
+    assert read(*BASE).setup.extra["image"] is None
+    (tmp_path / "old.safetensors").touch()
+    assert read("--model-dir", checkpoint, "--from-latents", "old.safetensors").videos[0].latents is not None
+
+
+def test_person_options_that_will_not_do(picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "missing_packages", list)
+    (tmp_path / "who").touch()
+    assert any("exclude each other" in p for p in problems(*BASE, "--image", picture, "--id-embeddings", "who"))
+    assert any("no such image file" in p for p in problems(*BASE, "--image", "none.png"))
+    (tmp_path / "text.png").write_text("not a picture")
+    assert any("not a readable image" in p for p in problems(*BASE, "--image", "text.png"))
+    assert any("does not exist" in p for p in problems(*BASE, "--id-embeddings", "none"))
+    assert any("--save-id-embeddings" in p for p in problems(*BASE, "--save-id-embeddings", str(tmp_path)))
+    assert any("96 x 64 pixels only" in p for p in problems(*BASE, "--width", "64"))
+    monkeypatch.setattr(cli, "missing_packages", lambda: ["onnxruntime"])
+    assert any("pip install 'xdit-zoo[face]'" in p for p in problems(*BASE, "--image", picture))
+    assert read(*BASE, "--id-embeddings", "who").setup.extra["id_embeddings"] == Path("who")
+
+
+def test_a_wrong_command_imports_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from consisid_xdit.cli import PROGRAM; from common import program; "
+    code += "status = program.main(PROGRAM, ['--demo', '--num-frames', '7']); print(status, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+
+
+def test_the_demo_makes_a_video_and_its_features_make_it_again(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, str(ROOT / "consisid_xdit" / "cli.py"), "--demo", "--device", "cpu", "--num-steps", "1"]
+    run += ["--num-frames", "9", "--seed", "3"]
+
+    def make(*more: str) -> bytes:
+        done = subprocess.run([*run, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / more[1]).read_bytes()
+
+    first = make("--output", "a.mp4", "--save-id-embeddings", "who.safetensors")
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert told["settings"]["layout"]["ranks"] == 2 and told["settings"]["num_frames"] == 9
+    assert "reading the face" in {stage["name"] for stage in told["stages"]} or not cli.missing_packages()
+    assert len(first) > 1000
+    make("--output", "b.mp4", "--id-embeddings", "who.safetensors", "--gpus", "1")
+    a, b = (read_video(tmp_path / name)[0].astype(int) for name in ("a.mp4", "b.mp4"))
+    assert a.shape == b.shape == (9, 64, 96, 3)
+    assert abs(a - b).mean() < 1, "one rank and two, photograph and file: the same video"
