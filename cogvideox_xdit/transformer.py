@@ -56,7 +56,7 @@ class Condition:
 
     y: (B, ny, W) this rank's text tokens, projected, positions added
     video: (B or 1, nx, W) what each video token is besides its noise: bias, position, image latents
-    rope: cosines and sines (ny + nx, 1, D/2) fp32, the identity on text; None where positions are added
+    rope: complex factors of modulus 1 (ny + nx, 1, D/2), 1 on text; None where positions are added
     ofs: (1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint
     lengths: tokens of every rank, both streams together
     """
@@ -64,7 +64,7 @@ class Condition:
     size: Size
     y: Tensor
     video: Tensor
-    rope: tuple[Tensor, Tensor] | None
+    rope: Tensor | None
     ofs: Tensor | None
     lengths: tuple[int, ...]
 
@@ -92,11 +92,12 @@ def _multiply_add(x: Tensor, factor: Tensor, video: Tensor, text: Tensor, n_text
     return out
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of x (B, n, H, D) by the angles of `rope`."""
-    cos, sin = rope
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the pairs (0, 1), (2, 3), ... of x (B, n, H, D) by complex factors (n, 1, D/2)."""
+    # One complex product reads and writes less than half of what sines and cosines apart do.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -140,7 +141,8 @@ class Block(nn.Module):
         return self.out(self.sp.attention(q, k, v, cond.lengths).flatten(2))
 
     def feed(self, h: Tensor) -> Tensor:
-        return self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
+        # In place: this is the largest activation of all.
+        return self.ff_out(torch.ops.aten.gelu_(self.ff_in(h), approximate="tanh"))
 
 
 class PatchEmbed(nn.Module):
@@ -248,10 +250,9 @@ class CogVideoXTransformer(nn.Module):
         table = positions.sine_cosine(config, grid, sp, self.device)
         return None, table.to(self.dtype)[None]
 
-    def _rope(self, n_text: int, grid: Size) -> tuple[Tensor, Tensor]:
-        cos, sin = (table[:, None] for table in positions.rope(self.config, grid, self.sp, self.device))
-        still = cos.new_zeros(n_text, *cos.shape[1:])
-        return torch.cat((still + 1, cos)), torch.cat((still, sin))
+    def _rope(self, n_text: int, grid: Size) -> Tensor:
+        video = torch.complex(*positions.rope(self.config, grid, self.sp, self.device))
+        return torch.cat((video.new_ones(n_text, video.shape[1]), video))[:, None]
 
     def _ofs(self, value: float) -> Tensor | None:
         if self.ofs is None:
