@@ -2,7 +2,7 @@
 
 from planner.cost import Degrees
 from planner.hardware import Profile, get_profile
-from planner.layouts import Plan, choose_layout, plan
+from planner.layouts import Plan, choose_layout, chooser, plan
 from planner.model import Prediction, predict
 from planner.models import MODELS, Model, Size, get_model
 
@@ -15,6 +15,7 @@ __all__ = [
     "Profile",
     "Size",
     "choose_layout",
+    "chooser",
     "get_model",
     "get_profile",
     "plan",

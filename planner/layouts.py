@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.checks import choose_degrees
 from planner.cost import Degrees
 from planner.hardware import Profile, get_profile, names, read_profile
 from planner.model import Prediction, memory_gb, predict
@@ -162,6 +163,34 @@ def local_profile() -> Profile | None:
 def by_rule(ranks: int, heads: int, guided: bool, allowed: list[Degrees]) -> Degrees:
     """CFG first, then ring: the rule of thumb, among the allowed layouts."""
     return min(allowed, key=lambda d: (-d.cfg if guided else d.cfg, d.ulysses))
+
+
+def chooser(*model_names: str) -> Callable[..., tuple[int, int, int]]:
+    """What a program puts into `Program.choose`: takes and raises what `common.checks.choose_degrees` does.
+
+    Of several models the first with the checkpoint's number of heads stands for it, at its published size. The machine
+    is asked only where there is a choice; for a checkpoint like none of the models (a demo) the rule of thumb decides.
+    """
+
+    def choose(
+        ranks: int,
+        heads: int,
+        guided: bool,
+        cfg: int | None = None,
+        ring: int | None = None,
+        ulysses: int | None = None,
+    ) -> tuple[int, int, int]:
+        model = next((m for m in map(get_model, model_names) if m.heads == heads), None)
+        if ranks == 1 or None not in (cfg, ring, ulysses) or model is None:
+            return choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
+        size = replace(default_size(model), guided=guided)
+        try:
+            found, _ = choose_layout(model.name, size, ranks, cfg=cfg, ring=ring, ulysses=ulysses)
+        except ValueError:
+            return choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
+        return found.cfg, found.ring, found.ulysses
+
+    return choose
 
 
 def choose_layout(

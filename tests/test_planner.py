@@ -18,7 +18,7 @@ from planner import choose_layout, get_model, get_profile, plan, predict
 from planner.cli import command
 from planner.cost import Degrees
 from planner.hardware import names
-from planner.layouts import products, recognise, refusal, replicas
+from planner.layouts import chooser, products, recognise, refusal, replicas
 from planner.model import KINDS, spread
 from planner.models import MODELS, Size, default_size
 
@@ -240,6 +240,19 @@ def test_the_rule_decides_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch
     degrees, why = choose_layout("mochi", None, 6)
     assert degrees == Degrees(2, 3, 1) and "rule" in why
     assert choose_layout("mochi", None, 3)[0] == Degrees(1, 3, 1)
+
+
+def test_a_programs_chooser_asks_the_planner_only_where_it_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planner.layouts.local_profile", lambda: get_profile("h100"))
+    choose = chooser("mochi")
+    assert choose(1, 24, True) == (1, 1, 1)
+    assert choose(8, 24, True, ring=2)[1] == 2
+    best = choose_layout("mochi", None, 8, "h100")[0]
+    assert choose(8, 24, True) == (best.cfg, best.ring, best.ulysses)
+    assert choose(6, 4, True) == (2, 3, 1)  # a demo's heads: the rule
+    assert choose(4, 24, False)[0] == 1
+    with pytest.raises(ValueError, match="layouts of 6 ranks"):
+        choose(6, 24, True, ring=4)
 
 
 def test_device_names_are_recognised() -> None:
