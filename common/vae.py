@@ -203,24 +203,29 @@ class TimeSplit:
     def __init__(self, axis: Axis | None = None, device: torch.device | str = "cpu") -> None:
         self.axis = axis or Axis()
         self.edges: list[dist.ProcessGroup] = []
-        if self.axis.size == 1:
+        whole = self.axis.group
+        if whole is None:
             return
-        ranks = dist.get_process_group_ranks(self.axis.group)
-        pairs = [(ranks[p], ranks[(p + 1) % len(ranks)]) for p in range(len(ranks))]
-        whole_world = len(ranks) == dist.get_world_size()
-        for pair in pairs:
+        device = torch.device(device)
+        ranks = dist.get_process_group_ranks(whole)
+        # Left alone, a new group would wait for half an hour, whatever the other groups were told.
+        timeout = whole._get_backend(device).options._timeout
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        is_world = len(ranks) == dist.get_world_size()
+        for p in range(len(ranks)):
+            pair = [ranks[p], ranks[(p + 1) % len(ranks)]]
             member = dist.get_rank() in pair
-            if member or whole_world:
-                group = dist.new_group(list(pair), use_local_synchronization=not whole_world)
+            if member or is_world:
+                group = dist.new_group(pair, timeout, backend, use_local_synchronization=not is_world)
             if member:
-                self._connect(group, pair, torch.device(device))
+                self._connect(group, pair, device)
                 self.edges.append(group)
         # The edges in the order of this rank's life: from the rank before, to the rank after.
         first, second = self.edges
         self.edges = [second, first] if self.axis.rank == 0 else [first, second]
 
     @staticmethod
-    def _connect(group: dist.ProcessGroup, pair: tuple[int, int], device: torch.device) -> None:
+    def _connect(group: dist.ProcessGroup, pair: list[int], device: torch.device) -> None:
         token = torch.zeros(1, device=device)
         if dist.get_rank() == pair[0]:
             dist.send(token, dst=pair[1], group=group)

@@ -1,0 +1,206 @@
+"""Seconds and peak memory of a VAE decode: streamed and whole, on one rank and over several.
+
+    python benchmarks/decode.py                                           # small models on the CPU, 1 and 2 ranks
+    python benchmarks/decode.py --device cuda --narrow 1 --height 480 --width 848 --frames 163 --ranks 1 2 4 8
+    python benchmarks/decode.py --model cogvideox --frames 49 --ranks 1 2 --peer
+
+Random weights, which decode as fast as trained ones. Every line is a set of fresh processes. The peak is what decoding
+adds to the process that needs most: on the CPU resident memory (Linux), on a GPU what PyTorch allocated. `estimate` is
+what plans are chosen by. `--peer` adds diffusers' decoder of the same sizes, one process, all at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from cogvideox_xdit.config import VAEConfig
+from cogvideox_xdit.vae import CogVideoXDecoder
+from common.decode import DecodePlan, VideoDecoder, decode_frames, decode_memory
+from common.parallel import Layout, Mesh, distributed
+from common.vae import TimeSplit
+from mochi_xdit.config import MochiVAEConfig
+from mochi_xdit.vae import MochiDecoder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def narrowed(channels: tuple[int, ...], by: int) -> tuple[int, ...]:
+    return tuple(max(32, c // by // 32 * 32) for c in channels)
+
+
+def build(options: argparse.Namespace, device: torch.device) -> tuple[VideoDecoder, tuple[int, int, int, int]]:
+    """The decoder and its latents' (C, T, h, w)."""
+    torch.manual_seed(0)
+    size = (options.height // 8, options.width // 8)
+    if options.model == "mochi":
+        mochi = MochiVAEConfig()
+        mochi = replace(mochi, decoder_channels=narrowed(mochi.decoder_channels, options.narrow))
+        model: VideoDecoder = MochiDecoder(mochi)
+        shape = (12, (options.frames - 1) // 6 + 1, *size)
+    else:
+        cog = VAEConfig()
+        model = CogVideoXDecoder(replace(cog, channels=narrowed(cog.channels, options.narrow)))
+        shape = (16, (options.frames - 1) // 4 + 1, *size)
+    return model.to(device, DTYPES[options.dtype]).eval(), shape
+
+
+def build_peer(options: argparse.Namespace, device: torch.device) -> Callable[[torch.Tensor], Any]:
+    if options.model == "mochi":
+        from diffusers import AutoencoderKLMochi
+
+        widths = narrowed(MochiVAEConfig().decoder_channels, options.narrow)
+        model: Any = AutoencoderKLMochi(decoder_block_out_channels=widths)
+    else:
+        from diffusers import AutoencoderKLCogVideoX
+
+        model = AutoencoderKLCogVideoX(block_out_channels=narrowed(VAEConfig().channels, options.narrow))
+    model.encoder = None
+    model = model.to(device, DTYPES[options.dtype]).eval()
+    return lambda z: model.decode(z).sample
+
+
+class Meter:
+    """Bytes on top of what there was at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device)
+        else:
+            # 5 resets the kernel's record of the most that was resident.
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = self._resident("VmRSS")
+
+    def peak(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.start
+        return self._resident("VmHWM") - self.start
+
+    @staticmethod
+    def _resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure(run: Callable[[], int], mesh: Mesh, repeat: int) -> dict[str, Any]:
+    """Best seconds of `repeat` runs and the peak of them all; `run` returns the number of frames."""
+    seconds, meter, frames, cpu = [], Meter(mesh.device), 0, time.process_time()
+    for _ in range(repeat):
+        if mesh.world.group is not None:
+            torch.distributed.barrier()
+        start = time.perf_counter()
+        frames = run()
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize(mesh.device)
+        seconds.append(time.perf_counter() - start)
+    cpu = (time.process_time() - cpu) / repeat
+    return {"seconds": min(seconds), "cpu": cpu, "peak": meter.peak(), "frames": frames}
+
+
+def one_rank(pipe: Connection, rank: int, ranks: int, port: int, how: str, options: argparse.Namespace) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(options.threads)
+    with distributed(Layout(ulysses=ranks), options.device) as mesh:
+        if how == "peer":
+            decode = build_peer(options, mesh.device)
+            _, shape = build(options, torch.device("meta"))
+        else:
+            decoder, shape = build(options, mesh.device)
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(1, *shape, generator=generator).to(mesh.device, DTYPES[options.dtype])
+        with torch.inference_mode():
+            # What the libraries take once, at first use, is not the decode's.
+            (decode if how == "peer" else decoder)(z[:, :, :1, :4, :4])
+        if how == "peer":
+            with torch.inference_mode():
+                result = measure(lambda: decode(z).shape[2], mesh, options.repeat)
+        else:
+            plan = DecodePlan("exact", shape[1] if how == "whole" else options.chunk)
+            split = TimeSplit(mesh.world, mesh.device)
+            pieces = lambda: sum(len(p) for p in decode_frames(decoder, z, plan, split) if p is not None)  # noqa: E731
+            result = measure(pieces, mesh, options.repeat)
+            result["estimate"] = decode_memory(decoder, shape, plan)
+            split.close()
+        pipe.send(result)
+
+
+def start(how: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One line of the table: the slowest rank's seconds, its processor time, the largest peak."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context, results, processes = multiprocessing.get_context("spawn"), [], []
+    for rank in range(ranks):
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=one_rank, args=(theirs, rank, ranks, port, how, options))
+        process.start()
+        theirs.close()
+        processes.append((process, mine))
+    for process, pipe in processes:
+        results.append(pipe.recv())
+        process.join()
+    return {
+        "how": how,
+        "ranks": ranks,
+        "seconds": round(max(r["seconds"] for r in results), 2),
+        "cpu seconds": round(max(r["cpu"] for r in results), 2),
+        "peak MiB": round(max(r["peak"] for r in results) / 2**20, 1),
+        "estimate MiB": round(max(r.get("estimate", 0) for r in results) / 2**20, 1) or None,
+        "frames": results[0]["frames"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("mochi", "cogvideox"), default="mochi")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--frames", type=int, default=49)
+    parser.add_argument("--height", type=int, default=96)
+    parser.add_argument("--width", type=int, default=160)
+    parser.add_argument("--narrow", type=int, default=4, help="divide the model's channels; 1 is the real model")
+    parser.add_argument("--chunk", type=int, default=1, help="latent frames at a time (CogVideoX has its own)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
+    parser.add_argument("--peer", action="store_true", help="also diffusers' decoder")
+    parser.add_argument("--json", type=Path, help="write the lines here too")
+    options = parser.parse_args()
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+
+    cases = [("streamed", ranks) for ranks in options.ranks]
+    if options.model == "mochi":  # CogVideoX's chunks are part of the model
+        cases.append(("whole", 1))
+    if options.peer:
+        cases.append(("peer", 1))
+    lines = []
+    for how, ranks in cases:
+        line = {"model": options.model, **start(how, ranks, options)}
+        print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
+        lines.append(line)
+    if options.json:
+        settings = {key: str(value) for key, value in vars(options).items()}
+        options.json.write_text(json.dumps({"settings": settings, "lines": lines}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
