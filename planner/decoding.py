@@ -1,14 +1,13 @@
-"""FLOPs of the video decoders' convolutions, layer by layer; the same numbers as FlopCounterMode counts."""
+"""FLOPs of the video decoders, layer by layer; the same numbers as FlopCounterMode counts in the running ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cogvideox_xdit.config import VAEConfig
 from mochi_xdit.config import MochiConfig
 from planner.models import Model, Size, decoded_frames
 
-COGVIDEOX_CHANNELS = (512, 256, 256, 128)
-COGVIDEOX_LATENTS = 16
 COGVIDEOX_CHUNK = 2
 MOCHI_CHUNK = 3
 
@@ -27,17 +26,15 @@ def decoding(model: Model, size: Size) -> Decoding:
     pixels = (size.height // 8) * (size.width // 8)
     if isinstance(model.config, MochiConfig):
         return _mochi(model.config, latents, pixels)
-    return _cogvideox(latents, pixels)
+    return _cogvideox(VAEConfig(), latents, pixels)
 
 
-def _mochi(config: MochiConfig, frames: int, pixels: int) -> Decoding:
-    vae, chunk = config.vae, min(MOCHI_CHUNK, frames)
+def _mochi(config: MochiConfig, latents: int, pixels: int) -> Decoding:
+    vae, chunk, frames = config.vae, min(MOCHI_CHUNK, latents), latents
     widths, depths = vae.decoder_channels[::-1], vae.layers[::-1]
-    times, spaces = vae.temporal[::-1], vae.spatial[::-1]
-    latents = frames
     flops = 2 * vae.latent_channels * widths[0] * pixels * frames
     flops += depths[0] * 2 * 2 * 27 * widths[0] ** 2 * pixels * frames
-    for i, (time, space) in enumerate(zip(times, spaces)):
+    for i, (time, space) in enumerate(zip(vae.temporal[::-1], vae.spatial[::-1])):
         flops += depths[i + 1] * 2 * 2 * 27 * widths[i] ** 2 * pixels * frames
         flops += 2 * widths[i] * widths[i + 1] * time * space**2 * pixels * frames
         frames, pixels = frames * time - (time - 1), pixels * space**2
@@ -46,26 +43,26 @@ def _mochi(config: MochiConfig, frames: int, pixels: int) -> Decoding:
     return Decoding(flops, -(-latents // chunk), chunk * vae.temporal_ratio * pixels * widths[-1] * 2.0)
 
 
-def _cogvideox(frames: int, pixels: int) -> Decoding:
-    """Two residual blocks in the middle, four in each stage; every norm is steered by two 1x1 convolutions of z."""
-    width, latents = COGVIDEOX_CHANNELS[0], frames
-    flops = 2 * 27 * COGVIDEOX_LATENTS * width * pixels * frames
-    flops += 2 * _residual(width, width, pixels * frames)
-    for i, out in enumerate(COGVIDEOX_CHANNELS):
-        flops += _residual(width, out, pixels * frames) + 3 * _residual(out, out, pixels * frames)
+def _cogvideox(vae: VAEConfig, latents: int, pixels: int) -> Decoding:
+    """Norms are steered by two 1x1 convolutions on the latents' own grid; frames are doubled after the convolution."""
+    channels, grid, frames = vae.channels[::-1], pixels * latents, latents
+    width, z = channels[0], vae.latent_channels
+
+    def block(inputs: int, outputs: int) -> int:
+        flops = 2 * 27 * (inputs + outputs) * outputs * pixels * frames + 2 * 2 * z * (inputs + outputs) * grid
+        return flops + (2 * inputs * outputs * pixels * frames if inputs != outputs else 0)
+
+    flops = 2 * 27 * z * width * pixels * frames + 2 * block(width, width)
+    doublings = vae.time_compression.bit_length() - 1
+    for i, out in enumerate(channels):
+        flops += block(width, out) + vae.layers * block(out, out)
         width = out
-        if i < 3:
-            frames, pixels = (2 * frames - frames % 2 if i < 2 and frames > 1 else frames), 4 * pixels
+        if i < len(channels) - 1:
+            pixels *= 4
             flops += 2 * 9 * width * width * pixels * frames
-    flops += _norm(width, pixels * frames) + 2 * 27 * width * 3 * pixels * frames
+            if i < doublings and frames > 1:
+                frames = 2 * frames - frames % 2
+    flops += 2 * 2 * z * width * grid + 2 * 27 * width * 3 * pixels * frames
     chunk = min(latents, COGVIDEOX_CHUNK)
-    return Decoding(flops, max(1, latents // chunk), chunk * 4 * pixels * 256 * 2.0)
-
-
-def _residual(inputs: int, outputs: int, points: int) -> int:
-    flops = 2 * 27 * (inputs + outputs) * outputs * points + _norm(inputs, points) + _norm(outputs, points)
-    return flops + (2 * inputs * outputs * points if inputs != outputs else 0)
-
-
-def _norm(width: int, points: int) -> int:
-    return 2 * 2 * COGVIDEOX_LATENTS * width * points
+    widest = channels[-2]
+    return Decoding(flops, max(1, latents // chunk), chunk * vae.time_compression * pixels * widest * 2.0)

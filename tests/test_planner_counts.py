@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from cogvideox_xdit.transformer import CogVideoXTransformer
+from cogvideox_xdit.vae import CogVideoXDecoder
 from common.guidance import Guidance
 from common.parallel import Layout
 from common.usp import SequenceParallel
+from common.vae import CausalStream, LocalLink, spans
 from common.weights import on_meta
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.transformer import ConsisIDTransformer
@@ -121,6 +123,25 @@ def test_a_generation_sends_every_steps_bytes() -> None:
     assert sent.all_to_all == 64 * sum(p.all_to_all for p in passes)
     assert sent.total == sent.all_to_all + sent.ring + sent.gather
     assert cost.sent(model, replace(size, guided=False), place).ring == 64 * passes[0].ring
+
+
+@pytest.mark.parametrize("latents", [1, 4, 5, 13])
+def test_cogvideoxs_decoder_computes_what_is_said(latents: int) -> None:
+    model = get_model("cogvideox-5b")
+    decoder = on_meta(CogVideoXDecoder)
+    z = torch.empty(1, 16, latents, 6, 8, device="meta")
+    with counting() as counts:
+        decode_all(decoder, z)
+    size = Size(64, 48, 4 * latents - 3, 1)
+    assert decoding(model, size).flops == counts.flops
+
+
+def decode_all(decoder: CogVideoXDecoder, z: torch.Tensor) -> None:
+    """All chunks in order, as `common.decode` runs them on one rank."""
+    link = LocalLink()
+    parts = spans(decoder.chunks(z.shape[2], max(decoder.chunk_choices)))
+    for k, part in enumerate(parts):
+        decoder(z[:, :, part], CausalStream(link, first=k == 0, last=k == len(parts) - 1))
 
 
 def test_mochis_decoder_computes_what_is_said() -> None:
