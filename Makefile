@@ -18,9 +18,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[dev,plot]"
 	touch $(READY)
 
-# A video on two CPU ranks (or the first two GPUs), from a small checkpoint that is made on first use.
+# A video from a small checkpoint that is made on first use: on the GPUs of the machine, else on two CPU ranks.
 demo: setup
-	$(BIN)/mochi-xdit --demo --gpus 2 --cfg-parallel --seed 1 --output demo.mp4
+	$(BIN)/mochi-xdit --demo --seed 1 --output demo.mp4
 
 test: setup
 	$(BIN)/python -m pytest

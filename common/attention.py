@@ -62,7 +62,7 @@ _LseKernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def _lse_kernel(kernel: str, q: Tensor) -> _LseKernel:
     if kernel in _PACKAGES:
         return _flash2 if kernel == "flash2" else _flash3
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # on meta for counting: a fused kernel holds no scores
         return _cpu
     if q.device.type != "cuda" or q.dtype == torch.float64:
         return _plain

@@ -247,13 +247,14 @@ class MochiPipeline:
             return TextEncoder(directory, self.device, self.dtype, self.text_cache)
 
     def _load_transformer(self) -> MochiTransformer:
-        with self.stages.stage("loading transformer"):
-            return load_transformer(self.model_dir, self.sp, self.device, self.dtype)
+        with self.stages.loading("loading transformer") as progress:
+            return load_transformer(self.model_dir, self.sp, self.device, self.dtype, progress)
 
     def _load_decoder(self) -> MochiDecoder:
-        with self.stages.stage("loading decoder"):
+        with self.stages.loading("loading decoder") as progress:
             part = find_decoder(self.model_dir, self.dtype)
-            return load(on_meta(MochiDecoder, part.config), part.open(), part.rename, self.device, self.dtype)
+            module = on_meta(MochiDecoder, part.config)
+            return load(module, part.open(), part.rename, self.device, self.dtype, progress=progress)
 
 
 def _scales(cfg_scale: float | Sequence[float], num_steps: int) -> list[float]:
