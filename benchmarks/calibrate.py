@@ -2,252 +2,45 @@
 
     python benchmarks/calibrate.py                  # fit, and print errors in-sample and leave-one-out
     python benchmarks/calibrate.py --write          # and put the constants into planner/hardware.json
-    python benchmarks/calibrate.py --measured results/bench.json --gpu h200 --output my-machine.json
+    python benchmarks/calibrate.py --measured benchmarks/results/mochi-cuda.json --gpu h200 --output mine.json
 
-Residuals are relative. Every constant has a log-normal prior, so a constant that the rows say nothing about stays
-where it is; constants belong to all rows, to a kind of GPU, to a machine's links, or to a group (its speed and its
-seconds outside sampling), never to a row. Needs scipy: pip install 'xdit-zoo[plot]'.
+The last one fits a machine's own constants, starting from a known profile; `xdit-plan --gpu mine.json` takes them.
+Needs scipy: pip install 'xdit-zoo[plot]'.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import click
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.fitting import (
+    EVERYONE,
+    LINKS,
+    NVLINK,
+    Fit,
+    Observation,
+    Problem,
+    build,
+    group_of,
+    keys_of,
+    links_sheet,
+    machine_of,
+    observe,
+    observe_measured,
+    prior,
+    sheet,
+)
 from benchmarks.published import Row, excluded, rows
-from planner.hardware import DATA, Links, Profile, get_profile
-from planner.model import Pass, Spread, outside_seconds, spread, step_seconds, workload
-
-Key = tuple[str, str]
-"""A constant and whose it is: ("matmul", "l40")."""
-RELATIVE_NOISE = 0.02
-"""Repeatability of a measurement, beside the reading error of each row."""
-TOLERANCE = 2.0
-"""Residuals beyond this many standard deviations count linearly rather than squared."""
-ITERATIONS = 40
-
-NVLINK = ("mochi-h20", "a100-para")
-PRIORS: Mapping[str, tuple[float, float]] = {
-    # name: (median, standard deviation of the logarithm)
-    "matmul": (0.62, 0.2),
-    "attention": (0.62, 0.2),
-    "convolution": (0.25, 0.5),
-    "single_gpu": (1.0, 0.03),
-    "half_rows": (300, 0.5),
-    "merge_bytes": (40, 0.4),
-    "exposed": (0.5, 0.3),
-    "layer_overhead_ms": (0.15, 0.7),
-    "other_parallel": (1.05, 0.08),
-    "elementwise": (25, 0.3),
-    "speed": (1.0, 0.03),
-    "other_s": (7, 0.8),
-    "fsdp_across": (0.3, 0.5),
-    "gbs": (20, 0.8),
-    "across": (0.8, 0.5),
-    "ring_gain": (1.3, 0.3),
-    "contention": (1.5, 0.7),
-}
-SPECIAL: Mapping[Key, tuple[float, float]] = {
-    # Where the source names the link, the prior knows it.
-    **{("gbs", machine): (130, 0.8) for machine in NVLINK},
-    **{("contention", machine): (0.15, 0.7) for machine in NVLINK},
-    **{("across", machine): (1.0, 0.2) for machine in NVLINK},
-    ("across", "l40-mochi"): (0.1, 0.7),
-    ("elementwise", "mochi"): (40, 0.6),
-}
-LINKS = ("gbs", "across", "ring_gain", "contention")
-EVERYONE = ("half_rows", "merge_bytes", "exposed", "layer_overhead_ms", "other_parallel")
-OF_GPU = ("matmul", "attention", "convolution", "single_gpu")
-
-
-def machine_of(row: Row) -> str:
-    """Tables made on the same machine share its links."""
-    if row.group.startswith("mochi-l40"):
-        return "l40-mochi"
-    if row.group == "mochi-h20":
-        return "mochi-h20"
-    if row.group == "mochi-a100-para":
-        return "a100-para"
-    return row.gpu
-
-
-def group_of(row: Row) -> str:
-    """Whose `speed` and `other_s`: Mochi's tables on L40 are of one machine and one program."""
-    return "mochi-l40" if row.group.startswith("mochi-l40") else row.group
-
-
-def program_of(row: Row) -> str:
-    """Whose elementwise traffic: Mochi's own program norms in fp32, diffusers' models share their style."""
-    return "mochi" if row.model.family == "mochi" and row.group != "mochi-a100-para" else "diffusers"
-
-
-def keys_of(row: Row) -> dict[str, Key]:
-    keys = {name: (name, "*") for name in EVERYONE}
-    keys |= {name: (name, row.gpu) for name in OF_GPU}
-    keys |= {name: (name, machine_of(row)) for name in LINKS}
-    keys |= {name: (name, group_of(row)) for name in ("speed", "other_s")}
-    keys |= {"fsdp_across": ("fsdp_across", machine_of(row)), "elementwise": ("elementwise", program_of(row))}
-    return keys
-
-
-def prior(key: Key) -> tuple[float, float]:
-    return SPECIAL.get(key, PRIORS[key[0]])
-
-
-def sheet(row: Row) -> Profile:
-    """What is known of a row's machine before any fit."""
-    return get_profile(row.gpu)
-
-
-def links_sheet(machine: str, links: Links) -> Links:
-    """How ranks lie on the machine; the numbers are fitted."""
-    nvlink = machine in NVLINK
-    return replace(links, gpus_per_socket=8 if nvlink else 4, balanced=machine == "l40-mochi")
-
-
-@dataclass
-class Observation:
-    """A figure to be explained, with all that does not depend on the constants worked out once."""
-
-    row: Row
-    kind: str
-    seconds: float
-    sigma: float
-    keys: dict[str, Key]
-    base: Profile
-    work: list[list[Pass]]
-    at: Spread
-
-    def predict(self, theta: Mapping[Key, float]) -> float:
-        profile = build(self.base, self.keys, theta, single=self.row.implementation.startswith("diffusers"))
-        return evaluate(self, profile)
-
-
-def build(base: Profile, keys: Mapping[str, Key], theta: Mapping[Key, float], single: bool) -> Profile:
-    value = {name: theta.get(key, prior(key)[0]) for name, key in keys.items()}
-    links = replace(base.links, **{name: value.pop(name) for name in LINKS})
-    if not single:
-        value.pop("single_gpu")
-    return replace(base, links=links, **value)
-
-
-def evaluate(what: Observation, profile: Profile) -> float:
-    row = what.row
-    if what.kind == "decode":
-        return outside_seconds(row.model, row.size, row.degrees, profile, "reference")[1]
-    step = step_seconds(row.model, row.size, row.degrees, profile, "reference", what.at, what.work)
-    seconds = sum(step.values())
-    if what.kind != "step":
-        seconds *= row.size.num_steps
-    if what.kind == "total":
-        seconds += sum(outside_seconds(row.model, row.size, row.degrees, profile, "reference"))
-    return seconds
-
-
-def observe(row: Row) -> list[Observation]:
-    base = sheet(row)
-    base = replace(base, links=links_sheet(machine_of(row), base.links), fsdp=bool(row.other.get("fsdp")))
-    at = spread(row.degrees, base.links, -(-row.degrees.ranks // base.links.gpus_per_node))
-    work = workload(row.model, row.size, row.degrees, "reference")
-    figures = [(row.kind, row.seconds, row.reading_error)]
-    if "vae_decode_s" in row.other:
-        # One program's decode time does not depend on the layout; together its rows count about once.
-        figures.append(("decode", row.other["vae_decode_s"], 0.5 * row.other["vae_decode_s"]))
-    found = []
-    for kind, seconds, error in figures:
-        sigma = math.hypot(RELATIVE_NOISE, 0.6 * error / seconds)
-        found.append(Observation(row, kind, seconds, sigma, keys_of(row), base, work, at))
-    return found
-
-
-@dataclass
-class Fit:
-    theta: dict[Key, float]
-    x: dict[Key, float]
-    """In standard deviations of the prior."""
-
-
-class Problem:
-    """Least squares over observations: relative residuals with a smooth linear-beyond-TOLERANCE loss, and the priors.
-
-    Maximum a posteriori. The Jacobian is sparse: a constant touches only the rows that it belongs to.
-    """
-
-    def __init__(self, observations: Sequence[Observation]) -> None:
-        self.observations = observations
-        self.keys = sorted({key for o in observations for key in o.keys.values()})
-        self.touched = [[r for r, o in enumerate(observations) if key in o.keys.values()] for key in self.keys]
-
-    def theta(self, x: Any) -> dict[Key, float]:
-        return {key: prior(key)[0] * math.exp(prior(key)[1] * x[i]) for i, key in enumerate(self.keys)}
-
-    def residual(self, r: int, theta: Mapping[Key, float]) -> float:
-        o = self.observations[r]
-        error = math.log(o.predict(theta) / o.seconds) / o.sigma
-        return math.copysign(TOLERANCE * math.sqrt(2 * (math.sqrt(1 + (error / TOLERANCE) ** 2) - 1)), error)
-
-    def residuals(self, x: Any) -> Any:
-        import numpy as np
-
-        theta = self.theta(x)
-        return np.concatenate([[self.residual(r, theta) for r in range(len(self.observations))], x])
-
-    def jacobian(self, x: Any) -> Any:
-        import numpy as np
-
-        rows = len(self.observations)
-        out, theta, h = np.zeros((rows + len(self.keys), len(self.keys))), self.theta(x), 1e-4
-        base = [self.residual(r, theta) for r in range(rows)]
-        for i, key in enumerate(self.keys):
-            moved = {**theta, key: theta[key] * math.exp(prior(key)[1] * h)}
-            for r in self.touched[i]:
-                out[r, i] = (self.residual(r, moved) - base[r]) / h
-            out[rows + i, i] = 1.0
-        return out
-
-    def solve(self) -> Fit:
-        import numpy as np
-        from scipy.optimize import least_squares
-
-        x0 = np.zeros(len(self.keys))
-        found = least_squares(self.residuals, x0, jac=self.jacobian, max_nfev=ITERATIONS, xtol=1e-4, ftol=1e-4)
-        return Fit(self.theta(found.x), dict(zip(self.keys, found.x.tolist())))
-
-    def without(self, fit: Fit, jacobian: Any, left_out: Sequence[int], refresh: int = 1) -> dict[Key, float]:
-        """The constants when some observations are left out: Gauss-Newton from the full fit.
-
-        The full fit's Jacobian serves for a few steps, then a fresh one is taken `refresh` times.
-        """
-        import numpy as np
-
-        rows = [r for r in range(len(self.observations)) if r not in left_out]
-        part = Problem([self.observations[r] for r in rows])
-        columns = [self.keys.index(key) for key in part.keys]
-        keep = rows + [len(self.observations) + c for c in columns]
-        slope = jacobian[np.ix_(keep, columns)]
-        x = np.array([fit.x[key] for key in part.keys])
-        for again in range(refresh + 1):
-            if again:
-                slope = part.jacobian(x)
-            inverse = np.linalg.pinv(slope)
-            for _ in range(6):
-                step = np.clip(inverse @ part.residuals(x), -1, 1)
-                x = x - step
-                if np.abs(step).max() < 5e-3:
-                    break
-            if again == 0 and np.abs(x - [fit.x[key] for key in part.keys]).max() < 0.3:
-                break  # hardly moved: the Jacobian is still good
-        return part.theta(x)
+from planner.hardware import DATA, get_profile
 
 
 @dataclass
@@ -261,11 +54,17 @@ class Errors:
     extrapolated: float | None = None
 
 
+def row_of(o: Observation) -> Row:
+    """The published row that an observation comes from."""
+    assert o.row is not None, "measured observations have no published row"
+    return o.row
+
+
 def twins(one: Observation, observations: Sequence[Observation]) -> list[int]:
     """Observations of the same layout, model and size on the same machine, in whatever table they stand."""
 
     def same(o: Observation) -> tuple[Any, ...]:
-        row = o.row
+        row = row_of(o)
         return (machine_of(row), row.model.name, row.size.num_frames, row.degrees, bool(row.other.get("fsdp")))
 
     return [i for i, o in enumerate(observations) if same(o) == same(one)]
@@ -273,23 +72,23 @@ def twins(one: Observation, observations: Sequence[Observation]) -> list[int]:
 
 def errors(observations: Sequence[Observation], fit: Fit, leave_out: bool, tell: Callable[[str], None]) -> list[Errors]:
     problem = Problem(observations)
-    found = [Errors(o.row, o.predict(fit.theta) / o.seconds - 1) for o in observations if o.kind != "decode"]
+    found = [Errors(row_of(o), o.predict(fit.theta) / o.seconds - 1) for o in observations if o.kind != "decode"]
     if not leave_out:
         return found
     import numpy as np
 
-    small = Problem([o for o in observations if o.row.degrees.ranks <= 2]).solve()
+    small = Problem([o for o in observations if o.degrees.ranks <= 2]).solve()
     jacobian = problem.jacobian(np.array([fit.x[key] for key in problem.keys]))
     at = [i for i, o in enumerate(observations) if o.kind != "decode"]
     for number, (i, error) in enumerate(zip(at, found)):
         one = observations[i]
-        alone = [k for k, o in enumerate(observations) if o.row.id == one.row.id]
+        alone = [k for k, o in enumerate(observations) if row_of(o).id == row_of(one).id]
         error.left_out = one.predict(problem.without(fit, jacobian, alone)) / one.seconds - 1
         together = sorted({*alone, *twins(one, observations)})
         error.twins_out = error.left_out
-        if len({observations[k].row.id for k in together}) > 1:
+        if len({row_of(observations[k]).id for k in together}) > 1:
             error.twins_out = one.predict(problem.without(fit, jacobian, together)) / one.seconds - 1
-        if one.row.degrees.ranks >= 3:
+        if one.degrees.ranks >= 3:
             error.extrapolated = one.predict({**small.theta}) / one.seconds - 1
         if number % 25 == 24:
             tell(f"left out {number + 1} of {len(at)} rows")
@@ -371,9 +170,9 @@ def pairs_in_order(
 def profiles(fit: Fit, observations: Sequence[Observation]) -> dict[str, dict[str, Any]]:
     """One profile for each published group, under its name; a second GPU or program of a group gets a suffix."""
     made: dict[str, dict[str, Any]] = {}
-    used = {o.row.group: 0 for o in observations}
+    used = {row_of(o).group: 0 for o in observations}
     for o in observations:
-        used[o.row.group] += 1
+        used[row_of(o).group] += 1
     for row in rows():
         name = row.group
         first = next(r for r in rows() if r.group == name)
@@ -418,8 +217,8 @@ def gpu_constants(fit: Fit, gpu: str) -> dict[str, Any]:
 def write(fit: Fit, observations: Sequence[Observation]) -> None:
     """Put the constants into planner/hardware.json."""
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    for gpu in sorted({o.row.gpu for o in observations}):
-        count = len({o.row.id for o in observations if o.row.gpu == gpu})
+    for gpu in sorted({row_of(o).gpu for o in observations}):
+        count = len({row_of(o).id for o in observations if row_of(o).gpu == gpu})
         data["gpus"][gpu] |= gpu_constants(fit, gpu) | {"calibrated_on": f"{count} published rows on {gpu}"}
     data["profiles"] = profiles(fit, observations)
     DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -485,9 +284,6 @@ def report(found: Sequence[Errors], fit: Fit) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
-
     click.echo(f"{'group':26}{'model':20}{'rows':>5}{'fit %':>8}{'LOO %':>8}{'twins %':>9}{'from 1,2 %':>12}")
     for g in result["groups"]:
         cells = [percent(g[name]) for name in ("fitted", "left_out", "twins_out", "from_1_and_2")]
@@ -502,12 +298,69 @@ def show(result: dict[str, Any]) -> None:
     click.echo(f"{len(result['excluded'])} rows are not fitted; benchmarks/published/excluded.json says why")
 
 
+def own_profile(path: Path, gpu: str, output: Path) -> None:
+    """Fit a machine's own constants to its measurements and write them as a profile for `--gpu`."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        base = get_profile(gpu)
+        observations = observe_measured(data["rows"], base)
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is no results file of benchmarks/run.py") from None
+    problem = Problem(observations)
+    found = problem.solve()
+    names = {name: found.theta[key] for o in observations for name, key in o.keys.items()}
+    made = build(base, {name: _short(value) for name, value in names.items()}, single=False)
+    click.echo(f"{'layout':34}{'kind':10}{'measured':>10}{'fitted':>10}{'fit %':>8}{'LOO %':>8}")
+    for o, without in zip(observations, _left_out(problem, found)):
+        fitted = o.predict(found.theta)
+        errors_ = [percent(seconds / o.seconds - 1) for seconds in (fitted, without) if seconds is not None]
+        cells = "".join(f"{cell:>8}" for cell in errors_)
+        click.echo(f"{o.degrees!s:34}{o.kind:10}{o.seconds:>10.2f}{fitted:>10.2f}{cells}")
+    own = asdict(made) | {"name": output.stem, "calibrated_on": f"{path.name}, {len(observations)} figures"}
+    output.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"written: {output} (xdit-plan --gpu {output})")
+
+
+def _left_out(problem: Problem, fit: Fit) -> list[float | None]:
+    """Each figure predicted without its layout; None where it is the only layout."""
+    import numpy as np
+
+    observations = problem.observations
+    if len({o.degrees for o in observations}) < 2:
+        return [None] * len(observations)
+    jacobian = problem.jacobian(np.array([fit.x[key] for key in problem.keys]))
+    found: list[float | None] = []
+    for o in observations:
+        same = [k for k, other in enumerate(observations) if other.degrees == o.degrees]
+        found.append(o.predict(problem.without(fit, jacobian, same)))
+    return found
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
 @click.command()
 @click.option("--write", "do_write", is_flag=True, help="Put the constants into planner/hardware.json.")
 @click.option("--report", "report_path", type=click.Path(path_type=Path), help="Write errors and constants as JSON.")
 @click.option("--quick", is_flag=True, help="No leave-one-out errors (they take minutes).")
-def main(do_write: bool, report_path: Path | None, quick: bool) -> None:
-    """Fit the planner's constants to the published rows and print how well they are predicted."""
+@click.option(
+    "--measured", type=click.Path(path_type=Path, exists=True), help="Results of run.py in place of the rows."
+)
+@click.option("--gpu", help="With --measured: the profile to start from.")
+@click.option("--output", type=click.Path(path_type=Path), help="With --measured: the profile to write.")
+def main(
+    do_write: bool, report_path: Path | None, quick: bool, measured: Path | None, gpu: str | None, output: Path | None
+) -> None:
+    """Fit the planner's constants and print how well the rows are predicted."""
+    if measured is not None:
+        if gpu is None or output is None:
+            raise click.UsageError("--measured needs --gpu, a profile to start from, and --output")
+        try:
+            own_profile(measured, gpu, output)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        return
     observations = [o for row in rows() if row.id not in excluded() for o in observe(row)]
     found = Problem(observations).solve()
     result = report(errors(observations, found, not quick, lambda line: click.echo(line, err=True)), found)

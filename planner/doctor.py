@@ -47,6 +47,11 @@ NCCL_SWITCHES = (
     "NCCL_SOCKET_IFNAME",
     "CUDA_VISIBLE_DEVICES",
 )
+COMPUTE = (
+    *("tflops", "hbm_gbs", "memory_gb", "matmul", "attention", "convolution", "elementwise", "half_rows"),
+    *("merge_bytes", "exposed", "layer_overhead_ms"),
+)
+"""What a profile takes from the kind of GPU."""
 SLOW_LINK = 0.7
 """A pair this much slower than the fastest lies across something: sockets, or switches."""
 
@@ -197,9 +202,7 @@ def profile(found: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {"name": "this machine", "gpu": kind or name, "calibrated_on": "xdit-doctor on this machine"}
     if kind:
         known = get_profile(kind)
-        fields = ("tflops", "hbm_gbs", "memory_gb", "matmul", "attention", "convolution", "elementwise", "half_rows")
-        fields += ("merge_bytes", "exposed", "layer_overhead_ms")
-        made |= {field: getattr(known, field) for field in fields}
+        made |= {name: getattr(known, name) for name in COMPUTE}
         if not known.calibrated_on:
             made["calibrated_on"] = "links: xdit-doctor on this machine; compute: data sheet"
     else:

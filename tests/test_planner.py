@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import calibrate
+from benchmarks import calibrate, fitting
 from benchmarks.published import Row, excluded, rows
 from common.parallel import Layout
 from planner import choose_layout, get_model, get_profile, plan, predict
@@ -66,7 +66,7 @@ def test_excluded_rows_exist_and_have_reasons() -> None:
 
 
 def test_constants_are_few() -> None:
-    observations = [o for row in fitted_rows() for o in calibrate.observe(row)]
+    observations = [o for row in fitted_rows() for o in fitting.observe(row)]
     of_a_gpu = [key for o in observations for key in o.keys.values() if key[1] == "h20"]
     assert len(set(of_a_gpu)) <= 10
 
@@ -74,11 +74,11 @@ def test_constants_are_few() -> None:
 def test_a_fit_finds_the_constants_that_made_the_rows() -> None:
     """Rows made by the model itself: their constants come back, and leaving a row out changes little."""
     table = [row for row in fitted_rows() if row.group == "cogvideox-5b-l40"]
-    observations = [o for row in table for o in calibrate.observe(row)]
-    truth = {key: calibrate.prior(key)[0] for o in observations for key in o.keys.values()}
+    observations = [o for row in table for o in fitting.observe(row)]
+    truth = {key: fitting.prior(key)[0] for o in observations for key in o.keys.values()}
     truth |= {("gbs", "l40"): 11.0, ("attention", "l40"): 0.8}
     made = [replace(o, seconds=o.predict(truth), sigma=0.001) for o in observations]
-    problem = calibrate.Problem(made)
+    problem = fitting.Problem(made)
     fit = problem.solve()
     assert max(abs(o.predict(fit.theta) / o.seconds - 1) for o in made) < 0.005
     import numpy as np
@@ -86,6 +86,35 @@ def test_a_fit_finds_the_constants_that_made_the_rows() -> None:
     jacobian = problem.jacobian(np.array([fit.x[key] for key in problem.keys]))
     without = problem.without(fit, jacobian, [3])
     assert made[3].predict(without) == pytest.approx(made[3].seconds, rel=0.02)
+
+
+def test_a_users_measurements_make_a_profile(tmp_path: Path) -> None:
+    """Results as run.py writes them, made by a machine with other links than the one we start from."""
+    truth = get_profile("l40", "9")
+    size = default_size(get_model("mochi"))
+    made = []
+    for degrees in (
+        Degrees(),
+        Degrees(2, 1, 1),
+        Degrees(1, 2, 1),
+        Degrees(1, 1, 2),
+        Degrees(2, 2, 1),
+        Degrees(2, 1, 2),
+    ):
+        found = predict(get_model("mochi"), size, degrees, truth, "ours")
+        key = {**vars(degrees), **vars(size), "model": "mochi", "program": "ours"}
+        made.append({"key": key, "stages_s": {"sampling": found.sampling, "decode": found.decode}})
+    results, output = tmp_path / "results.json", tmp_path / "mine.json"
+    results.write_text(json.dumps({"rows": [*made, {"key": made[0]["key"], "error": "x"}]}))
+    arguments = ["--measured", str(results), "--gpu", "l40", "--output", str(output)]
+    done = CliRunner().invoke(calibrate.main, arguments)
+    assert done.exit_code == 0, done.output
+    mine = get_profile(str(output))
+    assert mine.links.gbs == pytest.approx(9, rel=0.15)
+    best = plan(get_model("mochi"), size, 4, mine).best
+    assert best.total == pytest.approx(plan(get_model("mochi"), size, 4, truth).best.total, rel=0.03)
+    results.write_text("[]")
+    assert CliRunner().invoke(calibrate.main, arguments).exit_code == 2
 
 
 @pytest.mark.parametrize("name", MODELS)
