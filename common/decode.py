@@ -97,14 +97,13 @@ def decode_frames(
     if z.ndim != 5 or z.shape[0] != 1:
         raise ValueError(f"latents have shape {tuple(z.shape)}; one video is decoded at a time: (1, C, T, h, w)")
     plan, split = plan or DecodePlan(), split or TimeSplit()
-    with torch.inference_mode():
-        whole = _Decode(decoder, z, plan, split, rounding)
-        pieces = whole.tiled() if plan.mode == "tiled" else whole.exact()
-        yield from pieces
+    run = _Decode(decoder, z, plan, split, rounding)
+    yield from run.tiled() if plan.mode == "tiled" else run.exact()
 
 
 class _Decode:
-    """One run of `decode_frames`."""
+    """One run of `decode_frames`. Inference mode is entered where something is computed: it must not leak to the
+    caller while a generator rests."""
 
     def __init__(self, decoder: VideoDecoder, z: Tensor, plan: DecodePlan, split: TimeSplit, rounding: str) -> None:
         self.decoder, self.z, self.split, self.rounding = decoder, z, split, rounding
@@ -121,6 +120,7 @@ class _Decode:
         """Chunk k of the whole picture on rank k mod P."""
         link, scale = self.split.link(), self.decoder.scale
 
+        @torch.inference_mode()
         def work(k: int) -> Tensor:
             pixels = self.decoder(self.z[:, :, self.times[k]], self.stream(k, link))
             return to_uint8(pixels[0], self.rounding)
@@ -139,6 +139,7 @@ class _Decode:
         offload = self.z.device.type != "cpu"
         links = {j: LocalLink(offload) for j in range(axis.rank, count, axis.size)}
 
+        @torch.inference_mode()
         def work(item: int) -> Tensor:
             k, j = divmod(item, count)
             z = self.tiles[j].of(self.z[:, :, self.times[k]])
@@ -154,18 +155,18 @@ class _Decode:
             yield from pieces
             return
         for frames in self.frames:
-            yield self.blended(pieces, frames)
+            canvas = self.canvas(frames)
+            for tile in self.tiles:
+                # In a fixed order, so that the sum is the same on any number of ranks.
+                piece = next(pieces)
+                assert piece is not None
+                tile.blend(canvas, piece, self.decoder.scale)
+            yield to_uint8(canvas, self.rounding)
 
-    def blended(self, pieces: Iterator[Tensor | None], frames: int) -> Tensor:
-        """The next chunk's frames from its tiles, added up in a fixed order: the same on any number of ranks."""
-        scale = self.decoder.scale
+    def canvas(self, frames: int) -> Tensor:
         dtype = torch.float64 if self.z.dtype == torch.float64 else torch.float32
-        canvas = torch.zeros(3, frames, self.height * scale, self.width * scale, dtype=dtype, device=self.z.device)
-        for tile in self.tiles:
-            piece = next(pieces)
-            assert piece is not None
-            tile.blend(canvas, piece, scale)
-        return to_uint8(canvas, self.rounding)
+        size = (self.height * self.decoder.scale, self.width * self.decoder.scale)
+        return torch.zeros(3, frames, *size, dtype=dtype, device=self.z.device)
 
 
 class PeakMemory(TorchDispatchMode):

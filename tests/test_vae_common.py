@@ -302,6 +302,13 @@ def test_pixels_become_bytes_by_the_named_rule():
     assert to_uint8(grey.bfloat16())[0, 0, :, 0].tolist() == [0, 0, 127, 255, 255, 255]
 
 
+@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("tiled", 1, (8, 8), 2)])
+def test_a_resting_decode_leaves_its_caller_alone(plan):
+    pieces = decode_frames(net(), latents(3, 9, 9), plan)
+    next(pieces)
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
 def test_only_one_video_is_decoded_at_a_time():
     with pytest.raises(ValueError, match="one video"):
         next(decode_frames(net(), torch.zeros(2, 2, 1, 3, 3)))
