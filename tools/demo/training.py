@@ -30,6 +30,8 @@ class Plan:
     """Weight decay."""
     average: float = 0.0
     """Decay of the running average of the weights that is kept beside them; 0 keeps none."""
+    muon: bool = False
+    """Muon for the matrices of `blocks`, AdamW for the rest, instead of AdamW for all."""
     save_seconds: float = 120.0
     seed: int = 0
 
@@ -53,6 +55,20 @@ def write_atomically(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
+def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if plan.muon and p.ndim == 2 and "blocks." in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=plan.rate, betas=(0.9, 0.98), weight_decay=plan.decay)
+    ]
+    if matrices:
+        kind = {"lr": plan.rate, "weight_decay": plan.decay, "adjust_lr_fn": "match_rms_adamw"}
+        found.append(torch.optim.Muon(matrices, **kind))
+    return found
+
+
 def train(
     module: nn.Module, step: Callable[[torch.Generator, int], Losses], plan: Plan, state_file: Path
 ) -> dict[str, Tensor]:
@@ -61,33 +77,36 @@ def train(
     step(generator, i) computes the losses of step i; the generator depends on seed and i alone, so an interrupted
     run that resumes from `state_file` sees the batches it would have seen. Losses go to `state_file` with .jsonl.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=plan.decay)
+    optimizers = _optimizers(module, plan)
     average = {n: p.detach().clone() for n, p in module.named_parameters()} if plan.average else {}
     start = 0
     state_file.parent.mkdir(parents=True, exist_ok=True)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         average, start = state["average"], state["step"]
         print(f"{state_file.name}: resumed at step {start}", flush=True)
 
     def save(done: int) -> None:
-        kept = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
-        write_atomically(state_file, kept)
+        kept = {"module": module.state_dict(), "average": average, "step": done}
+        write_atomically(state_file, kept | {"optimizers": [o.state_dict() for o in optimizers]})
 
     saved = logged = time.monotonic()
     logged_step = start
     for i in range(start, plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.at(i)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.at(i)
         losses = step(torch.Generator().manual_seed(plan.seed * 1_000_003 + i), i)
-        optimizer.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise RuntimeError(f"step {i}: the gradient is {norm}; lower the rate and resume from {state_file}")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         # Early weights are forgotten fast: the average of the first n steps has a horizon of n / 10.
         keep = min(plan.average, (1 + i) / (10 + i))
         for name, p in module.named_parameters() if average else ():
