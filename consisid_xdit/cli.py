@@ -93,17 +93,9 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> Session:
     assert setup.source.model_dir is not None
     if setup.source.demo is not None:
         stages.note("the demo checkpoint has random weights: the picture is noise, and its face models know one face")
-    made = ConsisIDPipeline.from_pretrained(
-        setup.source.model_dir,
-        mesh=mesh,
-        dtype=setup.dtype,
-        attention=setup.attention,
-        scheduler=setup.extra["scheduler"],
-        keep_loaded=setup.keep_loaded,
-        stages=stages,
-        text_encoder_dir=setup.text_encoder_dir,
-    )
-    return Session(made)
+    shared = {name: getattr(setup, name) for name in ("dtype", "attention", "keep_loaded", "text_encoder_dir")}
+    own = {"scheduler": setup.extra["scheduler"]}
+    return Session(ConsisIDPipeline.from_pretrained(setup.source.model_dir, mesh, stages=stages, **shared, **own))
 
 
 def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
@@ -129,21 +121,14 @@ def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
 
 def generate(session: Session, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
     assert video.seed is not None
+    wanted = ("negative_prompt", "height", "width", "num_frames", "num_steps", "cfg_scale", "seed", "latents_file")
+    decoding = ("vae", "vae_chunk", "vae_tile")
     return session.pipe(
         video.prompt,
-        negative_prompt=video.negative_prompt,
         identity=person(session, setup, stages),
-        height=video.height,
-        width=video.width,
-        num_frames=video.num_frames,
-        num_steps=video.num_steps,
-        cfg_scale=video.cfg_scale,
-        seed=video.seed,
         dynamic_cfg=setup.extra["dynamic_cfg"],
-        vae=setup.vae,
-        vae_chunk=setup.vae_chunk,
-        vae_tile=setup.vae_tile,
-        latents_file=video.latents_file,
+        **{name: getattr(video, name) for name in wanted},
+        **{name: getattr(setup, name) for name in decoding},
     )
 
 

@@ -32,6 +32,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
     """
 
     config: ConsisIDConfig
+    read_config = staticmethod(read_consisid)
     _identity: IdentityFeatures | None = None
     _face: Face | None = None
 
@@ -100,8 +101,6 @@ class ConsisIDPipeline(CogVideoXPipeline):
             landmarks = image_frames(canvas, *frames.shape[1:3])
             latents.append(super()._encode_frames(landmarks.to(frames.device), generator))
         return torch.cat(latents, dim=2)
-
-    read_config = staticmethod(read_consisid)
 
     def _load_face_models(self) -> FaceReader:
         with self.stages.stage("loading face models"):
