@@ -2,7 +2,7 @@
 
     python benchmarks/calibrate.py                  # fit, and print errors in-sample and leave-one-out
     python benchmarks/calibrate.py --write          # and put the constants into planner/hardware.json
-    python benchmarks/calibrate.py --measured benchmarks/results/mochi-cuda.json --gpu h200 --output mine.json
+    python benchmarks/calibrate.py --measured outputs/bench/mochi-cuda.json --gpu h200 --output mine.json
 
 The last one fits a machine's own constants, starting from a known profile; `xdit-plan --gpu mine.json` takes them.
 Needs scipy: pip install 'xdit-zoo[plot]'.

@@ -6,6 +6,7 @@
 
 Layouts are written cfg x ring x ulysses. Without --model-dir, random weights of the true sizes are used: latency does
 not depend on the values. Results go to a json and a csv, row by row; a run that was interrupted goes on where it was.
+A json that is put into benchmarks/results/ enters docs/performance.md.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from planner.cost import Degrees
 from planner.layouts import products, refusal
 from planner.models import MODELS, Model, Size, default_size, get_model
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("outputs") / "bench"
 DEMO_SIZES = {
     # A demo checkpoint's own size: a functional run of the harness, no measurement of the model.
     "mochi": Size(64, 64, 13, 4),
@@ -235,7 +236,9 @@ def show(measured: Sequence[dict[str, Any]], table: str | None) -> None:
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--warmup-steps", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--peers", default="", help="Comma-separated: diffusers, diffusers-compiled. On one GPU.")
-@click.option("--output", type=click.Path(path_type=Path), help="Results json. Default: benchmarks/results/MODEL.json")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Results json. Default: outputs/bench/MODEL-DEVICE.json"
+)
 def command(**options: Any) -> None:
     """Measure layouts with warm-up, repeats and medians, end to end and per stage, beside the published rows."""
     try:

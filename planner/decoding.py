@@ -6,19 +6,24 @@ from dataclasses import dataclass
 
 from cogvideox_xdit.config import VAEConfig
 from mochi_xdit.config import MochiConfig
-from planner.models import Model, Size, decoded_frames
+from planner.models import BYTES, Model, Size, decoded_frames
 
 COGVIDEOX_CHUNK = 2
 MOCHI_CHUNK = 3
+COGVIDEOX_COPIES = 4.9
+"""Tensors as large as the largest activation that are alive at once, as counted in the running decoder."""
+MOCHI_COPIES = 4.0
+MOCHI_TAILS = 33.5
+"""Frames of the last layers' width that the tails of all layers amount to."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What decoding a video takes: FLOPs in all, chunks it can be dealt in, bytes of the largest activation."""
+    """What decoding a video takes: FLOPs in all, chunks it can be dealt in, bytes at the peak beside the weights."""
 
     flops: float
     chunks: int
-    activation: float
+    peak: float
 
 
 def decoding(model: Model, size: Size) -> Decoding:
@@ -40,7 +45,8 @@ def _mochi(config: MochiConfig, latents: int, pixels: int) -> Decoding:
         frames, pixels = frames * time - (time - 1), pixels * space**2
     flops += depths[-1] * 2 * 2 * 27 * widths[-1] ** 2 * pixels * frames
     flops += 2 * widths[-1] * vae.out_channels * pixels * frames
-    return Decoding(flops, -(-latents // chunk), chunk * vae.temporal_ratio * pixels * widths[-1] * 2.0)
+    peak = pixels * BYTES * widths[-1] * (MOCHI_COPIES * chunk * vae.temporal_ratio + MOCHI_TAILS)
+    return Decoding(flops, -(-latents // chunk), peak)
 
 
 def _cogvideox(vae: VAEConfig, latents: int, pixels: int) -> Decoding:
@@ -63,6 +69,7 @@ def _cogvideox(vae: VAEConfig, latents: int, pixels: int) -> Decoding:
             if i < doublings and frames > 1:
                 frames = 2 * frames - frames % 2
     flops += 2 * 2 * z * width * grid + 2 * 27 * width * 3 * pixels * frames
-    chunk = min(latents, COGVIDEOX_CHUNK)
-    widest = channels[-2]
-    return Decoding(flops, max(1, latents // chunk), chunk * vae.time_compression * pixels * widest * 2.0)
+    # An odd number's first chunk has a frame more; an even one's second chunk has the tails of the first beside it.
+    shown = vae.time_compression * COGVIDEOX_CHUNK + 1 if latents > 1 else 1
+    peak = COGVIDEOX_COPIES * shown * pixels * channels[-2] * BYTES
+    return Decoding(flops, max(1, latents // COGVIDEOX_CHUNK), peak)

@@ -36,7 +36,7 @@ KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
 SCHEMES = ("ours", "reference")
 TEXT_SECONDS = 0.2
 """Tokenizer and launches of the text encoder."""
-GIB_RUNTIME = 1.0
+GB_RUNTIME = 1.0
 """CUDA context, NCCL buffers, workspaces."""
 
 
@@ -251,9 +251,9 @@ def memory_gb(model: Model, size: Size, degrees: Degrees, scheme: str) -> dict[s
     sampling = batch * math.ceil(rows) * (4 * model.hidden + max(hidden, exchanged)) * BYTES
     transformer, text = model.parameters * BYTES, T5_PARAMETERS * BYTES
     decoder = model.decoder_parameters * BYTES
-    frames = decoding(model, size).activation * 4
+    frames = decoding(model, size).peak
     stages = {"text": text + 0.2e9, "sampling": transformer + sampling, "decode": decoder + frames}
     if scheme == "reference":
         loaded = transformer + text + decoder
         stages = {"text": loaded + 0.2e9, "sampling": loaded + sampling, "decode": loaded + frames}
-    return {stage: round(value / 1e9 + GIB_RUNTIME, 2) for stage, value in stages.items()}
+    return {stage: round(value / 1e9 + GB_RUNTIME, 2) for stage, value in stages.items()}

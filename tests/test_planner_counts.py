@@ -9,6 +9,7 @@ import torch
 
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder
+from common.decode import DecodePlan, PeakMemory, decode_memory
 from common.guidance import Guidance
 from common.parallel import Layout
 from common.usp import SequenceParallel
@@ -22,6 +23,7 @@ from mochi_xdit.vae import MochiDecoder
 from planner import cost
 from planner.cost import Degrees, Place
 from planner.decoding import decoding
+from planner.model import GB_RUNTIME, memory_gb
 from planner.models import MODELS, Model, Size, default_size, get_model, latent_frames, video_tokens
 from tests.counting import Counts, as_rank, counting, register
 
@@ -61,9 +63,10 @@ def run(model: Model, size: Size, text: int, layout: Layout, rank: int) -> Count
         cond = prepared(transformer, config, text, latents)
     n = sp.lengths(video_tokens(model, size))[sp.rank]
     x = torch.empty(1, n, model.patch_dim, device="meta")
-    with counting() as counts:
+    with counting() as counts, PeakMemory() as held, torch.no_grad():
         register(counts, mesh)
         transformer(x, torch.zeros((), device="meta"), cond)
+    counts.held = held.peak  # type: ignore[attr-defined]
     return counts
 
 
@@ -142,6 +145,28 @@ def decode_all(decoder: CogVideoXDecoder, z: torch.Tensor) -> None:
     parts = spans(decoder.chunks(z.shape[2], max(decoder.chunk_choices)))
     for k, part in enumerate(parts):
         decoder(z[:, :, part], CausalStream(link, first=k == 0, last=k == len(parts) - 1))
+
+
+@pytest.mark.parametrize(("name", "latents"), [("mochi", 9), ("mochi", 28), ("cogvideox-5b", 13), ("cogvideox-5b", 10)])
+def test_memory_of_decoding_is_what_the_decoders_hold(name: str, latents: int) -> None:
+    model = get_model(name)
+    decoder = on_meta(MochiDecoder if name == "mochi" else CogVideoXDecoder).to(torch.bfloat16)
+    size = Size(720, 480, model.frame_step * (latents - 1) + 1, 1)
+    channels = 12 if name == "mochi" else 16
+    plan = DecodePlan("exact", max(decoder.chunk_choices))
+    counted = decode_memory(decoder, (channels, latents, 60, 90), plan)
+    assert decoding(model, size).peak == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["mochi", "cogvideox-2b", "cogvideox-1.5-5b"])
+def test_memory_of_sampling_is_what_a_block_holds(name: str) -> None:
+    model = get_model(name)
+    size = default_size(model)
+    for layout in (Layout(), Layout(ulysses=2), Layout(ring=2), Layout(ring=2, ulysses=2)):
+        held = run(shallow(model, 2), size, max(model.text_tokens), layout, 0).held  # type: ignore[attr-defined]
+        degrees = Degrees(layout.cfg, layout.ring, layout.ulysses)
+        said = memory_gb(model, size, degrees, "ours")["sampling"] - GB_RUNTIME - 2 * model.parameters / 1e9
+        assert said == pytest.approx(held / 1e9, rel=0.4), layout
 
 
 def test_mochis_decoder_computes_what_is_said() -> None:
