@@ -17,7 +17,6 @@ from mochi_xdit.vae import MochiDecoder, MochiEncoder
 from mochi_xdit.weights import DIFFUSERS_STEM, decoder_rename, encoder_rename, transformer_rename
 
 SHIPPED = Path(__file__).parent / "demo_data"
-PROMPT = "A big red circle moves slowly to the right on a black background."
 SEED = 20241022
 _REVISION = 2
 """Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
