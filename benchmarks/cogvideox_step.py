@@ -6,6 +6,9 @@ As `benchmarks/step.py`: both sides hold the same random weights and take turns,
 diffusers' time over ours. Width and depth are reduced; the text has its full 226 tokens. A step is two forwards,
 guidance and a DDIM update; diffusers runs its two forwards as one batch of two, as its pipelines do. What our `prepare`
 does once per generation (text projection, positions) is not in a forward; diffusers does it in every one.
+
+`--peer cache-dit` (pip install cache-dit) runs diffusers' model on the same ranks under cache-dit's context
+parallelism (Ulysses) instead. It wants text and video tokens and ranks that divide; on the CPU its ring does not run.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.step import DTYPES, compare
+from benchmarks.step import CLOCKS, DTYPES, Timer
 from cogvideox_xdit.config import CONFIGS, TransformerConfig, transformer_config, transformer_json
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack, unpack
 from cogvideox_xdit.weights import STEM, load_transformer, rename_table
@@ -50,6 +54,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: of all threads of a process")
+    parser.add_argument("--peer", choices=["diffusers", "cache-dit"], default="diffusers")
     parser.add_argument("--compile", action="store_true", help="compile each block, ours and theirs")
     return parser.parse_args()
 
@@ -70,7 +76,7 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> None:
 def size_of(config: TransformerConfig, tokens: int) -> tuple[int, int, int]:
     """Latent (T, H, W) of about that many tokens, shaped like 720x480 video."""
     h = max(2, round(math.sqrt(tokens / 4 / 1.5)))
-    w = max(2, round(h * 1.5))
+    w = max(2, round(h * 1.5 / 4) * 4)  # a number that peers can divide
     return max(1, round(tokens / (h * w))) * config.patch[0], 2 * h, 2 * w
 
 
@@ -131,6 +137,27 @@ class Case:
         return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def take_turns(case: Case, mesh: Mesh, args: argparse.Namespace, threads: int) -> dict[str, float]:
+    """Medians of the four calls after one round that is not counted; a peer on all ranks shares the cores as we do."""
+    timer, on_ranks = Timer(mesh, args.clock), args.peer == "cache-dit"
+    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "their_forward", "step", "their_step")}
+    for _ in range(args.rounds + 1):
+        for name, times in seconds.items():
+            alone = name.startswith("their") and not on_ranks
+            torch.set_num_threads(threads if alone else max(1, threads // mesh.layout.ranks))
+            call = getattr(case, name)
+            times.append(timer(call if case.theirs is not None or not alone else lambda: case.x))
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def spread_with_cache_dit(model: nn.Module, mesh: Mesh) -> None:
+    """Split diffusers' model over the mesh as cache-dit does it."""
+    import cache_dit
+
+    config = cache_dit.ParallelismConfig(ulysses_size=mesh.layout.ranks)
+    cache_dit.enable_cache(model, cache_config=None, parallelism_config=config)
+
+
 @torch.no_grad()
 def measure(args: argparse.Namespace, mesh: Mesh, folder: Path, dtype: str) -> None:
     from diffusers import CogVideoXTransformer3DModel
@@ -138,16 +165,19 @@ def measure(args: argparse.Namespace, mesh: Mesh, folder: Path, dtype: str) -> N
     config = transformer_config(json.loads((folder / "transformer" / "config.json").read_text()))
     model = load_transformer(folder, config, SequenceParallel(mesh), mesh.device, DTYPES[dtype])
     theirs = None
-    if mesh.is_main:
+    on_ranks = args.peer == "cache-dit"
+    if mesh.is_main or on_ranks:
         theirs = CogVideoXTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=DTYPES[dtype])
         theirs = theirs.to(mesh.device).eval()
+    if on_ranks:
+        spread_with_cache_dit(theirs, mesh)
     if args.compile:
         for block in [*model.blocks, *(theirs.transformer_blocks if theirs else [])]:
             block.compile()
     threads = torch.get_num_threads()
     for tokens in args.tokens:
         case = Case(model, theirs, mesh, tokens)
-        times = compare(case, mesh, args.rounds, threads)  # type: ignore[arg-type]
+        times = take_turns(case, mesh, args, threads)
         apart = case.difference()
         if mesh.is_main:
             ours, peer, step, their_step = (times[k] for k in ("forward", "their_forward", "step", "their_step"))
@@ -174,10 +204,10 @@ def main() -> None:
             write_checkpoint(Path(folder), args)
         if mesh.is_main:
             print(f"{mesh.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {layout};")
-            print(f"{args.kind}: {args.heads} heads, {args.depth} blocks; medians of {args.rounds}")
+            print(f"{args.kind}: {args.heads} heads, {args.depth} blocks; medians of {args.rounds}, {args.clock} clock")
             print(
-                f"{'dtype':5} {'tokens':>7} {'forward s':>10} {'diffusers':>10} {'ratio':>7}"
-                f" {'step s':>10} {'diffusers':>10} {'ratio':>7}   difference"
+                f"{'dtype':5} {'tokens':>7} {'forward s':>10} {args.peer:>10} {'ratio':>7}"
+                f" {'step s':>10} {args.peer:>10} {'ratio':>7}   difference"
             )
         for dtype in args.dtype:
             measure(args, mesh, Path(folder), dtype)
