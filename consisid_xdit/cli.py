@@ -95,7 +95,7 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> Session:
         stages.note("the demo checkpoint has random weights: the picture is noise, and its face models know one face")
     shared = {name: getattr(setup, name) for name in ("dtype", "attention", "keep_loaded", "text_encoder_dir")}
     own = {"scheduler": setup.extra["scheduler"]}
-    return Session(ConsisIDPipeline.from_pretrained(setup.source.model_dir, mesh, stages=stages, **shared, **own))
+    return Session(ConsisIDPipeline(setup.source.model_dir, mesh, stages=stages, **shared, **own))
 
 
 def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:

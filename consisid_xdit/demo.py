@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -28,8 +29,8 @@ IDENTITY = "identity.safetensors"
 
 def demo_config() -> ConsisIDConfig:
     """CogVideoX's small image model (four heads of 16, four layers, 64 x 96 pixels, 17 frames) with a small face."""
-    numbers = vars(cogvideox.demo_config("5b-i2v"))
-    face = {"cross_head_dim": 16, "cross_heads": 2, "id_dim": 512 + 24, "vit_dim": 32, "depth": 10}
+    numbers: dict[str, Any] = vars(cogvideox.demo_config("5b-i2v"))
+    face: dict[str, Any] = {"cross_head_dim": 16, "cross_heads": 2, "id_dim": 512 + 24, "vit_dim": 32, "depth": 10}
     face |= {"extractor_head_dim": 8, "extractor_heads": 4, "queries": 8, "face_dim": 42}
     return replace(PREVIEW, **numbers, **face)
 

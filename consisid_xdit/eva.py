@@ -60,6 +60,9 @@ def rope_tables(config: EvaConfig) -> tuple[Tensor, Tensor]:
 class Rope(nn.Module):
     """Rotates every token but the first (the class token has no position)."""
 
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
     def __init__(self, config: EvaConfig):
         super().__init__()
         cos, sin = rope_tables(config)

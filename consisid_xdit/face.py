@@ -114,7 +114,8 @@ class FaceConfig:
             return cls()
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            tower = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.pop("tower", {}).items()}
+            tower: dict[str, Any] = raw.pop("tower", {})
+            tower = {name: tuple(v) if isinstance(v, list) else v for name, v in tower.items()}
             return cls(EvaConfig(**tower), **raw)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not describe face models: {error}") from None

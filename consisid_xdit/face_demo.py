@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ def write_face_models(model_dir: Path, config: ConsisIDConfig, seed: int) -> Non
 
 
 @torch.no_grad()
-def fire_on_skin(model: RetinaFace) -> None:
+def fire_on_skin(model: Any) -> None:
     """Lead red, which skin has much of, as channel 0 to the coarsest class head, and put the landmarks in place."""
     _pass_on(model.body.conv1, source=2)  # the input is BGR
     for module in model.body.modules():
@@ -74,7 +75,7 @@ def fire_on_skin(model: RetinaFace) -> None:
             head.conv1x1.bias.copy_(torch.tensor(values * 2))
 
 
-def _pass_on(conv: nn.Conv2d, source: int = 0) -> None:
+def _pass_on(conv: Any, source: int = 0) -> None:
     """Output channel 0 is the mean of input channel `source` under the kernel."""
     conv.weight[0] = 0
     conv.weight[0, source] = 1 / (conv.kernel_size[0] * conv.kernel_size[1])

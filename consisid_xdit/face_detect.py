@@ -81,7 +81,7 @@ class Faces:
 
     @property
     def centers(self) -> Floats:
-        return (self.boxes[:, :2] + self.boxes[:, 2:4]) / 2
+        return (self.boxes[:, :2] + self.boxes[:, 2:4]) / np.float32(2)
 
     def take(self, index: NDArray[np.intp] | list[int]) -> Faces:
         return Faces(self.boxes[index], self.landmarks[index])
@@ -146,7 +146,8 @@ class Scrfd:
         scores = outputs[0].reshape(-1)
         distances, points = (a.reshape(len(scores), -1) * stride for a in outputs[1:])
         side = self.size // stride
-        grid = np.stack(np.mgrid[:side, :side][::-1], axis=-1).reshape(-1, 2).astype(np.float32)
+        rows, columns = np.mgrid[:side, :side].astype(np.float32)
+        grid = np.stack([columns, rows], axis=-1).reshape(-1, 2)
         centers = (grid * stride).repeat(len(scores) // side**2, axis=0)
         boxes = np.concatenate([centers - distances[:, :2], centers + distances[:, 2:]], axis=1)
         keep = scores >= self.threshold

@@ -121,7 +121,7 @@ class LocalFacialExtractor(nn.Module):
         per_scale = len(self.layers) // self.scales
         for i in range(self.scales):
             context = torch.cat([identity, self.get_submodule(f"mapping_{i}")(hidden[i])], dim=1)
-            for attend, feed_forward in self.layers[i * per_scale : (i + 1) * per_scale]:
-                x = x + attend(context, x)
-                x = x + feed_forward(x)
+            for j in range(i * per_scale, (i + 1) * per_scale):
+                x = x + self.get_submodule(f"layers.{j}.0")(context, x)
+                x = x + self.get_submodule(f"layers.{j}.1")(x)
         return x[:, : self.queries] @ self.proj_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def draw_keypoints(landmarks: Floats, height: int, width: int) -> Picture:
     lie outside; kept, as the checkpoint was trained with it. Needs OpenCV (extra `face`).
     """
     cv2 = require("cv2")
-    canvas = np.zeros((height, width, 3))
+    canvas: Any = np.zeros((height, width, 3))
     nose = landmarks[NOSE]
     for i in (0, 1, 3, 4):
         x, y = np.stack([landmarks[i], nose]).T

@@ -64,8 +64,8 @@ class ConsisIDPipeline(CogVideoXPipeline):
     def identify(self, image: Picture | None = None, file: str | Path | None = None) -> IdentityFeatures:
         """Identity features of a photograph's largest face, or of a file that `save_identity` wrote. Collective.
 
-        Rank 0 reads; its models are gone before this returns, unless models are kept. Raises ValueError unless exactly
-        one of the two is given, and for pictures and files that will not do.
+        Rank 0 reads; its models are gone before this returns, also where others are kept. Raises ValueError unless
+        exactly one of the two is given, and for pictures and files that will not do.
         """
         if (image is None) == (file is None):
             raise ValueError("give either a photograph (image) or a file of identity features, and not both")
@@ -74,8 +74,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
             if file is not None:
                 return load_identity(file), []
             picture = as_picture(image)
-            with self.models.use("face models", self._load_face_models) as reader:
-                return reader.read(picture)
+            return self._load_face_models().read(picture)
 
         with self.stages.stage("reading the face"):
             identity, said = identity_on_main(self.mesh, make)

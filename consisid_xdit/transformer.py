@@ -55,6 +55,8 @@ class ConsisIDTransformer(CogVideoXTransformer):
     """
 
     config: ConsisIDConfig
+    local_facial_extractor: LocalFacialExtractor
+    perceiver_cross_attention: nn.ModuleList
 
     def __init__(self, config: ConsisIDConfig, sp: SequenceParallel | None = None) -> None:
         super().__init__(config, sp)
@@ -79,7 +81,7 @@ class ConsisIDTransformer(CogVideoXTransformer):
             )
         hidden = [h.to(self.device, self.dtype) for h in id_vit_hidden]
         tokens = self.local_facial_extractor(id_cond.to(self.device, self.dtype), hidden)
-        return tuple(cross.keys(tokens) for cross in self.perceiver_cross_attention)
+        return tuple(cross.keys(tokens) for cross in self.perceiver_cross_attention)  # type: ignore[operator,misc]
 
     def prepare(  # type: ignore[override]
         self, text: Tensor, size: Size, image: Tensor | None = None, ofs: float = OFS, face: Face | None = None

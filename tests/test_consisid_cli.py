@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common import launch
 from common.cli import parse
+from common.progress import Stages
 from common.request import Request, WrongUse
 from common.video import read_video
 from consisid_xdit import cli
@@ -102,6 +104,21 @@ def test_person_options_that_will_not_do(picture: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(cli, "missing_packages", lambda: ["onnxruntime"])
     assert any("pip install 'xdit-zoo[face]'" in p for p in problems(*BASE, "--image", picture))
     assert read(*BASE, "--id-embeddings", "who").setup.extra["id_embeddings"] == Path("who")
+
+
+@pytest.mark.parametrize(("missing", "source"), [([], "portrait.png"), (["onnxruntime"], "identity.safetensors")])
+def test_the_demos_person_is_read_once(monkeypatch: pytest.MonkeyPatch, missing: list[str], source: str) -> None:
+    monkeypatch.setattr(cli, "missing_packages", lambda: missing)
+    asked: list[object] = []
+    pipe = SimpleNamespace(
+        model_dir=Path("demo"),
+        mesh=SimpleNamespace(is_main=True),
+        identify=lambda *given: asked.append(next(g for g in given if g)) or "someone",
+    )
+    session = cli.Session(pipe)  # type: ignore[arg-type]
+    setup = read(*BASE).setup
+    assert [cli.person(session, setup, Stages()) for _ in range(2)] == ["someone"] * 2
+    assert asked == [Path("demo") / source]
 
 
 def test_a_wrong_command_imports_no_torch(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,26 @@ def test_the_person_matters_and_the_extractor_runs_once(folder: Path) -> None:
 def test_identity_from_a_file(folder: Path, tmp_path: Path) -> None:
     save_identity(tmp_path / "who.safetensors", person())
     assert torch.equal(generate(folder, identity=tmp_path / "who.safetensors"), generate(folder))
+
+
+def test_face_models_leave_before_anything_else_is_loaded(folder: Path) -> None:
+    class Reader:
+        def read(self, picture: np.ndarray) -> tuple[IdentityFeatures, list[str]]:
+            assert picture.shape == (5, 6, 3)
+            return person(), ["two faces"]
+
+    readers: list[weakref.ref[Reader]] = []
+
+    def load() -> Reader:
+        reader = Reader()
+        readers.append(weakref.ref(reader))
+        return reader
+
+    pipe = ConsisIDPipeline.from_pretrained(folder, dtype="fp32", keep_loaded=True)
+    with mock.patch.object(pipe, "_load_face_models", load):
+        identity = pipe.identify(np.zeros((5, 6, 3), np.uint8))
+    assert torch.equal(identity.id_cond, person().id_cond)
+    assert len(readers) == 1 and readers[0]() is None and not pipe.models.loaded
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
