@@ -100,6 +100,11 @@ def _rotate(qk: Tensor, rope: Tensor) -> Tensor:
     return turned.flatten(-2)
 
 
+def _join(x: Tensor, y: Tensor) -> Tensor:
+    """Tokens of both streams, (B, n, ..., D) and (B, m, ..., D), in memory head by head as attention reads them."""
+    return torch.cat((x.movedim(1, -2), y.movedim(1, -2)), dim=-2).movedim(-2, 1)
+
+
 class FeedForward(nn.Module):
     """Gated feed-forward: w2(silu(a) * b) with (a, b) the halves of w1(x)."""
 
@@ -131,12 +136,9 @@ class JointAttention(nn.Module):
     def forward(self, x: Tensor, y: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
         """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to the branch's output for each."""
         qk, v = self._split(self.qkv_x(x), self.q_norm_x, self.k_norm_x)
-        qk = _rotate(qk, cond.rope).to(x.dtype)
-        if y.shape[1]:
-            qk_y, v_y = self._split(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
-            qk = torch.cat((qk, qk_y.to(y.dtype)), dim=1)
-            v = torch.cat((v, v_y), dim=1)
-        q, k = qk.unbind(2)  # (B, n + m, H, D)
+        qk_y, v_y = self._split(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
+        q, k = _join(_rotate(qk, cond.rope).to(x.dtype), qk_y.to(y.dtype)).unbind(2)  # (B, n + m, H, D)
+        v = _join(v, v_y)
         out = self.sp.attention(q, k, v, cond.lengths).flatten(2)
         x, y = self.proj_x(out[:, : x.shape[1]]), out[:, x.shape[1] :]
         return x, y if self.proj_y is None else self.proj_y(y)
