@@ -1,8 +1,8 @@
 """Causal video autoencoders in bounded memory: streaming in time, on one rank or dealt over many.
 
 A causal layer needs nothing but the last frames of what came before, so a video can pass through chunk by chunk and
-come out as if it had passed in one piece. `CausalStream` is all a model sees of this: a causal convolution says
-`x = stream.extend(self, x, frames)` and computes. Where the frames come from is the link's business: the first frame
+come out as if it had passed in one piece. `CausalStream` is all a model sees of this: a causal convolution asks for
+`stream.before(self, x, frames)` and computes. Where the frames come from is the link's business: the first frame
 repeated, this rank's memory (`LocalLink`), or the rank that computes the chunk before (`PairLink`).
 
 Over P ranks chunk k belongs to rank k mod P, and a convolution's tail leaves for the next rank before the
