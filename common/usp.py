@@ -31,6 +31,7 @@ def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: A
     Returned at once; whoever first reads the result waits for it. The functional form of the
     collective is what lets a compiled graph hold it.
     """
+    assert axis.group is not None, "an axis of one rank exchanges nothing"
     return collectives.all_to_all_single(send.contiguous(), list(received), list(sent), axis.group)
 
 

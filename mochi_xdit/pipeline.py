@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -230,10 +231,14 @@ class MochiPipeline:
             tokens = pack(latents.to(self.device, kept), self.config.patch)
             lengths = self.sp.lengths(tokens.shape[1])
             z = self.sp.shard(tokens)
+
+            def predict(branch: int, z: Tensor, t: Tensor) -> Tensor:
+                return model(z, t, branches[branch])
+
             with self.stages.stage("sampling", total=len(scales)) as step:
                 for i, scale in enumerate(scales):
                     t = torch.tensor([TIME_SCALE * (1.0 - sigmas[i])], dtype=kept, device=self.device)
-                    velocity = self.guidance(lambda b, z=z, t=t: model(z, t, branches[b]), scale)
+                    velocity = self.guidance(partial(predict, z=z, t=t), scale)
                     z = z + (sigmas[i] - sigmas[i + 1]) * velocity
                     require_finite(z, f"sampling step {i + 1} of {len(scales)}")
                     step()
