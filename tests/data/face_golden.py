@@ -48,7 +48,7 @@ def reference_tower():
     from consisid_eva_clip.eva_vit_model import EVAVisionTransformer
     from consisid_eva_clip.transformer import LayerNorm
 
-    from test_face import EVA_TINY, seeded_state
+    from tests.test_face import EVA_TINY, seeded_state
 
     c = EVA_TINY
     tower = EVAVisionTransformer(
@@ -68,7 +68,7 @@ def golden_eva(out):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import normalize, resize
 
-    from test_face import picture
+    from tests.test_face import picture
 
     def prepare(rgb, size):
         x = torch.from_numpy(rgb).permute(2, 0, 1)[None] / 255.0
@@ -85,11 +85,26 @@ def golden_eva(out):
         out[f"eva.hidden.{i}"] = h
 
 
-def golden_retina(out):
-    from facexlib.detection.retinaface import RetinaFace, generate_config
+def helper_around(model):
+    """facexlib's helper with this detector instead of downloaded ones."""
+    from unittest import mock
+
     from facexlib.utils.face_restoration_helper import FaceRestoreHelper
 
-    from test_face import crowd, retina_state, seeded_state
+    where = "facexlib.utils.face_restoration_helper"
+    with (
+        mock.patch(f"{where}.init_detection_model", lambda *a, **k: model),
+        mock.patch(f"{where}.init_parsing_model", lambda *a, **k: None),
+    ):
+        return FaceRestoreHelper(
+            1, face_size=512, crop_ratio=(1, 1), det_model="retinaface_resnet50", save_ext="png", device="cpu"
+        )
+
+
+def golden_retina(out):
+    from facexlib.detection.retinaface import RetinaFace
+
+    from tests.test_face import crowd, retina_state
 
     model = RetinaFace("resnet50", device="cpu").eval()
     model.load_state_dict(retina_state({k: v.shape for k, v in model.state_dict().items()}))
@@ -102,15 +117,7 @@ def golden_retina(out):
         found = model.detect_faces(image, 0.97)
     print("retina", len(found), conf[0, :, 1].quantile(torch.tensor([0.0, 0.5, 0.9, 0.99, 1.0])))
     out["retina.found"] = torch.from_numpy(found)
-    from unittest import mock
-
-    with (
-        mock.patch("facexlib.utils.face_restoration_helper.init_detection_model", lambda *a, **k: model),
-        mock.patch("facexlib.utils.face_restoration_helper.init_parsing_model", lambda *a, **k: None),
-    ):
-        helper = FaceRestoreHelper(
-            1, face_size=512, crop_ratio=(1, 1), det_model="retinaface_resnet50", save_ext="png", device="cpu"
-        )
+    helper = helper_around(model)
     helper.read_image(image)
     helper.get_face_landmarks_5(only_center_face=True)
     helper.align_warp_face()
@@ -121,7 +128,7 @@ def golden_retina(out):
 def golden_bisenet(out):
     from facexlib.parsing.bisenet import BiSeNet
 
-    from test_face import picture, seeded_state
+    from tests.test_face import picture, seeded_state
 
     model = BiSeNet(19).eval()
     model.load_state_dict(seeded_state({k: v.shape for k, v in model.state_dict().items()}))
@@ -173,11 +180,11 @@ def small_onnx(path, outputs, size, seed, pool):
 
 
 def golden_onnx(out):
+    from insightface.app.common import Face
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     from insightface.model_zoo.scrfd import SCRFD
-    from insightface.app.common import Face
 
-    from test_face import crowd
+    from tests.test_face import crowd
 
     heads = {}
     for kind, values, sigmoid, scale in (("score", 1, True, 3.0), ("bbox", 4, False, 1.0), ("kps", 10, False, 1.0)):
@@ -211,18 +218,16 @@ def golden_onnx(out):
 def golden_path(out):
     """diffusers' own process_face_embeddings_infer with the small models, from a picture that has to shrink."""
     from types import SimpleNamespace
-    from unittest import mock
 
     from consisid_eva_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from diffusers.pipelines.consisid.consisid_utils import process_face_embeddings_infer
     from facexlib.detection.retinaface import RetinaFace
     from facexlib.parsing.bisenet import BiSeNet
-    from facexlib.utils.face_restoration_helper import FaceRestoreHelper
     from insightface.app.common import Face
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     from insightface.model_zoo.scrfd import SCRFD
 
-    from test_face import STRICT, parser_state, photograph, retina_state
+    from tests.test_face import STRICT, parser_state, photograph, retina_state
 
     retina, parser = RetinaFace("resnet50", device="cpu").eval(), BiSeNet(19).eval()
     retina.load_state_dict(retina_state({k: v.shape for k, v in retina.state_dict().items()}, STRICT))
@@ -239,12 +244,7 @@ def golden_path(out):
             recogniser.get(image, face)
         return faces
 
-    helper = "facexlib.utils.face_restoration_helper"
-    with mock.patch(f"{helper}.init_detection_model", lambda *a, **k: retina):
-        with mock.patch(f"{helper}.init_parsing_model", lambda *a, **k: None):
-            face_helper = FaceRestoreHelper(
-                1, face_size=512, crop_ratio=(1, 1), det_model="retinaface_resnet50", save_ext="png", device="cpu"
-            )
+    face_helper = helper_around(retina)
     face_helper.face_parse = parser
     for name, app in (("path", SimpleNamespace(get=get)), ("fallback", SimpleNamespace(get=lambda image: []))):
         with torch.no_grad():
@@ -258,9 +258,6 @@ def golden_path(out):
 
 
 def main():
-    import sys
-
-    sys.path.insert(0, str(HERE.parent))
     from safetensors.torch import save_file
 
     keep = declare_torchvision_ops()
