@@ -40,8 +40,8 @@ def demo_config(kind: str) -> TransformerConfig:
     """Four heads of 16 in four layers, for videos of 64 x 96 pixels and 17 frames. ValueError for an unknown kind."""
     if kind not in CONFIGS:
         raise ValueError(f"no demo called {kind!r}; cogvideox-xdit has {', '.join(CONFIGS)}")
-    sizes = {"heads": 4, "head_dim": 16, "layers": 4, "text_dim": 64, "text_length": 64, "time_dim": 32}
-    sample = {"sample_height": 8, "sample_width": 12, "sample_frames": 17}
+    sizes: dict[str, Any] = {"heads": 4, "head_dim": 16, "layers": 4, "text_dim": 64, "text_length": 64, "time_dim": 32}
+    sample: dict[str, Any] = {"sample_height": 8, "sample_width": 12, "sample_frames": 17}
     return replace(CONFIGS[kind], **sizes, **sample, ofs_dim=32 if CONFIGS[kind].ofs_dim else None)
 
 

@@ -259,27 +259,28 @@ class CogVideoXPipeline:
 
     def _sample(self, start: Start, text: dict[int, Tensor], solver: Solver, scales: list[float]) -> Tensor:
         """All steps on this rank's tokens; the full final latents (1, C, T, h, w) on every rank."""
-        _, channels, *size = start.latents.shape
+        _, channels, *rest = start.latents.shape
+        size = (rest[0], rest[1], rest[2])
         patch, kept = self.config.patch, latent_dtype(self.dtype)
 
         def local(z: Tensor) -> Tensor:
             return self.sp.shard(pack(z, patch)).to(self.device, kept)
 
         def noise() -> Tensor:
-            return local(draw((size[0], size[1], size[2]), channels, start.generator))
+            return local(draw(size, channels, start.generator))
 
         with self.models.use("transformer", self._load_transformer) as model:
             wanted = [branch for branch in self.guidance.branches if branch in text]
-            conds = {b: self.condition(model, text[b], (size[0], size[1], size[2]), start.image) for b in wanted}
+            conds = {b: self.condition(model, text[b], size, start.image) for b in wanted}
             z = local(start.latents)
             with self.stages.stage("sampling", total=len(solver)) as step:
                 for i, (t, scale) in enumerate(zip(solver.timesteps, scales)):
-                    v = self.guidance(lambda b, z=z, t=t: model(z, t, conds[b]), scale)
+                    v = self.guidance(lambda b, z=z, t=t: model(z, t, conds[b]), scale)  # type: ignore[misc]
                     z = solver.step(i, z, v, noise)
                     require_finite(z, f"sampling step {i + 1} of {len(solver)}")
                     step()
             tokens = size[0] * size[1] * size[2] // self.config.patch_volume
-            return unpack(self.sp.gather(z, self.sp.lengths(tokens)), (size[0], size[1], size[2]), patch)
+            return unpack(self.sp.gather(z, self.sp.lengths(tokens)), size, patch)
 
     def condition(self, model: CogVideoXTransformer, text: Tensor, size: Size, image: Tensor | None) -> Condition:
         """Everything about one guidance branch that no step changes."""

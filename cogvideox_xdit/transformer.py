@@ -56,7 +56,7 @@ class Condition:
 
     y: (B, ny, W) this rank's text tokens, projected, positions added
     video: (B or 1, nx, W) what each video token is besides its noise: bias, position, image latents
-    rope: complex factors of modulus 1 (ny + nx, 1, D/2), 1 on text; None where positions are added
+    rope: complex factors of modulus 1 (ny + nx, D/2), 1 on text; None where positions are added
     ofs: (1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint
     lengths: tokens of every rank, both streams together
     """
@@ -93,7 +93,7 @@ def _multiply_add(x: Tensor, factor: Tensor, video: Tensor, text: Tensor, n_text
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of x (B, n, H, D) by complex factors (n, 1, D/2)."""
+    """Turn the pairs (0, 1), (2, 3), ... of x (B, H, n, D) by complex factors (n, D/2)."""
     # One complex product reads and writes less than half of what sines and cosines apart do.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
@@ -134,10 +134,13 @@ class Block(nn.Module):
         return shift, scale, gate
 
     def attend(self, h: Tensor, cond: Condition) -> Tensor:
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, n, H, D) each
+        # Head by head in memory, as attention reads it; the norms would copy q and k anyway.
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = qkv.unbind(0)  # (B, H, n, D) each
         q, k = self.q_norm(q), self.k_norm(k)
         if cond.rope is not None:
             q, k = rotate(q, cond.rope), rotate(k, cond.rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return self.out(self.sp.attention(q, k, v, cond.lengths).flatten(2))
 
     def feed(self, h: Tensor) -> Tensor:
@@ -216,7 +219,7 @@ class CogVideoXTransformer(nn.Module):
         config, sp = self.config, self.sp
         check_size(size, config.patch)
         self._check(text.shape[1], size, image)
-        grid = tuple(n // p for n, p in zip(size, config.patch))
+        grid = (size[0] // config.patch[0], size[1] // config.patch[1], size[2] // config.patch[2])
         y = self.text_in(sp.shard(text.to(self.device, self.dtype)))
         video = self.patch.bias[None, None]
         if image is not None:
@@ -242,8 +245,8 @@ class CogVideoXTransformer(nn.Module):
         """What is added to this rank's text and video tokens: (1, ny, W) and (1, nx, W)."""
         config, sp = self.config, self.sp
         if config.learned and grid[0] == config.latent_frames:
-            table = self.positions
-            return sp.shard(table[:, :text_length]), sp.shard(table[:, config.text_length :])
+            learned = self.positions
+            return sp.shard(learned[:, :text_length]), sp.shard(learned[:, config.text_length :])
         if config.rotary and not config.learned:
             return None, None
         # Also what the reference gives a checkpoint with learned positions for another number of frames.
@@ -252,7 +255,7 @@ class CogVideoXTransformer(nn.Module):
 
     def _rope(self, n_text: int, grid: Size) -> Tensor:
         video = torch.complex(*positions.rope(self.config, grid, self.sp, self.device))
-        return torch.cat((video.new_ones(n_text, video.shape[1]), video))[:, None]
+        return torch.cat((video.new_ones(n_text, video.shape[1]), video))
 
     def _ofs(self, value: float) -> Tensor | None:
         if self.ofs is None:
