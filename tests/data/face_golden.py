@@ -254,7 +254,7 @@ def golden_path(out):
             )  # fmt: skip
         out[f"{name}.id_cond"], out[f"{name}.kps"] = id_cond, torch.from_numpy(np.asarray(kps, dtype=np.float32))
         out[f"{name}.hidden"] = torch.stack(hidden)
-        out[f"{name}.image"] = torch.from_numpy(np.asarray(image)[::4, ::4].copy())
+        out[f"{name}.image"] = torch.from_numpy(np.asarray(image)[::8, ::8].copy())
 
 
 def main():
