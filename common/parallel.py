@@ -134,17 +134,20 @@ def distributed(layout: Layout | None = None, device: str | torch.device = "cpu"
     names = ("cfg", "ring", "ulysses")
     shape = tuple(getattr(layout, name) for name in names)
     device_mesh = dist.init_device_mesh(chosen.type, shape, mesh_dim_names=names)
-    axes = {name: _axis(device_mesh[name]) for name in names}
-    axes["sequence"] = _axis(device_mesh["ring", "ulysses"]._flatten("sequence"))
+    axes = {name: _axis(device_mesh[name], timeout) for name in names}
+    axes["sequence"] = _axis(device_mesh["ring", "ulysses"]._flatten("sequence"), timeout)
     world = Axis(world_size, rank, dist.group.WORLD)
     return Mesh(layout=layout, device=chosen, world=world, **axes)
 
 
-def _axis(device_mesh: dist.DeviceMesh) -> Axis:
+def _axis(device_mesh: dist.DeviceMesh, timeout: float) -> Axis:
     size = device_mesh.size()
     if size == 1:
         return Axis()
-    return Axis(size, device_mesh.get_local_rank(), device_mesh.get_group())
+    group = device_mesh.get_group()
+    # A mesh's groups start with the backend's default timeout, not with the world's.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+    return Axis(size, device_mesh.get_local_rank(), group)
 
 
 def broadcast_object(axis: Axis, value: Any, device: torch.device | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -194,6 +195,23 @@ def test_broadcasts_reach_every_rank(run_ranks):
     for value, tensors in run_ranks(3, broadcasts):
         assert value == {"seed": 7}
         assert torch.equal(tensors["a"], torch.arange(3.0)) and tensors["none"].shape == (0, 2)
+
+
+def lonely_exchange() -> float:
+    """Rank 1 does not come; rank 0's seconds until it gives up."""
+    sp = SequenceParallel(distributed(Layout(ulysses=2), timeout=2))
+    start = time.perf_counter()
+    if sp.rank == 0:
+        with pytest.raises(RuntimeError):
+            sp.gather(torch.ones(1, 1), (1, 1), dim=0)
+    else:
+        time.sleep(8)
+    return time.perf_counter() - start
+
+
+def test_the_timeout_holds_on_every_axis(run_ranks):
+    alone, away = run_ranks(2, lonely_exchange)
+    assert alone < away
 
 
 def test_layout_that_does_not_fit_is_refused():
