@@ -272,6 +272,8 @@ def _numbers(cls: type, keys: Mapping[str, str], raw: Mapping[str, Any], where: 
         if key not in raw or (raw[key] is None and not optional):
             continue
         value = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
+        if kind == "int" and isinstance(value, float) and value.is_integer():
+            value = int(value)
         if value is not None and not _IS[kind](value):
             raise ValueError(f"{where} says {key}={raw[key]!r}; it must be {_MEANT[kind]}")
         found[field.name] = value

@@ -129,6 +129,9 @@ class CogVideoXPipeline:
         height, width, num_frames = self._defaults(height, width, num_frames)
         size, padding = self.latent_size(height, width, num_frames)
         self._check(video is not None, strength, latents, size, output)
+        if self.config.learned and size[0] != self.config.latent_frames:
+            usual = self.config.sample_frames
+            self.stages.warn(f"learned positions exist for {usual} frames only; sines and cosines stand in for them")
         solver = Solver(self.checkpoint.scheduler, num_steps, self.scheduler, 1.0 if video is None else strength)
         frames: Tensor | None = None
         if image is not None:

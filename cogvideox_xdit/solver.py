@@ -7,6 +7,7 @@ with noise that was drawn full size and then sharded.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -90,7 +91,12 @@ def _build(raw: Mapping[str, Any], name: str | None) -> Any:
             f"scheduler_config.json says prediction_type={settings.get('prediction_type', 'epsilon')!r}; "
             "supported is 'v_prediction'"
         )
-    return getattr(diffusers, kind).from_config(settings)
+    built = getattr(diffusers, kind)
+    known = inspect.signature(built.__init__).parameters
+    for key, value in settings.items():
+        if key not in known and value not in (None, False):
+            raise ValueError(f"scheduler_config.json says {key}={value!r}, which {kind} does not know")
+    return built.from_config(settings)
 
 
 def dynamic_scale(scale: float, t: int, steps: int) -> float:

@@ -60,6 +60,7 @@ def test_what_cannot_be_run_is_named_with_its_value(key: str, value: Any, messag
 def test_switched_off_extras_and_notes_are_no_obstacle() -> None:
     raw = transformer_json(CONFIGS["5b"]) | {"_diffusers_version": "0.99", "camera_control": None, "extra": False}
     assert transformer_config(raw) == CONFIGS["5b"]
+    assert vae_config(vae_json(VAEConfig()) | {"temporal_compression_ratio": 4.0}) == VAEConfig()
 
 
 def test_patch_bias_false_of_the_1_5_checkpoints_is_not_believed() -> None:

@@ -102,6 +102,7 @@ def test_an_override_takes_the_demo_spacing_and_keeps_the_checkpoint_numbers() -
     [
         ({"_class_name": "EulerDiscreteScheduler"}, None, "_class_name='EulerDiscreteScheduler'"),
         ({"prediction_type": "epsilon"}, None, "prediction_type='epsilon'"),
+        ({"solver_order": 3}, None, "solver_order=3, which CogVideoXDDIMScheduler does not know"),
         ({}, "euler", "choose one of ddim, dpm"),
     ],
 )

@@ -1,0 +1,80 @@
+"""Work and traffic of every layout, ours and the published systems', from the same sizes.
+
+    python benchmarks/counts.py --model cogvideox-2b cogvideox-5b cogvideox-1.5-5b --ranks 4 6 8 12
+
+FLOPs: of all ranks together over those of one process, in per cent (100 is the ideal), and of the busiest rank over an
+even share. MB: what a rank sends in a step, the most of any. The published scheme (xDiT: `planner/reference.py`)
+carries the text on every rank where the ranks do not divide it, gathers latents after every step and decodes the whole
+video on every rank; what it refuses has no numbers. Ours are the formulas that the tests hold against the running
+transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from planner import reference
+from planner.cost import Degrees, Pass, Place, branches, forward, sent
+from planner.layouts import products, refusal
+from planner.models import Model, Size, decoded_frames, default_size, get_model, video_tokens
+
+
+def flops(passes: list[Pass]) -> float:
+    return sum(p.matmul + p.attention for p in passes)
+
+
+def ours(model: Model, size: Size, degrees: Degrees) -> tuple[list[float], float]:
+    """FLOPs of every rank in a step, and the most bytes that a rank sends in one."""
+    video, text = video_tokens(model, size), model.text_tokens
+    places = [Place(degrees, rank) for rank in range(degrees.ranks)]
+    work = [flops([forward(model, video, text[b], place) for b in branches(place, size.guided)]) for place in places]
+    return work, max(sent(model, size, place).total for place in places) / size.num_steps
+
+
+def theirs(model: Model, size: Size, degrees: Degrees) -> tuple[list[float], float] | None:
+    if refusal(model, size, degrees, "reference"):
+        return None
+    work = [flops(reference.passes(model, size, degrees))] * degrees.ranks
+    return work, reference.sent(model, size, degrees).total / size.num_steps
+
+
+def row(model: Model, size: Size, degrees: Degrees, alone: float) -> str:
+    cells = [str(degrees)]
+    for found in (ours(model, size, degrees), theirs(model, size, degrees)):
+        if found is None:
+            cells += ["refused", "", ""]
+            continue
+        work, traffic = found
+        cells += [
+            f"{100 * sum(work) / alone:.2f} %",
+            f"{100 * max(work) * degrees.ranks / alone:.2f} %",
+            f"{traffic / 1e6:.0f}",
+        ]
+    frames = decoded_frames(model, size)
+    return "| " + " | ".join([*cells, f"{-(-frames // degrees.ranks)} of {frames}", f"{frames} of {frames}"]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["cogvideox-2b", "cogvideox-5b", "cogvideox-1.5-5b"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 6, 8, 12])
+    args = parser.parse_args()
+    for name in args.model:
+        model = get_model(name)
+        size = default_size(model)
+        alone = sum(ours(model, size, Degrees())[0])
+        print(f"\n{model.title}, {size.height}x{size.width}, {size.num_frames} frames\n")
+        print("| layout | FLOPs | busiest | MB a step | theirs: FLOPs | busiest | MB a step | decoded | theirs |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for ranks in args.ranks:
+            for degrees in products(ranks):
+                if refusal(model, size, degrees, "ours") is None:
+                    print(row(model, size, degrees, alone))
+
+
+if __name__ == "__main__":
+    main()
