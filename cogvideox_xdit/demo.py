@@ -26,7 +26,7 @@ _REVISION = 1
 
 IMAGE = "image.png"
 """In the folder of a demo that starts from a picture."""
-VAE = VAEConfig(channels=(32, 32, 64, 64), layers=1, groups=8, sample_height=64, sample_width=96)
+VAE = VAEConfig(channels=(16, 16, 32, 32), layers=1, groups=8, sample_height=64, sample_width=96)
 _COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
 _CAPTIONS = [
     f"A {colour} {thing} moves slowly to the {side} on a black background."
