@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +16,11 @@ from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size, pack, unpack
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, decode, encode
 from cogvideox_xdit.weights import load_decoder, load_encoder, load_transformer
-from common.generation import (
-    Models,
-    check_latents,
-    decode_video,
-    latent_dtype,
-    parse_dtype,
-    require_finite,
-    save_latents,
-)
-from common.guidance import NEGATIVE, POSITIVE, Guidance
-from common.parallel import Mesh, resolve_device
-from common.progress import Stages
-from common.text import TextEncoder, encode_on_main
-from common.usp import SequenceParallel
+from common.decode import DecodePlan, VideoDecoder
+from common.generation import check_latents, latent_dtype, require_finite, save_latents
+from common.guidance import NEGATIVE, POSITIVE
+from common.parallel import Mesh
+from common.pipeline import Pipeline
 from common.vae import TimeSplit
 
 STEPS, SCALE, STRENGTH = 50, 6.0, 0.8
@@ -42,12 +35,10 @@ class Start:
     generator: torch.Generator
 
 
-class CogVideoXPipeline:
-    """Loads each stage's model when its turn comes, and lets it go before the next one's.
+class CogVideoXPipeline(Pipeline):
+    """CogVideoX over a checkpoint folder in the diffusers layout. For the options see `common.pipeline.Pipeline`.
 
-    mesh: this rank's place (`common.parallel.distributed`). attention: kernel, see `common.attention`.
-    scheduler: `ddim` or `dpm` in place of the checkpoint's own. keep_loaded: models stay on the device between calls.
-    stages: where progress and times go.
+    scheduler: `ddim` or `dpm` in place of the checkpoint's own.
     """
 
     def __init__(
@@ -55,23 +46,11 @@ class CogVideoXPipeline:
         model_dir: str | Path,
         mesh: Mesh | None = None,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "bf16",
-        attention: str = "auto",
         scheduler: str | None = None,
-        keep_loaded: bool = False,
-        stages: Stages | None = None,
-        text_encoder_dir: str | Path | None = None,
-        text_cache: str | Path | None = None,
+        **options: Any,
     ) -> None:
-        mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
-        self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype(dtype)
-        self.model_dir = Path(model_dir)
-        self.text_dir = Path(text_encoder_dir) if text_encoder_dir else self.model_dir
-        self.text_cache, self.scheduler = text_cache, scheduler
-        self.stages = stages or Stages(device=mesh.device)
-        self.sp = SequenceParallel(mesh, attention)
-        self.guidance = Guidance(mesh.cfg)
-        self.models = Models(keep_loaded)
+        super().__init__(model_dir, mesh, device, **options)
+        self.scheduler = scheduler
         self.checkpoint = self.read_config(self.model_dir)
         self.config, self.vae_config = self.checkpoint.transformer, self.checkpoint.vae
         self.sp.require_heads(self.config.heads)
@@ -150,32 +129,11 @@ class CogVideoXPipeline:
             return final
         return self.decode(final, vae, vae_chunk, vae_tile)
 
-    def decode(
-        self,
-        latents: Tensor,
-        vae: str = "auto",
-        vae_chunk: int | None = None,
-        vae_tile: int | tuple[int, int] | None = None,
-    ) -> Tensor | None:
-        """Latents (1, C, T, h, w) to uint8 frames (4T - 3 for odd T, else 4T; 8h, 8w, 3) on rank 0, None elsewhere.
-
-        Collective.
-        """
-        tile = None
-        if vae_tile is not None:
-            height, width = (vae_tile, vae_tile) if isinstance(vae_tile, int) else vae_tile
-            tile = (height // self.vae_config.space_compression, width // self.vae_config.space_compression)
-        with self.models.use("decoder", self._load_decoder) as decoder:
-            return decode_video(
-                lambda plan, split: decode(decoder, latents, plan, split),
-                decoder,
-                latents,
-                self.mesh,
-                self.stages,
-                vae,
-                vae_chunk,
-                tile,
-            )
+    def frames(
+        self, decoder: VideoDecoder, latents: Tensor, plan: DecodePlan, split: TimeSplit
+    ) -> Iterator[Tensor | None]:
+        assert isinstance(decoder, CogVideoXDecoder)
+        return decode(decoder, latents, plan, split)
 
     def latent_size(self, height: int, width: int, num_frames: int) -> tuple[Size, int]:
         """Latent frames (padding included), rows and columns; and how many padding frames stand in front.
@@ -209,17 +167,11 @@ class CogVideoXPipeline:
             check_latents(latents, (1, self.config.out_channels, *size))
 
     def _encode(self, prompt: str, negative: str | None) -> dict[int, Tensor]:
-        """T5 features (1, L, D) of the branches. T5 runs on rank 0 alone and is gone before this returns."""
+        """T5 features (1, L, D) of the branches."""
         said = {POSITIVE: prompt} if negative is None else {POSITIVE: prompt, NEGATIVE: negative}
-        limit = self.config.text_length
-        with self.models.use("text encoder", self._load_text_encoder) as encoder, self.stages.stage("encoding"):
-            # Padding is encoded and attended to without a mask: so the model was trained.
-            found = encode_on_main(self.mesh, list(said.values()), encoder, limit, use_mask=False)
-        for branch, words in said.items():
-            self.stages.note(f"{'negative ' if branch else ''}prompt: {found.used[branch]} of {limit} tokens")
-            if found.cut[branch]:
-                self.stages.warn(f"the prompt {words[:40]!r}... is too long; cut off: {found.cut[branch]!r}")
-        return {branch: found.features[branch : branch + 1] for branch in said}
+        # Padding is encoded and attended to without a mask: so the model was trained.
+        text = self.encode_text(said, self.config.text_length, use_mask=False)
+        return {branch: features for branch, (features, _) in text.items()}
 
     def _start(
         self, size: Size, padding: int, seed: int, latents: Tensor | None, frames: Tensor | None, solver: Solver
@@ -292,12 +244,6 @@ class CogVideoXPipeline:
     @staticmethod
     def read_config(model_dir: Path) -> CheckpointConfig:
         return read_checkpoint(model_dir)
-
-    def _load_text_encoder(self) -> TextEncoder | None:
-        if not self.mesh.is_main:
-            return None
-        with self.stages.stage("loading text encoder"):
-            return TextEncoder(self.text_dir, self.device, self.dtype, self.text_cache)
 
     def _load_transformer(self) -> CogVideoXTransformer:
         with self.stages.stage("loading transformer"):

@@ -97,12 +97,12 @@ def write_checkpoint(
     _write_json(folder / "model_index.json", index)
 
 
-def _write(folder: Path, config: dict[str, object], state: Mapping[str, Tensor], rename: Mapping) -> None:
+def _write(folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor], rename: Mapping) -> None:
     _write_json(folder / "config.json", config)
     save(state, folder / f"{DIFFUSERS_STEM}.safetensors", rename)
 
 
-def _write_json(path: Path, value: dict[str, object]) -> None:
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
 

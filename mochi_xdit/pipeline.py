@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.generation import (
-    Models,
-    check_latents,
-    decode_video,
-    draw_noise,
-    latent_dtype,
-    parse_dtype,
-    require_finite,
-    save_latents,
-)
-from common.guidance import NEGATIVE, POSITIVE, Guidance
-from common.parallel import Mesh, resolve_device
-from common.progress import Stages
-from common.text import TextEncoder, encode_on_main
-from common.usp import SequenceParallel
+from common.decode import DecodePlan, VideoDecoder
+from common.generation import check_latents, draw_noise, latent_dtype, require_finite, save_latents
+from common.guidance import NEGATIVE, POSITIVE
+from common.parallel import Mesh
+from common.pipeline import Pipeline
+from common.vae import TimeSplit
 from common.weights import load, on_meta
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.vae import MochiDecoder, decode
@@ -31,8 +23,8 @@ from mochi_xdit.weights import find_decoder, find_transformer, load_transformer
 
 TIME_SCALE = 1000
 T5_REPO = "google/t5-v1_1-xxl"
-TextBranch = tuple[Tensor | None, Tensor | None]
-"""T5 features (1, L, D) with their mask (1, L); Nones for the empty prompt, which the model does not let T5 see."""
+Text = tuple[Tensor | None, Tensor | None]
+"""T5 features (1, L, D) with their mask (1, L); Nones for the empty prompt."""
 
 
 def linear_quadratic_sigmas(num_steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> list[float]:
@@ -75,34 +67,13 @@ def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:
         ) from None
 
 
-class MochiPipeline:
-    """Loads each stage's model when its turn comes, and lets it go before the next one's.
-
-    mesh: this rank's place (`common.parallel.distributed`). attention: kernel, see `common.attention`.
-    keep_loaded: models stay on the device between calls. stages: where progress and times go.
-    """
+class MochiPipeline(Pipeline):
+    """Mochi over a checkpoint folder, native or diffusers layout. For the options see `common.pipeline.Pipeline`."""
 
     def __init__(
-        self,
-        model_dir: str | Path,
-        mesh: Mesh | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "bf16",
-        attention: str = "auto",
-        keep_loaded: bool = False,
-        stages: Stages | None = None,
-        text_encoder_dir: str | Path | None = None,
-        text_cache: str | Path | None = None,
+        self, model_dir: str | Path, mesh: Mesh | None = None, device: str | torch.device | None = None, **options: Any
     ) -> None:
-        mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
-        self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype(dtype)
-        self.model_dir = Path(model_dir)
-        self.text_dir = text_encoder_dir
-        self.text_cache = text_cache
-        self.stages = stages or Stages(device=mesh.device)
-        self.sp = SequenceParallel(mesh, attention)
-        self.guidance = Guidance(mesh.cfg)
-        self.models = Models(keep_loaded)
+        super().__init__(model_dir, mesh, device, **options)
         self.config = find_transformer(self.model_dir, self.dtype).config
         self.vae_config = find_decoder(self.model_dir, self.dtype).config
         self.sp.require_heads(self.config.heads)
@@ -167,29 +138,14 @@ class MochiPipeline:
             return final
         return self.decode(final, vae, vae_chunk, vae_tile)
 
-    def decode(
-        self,
-        latents: Tensor,
-        vae: str = "auto",
-        vae_chunk: int | None = None,
-        vae_tile: int | tuple[int, int] | None = None,
-    ) -> Tensor | None:
-        """Latents (1, 12, T, h, w) to uint8 frames (6T - 5, 8h, 8w, 3) on rank 0, None elsewhere. Collective."""
-        tile = None
-        if vae_tile is not None:
-            height, width = (vae_tile, vae_tile) if isinstance(vae_tile, int) else vae_tile
-            tile = (height // self.vae_config.spatial_ratio, width // self.vae_config.spatial_ratio)
-        with self.models.use("decoder", self._load_decoder) as decoder:
-            return decode_video(
-                lambda plan, split: decode(decoder, latents, plan, split),
-                decoder,
-                latents,
-                self.mesh,
-                self.stages,
-                vae,
-                vae_chunk,
-                tile,
-            )
+    def frames(
+        self, decoder: VideoDecoder, latents: Tensor, plan: DecodePlan, split: TimeSplit
+    ) -> Iterator[Tensor | None]:
+        assert isinstance(decoder, MochiDecoder)
+        return decode(decoder, latents, plan, split)
+
+    def text_folder(self) -> Path:
+        return find_text_encoder(self.model_dir, self.text_encoder_dir)
 
     def _latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         vae = self.vae_config
@@ -202,26 +158,14 @@ class MochiPipeline:
         time = (num_frames - 1) // vae.temporal_ratio + 1
         return (1, self.config.channels, time, height // vae.spatial_ratio, width // vae.spatial_ratio)
 
-    def _encode(self, prompt: str, negative: str | None) -> dict[int, TextBranch]:
-        """Features of the branches that have any. T5 runs on rank 0 alone and is gone before this returns."""
-        wanted = {POSITIVE: prompt, NEGATIVE: negative}
-        spoken = {branch: text for branch, text in wanted.items() if text}
-        text: dict[int, TextBranch] = dict.fromkeys((POSITIVE, NEGATIVE), (None, None))
-        if not spoken:
-            return text
-        with self.models.use("text encoder", self._load_text_encoder) as encoder, self.stages.stage("encoding"):
-            found = encode_on_main(self.mesh, list(spoken.values()), encoder, self.config.text_tokens, use_mask=True)
-        for i, (branch, said) in enumerate(spoken.items()):
-            text[branch] = (found.features[i : i + 1], found.mask[i : i + 1])
-            self.stages.note(
-                f"{'negative ' if branch else ''}prompt: {found.used[i]} of {self.config.text_tokens} tokens"
-            )
-            if found.cut[i]:
-                self.stages.warn(f"the prompt {said[:40]!r}... is too long; this was cut off: {found.cut[i]!r}")
-        return text
+    def _encode(self, prompt: str, negative: str | None) -> dict[int, Text]:
+        """Features of both branches. The model does not let T5 see an empty prompt, so T5 is not asked for one."""
+        spoken = {branch: text for branch, text in ((POSITIVE, prompt), (NEGATIVE, negative)) if text}
+        text: dict[int, Text] = dict.fromkeys((POSITIVE, NEGATIVE), (None, None))
+        return text | (self.encode_text(spoken, self.config.text_tokens, use_mask=True) if spoken else {})
 
     def _sample(
-        self, latents: Tensor, text: dict[int, TextBranch], sigmas: Sequence[float], scales: Sequence[float]
+        self, latents: Tensor, text: dict[int, Text], sigmas: Sequence[float], scales: Sequence[float]
     ) -> Tensor:
         """Euler steps on this rank's tokens; the full final latents (1, 12, T, h, w) on every rank."""
         size = (latents.shape[2], latents.shape[3], latents.shape[4])
@@ -243,13 +187,6 @@ class MochiPipeline:
                     require_finite(z, f"sampling step {i + 1} of {len(scales)}")
                     step()
             return unpack(self.sp.gather(z, lengths), size, self.config.patch)
-
-    def _load_text_encoder(self) -> TextEncoder | None:
-        if not self.mesh.is_main:
-            return None
-        with self.stages.stage("loading text encoder"):
-            directory = find_text_encoder(self.model_dir, self.text_dir)
-            return TextEncoder(directory, self.device, self.dtype, self.text_cache)
 
     def _load_transformer(self) -> MochiTransformer:
         with self.stages.loading("loading transformer") as progress:

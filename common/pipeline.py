@@ -1,0 +1,114 @@
+"""What the forks' pipelines share: a rank's place, text features, stages that load and leave, the decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.decode import DecodePlan, VideoDecoder
+from common.generation import Models, decode_video, parse_dtype
+from common.guidance import Guidance
+from common.parallel import Mesh, resolve_device
+from common.progress import Stages
+from common.text import TextEncoder, encode_on_main
+from common.usp import SequenceParallel
+from common.vae import TimeSplit
+
+TextBranch = tuple[Tensor, Tensor]
+"""Features (1, L, D) of one guidance branch's prompt and the mask (1, L) of its tokens that are no padding."""
+
+
+class Pipeline:
+    """Loads each stage's model when its turn comes, and lets it go before the next one's.
+
+    model_dir: the checkpoint's folder. mesh: this rank's place (`common.parallel.distributed`); without one, a single
+    process on `device`. dtype: of the blocks. attention: kernel, see `common.attention`. keep_loaded: models stay on
+    the device between calls. stages: where progress and times go. text_encoder_dir: the T5 encoder's folder, where it
+    is not in the checkpoint's. text_cache: folder that keeps text features between runs.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "bf16",
+        attention: str = "auto",
+        keep_loaded: bool = False,
+        stages: Stages | None = None,
+        text_encoder_dir: str | Path | None = None,
+        text_cache: str | Path | None = None,
+    ) -> None:
+        mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
+        self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype(dtype)
+        self.model_dir = Path(model_dir)
+        self.text_encoder_dir, self.text_cache = text_encoder_dir, text_cache
+        self.stages = stages or Stages(device=mesh.device)
+        self.sp = SequenceParallel(mesh, attention)
+        self.guidance = Guidance(mesh.cfg)
+        self.models = Models(keep_loaded)
+
+    def text_folder(self) -> Path:
+        """Where the T5 encoder lies; ValueError when it is nowhere."""
+        return Path(self.text_encoder_dir) if self.text_encoder_dir else self.model_dir
+
+    def encode_text(self, prompts: Mapping[int, str], limit: int, use_mask: bool) -> dict[int, TextBranch]:
+        """Features of each branch's prompt, on every rank. T5 runs on rank 0 alone and is gone before this returns.
+
+        limit: tokens, longer prompts are cut with a warning. use_mask: whether padding is kept from T5 too. Collective.
+        """
+        with self.models.use("text encoder", self._load_text_encoder) as encoder, self.stages.stage("encoding"):
+            found = encode_on_main(self.mesh, list(prompts.values()), encoder, limit, use_mask)
+        text = {}
+        for i, (branch, said) in enumerate(prompts.items()):
+            text[branch] = (found.features[i : i + 1], found.mask[i : i + 1])
+            self.stages.note(f"{'negative ' if branch else ''}prompt: {found.used[i]} of {limit} tokens")
+            if found.cut[i]:
+                self.stages.warn(f"the prompt {said[:40]!r}... is too long; this was cut off: {found.cut[i]!r}")
+        return text
+
+    def _load_text_encoder(self) -> TextEncoder | None:
+        if not self.mesh.is_main:
+            return None
+        with self.stages.stage("loading text encoder"):
+            return TextEncoder(self.text_folder(), self.device, self.dtype, self.text_cache)
+
+    def decode(
+        self,
+        latents: Tensor,
+        vae: str = "auto",
+        vae_chunk: int | None = None,
+        vae_tile: int | tuple[int, int] | None = None,
+    ) -> Tensor | None:
+        """Latents (1, C, T, h, w) to all frames, uint8 (frames, 8h, 8w, 3) on rank 0, None elsewhere. Collective.
+
+        vae, vae_chunk, vae_tile: how, see `common.decode.decode_plans`; the tile is (height, width) or its side, in
+        pixels.
+        """
+        with self.models.use("decoder", self._load_decoder) as decoder:
+            tile = None
+            if vae_tile is not None:
+                height, width = (vae_tile, vae_tile) if isinstance(vae_tile, int) else vae_tile
+                tile = (height // decoder.scale, width // decoder.scale)
+            return decode_video(
+                lambda plan, split: self.frames(decoder, latents, plan, split),
+                decoder,
+                latents,
+                self.mesh,
+                self.stages,
+                vae,
+                vae_chunk,
+                tile,
+            )
+
+    def frames(
+        self, decoder: VideoDecoder, latents: Tensor, plan: DecodePlan, split: TimeSplit
+    ) -> Iterator[Tensor | None]:
+        """One run of a plan, on every rank of the split: see `common.decode.decode_frames`."""
+        raise NotImplementedError
+
+    def _load_decoder(self) -> VideoDecoder:
+        raise NotImplementedError
