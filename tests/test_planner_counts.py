@@ -70,6 +70,7 @@ def run(model: Model, size: Size, text: int, layout: Layout, rank: int) -> Count
     return counts
 
 
+@torch.no_grad()
 def prepared(transformer, config, text: int, latents: tuple[int, int, int]):
     image = torch.empty(1, config.image_channels, *latents, device="meta") if config.image_channels else None
     words = torch.empty(1, text, config.text_dim, device="meta")
