@@ -26,7 +26,7 @@ def count(config: TransformerConfig, size: tuple[int, int, int], layout: Layout,
     """One step of one guidance branch on one rank: one layer is counted and taken `config.layers` times."""
     mesh = as_rank(layout, rank)
     sp = SequenceParallel(mesh)
-    model = on_meta(CogVideoXTransformer, replace(config, layers=1), sp).to(torch.bfloat16)
+    model = on_meta(CogVideoXTransformer, replace(config, layers=1), sp).to(torch.bfloat16).requires_grad_(False)
     cond = model.prepare(torch.empty(1, config.text_length, config.text_dim, device="meta"), size)
     n = cond.lengths[sp.rank] - cond.n_text
     x = torch.empty(1, n, config.out_channels * config.patch_volume, device="meta")

@@ -211,7 +211,7 @@ def step_costs(layout: Layout, rank: int, layers: int) -> tuple[int, dict[str, i
     """FLOPs and bytes sent of one prediction on one rank, counted on meta tensors."""
     mesh = as_rank(layout, rank)
     sp = SequenceParallel(mesh)
-    model = on_meta(ConsisIDTransformer, replace(PREVIEW, layers=layers), sp).to(torch.bfloat16)
+    model = on_meta(ConsisIDTransformer, replace(PREVIEW, layers=layers), sp).to(torch.bfloat16).requires_grad_(False)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")

@@ -55,11 +55,11 @@ def run(model: Model, size: Size, text: int, layout: Layout, rank: int) -> Count
     latents = (latent_frames(model, size), size.height // 8, size.width // 8)
     config = model.config
     if isinstance(config, MochiConfig):
-        transformer = on_meta(MochiTransformer, config, sp).to(torch.bfloat16)
+        transformer = on_meta(MochiTransformer, config, sp).to(torch.bfloat16).requires_grad_(False)
         cond = transformer.prepare(latents, torch.empty(1, text, config.text_dim, device="meta"))
     else:
         kind = ConsisIDTransformer if isinstance(config, ConsisIDConfig) else CogVideoXTransformer
-        transformer = on_meta(kind, config, sp).to(torch.bfloat16)
+        transformer = on_meta(kind, config, sp).to(torch.bfloat16).requires_grad_(False)
         cond = prepared(transformer, config, text, latents)
     n = sp.lengths(video_tokens(model, size))[sp.rank]
     x = torch.empty(1, n, model.patch_dim, device="meta")
