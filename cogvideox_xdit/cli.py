@@ -19,6 +19,7 @@ from common import program
 from common.checks import Rules, nearest
 from common.cli import Option
 from common.request import Program, Setup, Source, Video
+from planner import chooser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,6 +192,7 @@ PROGRAM = Program(
     decode=decode,
     demos=tuple(CONFIGS),
     check=check,
+    choose=chooser("cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox-1.5-5b", "cogvideox-1.5-5b-i2v"),
     options=(
         Option(["--image"], type=click.Path(path_type=Path), help="First frame, for image to video checkpoints."),
         Option(["--video"], type=click.Path(path_type=Path), help="Video to start from, for text checkpoints."),

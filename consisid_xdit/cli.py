@@ -21,6 +21,7 @@ from common.checks import Rules, folder_problem
 from common.cli import Option
 from common.request import Program, Setup, Source, Video
 from consisid_xdit.config import PREVIEW, read_consisid
+from planner import chooser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,6 +147,7 @@ PROGRAM = Program(
     generate=generate,
     decode=decode,
     check=check,
+    choose=chooser("consisid"),
     options=(
         Option(["--id-embeddings"], type=_FILE, help="Identity features in place of --image; needs no face models."),
         Option(["--image"], type=_FILE, callback=require_person, help="Photograph; its largest face is taken."),

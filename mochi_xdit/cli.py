@@ -18,6 +18,7 @@ from common import program
 from common.checks import Rules
 from common.cli import Option
 from common.request import Program, Setup, Source, Video
+from planner import chooser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,6 +158,7 @@ PROGRAM = Program(
     generate=generate,
     decode=decode,
     check=check,
+    choose=chooser("mochi"),
     options=(
         Option(["--threshold-noise"], type=float, help="Noise that the linear part of the schedule removes."),
         Option(["--linear-steps"], type=int, help="Steps of the linear part; default: half."),
