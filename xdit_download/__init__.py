@@ -1,0 +1,1 @@
+"""`xdit-download`: the weights the three programs read, from the hub into one folder each."""

@@ -1,0 +1,72 @@
+"""`xdit-download MODEL [--dir FOLDER]`. Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room, plan, size, verify
+from xdit_download.models import MODELS
+
+
+@click.command(
+    "xdit-download",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-").lower(),
+    },
+)
+@click.argument("model", type=click.Choice(list(MODELS)))
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to. Default: the model's name, here.")
+@click.option("--revision", help="A branch, tag or commit of the model's repository. Default: the newest.")
+@click.option("--check-hashes", is_flag=True, help="Read the files again and compare their SHA-256 with the hub's.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
+def command(model: str, folder: Path | None, revision: str | None, check_hashes: bool, dry_run: bool) -> None:
+    """Fetch exactly the files that the programs read of MODEL. Run it again to go on after an interruption."""
+    folder = folder or Path(MODELS[model].folder)
+    if folder.exists() and not folder.is_dir():
+        raise click.BadParameter(f"{folder} is a file; name a folder", param_hint="--dir")
+    wanted = plan(MODELS[model], folder, revision)
+    _tell(model, wanted, folder)
+    if dry_run:
+        return
+    make_room(wanted, folder)
+    for one in wanted:
+        fetch(one)
+        if check_hashes:
+            verify(one)
+    click.echo(f"{len(wanted)} files are complete; use --model-dir {folder}")
+
+
+def _tell(model: str, wanted: Sequence[Wanted], folder: Path) -> None:
+    total, needed = sum(one.size for one in wanted), sum(one.missing for one in wanted)
+    room = f"{size(free_room(folder))} free for {folder}"
+    click.echo(f"{model}: {len(wanted)} files, {size(total)}; {size(needed)} to fetch, {room}")
+    for part in dict.fromkeys(one.part for one in wanted):
+        files = [one for one in wanted if one.part == part]
+        click.echo(
+            f"  {size(sum(one.size for one in files)):>10}  {part.what}, from {part.repo}; licence: {part.licence}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    try:
+        command.main(args=arguments, prog_name="xdit-download", standalone_mode=False)
+    except click.UsageError as wrong:
+        print(f"error: {wrong.format_message()}", file=sys.stderr)
+        return 2
+    except DownloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
