@@ -170,9 +170,8 @@ def pairs_in_order(
 def profiles(fit: Fit, observations: Sequence[Observation]) -> dict[str, dict[str, Any]]:
     """One profile for each published group, under its name; a second GPU or program of a group gets a suffix."""
     made: dict[str, dict[str, Any]] = {}
-    used = {row_of(o).group: 0 for o in observations}
-    for o in observations:
-        used[row_of(o).group] += 1
+    fitted = {row_of(o).id: row_of(o).group for o in observations}
+    used = {group: list(fitted.values()).count(group) for group in fitted.values()}
     for row in rows():
         name = row.group
         first = next(r for r in rows() if r.group == name)

@@ -109,10 +109,9 @@ def demo_folder(model: Model) -> Path:
         from consisid_xdit.demo import demo_checkpoint as consisid_demo
 
         return consisid_demo()
-    from cogvideox_xdit.config import CONFIGS
     from cogvideox_xdit.demo import demo_checkpoint as cogvideox_demo
 
-    return cogvideox_demo(next(kind for kind, config in CONFIGS.items() if config == model.config))
+    return cogvideox_demo(model.variant)
 
 
 class Results:

@@ -119,7 +119,7 @@ def _mochi(model: Model, folder: Path) -> dict[str, Any]:
 
 def _cogvideox(model: Model, folder: Path) -> dict[str, Any]:
     from cogvideox_xdit import demo, weights
-    from cogvideox_xdit.config import CONFIGS, VAEConfig, transformer_json, vae_json
+    from cogvideox_xdit.config import VAEConfig, transformer_json, vae_json
     from cogvideox_xdit.transformer import CogVideoXTransformer
     from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 
@@ -134,14 +134,13 @@ def _cogvideox(model: Model, folder: Path) -> dict[str, Any]:
     else:
         state, rename = _state(on_meta(CogVideoXTransformer, config)), weights.rename_table(config)
         described = transformer_json(config)
-    kind = "5b-i2v" if consisid else next(name for name, known in CONFIGS.items() if known == config)
     hollow(folder / "transformer" / f"{STEM}.safetensors", state, rename)
     _json(folder / "transformer" / "config.json", described)
-    vae = VAEConfig(**demo.scaling(kind))
+    vae = VAEConfig(**demo.scaling(model.variant))
     parts = _state(on_meta(CogVideoXEncoder, vae), "encoder.") | _state(on_meta(CogVideoXDecoder, vae), "decoder.")
     hollow(folder / "vae" / f"{STEM}.safetensors", parts)
     _json(folder / "vae" / "config.json", vae_json(vae))
-    _json(folder / "scheduler" / "scheduler_config.json", demo.scheduler_json(kind))
+    _json(folder / "scheduler" / "scheduler_config.json", demo.scheduler_json(model.variant))
     write_text_encoder(folder, config.text_length)
     if consisid:
         return demo.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")

@@ -37,6 +37,8 @@ class Model:
     frame_step: int
     frame_multiple: int = 1
     """Latent frames come in multiples of this (1.5 checkpoints: 2 frames to a patch)."""
+    variant: str = ""
+    """CogVideoX's name of this configuration, in `cogvideox_xdit.config.CONFIGS`; ConsisID is made like 5b-i2v."""
     sizes: tuple[tuple[int, int], ...] = ()
     """The only (width, height) it can make; empty when any multiple of 16 will do."""
 
@@ -159,6 +161,7 @@ def _cogvideox(name: str, title: str, variant: str, parameters: int) -> Model:
         num_steps=50,
         frame_step=config.time_compression,
         frame_multiple=2 if later else 1,
+        variant=variant,
         sizes=((720, 480),) if config.learned else (),
     )
 
@@ -169,7 +172,20 @@ def _mochi() -> Model:
 
 def _consisid() -> Model:
     sizes = ((720, 480),)
-    return Model("consisid", "ConsisID", PREVIEW, 6_217_102_912, COGVIDEOX_DECODER, 720, 480, 49, 50, 4, sizes=sizes)
+    return Model(
+        "consisid",
+        "ConsisID",
+        PREVIEW,
+        6_217_102_912,
+        COGVIDEOX_DECODER,
+        720,
+        480,
+        49,
+        50,
+        4,
+        variant="5b-i2v",
+        sizes=sizes,
+    )
 
 
 _MAKERS: Mapping[str, Callable[[], Model]] = {
