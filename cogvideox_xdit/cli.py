@@ -133,6 +133,7 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> CogVideoXPipeline:
         mesh=mesh,
         dtype=setup.dtype,
         attention=setup.attention,
+        engine=setup.engine,
         scheduler=setup.extra["scheduler"],
         keep_loaded=setup.keep_loaded,
         stages=stages,

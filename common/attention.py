@@ -6,7 +6,9 @@ Softmax scale is D ** -0.5. Nothing is masked: padding never gets this far.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -109,8 +111,17 @@ def _flash2(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn_interface import flash_attn_func
 
-    out, lse, *_ = flash_attn_func(q, k, v, return_attn_probs=True)
+    # Since autumn 2025 the log-sum-exp comes on request; before, always, and the request was not known.
+    asked = {"return_attn_probs": True} if _returns_lse_on_request() else {}
+    out, lse, *_ = flash_attn_func(q, k, v, **asked)
     return out, lse
+
+
+@functools.cache
+def _returns_lse_on_request() -> bool:
+    from flash_attn_interface import flash_attn_func
+
+    return "return_attn_probs" in inspect.signature(flash_attn_func).parameters
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Nothing here imports torch: a mistake on the command line is told in a fraction 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import math
 import os
 import tempfile
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.parallel.Layout
+ENGINES = ("native", "xfuser")
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,30 @@ def layout_problems(
             choose_degrees(ranks.count, heads, guided, cfg, ring, ulysses)
         except ValueError as error:
             found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; {error}")
+    return found
+
+
+def xfuser_problems(
+    device: str, attention: str = "auto", dtype: str = "bf16", heads: int = 1, ulysses: int = 1
+) -> list[str]:
+    """Why `--engine xfuser` cannot run this. device: cpu or cuda. heads, ulysses: the model's and the degree."""
+    native = "use --engine native"
+    if device != "cuda":
+        return [f"--engine xfuser needs GPUs: xfuser's attention does not exist without one; {native}"]
+    found = []
+    for module in ("xfuser", "yunchang"):
+        if importlib.util.find_spec(module) is None:
+            found.append(f'--engine xfuser needs the package {module}: pip install "xdit-zoo[xfuser]", or {native}')
+    if dtype not in ("bf16", "fp16"):
+        found.append(f"--engine xfuser runs in bf16 or fp16, not in {dtype}: its kernels are half precision; {native}")
+    if attention == "cudnn":
+        found.append(f"--engine xfuser cannot use --attention cudnn: it gives its ring no log-sum-exp; {native}")
+    if heads % ulysses:
+        fitting = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
+        found.append(
+            f"--engine xfuser gives every ulysses rank equally many heads, but {heads} do not divide by "
+            f"--ulysses-degree {ulysses}; degrees that do: {fitting}; or {native}"
+        )
     return found
 
 

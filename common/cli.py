@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from common import launch
-from common.checks import Degrees, Ranks, Rules, folder_problem, layout_problems, reason
+from common.checks import ENGINES, Degrees, Ranks, Rules, folder_problem, layout_problems, reason, xfuser_problems
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
@@ -93,6 +93,12 @@ def _options(program: Program) -> list[click.Parameter]:
             type=choice(["auto", "sdpa", "cudnn", "flash2", "flash3"]),
             default="auto",
             help="Attention kernel.",
+        ),
+        option(
+            "--engine",
+            type=choice(ENGINES),
+            default="native",
+            help="Who runs attention over several ranks: this program, or the package xfuser.",
         ),
         option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
         option("--vae-chunk", type=int, help="Latent frames decoded at once."),
@@ -193,9 +199,13 @@ class _Reader:
         extra = {option.name: self.values[option.name] for option in self.program.options}
         self.problems += self.program.check(extra, videos)
         ranks, degrees, chosen = self._layout(rules)
+        if self.values["engine"] == "xfuser":
+            dtype = self.values["dtype"] or rules.dtype
+            device, kernel = "cuda" if self.gpus else "cpu", self.values["attention"]
+            self.problems += xfuser_problems(device, kernel, dtype, rules.heads, degrees[2])
         if self.problems:
             raise WrongUse(list(dict.fromkeys(self.problems)))
-        names = ("attention", "vae", "vae_chunk", "vae_tile", "timeout", "debug", "text_encoder_dir")
+        names = ("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug", "text_encoder_dir")
         taken = {name: self.values[name] for name in names} | {"device": "cuda" if self.gpus else "cpu"}
         taken["keep_loaded"] = self._value("keep_loaded", len(videos) > 1)
         dtype = self.values["dtype"] or rules.dtype

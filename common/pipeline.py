@@ -14,8 +14,8 @@ from common.guidance import Guidance
 from common.parallel import Mesh, resolve_device
 from common.progress import Stages
 from common.text import TextEncoder, encode_on_main
-from common.usp import SequenceParallel
 from common.vae import TimeSplit
+from common.xfuser_engine import sequence_parallel
 
 TextBranch = tuple[Tensor, Tensor]
 """Features (1, L, D) of one guidance branch's prompt and the mask (1, L) of its tokens that are no padding."""
@@ -25,9 +25,10 @@ class Pipeline:
     """Loads each stage's model when its turn comes, and lets it go before the next one's.
 
     model_dir: the checkpoint's folder. mesh: this rank's place (`common.parallel.distributed`); without one, a single
-    process on `device`. dtype: of the blocks. attention: kernel, see `common.attention`. keep_loaded: models stay on
-    the device between calls. stages: where progress and times go. text_encoder_dir: the T5 encoder's folder, where it
-    is not in the checkpoint's. text_cache: folder that keeps text features between runs.
+    process on `device`. dtype: of the blocks. attention, engine: kernel, see `common.attention`, and who spreads it,
+    see `common.xfuser_engine`. keep_loaded: models stay on the device between calls. stages: where progress and times
+    go. text_encoder_dir: the T5 encoder's folder, where it is not in the checkpoint's. text_cache: folder that keeps
+    text features between runs.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "bf16",
         attention: str = "auto",
+        engine: str = "native",
         keep_loaded: bool = False,
         stages: Stages | None = None,
         text_encoder_dir: str | Path | None = None,
@@ -47,7 +49,7 @@ class Pipeline:
         self.model_dir = Path(model_dir)
         self.text_encoder_dir, self.text_cache = text_encoder_dir, text_cache
         self.stages = stages or Stages(device=mesh.device)
-        self.sp = SequenceParallel(mesh, attention)
+        self.sp = sequence_parallel(mesh, attention, engine)
         self.guidance = Guidance(mesh.cfg)
         self.models = Models(keep_loaded)
 

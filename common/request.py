@@ -84,6 +84,7 @@ class Setup:
     device: str = "cpu"
     dtype: str = "bf16"
     attention: str = "auto"
+    engine: str = "native"
     vae: str = "auto"
     vae_chunk: int | None = None
     vae_tile: tuple[int, int] | None = None

@@ -94,7 +94,8 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> Session:
     assert setup.source.model_dir is not None
     if setup.source.demo is not None:
         stages.note("the demo checkpoint has random weights: the picture is noise, and its face models know one face")
-    shared = {name: getattr(setup, name) for name in ("dtype", "attention", "keep_loaded", "text_encoder_dir")}
+    names = ("dtype", "attention", "engine", "keep_loaded", "text_encoder_dir")
+    shared = {name: getattr(setup, name) for name in names}
     own = {"scheduler": setup.extra["scheduler"]}
     return Session(ConsisIDPipeline(setup.source.model_dir, mesh, stages=stages, **shared, **own))
 

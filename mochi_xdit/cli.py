@@ -107,6 +107,7 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
         mesh=mesh,
         dtype=setup.dtype,
         attention=setup.attention,
+        engine=setup.engine,
         keep_loaded=setup.keep_loaded,
         stages=stages,
         text_encoder_dir=setup.text_encoder_dir or setup.extra["t5_model_path"],
