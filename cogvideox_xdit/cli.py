@@ -18,7 +18,7 @@ from cogvideox_xdit.config import CONFIGS, FRAME_STEP, TransformerConfig, read_c
 from common import program
 from common.checks import Rules, nearest
 from common.cli import Option
-from common.request import Program, Setup, Source, Video
+from common.request import Program, Setup, Source, Video, sampling_options
 from planner import chooser
 
 if TYPE_CHECKING:
@@ -131,13 +131,9 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> CogVideoXPipeline:
     made = CogVideoXPipeline.from_pretrained(
         setup.source.model_dir,
         mesh=mesh,
-        dtype=setup.dtype,
-        attention=setup.attention,
-        engine=setup.engine,
-        scheduler=setup.extra["scheduler"],
-        keep_loaded=setup.keep_loaded,
         stages=stages,
-        text_encoder_dir=setup.text_encoder_dir,
+        scheduler=setup.extra["scheduler"],
+        **setup.pipeline_options(),
     )
     made.config.check_task(_image(setup, made) is not None, setup.extra["video"] is not None)
     return made
@@ -157,21 +153,12 @@ def generate(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages
     assert video.seed is not None
     return pipe(
         video.prompt,
-        negative_prompt=video.negative_prompt,
-        height=video.height,
-        width=video.width,
-        num_frames=video.num_frames,
-        num_steps=video.num_steps,
-        cfg_scale=video.cfg_scale,
-        seed=video.seed,
         image=_image(setup, pipe),
         video=setup.extra["video"],
         strength=setup.extra["strength"],
         dynamic_cfg=setup.extra["dynamic_cfg"],
-        vae=setup.vae,
-        vae_chunk=setup.vae_chunk,
-        vae_tile=setup.vae_tile,
-        latents_file=video.latents_file,
+        **sampling_options(video),
+        **setup.decode_options(),
     )
 
 
@@ -180,7 +167,7 @@ def decode(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages) 
 
     assert video.latents is not None
     latents = load_latents(video.latents, pipe.config.out_channels)
-    return pipe.decode(latents, vae=setup.vae, vae_chunk=setup.vae_chunk, vae_tile=setup.vae_tile)
+    return pipe.decode(latents, **setup.decode_options())
 
 
 PROGRAM = Program(

@@ -246,8 +246,9 @@ class CogVideoXPipeline(Pipeline):
         return read_checkpoint(model_dir)
 
     def _load_transformer(self) -> CogVideoXTransformer:
-        with self.stages.stage("loading transformer"):
-            return load_transformer(self.model_dir, self.config, self.sp, self.device, self.dtype)
+        with self.stages.loading("loading transformer") as progress:
+            options = (self.device, self.dtype, progress, self.placement, self.mesh.world)
+            return load_transformer(self.model_dir, self.config, self.sp, *options)
 
     def _load_encoder(self) -> CogVideoXEncoder:
         with self.stages.stage("loading encoder"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cogvideox_xdit import positions
 from cogvideox_xdit.config import TransformerConfig
+from common.blocks import Blocks
 from common.usp import SequenceParallel
 
 Size = tuple[int, int, int]  # latent frames, rows, columns
@@ -180,6 +181,8 @@ class CogVideoXTransformer(nn.Module):
     Raises ValueError when `sp` has more Ulysses ranks than the model has heads.
     """
 
+    matmuls = ("qkv", "out", "ff_in", "ff_out")
+
     def __init__(self, config: TransformerConfig, sp: SequenceParallel | None = None) -> None:
         super().__init__()
         self.config, self.sp = config, sp or SequenceParallel()
@@ -194,7 +197,7 @@ class CogVideoXTransformer(nn.Module):
         if config.learned:
             video = config.latent_frames * config.sample_height * config.sample_width // config.patch_size**2
             self.positions = nn.Parameter(torch.zeros(1, config.text_length + video, width))
-        self.blocks = nn.ModuleList(Block(config, self.sp) for _ in range(config.layers))
+        self.blocks = Blocks(Block(config, self.sp) for _ in range(config.layers))
         self.norm_final = nn.LayerNorm(width, config.norm_eps)
         self.norm_out = nn.LayerNorm(width, config.norm_eps)
         self.mod_out = nn.Linear(time, 2 * width)

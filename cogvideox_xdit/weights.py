@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from cogvideox_xdit.config import TransformerConfig, VAEConfig
+from common.parallel import Axis
+from common.placement import Placement, place
 from common.usp import SequenceParallel
-from common.weights import Checkpoint, Concat, Rename, find_files, load, on_meta, open_checkpoint
+from common.weights import Checkpoint, Concat, Progress, Rename, find_files, load, on_meta, open_checkpoint
 
 if TYPE_CHECKING:
     from cogvideox_xdit.transformer import CogVideoXTransformer
@@ -62,12 +64,19 @@ def load_transformer(
     sp: SequenceParallel | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    placement: Placement | None = None,
+    world: Axis | None = None,
 ) -> CogVideoXTransformer:
-    """The transformer of a checkpoint folder on `device`; see `common.weights.load` for memory and errors."""
+    """The transformer of a checkpoint folder on `device`.
+
+    See `common.weights.load` for memory and errors, and `common.placement.place` for placement and world.
+    """
     from cogvideox_xdit.transformer import CogVideoXTransformer
 
     checkpoint = open_checkpoint(find_files(folder / "transformer", STEM, dtype))
-    return load(on_meta(CogVideoXTransformer, config, sp), checkpoint, rename_table(config), device, dtype)  # type: ignore[return-value]
+    model = on_meta(CogVideoXTransformer, config, sp)
+    return place(model, checkpoint, rename_table(config), device, dtype, (), placement, world, progress)
 
 
 def load_decoder(

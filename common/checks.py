@@ -16,6 +16,8 @@ from pathlib import Path
 
 Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.parallel.Layout
 ENGINES = ("native", "xfuser")
+DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
+OFFLOADS = ("none", "stage", "block", "disk")
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,27 @@ from typing import Any
 import click
 
 from common import launch
-from common.checks import ENGINES, Degrees, Ranks, Rules, folder_problem, layout_problems, reason, xfuser_problems
+from common.checks import (
+    DTYPES,
+    ENGINES,
+    OFFLOADS,
+    Degrees,
+    Ranks,
+    Rules,
+    folder_problem,
+    layout_problems,
+    reason,
+    xfuser_problems,
+)
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
 MAX_TIMEOUT = 10_000_000
 MIN_TILE = 32
+AS_GIVEN = (
+    *("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug"),
+    *("text_encoder_dir", "text_dtype", "text_cache", "offload", "shard_weights"),
+)
 
 
 class Option(click.Option):
@@ -83,7 +98,7 @@ def _options(program: Program) -> list[click.Parameter]:
         option("--fps", type=int, help="Frames per second of the mp4."),
         option("--from-latents", type=path, help="Only decode a latents file that an earlier run left."),
         option("--device", type=choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
-        option("--dtype", type=choice(["bf16", "fp16", "fp32", "fp64"]), help="Precision of the blocks."),
+        option("--dtype", type=choice(DTYPES), help="Precision of the blocks; fp8: their weights, in bf16."),
         option("--gpus", type=int, help="Processes to start, one per GPU (with --device cpu: CPU ranks)."),
         option("--ulysses-degree", type=int, help="Ranks that split the heads."),
         option("--ring-degree", type=int, help="Ranks that pass keys and values around."),
@@ -103,6 +118,17 @@ def _options(program: Program) -> list[click.Parameter]:
         option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
         option("--vae-chunk", type=int, help="Latent frames decoded at once."),
         option("--vae-tile", type=TileSize(), help="Largest tile in pixels: 256, or 320x240 (width x height)."),
+        option(
+            "--offload",
+            type=choice(OFFLOADS),
+            help="none: keep every stage on the device; stage: one at a time; block: blocks wait in host memory; "
+            "disk: they are read from the checkpoint in every step. Default: what fits.",
+        ),
+        option("--shard-weights", is_flag=True, help="Every rank keeps a part of each block; a gather makes it whole."),
+        option(
+            "--text-dtype", type=choice(["bf16", "fp16", "fp32", "fp64", "fp8"]), help="Precision of the T5 encoder."
+        ),
+        option("--text-cache", type=path, help="Directory that keeps text features, so that known prompts skip T5."),
         Option(
             ["--keep-loaded/--no-keep-loaded"],
             default=None,
@@ -196,6 +222,7 @@ class _Reader:
             self.problems.append(f"--text-encoder-dir {folder} is not a directory")
         if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
             self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
+        self._placement()
         extra = {option.name: self.values[option.name] for option in self.program.options}
         self.problems += self.program.check(extra, videos)
         ranks, degrees, chosen = self._layout(rules)
@@ -205,9 +232,9 @@ class _Reader:
             self.problems += xfuser_problems(device, kernel, dtype, rules.heads, degrees[2])
         if self.problems:
             raise WrongUse(list(dict.fromkeys(self.problems)))
-        names = ("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug", "text_encoder_dir")
-        taken = {name: self.values[name] for name in names} | {"device": "cuda" if self.gpus else "cpu"}
-        taken["keep_loaded"] = self._value("keep_loaded", len(videos) > 1)
+        taken = {name: self.values[name] for name in AS_GIVEN} | {"device": "cuda" if self.gpus else "cpu"}
+        kept = {"none": True, None: len(videos) > 1}.get(self.values["offload"], False)
+        taken["keep_loaded"] = self._value("keep_loaded", kept)
         dtype = self.values["dtype"] or rules.dtype
         setup = Setup(source, rules, ranks, degrees, chosen, dtype=dtype, extra=extra, **taken)
         return Request(setup, self.output, tuple(videos), tuple(self._remarks()))
@@ -266,6 +293,18 @@ class _Reader:
             latents=self._latents(),
         )
         return _numbered(base, self._prompts(rules), count)
+
+    def _placement(self) -> None:
+        offload, kept, cache = self.values["offload"], self.values["keep_loaded"], self.values["text_cache"]
+        if offload == "disk" and self.values["shard_weights"]:
+            self.problems.append(
+                "--shard-weights with --offload disk: no rank keeps weights then; leave one out, or use --offload block"
+            )
+        if (offload, kept) in (("none", False), ("stage", True)):
+            flag = "--keep-loaded" if kept else "--no-keep-loaded"
+            self.problems.append(f"--offload {offload} and {flag} say the opposite; give one of them")
+        if cache is not None and cache.exists() and not cache.is_dir():
+            self.problems.append(f"--text-cache {cache} is not a directory")
 
     def _latents(self) -> Path | None:
         path = self.values["from_latents"]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.blocks import finish
 from common.decode import DecodePlan, VideoDecoder, agree, decode_plans, plan_decode, probe
 from common.parallel import Mesh
 from common.progress import Stages
@@ -67,6 +68,8 @@ class Models:
             self.loaded[name] = load()
         try:
             yield self.loaded[name]
+            if not self.keep and isinstance(self.loaded[name], nn.Module):
+                finish(self.loaded[name])
         finally:
             if not self.keep:
                 del self.loaded[name]

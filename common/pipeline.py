@@ -12,6 +12,7 @@ from common.decode import DecodePlan, VideoDecoder
 from common.generation import Models, decode_video, parse_dtype
 from common.guidance import Guidance
 from common.parallel import Mesh, resolve_device
+from common.placement import Placement
 from common.progress import Stages
 from common.text import TextEncoder, encode_on_main
 from common.vae import TimeSplit
@@ -25,10 +26,12 @@ class Pipeline:
     """Loads each stage's model when its turn comes, and lets it go before the next one's.
 
     model_dir: the checkpoint's folder. mesh: this rank's place (`common.parallel.distributed`); without one, a single
-    process on `device`. dtype: of the blocks. attention, engine: kernel, see `common.attention`, and who spreads it,
-    see `common.xfuser_engine`. keep_loaded: models stay on the device between calls. stages: where progress and times
-    go. text_encoder_dir: the T5 encoder's folder, where it is not in the checkpoint's. text_cache: folder that keeps
-    text features between runs.
+    process on `device`. dtype: of the blocks; `fp8`: bf16 with matmul weights in float8. attention, engine: kernel, see
+    `common.attention`, and who spreads it, see `common.xfuser_engine`. keep_loaded: models stay on the device between
+    calls. stages: where progress and times go. text_encoder_dir: the T5 encoder's folder, where it is not in the
+    checkpoint's. text_cache: folder that keeps text features between runs. text_dtype: of the T5 encoder; default: as
+    `dtype`, bf16 for fp8. offload, shard_weights: where weights are, see `common.placement.Placement`; by default one
+    stage's are on the device.
     """
 
     def __init__(
@@ -43,15 +46,22 @@ class Pipeline:
         stages: Stages | None = None,
         text_encoder_dir: str | Path | None = None,
         text_cache: str | Path | None = None,
+        text_dtype: str | torch.dtype | None = None,
+        offload: str | None = None,
+        shard_weights: bool = False,
     ) -> None:
         mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
-        self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype(dtype)
+        float8 = dtype == "fp8"
+        self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype("bf16" if float8 else dtype)
+        self.text_float8 = text_dtype == "fp8"
+        self.text_dtype = self.dtype if text_dtype in (None, "fp8") else parse_dtype(text_dtype)
+        self.placement = Placement(offload or "stage", shard_weights, float8)
         self.model_dir = Path(model_dir)
         self.text_encoder_dir, self.text_cache = text_encoder_dir, text_cache
         self.stages = stages or Stages(device=mesh.device)
         self.sp = sequence_parallel(mesh, attention, engine)
         self.guidance = Guidance(mesh.cfg)
-        self.models = Models(keep_loaded)
+        self.models = Models(keep_loaded or offload == "none")
 
     def text_folder(self) -> Path:
         """Where the T5 encoder lies; ValueError when it is nowhere."""
@@ -76,7 +86,14 @@ class Pipeline:
         if not self.mesh.is_main:
             return None
         with self.stages.stage("loading text encoder"):
-            return TextEncoder(self.text_folder(), self.device, self.dtype, self.text_cache)
+            return TextEncoder(
+                self.text_folder(),
+                self.device,
+                self.text_dtype,
+                self.text_cache,
+                float8=self.text_float8,
+                stream=self.placement.streams,
+            )
 
     def decode(
         self,

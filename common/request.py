@@ -73,7 +73,8 @@ class Video:
 class Setup:
     """How the videos of one command are made. degrees: cfg, ring, ulysses; chosen: whether the program chose any.
 
-    device: cpu or cuda. vae_tile: height, width in pixels. extra: the fork's own options by name.
+    device: cpu or cuda. vae_tile: height, width in pixels. offload None: the pipeline chooses. extra: the fork's own
+    options by name.
     """
 
     source: Source
@@ -89,6 +90,10 @@ class Setup:
     vae_chunk: int | None = None
     vae_tile: tuple[int, int] | None = None
     keep_loaded: bool = False
+    offload: str | None = None
+    shard_weights: bool = False
+    text_dtype: str | None = None
+    text_cache: Path | None = None
     timeout: float = 1800.0
     debug: bool = False
     text_encoder_dir: Path | None = None
@@ -97,6 +102,15 @@ class Setup:
     @property
     def on_cpu(self) -> bool:
         return self.device == "cpu"
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """What every fork's pipeline takes by the same names, see `common.pipeline.Pipeline`."""
+        names = ("dtype", "attention", "engine", "keep_loaded", "offload", "shard_weights")
+        return {name: getattr(self, name) for name in (*names, "text_encoder_dir", "text_dtype", "text_cache")}
+
+    def decode_options(self) -> dict[str, Any]:
+        """How to decode, by the names of `common.pipeline.Pipeline.decode`."""
+        return {name: getattr(self, name) for name in ("vae", "vae_chunk", "vae_tile")}
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,12 @@ class Program:
     options: tuple[click.Option, ...] = ()
     check: Callable[[Mapping[str, Any], Sequence[Video]], list[str]] = lambda options, videos: []
     choose: Callable[..., Degrees] = choose_degrees
+
+
+def sampling_options(video: Video) -> dict[str, Any]:
+    """What every fork's pipeline takes by the same names when it is called for one video."""
+    names = ("negative_prompt", "height", "width", "num_frames", "num_steps", "cfg_scale", "seed", "latents_file")
+    return {name: getattr(video, name) for name in names}
 
 
 def draw_seeds(videos: Sequence[Video]) -> list[Video]:

@@ -16,16 +16,25 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from common.blocks import Blocks, FromFile, Image, Stream, bind
+from common.fp8 import FLOAT8, SCALE, fill_float8, use_float8
 from common.parallel import Mesh, broadcast_object, broadcast_tensors
+from common.weights import assign
 
 EOS, PAD = 1, 0
+_LAYERS = "encoder.block."
+_FLOAT8 = (
+    *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
+    *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1")),
+)
 Codec = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 _TOKENIZERS = ("spiece.model", "tokenizer.json")
 _INDEXES = ("model.safetensors.index*.json", "pytorch_model.bin.index.json")
@@ -196,35 +205,91 @@ def new_t5(config: dict, device: str = "meta") -> nn.Module:
     return model.requires_grad_(False)
 
 
-def load_t5(files: EncoderFiles, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def load_t5(
+    files: EncoderFiles,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    float8: bool = False,
+    stream: bool = False,
+) -> nn.Module:
     """A T5EncoderModel whose tensors went one by one from the mapped files to `device`.
 
+    float8: the layers' matmul weights but the last (transformers itself keeps that one in a wider type) in eight bits.
+    stream: layers come from the mapped files when their turn comes, two at a time on the device.
     Raises ValueError naming file and tensor for missing, extra-shaped or truncated weights.
     """
     model = new_t5(json.loads(files.config.read_text()))
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    mapped = _mapped(files, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    layers = model.encoder.block = Blocks(model.encoder.block)  # type: ignore[arg-type]
+    for layer in layers if float8 else ():
+        use_float8(layer, _FLOAT8)
+    for name in list(mapped):
+        if not (stream and name.startswith(_LAYERS)):
+            kind = model.get_parameter(name).dtype if float8 else dtype
+            _put(model, name, mapped.pop(name), torch.device(device), FLOAT8 if kind == FLOAT8 else dtype)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    if stream:
+        _stream_layers(layers, mapped, torch.device(device), dtype)
+    return model
+
+
+def _mapped(files: EncoderFiles, wanted: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The encoder's tensors as views of the mapped files."""
     aliases = {"encoder.embed_tokens.weight": "shared.weight"}
-    done: set[str] = set()
+    found: dict[str, Tensor] = {}
     for path in files.weights:
         for stored, tensor in _tensors(path, set(wanted) | set(aliases)):
             name = aliases.get(stored, stored)
-            if name in done:
-                continue
             if tuple(tensor.shape) != wanted[name]:
                 raise ValueError(
                     f"{path}: {stored} has shape {tuple(tensor.shape)}, config.json asks for {wanted[name]}"
                 )
-            owner, _, leaf = name.rpartition(".")
-            value = tensor.to(device=device, dtype=dtype)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-            done.add(name)
-    if missing := sorted(set(wanted) - done):
+            found.setdefault(name, tensor)
+    if missing := sorted(set(wanted) - set(found)):
         raise ValueError(
             f"{files.weights[0].parent}: {len(missing)} tensors of the T5 encoder are missing, "
             f"the first is {missing[0]}"
         )
-    model.encoder.embed_tokens.weight = model.shared.weight
-    return model
+    return found
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    if dtype != FLOAT8:
+        assign(model, name, tensor.to(device=device, dtype=dtype))
+        return
+    values = torch.empty(tensor.shape, dtype=FLOAT8)
+    scale = torch.empty(tensor.shape[0], 1)
+    fill_float8(tensor, values, scale)
+    assign(model, name, values.to(device))
+    assign(model, name.removesuffix("weight") + SCALE, scale.to(device))
+
+
+def _stream_layers(layers: Blocks, mapped: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Let the layers' weights come from the mapped files, two layers at a time."""
+
+    def fill(index: int, tensors: Mapping[str, Tensor]) -> None:
+        for name, out in tensors.items():
+            if name.endswith(SCALE):
+                continue
+            stored = mapped[f"{_LAYERS}{index}.{name}"]
+            if out.dtype != FLOAT8:
+                out.copy_(stored)
+                continue
+            values, scale = torch.empty(out.shape, dtype=FLOAT8), torch.empty(out.shape[0], 1)
+            fill_float8(stored, values, scale)
+            out.copy_(values)
+            tensors[name.removesuffix("weight") + SCALE].copy_(scale)
+
+    def kind(layer: nn.Module, name: str) -> torch.dtype:
+        slot = layer.get_parameter(name).dtype
+        return slot if slot == FLOAT8 or name.endswith(SCALE) else dtype
+
+    images = [Image.of(layer, partial(kind, layer)) for layer in layers]
+    room = max(image.nbytes for image in images)
+    stream = Stream(FromFile(fill, images, device), images, device, room, again=False)
+    for i, layer in enumerate(layers):
+        bind(layer, stream.views(i))
+    layers.stream = stream
 
 
 class TextEncoder:
@@ -232,6 +297,7 @@ class TextEncoder:
 
     dtype is that of the weights and of the arithmetic; features come out in fp32.
     cache_dir keeps features by hash of prompt and encoder, so that a known prompt loads nothing.
+    float8, stream: see `load_t5`.
     """
 
     def __init__(
@@ -240,12 +306,16 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         cache_dir: str | Path | None = None,
+        float8: bool = False,
+        stream: bool = False,
     ) -> None:
         self.files = EncoderFiles.find(directory)
         self.tokenizer = Tokenizer(self.files.tokenizer)
         self.device, self.dtype = torch.device(device), dtype
         self.width = int(json.loads(self.files.config.read_text())["d_model"])
-        self._cache = None if cache_dir is None else FeatureCache(cache_dir, self.files, dtype)
+        self.options = {"float8": float8, "stream": stream}
+        kind = f"{dtype} float8" if float8 else str(dtype)
+        self._cache = None if cache_dir is None else FeatureCache(cache_dir, self.files, kind)
         self._model: nn.Module | None = None
 
     def __enter__(self) -> TextEncoder:
@@ -287,7 +357,7 @@ class TextEncoder:
     @torch.no_grad()
     def _run(self, ids: list[int]) -> Tensor:
         if self._model is None:
-            self._model = load_t5(self.files, self.device, self.dtype)
+            self._model = load_t5(self.files, self.device, self.dtype, **self.options)
         # The ids are exactly the tokens T5 may attend to, so no mask is needed: masked padding
         # has weight zero in every softmax and leaves no trace in the other rows.
         out = self._model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
@@ -301,7 +371,7 @@ class FeatureCache:
     cannot be written costs time, not the run.
     """
 
-    def __init__(self, directory: str | Path, files: EncoderFiles, dtype: torch.dtype) -> None:
+    def __init__(self, directory: str | Path, files: EncoderFiles, dtype: str) -> None:
         self.directory = Path(directory).expanduser()
         self._base = f"{files.fingerprint()}:{dtype}".encode()
 

@@ -15,6 +15,9 @@ Renames. A table says for each name of ours (a tensor, or a module whose `weight
 it lies in the other layout: a plain name, `Concat` (ours is the others stacked along dim 0: a fused q, k, v), or `Swap`
 (the two halves of dim 0 change places). `load` reads through the table and `save` writes through the same table
 backwards. `rename=None` is the identity.
+
+Eight bits. A slot in float8 takes float8 tensors with their scales as they are, and any other kind is rounded on the
+way in (`common.fp8`); a checkpoint in float8 does not fit a module that is not.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, Stored, find_files, open_checkpoint, write_file
+from common.fp8 import FLOAT8, SCALE, fill_float8
 
 __all__ = [
     "Checkpoint",
@@ -41,6 +45,8 @@ __all__ = [
     "Rename",
     "Stored",
     "Swap",
+    "WeightReader",
+    "assign",
     "check",
     "find_files",
     "load",
@@ -149,28 +155,102 @@ def load(
     the tensors that are missing, unexpected, or of the wrong shape or kind. Parameters come out frozen; tensors that
     several names share (tied embeddings) need to be stored under one of them.
     """
-    device = torch.device(device)
-    slots = _slots(module)
-    plan = _plan(slots, checkpoint, rename, ignore)
-    total = sum(_nbytes(checkpoint, pieces) for pieces in plan.values())
-    done = 0
-    with _Reader(device) as reader:
-        for names, slot in slots:
-            pieces = plan[names]
-            stored = checkpoint[pieces[0].name]
-            kind = (dtype or stored.dtype) if slot.is_floating_point() else stored.dtype
-            if any(name in exact for name in names):
-                kind = torch.promote_types(kind, torch.float32)
-            if device.type == "cpu" and kind == stored.dtype and len(pieces) == 1:
-                tensor = checkpoint.tensor(pieces[0].name)
-            else:
-                tensor = reader.read([(checkpoint[p.name], p) for p in pieces], tuple(slot.shape), kind)
-            for name in names:
-                _assign(module, name, tensor)
-            done += _nbytes(checkpoint, pieces)
-            if progress is not None:
-                progress(done, total)
+    with WeightReader(module, checkpoint, rename, device, dtype, exact, ignore) as reader:
+        reader.load(progress=progress)
     return module.eval()
+
+
+class WeightReader:
+    """A module's tensors in a checkpoint, to be read once or again and again. Arguments and errors as for `load`.
+
+    Everything is checked when it is made. Holds open files from the first read until it is closed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint,
+        rename: Rename | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        exact: Collection[str] = (),
+        ignore: Sequence[str] = (),
+    ) -> None:
+        self.module, self.checkpoint, self.device = module, checkpoint, torch.device(device)
+        self.dtype, self.exact = dtype, frozenset(exact)
+        self.slots = _slots(module)
+        self.known = {name: (names, slot) for names, slot in self.slots for name in names}
+        self.plan = _plan(self.slots, checkpoint, rename, ignore)
+        self.total = sum(_nbytes(checkpoint, pieces) for pieces in self.plan.values())
+        self.done = 0
+        self.reader = _Reader(self.device)
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def kind(self, name: str) -> torch.dtype:
+        """The dtype that the module's tensor of this name gets."""
+        names, slot = self.known[name]
+        if slot.dtype == FLOAT8 or _is_scale(name):
+            return slot.dtype
+        stored = self.checkpoint[self.plan[names][0].name].dtype
+        kind = (self.dtype or stored) if slot.is_floating_point() else stored
+        return torch.promote_types(kind, torch.float32) if self.exact.intersection(names) else kind
+
+    def load(self, prefix: str = "", without: str | None = None, progress: Progress | None = None) -> None:
+        """Put the tensors whose names start with `prefix`, and not with `without`, into the module."""
+        for names, slot in self.slots:
+            if names not in self.plan or not names[0].startswith(prefix):
+                continue
+            if without is not None and names[0].startswith(without):
+                continue
+            pieces, kind = self.plan[names], self.kind(names[0])
+            stored = self.checkpoint[pieces[0].name].dtype
+            if self.device.type == "cpu" and kind == stored and len(pieces) == 1:
+                tensors = {names[0]: self.checkpoint.tensor(pieces[0].name)}
+            else:
+                tensors = {names[0]: torch.empty(slot.shape, dtype=kind, device=self.device)}
+                if kind == FLOAT8 and stored != FLOAT8:
+                    scale = names[0].removesuffix("weight") + SCALE
+                    tensors[scale] = torch.empty(slot.shape[0], 1, device=self.device)
+                self.read(names, tensors)
+            for name, tensor in tensors.items():
+                for alias in names if name == names[0] else (name,):
+                    assign(self.module, alias, tensor)
+            self.count(names, progress)
+
+    def count(self, names: tuple[str, ...], progress: Progress | None) -> None:
+        """Note that a tensor has been read."""
+        self.done += _nbytes(self.checkpoint, self.plan[names])
+        if progress is not None:
+            progress(self.done, self.total)
+
+    def read(self, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> None:
+        """Read one tensor into `tensors[names[0]]`, and where it is rounded to float8 its scale beside it."""
+        out, pieces = tensors[names[0]], self.plan[names]
+        parts = [(self.checkpoint[piece.name], piece) for piece in pieces]
+        stored = parts[0][0].dtype
+        if out.dtype != FLOAT8 or stored == FLOAT8:
+            self.reader.read(parts, out)
+            return
+        wide = torch.empty(out.shape, dtype=stored, device=self.device)
+        self.reader.read(parts, wide)
+        fill_float8(wide, out, tensors[names[0].removesuffix("weight") + SCALE])
+
+    def fill(self, prefix: str, tensors: Mapping[str, Tensor], progress: Progress | None = None) -> None:
+        """Read the tensors whose names start with `prefix` into memory given by the rest of their names."""
+        whole = {prefix + name: tensor for name, tensor in tensors.items()}
+        for names in self.plan:
+            if names[0] in whole:
+                self.read(names, whole)
+                if progress is not None:
+                    self.count(names, progress)
 
 
 def check(module: nn.Module, checkpoint: Checkpoint, rename: Rename | None = None, ignore: Sequence[str] = ()) -> None:
@@ -201,6 +281,10 @@ def _plan(
         options = [_reads(_source(rename, name)) for name in names]
         known |= {piece.name for pieces in options for piece in pieces}
         pieces = next((o for o in options if all(p.name in checkpoint for p in o)), None)
+        if pieces is None and _is_scale(names[0]) and not any(p.name in checkpoint for p in options[0]):
+            weight = _reads(_source(rename, names[0].removesuffix(SCALE) + "weight"))
+            if all(p.name in checkpoint and checkpoint[p.name].dtype != FLOAT8 for p in weight):
+                continue  # made when the weight is rounded
         if pieces is None:
             missing += [piece.name for piece in options[0] if piece.name not in checkpoint]
             continue
@@ -229,7 +313,7 @@ def _check(slot: Tensor, checkpoint: Checkpoint, pieces: tuple[_Piece, ...]) -> 
         at = f"{stored.file}: tensor {stored.name}"
         if stored.shape != shape:
             raise CheckpointError(f"{at} has shape {list(stored.shape)}, expected {list(shape)}")
-        allowed = _CASTABLE if slot.is_floating_point() else (slot.dtype,)
+        allowed = _allowed(piece.name, slot)
         if stored.dtype not in allowed:
             names = ", ".join(DTYPE_NAMES[dtype] for dtype in allowed)
             raise CheckpointError(f"{at} has dtype {DTYPE_NAMES[stored.dtype]}, expected {names}")
@@ -237,7 +321,19 @@ def _check(slot: Tensor, checkpoint: Checkpoint, pieces: tuple[_Piece, ...]) -> 
             raise CheckpointError(f"{at} and those it is fused with have different dtypes")
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] == SCALE
+
+
+def _allowed(name: str, slot: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a file may have a tensor for this slot."""
+    if not slot.is_floating_point() or _is_scale(name):
+        return (slot.dtype,)
+    return (FLOAT8, *_CASTABLE) if slot.dtype == FLOAT8 else _CASTABLE
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the module's parameter (frozen) or buffer of that name, with its own dtype and device."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -255,21 +351,18 @@ class _Reader:
         self.open = ExitStack()
         self.staging: Tensor | None = None
 
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         self.open.close()
+        self.files.clear()
 
-    def read(self, parts: list[tuple[Stored, _Piece]], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        out = torch.empty(shape, dtype=dtype, device=self.device)
+    def read(self, parts: list[tuple[Stored, _Piece]], out: Tensor) -> None:
+        """The parts, one after the other, into contiguous `out`; values are cast to its dtype."""
         flat, at = out.view(-1), 0
         for stored, piece in parts:
             count = math.prod(stored.shape) // piece.of
             start = stored.offset + piece.part * count * stored.dtype.itemsize
             self._fill(flat[at : at + count], stored, start)
             at += count
-        return out
 
     def _fill(self, out: Tensor, stored: Stored, start: int) -> None:
         if out.device.type == "cpu" and out.dtype == stored.dtype:

@@ -19,7 +19,7 @@ from cogvideox_xdit import cli as cogvideox
 from common import program
 from common.checks import Rules, folder_problem
 from common.cli import Option
-from common.request import Program, Setup, Source, Video
+from common.request import Program, Setup, Source, Video, sampling_options
 from consisid_xdit.config import PREVIEW, read_consisid
 from planner import chooser
 
@@ -94,10 +94,8 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> Session:
     assert setup.source.model_dir is not None
     if setup.source.demo is not None:
         stages.note("the demo checkpoint has random weights: the picture is noise, and its face models know one face")
-    names = ("dtype", "attention", "engine", "keep_loaded", "text_encoder_dir")
-    shared = {name: getattr(setup, name) for name in names}
-    own = {"scheduler": setup.extra["scheduler"]}
-    return Session(ConsisIDPipeline(setup.source.model_dir, mesh, stages=stages, **shared, **own))
+    options = setup.pipeline_options() | {"scheduler": setup.extra["scheduler"]}
+    return Session(ConsisIDPipeline(setup.source.model_dir, mesh, stages=stages, **options))
 
 
 def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
@@ -123,14 +121,12 @@ def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
 
 def generate(session: Session, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
     assert video.seed is not None
-    wanted = ("negative_prompt", "height", "width", "num_frames", "num_steps", "cfg_scale", "seed", "latents_file")
-    decoding = ("vae", "vae_chunk", "vae_tile")
     return session.pipe(
         video.prompt,
         identity=person(session, setup, stages),
         dynamic_cfg=setup.extra["dynamic_cfg"],
-        **{name: getattr(video, name) for name in wanted},
-        **{name: getattr(setup, name) for name in decoding},
+        **sampling_options(video),
+        **setup.decode_options(),
     )
 
 

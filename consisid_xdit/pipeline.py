@@ -16,8 +16,9 @@ from cogvideox_xdit.inputs import Picture, image_frames
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
+from common.placement import place
 from common.video import read_image
-from common.weights import find_files, load, on_meta, open_checkpoint
+from common.weights import find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.face import FaceReader, IdentityFeatures, identity_on_main, load_identity
 from consisid_xdit.keypoints import draw_keypoints
@@ -106,10 +107,11 @@ class ConsisIDPipeline(CogVideoXPipeline):
             return FaceReader.load(self.model_dir, self.device, self.dtype)
 
     def _load_transformer(self) -> ConsisIDTransformer:
-        with self.stages.stage("loading transformer"):
+        with self.stages.loading("loading transformer") as progress:
             checkpoint = open_checkpoint(find_files(self.model_dir / "transformer", STEM, self.dtype))
-            model = on_meta(ConsisIDTransformer, self.config, self.sp)
-            return load(model, checkpoint, rename_table(self.config), self.device, self.dtype)
+            model, table = on_meta(ConsisIDTransformer, self.config, self.sp), rename_table(self.config)
+            where = (self.placement, self.mesh.world)
+            return place(model, checkpoint, table, self.device, self.dtype, (), *where, progress)
 
 
 def as_picture(image: Picture | None) -> np.ndarray:

@@ -17,7 +17,7 @@ import click
 from common import program
 from common.checks import Rules
 from common.cli import Option
-from common.request import Program, Setup, Source, Video
+from common.request import Program, Setup, Source, Video, sampling_options
 from planner import chooser
 
 if TYPE_CHECKING:
@@ -105,12 +105,8 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
     pipe = MochiPipeline.from_pretrained(
         setup.source.model_dir,
         mesh=mesh,
-        dtype=setup.dtype,
-        attention=setup.attention,
-        engine=setup.engine,
-        keep_loaded=setup.keep_loaded,
         stages=stages,
-        text_encoder_dir=setup.text_encoder_dir or setup.extra["t5_model_path"],
+        **setup.pipeline_options() | ({"text_encoder_dir": own} if (own := setup.extra["t5_model_path"]) else {}),
     )
     # A truncated decoder is found now, by its header, and not after twenty minutes of sampling.
     find_transformer(pipe.model_dir, pipe.dtype).open()
@@ -126,19 +122,10 @@ def generate(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) ->
     given_threshold, given_linear = setup.extra["threshold_noise"], setup.extra["linear_steps"]
     return pipe(
         video.prompt,
-        negative_prompt=video.negative_prompt,
-        height=video.height,
-        width=video.width,
-        num_frames=video.num_frames,
-        num_steps=video.num_steps,
-        cfg_scale=video.cfg_scale,
-        seed=video.seed,
         threshold_noise=threshold if given_threshold is None else given_threshold,
         linear_steps=linear if given_linear is None else given_linear,
-        vae=setup.vae,
-        vae_chunk=setup.vae_chunk,
-        vae_tile=setup.vae_tile,
-        latents_file=video.latents_file,
+        **sampling_options(video),
+        **setup.decode_options(),
     )
 
 
@@ -147,7 +134,7 @@ def decode(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> T
 
     assert video.latents is not None
     latents = load_latents(video.latents, pipe.config.channels)
-    return pipe.decode(latents, vae=setup.vae, vae_chunk=setup.vae_chunk, vae_tile=setup.vae_tile)
+    return pipe.decode(latents, **setup.decode_options())
 
 
 PROGRAM = Program(

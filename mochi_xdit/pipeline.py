@@ -190,7 +190,9 @@ class MochiPipeline(Pipeline):
 
     def _load_transformer(self) -> MochiTransformer:
         with self.stages.loading("loading transformer") as progress:
-            return load_transformer(self.model_dir, self.sp, self.device, self.dtype, progress)
+            return load_transformer(
+                self.model_dir, self.sp, self.device, self.dtype, progress, self.placement, self.mesh.world
+            )
 
     def _load_decoder(self) -> MochiDecoder:
         with self.stages.loading("loading decoder") as progress:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.blocks import Blocks
 from common.usp import SequenceParallel
 from mochi_xdit.config import MochiConfig
 
@@ -206,6 +207,8 @@ class MochiTransformer(nn.Module):
     heads.
     """
 
+    matmuls = ("attn.qkv_x", "attn.qkv_y", "attn.proj_x", "attn.proj_y", "mlp_x.w1", "mlp_x.w2", "mlp_y.w1", "mlp_y.w2")
+
     def __init__(self, config: MochiConfig | None = None, sp: SequenceParallel | None = None) -> None:
         super().__init__()
         self.config = config = config or MochiConfig()
@@ -218,7 +221,7 @@ class MochiTransformer(nn.Module):
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.t5_y_embedder = AttentionPool(config)
         self.t5_yproj = nn.Linear(config.text_dim, config.hidden_y)
-        self.blocks = nn.ModuleList(Block(config, sp, i == config.depth - 1) for i in range(config.depth))
+        self.blocks = Blocks(Block(config, sp, i == config.depth - 1) for i in range(config.depth))
         self.final_layer = nn.ModuleDict({"mod": nn.Linear(D, 2 * D), "linear": nn.Linear(D, config.patch_dim)})
 
     @property

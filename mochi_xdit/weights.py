@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from common.parallel import Mesh
+from common.parallel import Axis, Mesh
+from common.placement import Placement, place
 from common.usp import SequenceParallel
 from common.weights import (
     Checkpoint,
@@ -28,7 +29,6 @@ from common.weights import (
     Swap,
     check,
     find_files,
-    load,
     on_meta,
     open_checkpoint,
 )
@@ -187,11 +187,16 @@ def load_transformer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    placement: Placement | None = None,
+    world: Axis | None = None,
 ) -> MochiTransformer:
-    """The transformer of a native or diffusers folder on `device`; see `common.weights.load` for memory and errors."""
+    """The transformer of a native or diffusers folder on `device`.
+
+    See `common.weights.load` for memory and errors, and `common.placement.place` for placement and world.
+    """
     part = find_transformer(folder, dtype)
     module = _meta_transformer(part, sp)
-    return load(module, part.open(), part.rename, device, dtype, exact=EXACT, progress=progress)
+    return place(module, part.open(), part.rename, device, dtype, EXACT, placement, world, progress)
 
 
 def check_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Part[MochiConfig]:
