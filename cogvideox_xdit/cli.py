@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cogvideox_xdit.pipeline import CogVideoXPipeline
     from common.parallel import Mesh
     from common.progress import Stages
+    from common.quantize import TransformerFiles
 
 DEMO_PROMPT = "A red circle moves slowly to the left on a black background."
 
@@ -149,6 +150,13 @@ def _image(setup: Setup, pipe: CogVideoXPipeline) -> Path | None:
     return image
 
 
+def transformer_files(folder: Path) -> TransformerFiles:
+    from cogvideox_xdit.config import read_checkpoint
+    from cogvideox_xdit.weights import transformer_files
+
+    return transformer_files(folder, read_checkpoint(folder).transformer)
+
+
 def generate(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
     assert video.seed is not None
     return pipe(
@@ -176,6 +184,7 @@ PROGRAM = Program(
     rules=rules,
     make_demo=make_demo,
     pipeline=pipeline,
+    transformer=transformer_files,
     generate=generate,
     decode=decode,
     demos=tuple(CONFIGS),

@@ -10,6 +10,7 @@ import torch
 from cogvideox_xdit.config import TransformerConfig, VAEConfig
 from common.parallel import Axis
 from common.placement import Placement, place
+from common.quantize import TransformerFiles
 from common.usp import SequenceParallel
 from common.weights import Checkpoint, Concat, Progress, Rename, find_files, load, on_meta, open_checkpoint
 
@@ -77,6 +78,14 @@ def load_transformer(
     checkpoint = open_checkpoint(find_files(folder / "transformer", STEM, dtype))
     model = on_meta(CogVideoXTransformer, config, sp)
     return place(model, checkpoint, rename_table(config), device, dtype, (), placement, world, progress)
+
+
+def transformer_files(folder: Path, config: TransformerConfig) -> TransformerFiles:
+    """What `quantize` reads: the folder's transformer, bf16 where there are several. CheckpointError as for loading."""
+    from cogvideox_xdit.transformer import CogVideoXTransformer
+
+    file = find_files(folder / "transformer", STEM, torch.bfloat16)
+    return TransformerFiles(on_meta(CogVideoXTransformer, config), open_checkpoint(file), rename_table(config), file)
 
 
 def load_decoder(

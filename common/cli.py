@@ -164,7 +164,8 @@ def command(program: Program) -> click.Command:
     return click.Command(
         program.name,
         params=_options(program),
-        help="Make a video from a prompt, on one GPU, many, or none. Also runs under torchrun.",
+        help="Make a video from a prompt, on one GPU, many, or none. Also runs under torchrun. "
+        f"`{program.name} quantize --help`: write a checkpoint in eight bits.",
         context_settings={
             "token_normalize_func": lambda token: token.replace("_", "-"),
             "help_option_names": ["-h", "--help"],

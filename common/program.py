@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common import launch
+from common import launch, quantize
 from common.cli import parse, version
 from common.progress import StageRecord, Stages
 from common.request import Program, Request, Setup, WrongUse, draw_seeds, settings
@@ -34,6 +34,8 @@ SELF_TEST_SECONDS = 60.0
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["quantize"]:
+        return quantize.run(program, arguments[1:])
     at = launch.place()
     started = time.time()
     if at.launcher == "supervise":

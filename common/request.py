@@ -136,6 +136,7 @@ class Program:
         `decode` starts from `video.latents`.
     check: the fork's own options and the videos -> problems.
     choose: fills in the degrees that are None; takes and raises what `choose_degrees` does. A planner's place.
+    transformer: a checkpoint's `common.quantize.TransformerFiles`.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Program:
     rules: Callable[[Source], Rules]
     make_demo: Callable[[str], Path]
     pipeline: Callable[..., Any]
+    transformer: Callable[[Path], Any]
     generate: Callable[..., Any]
     decode: Callable[..., Any]
     demos: tuple[str, ...] = ("default",)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from common.parallel import Mesh
     from common.progress import Stages
+    from common.quantize import TransformerFiles
     from consisid_xdit.face import IdentityFeatures
     from consisid_xdit.pipeline import ConsisIDPipeline
 
@@ -119,6 +120,15 @@ def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
     return session.identity
 
 
+def transformer_files(folder: Path) -> TransformerFiles:
+    from consisid_xdit.config import ConsisIDConfig, read_consisid
+    from consisid_xdit.weights import transformer_files
+
+    config = read_consisid(folder).transformer
+    assert isinstance(config, ConsisIDConfig)
+    return transformer_files(folder, config)
+
+
 def generate(session: Session, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
     assert video.seed is not None
     return session.pipe(
@@ -141,6 +151,7 @@ PROGRAM = Program(
     rules=rules,
     make_demo=make_demo,
     pipeline=pipeline,
+    transformer=transformer_files,
     generate=generate,
     decode=decode,
     check=check,

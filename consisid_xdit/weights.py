@@ -8,16 +8,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cogvideox_xdit.weights import STEM
 from cogvideox_xdit.weights import rename_table as cogvideox_table
-from common.weights import Rename, on_meta
+from common.quantize import TransformerFiles
+from common.weights import Rename, find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig
-from consisid_xdit.transformer import face_modules
+from consisid_xdit.transformer import ConsisIDTransformer, face_modules
 
 
 def rename_table(config: ConsisIDConfig) -> Rename:
     """Our modules -> theirs: CogVideoX's table; the face modules bear the checkpoint's own names."""
     face = nn.ModuleDict(on_meta(face_modules, config))
     return {**cogvideox_table(config), **{name: name for name in face.state_dict()}}
+
+
+def transformer_files(folder: Path, config: ConsisIDConfig) -> TransformerFiles:
+    """What `quantize` reads: the folder's transformer, bf16 where there are several. CheckpointError as for loading."""
+    file = find_files(folder / "transformer", STEM, torch.bfloat16)
+    return TransformerFiles(on_meta(ConsisIDTransformer, config), open_checkpoint(file), rename_table(config), file)
 
 
 def load_pth(path: Path | str) -> dict[str, Tensor]:

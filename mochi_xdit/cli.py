@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from common.parallel import Mesh
     from common.progress import Stages
+    from common.quantize import TransformerFiles
     from mochi_xdit.pipeline import MochiPipeline
 
 OFFICIAL = Rules(heads=24, width=848, height=480, num_frames=49, num_steps=64, cfg_scale=4.5, fps=30)
@@ -114,6 +115,12 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
     return pipe
 
 
+def transformer_files(folder: Path) -> TransformerFiles:
+    from mochi_xdit.weights import transformer_files
+
+    return transformer_files(folder)
+
+
 def generate(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
     folder = setup.source.model_dir
     assert video.seed is not None
@@ -143,6 +150,7 @@ PROGRAM = Program(
     rules=rules,
     make_demo=make_demo,
     pipeline=pipeline,
+    transformer=transformer_files,
     generate=generate,
     decode=decode,
     check=check,

@@ -19,6 +19,7 @@ import torch
 
 from common.parallel import Axis, Mesh
 from common.placement import Placement, place
+from common.quantize import TransformerFiles
 from common.usp import SequenceParallel
 from common.weights import (
     Checkpoint,
@@ -207,6 +208,12 @@ def check_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> P
     part = find_transformer(folder, dtype)
     check(_meta_transformer(part), part.open(), part.rename)
     return part
+
+
+def transformer_files(folder: str | Path) -> TransformerFiles:
+    """What `quantize` reads: the folder's transformer, bf16 where there are several. CheckpointError as for loading."""
+    part = find_transformer(folder, torch.bfloat16)
+    return TransformerFiles(_meta_transformer(part), part.open(), part.rename, part.file, EXACT)
 
 
 def _meta_transformer(part: Part[MochiConfig], sp: SequenceParallel | None = None) -> MochiTransformer:

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cogvideox_xdit.config import VAEConfig
 from common.usp import SequenceParallel
 from common.weights import load, on_meta, open_checkpoint
 from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_json
+from consisid_xdit.demo import random_checkpoint
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 SIZE = (3, 8, 12)
 TEXT = 7
+VAE = VAEConfig(channels=(16, 16, 16, 16), latent_channels=4, layers=1, groups=4, sample_height=64, sample_width=96)
 
 
 def small(**changes: object) -> ConsisIDConfig:
@@ -139,3 +142,9 @@ def wide_softmax() -> Iterator[None]:
     to_float = Tensor.float
     with mock.patch.object(Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x)):
         yield
+
+
+def write_checkpoint(folder: Path, **changes: object) -> Path:
+    """A whole fp32 checkpoint folder with random weights."""
+    random_checkpoint(folder, small(text_dim=32, text_length=16, **changes), VAE, torch.float32)
+    return folder

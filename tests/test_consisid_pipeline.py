@@ -14,34 +14,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvideox_xdit.config import VAEConfig
 from common.parallel import Layout, Mesh, distributed
 from consisid_xdit import ConsisIDPipeline
-from consisid_xdit.demo import random_checkpoint
 from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.facial import LocalFacialExtractor
 from consisid_xdit.pipeline import as_picture
 from tests.conftest import RankPool
-from tests.consisid import small
+from tests.consisid import small, write_checkpoint
 
 PROMPT, NEGATIVE = "a red boat moves to the left", "a blue bird"
 SIZE = {"height": 64, "width": 96, "num_frames": 9}
 SEED = 7
-VAE = VAEConfig(channels=(16, 16, 16, 16), latent_channels=4, layers=1, groups=4, sample_height=64, sample_width=96)
 needs_cv2 = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None,
     reason="the reference pipeline and drawn landmarks need opencv (extra face)",
 )
 
 
-def write(folder: Path, **changes: object) -> Path:
-    random_checkpoint(folder, small(text_dim=32, text_length=16, **changes), VAE, torch.float32)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("consisid"))
+    return write_checkpoint(tmp_path_factory.mktemp("consisid"))
 
 
 def person(seed: int = 0) -> IdentityFeatures:
@@ -109,7 +101,7 @@ def test_latents_are_the_references(folder: Path, scheduler: str, dynamic: bool)
 @needs_cv2
 @pytest.mark.parametrize("changes", [{"kps": True}, {"face": False}], ids=["drawn landmarks", "no face modules"])
 def test_latents_of_other_checkpoints_are_the_references(changes: dict[str, bool], tmp_path: Path) -> None:
-    folder = write(tmp_path, **changes)
+    folder = write_checkpoint(tmp_path, **changes)
     close(generate(folder), reference(folder, "ddim"))
 
 
