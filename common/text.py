@@ -31,7 +31,7 @@ from common.weights import assign
 
 EOS, PAD = 1, 0
 _LAYERS = "encoder.block."
-_FLOAT8 = (
+FLOAT8_LAYERS = (
     *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
     *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1")),
 )
@@ -222,7 +222,7 @@ def load_t5(
     mapped = _mapped(files, {name: tuple(p.shape) for name, p in model.named_parameters()})
     layers = model.encoder.block = Blocks(model.encoder.block)  # type: ignore[arg-type]
     for layer in layers if float8 else ():
-        use_float8(layer, _FLOAT8)
+        use_float8(layer, FLOAT8_LAYERS)
     for name in list(mapped):
         if not (stream and name.startswith(_LAYERS)):
             kind = model.get_parameter(name).dtype if float8 else dtype
