@@ -224,7 +224,7 @@ class CogVideoXPipeline(Pipeline):
         def noise() -> Tensor:
             return local(draw(size, channels, start.generator))
 
-        with self.models.use("transformer", self._load_transformer) as model:
+        with self.models.use("transformer", self._compiled_transformer) as model:
             wanted = [branch for branch in self.guidance.branches if branch in text]
             conds = {b: self.condition(model, text[b], size, start.image) for b in wanted}
             z = local(start.latents)

@@ -95,10 +95,15 @@ def _multiply_add(x: Tensor, factor: Tensor, video: Tensor, text: Tensor, n_text
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn the pairs (0, 1), (2, 3), ... of x (B, H, n, D) by complex factors (n, D/2)."""
-    # One complex product reads and writes less than half of what sines and cosines apart do.
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # A compiler fuses real arithmetic with its surroundings and leaves complex numbers alone.
+        (a, b), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rope).unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        # One complex product reads and writes less than half of what sines and cosines apart do.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rope)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Block(nn.Module):

@@ -181,6 +181,7 @@ class CogVideoXDecoder(VideoDecoder):
     """Latents of the autoencoder's own space (transformer latents / scaling_factor) to pixels."""
 
     chunk_choices = (LATENT_CHUNK,)
+    compiled_parts = (SpatialNorm,)
     chunks_fixed = True
 
     def __init__(self, config: VAEConfig | None = None) -> None:

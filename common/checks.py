@@ -17,6 +17,7 @@ from pathlib import Path
 Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.parallel.Layout
 ENGINES = ("native", "xfuser")
 DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OFFLOADS = ("none", "stage", "block", "disk")
 
 

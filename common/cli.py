@@ -19,6 +19,7 @@ import click
 
 from common import launch
 from common.checks import (
+    COMPILE_MODES,
     DTYPES,
     ENGINES,
     OFFLOADS,
@@ -38,6 +39,7 @@ MIN_TILE = 32
 AS_GIVEN = (
     *("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug"),
     *("text_encoder_dir", "text_dtype", "text_cache", "offload", "shard_weights"),
+    *("compile", "compile_vae", "compile_mode", "compile_dynamic", "compile_fullgraph"),
 )
 
 
@@ -129,6 +131,13 @@ def _options(program: Program) -> list[click.Parameter]:
             "--text-dtype", type=choice(["bf16", "fp16", "fp32", "fp64", "fp8"]), help="Precision of the T5 encoder."
         ),
         option("--text-cache", type=path, help="Directory that keeps text features, so that known prompts skip T5."),
+        option("--compile", is_flag=True, help="Compile the transformer's blocks; pays from the second step on."),
+        option("--compile-vae", is_flag=True, help="Compile the decoder's parts that keep nothing between chunks."),
+        option("--compile-mode", type=choice(COMPILE_MODES), default="default", help="As for torch.compile."),
+        Option(
+            ["--compile-dynamic/--no-compile-dynamic"], default=True, help="One graph for all sizes and prompt lengths."
+        ),
+        Option(["--compile-fullgraph/--no-compile-fullgraph"], default=True, help="Stop at a graph break."),
         Option(
             ["--keep-loaded/--no-keep-loaded"],
             default=None,

@@ -29,11 +29,13 @@ class VideoDecoder(nn.Module):
     """What a model's decoder says about itself. Chunk lengths are in latent frames.
 
     scale: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the longest first; with
-    `chunks_fixed` there is no other, since the result depends on it.
+    `chunks_fixed` there is no other, since the result depends on it. compiled_parts: classes of modules without memory
+    of earlier chunks, for `common.compile`.
     """
 
     scale: int
     chunk_choices: tuple[int, ...]
+    compiled_parts: tuple[type[nn.Module], ...] = ()
     chunks_fixed = False
 
     def chunks(self, latents: int, chunk: int) -> list[int]:
@@ -202,19 +204,23 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def decode_memory(decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan) -> int:
+def decode_memory(
+    decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan, device: str | None = None
+) -> int:
     """Bytes at the peak of decoding (C, T, h, w) latents by `plan` on one rank.
 
     Counted by running the decoder's first two chunks without data, in the dtype of its weights, which are not
-    included, nor the workspaces of the kernels (`MARGIN` and `SPARE` are for those).
+    included, nor the workspaces of the kernels (`MARGIN` and `SPARE` are for those). device: the type of the device on
+    which it would run; default: where the decoder is.
     """
     parts = tiles(latents[2], latents[3], plan.tile, plan.overlap)
     weights = {name: torch.empty_like(weight, device="meta") for name, weight in decoder.state_dict().items()}
     link, counter = LocalLink(), PeakMemory()
-    with counter:
+    # A compiled part would see that it is being watched, and never be compiled again.
+    with torch.compiler.set_stance("force_eager"), counter:
         _two_chunks(lambda *args: functional_call(decoder, weights, args), decoder, latents, plan, link, "meta")
     # Beside a GPU the waiting tiles' tails lie in host memory; on the CPU they lie where the work is done.
-    waiting = len(parts) - 1 if next(decoder.parameters()).device.type == "cpu" else 0
+    waiting = len(parts) - 1 if (device or next(decoder.parameters()).device.type) == "cpu" else 0
     tails = sum(tail.nbytes for queue in link.kept.values() for tail in queue)
     return counter.peak + waiting * tails
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.compile import Compile
 from common.decode import DecodePlan, VideoDecoder
 from common.generation import Models, decode_video, parse_dtype
 from common.guidance import Guidance
@@ -31,7 +33,7 @@ class Pipeline:
     calls. stages: where progress and times go. text_encoder_dir: the T5 encoder's folder, where it is not in the
     checkpoint's. text_cache: folder that keeps text features between runs. text_dtype: of the T5 encoder; default: as
     `dtype`, bf16 for fp8. offload, shard_weights: where weights are, see `common.placement.Placement`; by default one
-    stage's are on the device.
+    stage's are on the device. compiling: a `common.compile.Compile`, or its fields.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class Pipeline:
         text_dtype: str | torch.dtype | None = None,
         offload: str | None = None,
         shard_weights: bool = False,
+        compiling: Compile | Mapping[str, Any] | None = None,
     ) -> None:
         mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
         float8 = dtype == "fp8"
         self.mesh, self.device, self.dtype = mesh, mesh.device, parse_dtype("bf16" if float8 else dtype)
         self.text_float8 = text_dtype == "fp8"
         self.text_dtype = self.dtype if text_dtype in (None, "fp8") else parse_dtype(text_dtype)
+        self.compiling = compiling if isinstance(compiling, Compile) else Compile(**(compiling or {}))
         self.placement = Placement(offload or "stage", shard_weights, float8)
         self.model_dir = Path(model_dir)
         self.text_encoder_dir, self.text_cache = text_encoder_dir, text_cache
@@ -107,7 +111,7 @@ class Pipeline:
         vae, vae_chunk, vae_tile: how, see `common.decode.decode_plans`; the tile is (height, width) or its side, in
         pixels.
         """
-        with self.models.use("decoder", self._load_decoder) as decoder:
+        with self.models.use("decoder", self._compiled_decoder) as decoder:
             tile = None
             if vae_tile is not None:
                 height, width = (vae_tile, vae_tile) if isinstance(vae_tile, int) else vae_tile
@@ -131,3 +135,17 @@ class Pipeline:
 
     def _load_decoder(self) -> VideoDecoder:
         raise NotImplementedError
+
+    def _compiled_decoder(self) -> VideoDecoder:
+        decoder = self._load_decoder()
+        self.compiling.decoder(decoder)
+        return decoder
+
+    def _load_transformer(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _compiled_transformer(self) -> Any:
+        """The fork's transformer, loaded as `placement` says and compiled as `compiling` says."""
+        model = self._load_transformer()
+        self.compiling.transformer(model)
+        return model

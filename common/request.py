@@ -94,6 +94,11 @@ class Setup:
     shard_weights: bool = False
     text_dtype: str | None = None
     text_cache: Path | None = None
+    compile: bool = False
+    compile_vae: bool = False
+    compile_mode: str = "default"
+    compile_dynamic: bool = True
+    compile_fullgraph: bool = True
     timeout: float = 1800.0
     debug: bool = False
     text_encoder_dir: Path | None = None
@@ -105,8 +110,16 @@ class Setup:
 
     def pipeline_options(self) -> dict[str, Any]:
         """What every fork's pipeline takes by the same names, see `common.pipeline.Pipeline`."""
-        names = ("dtype", "attention", "engine", "keep_loaded", "offload", "shard_weights")
-        return {name: getattr(self, name) for name in (*names, "text_encoder_dir", "text_dtype", "text_cache")}
+        names = ["dtype", "attention", "engine", "keep_loaded", "offload", "shard_weights"]
+        names += ["text_encoder_dir", "text_dtype", "text_cache"]
+        compiling = {
+            "blocks": self.compile,
+            "vae": self.compile_vae,
+            "mode": self.compile_mode,
+            "dynamic": self.compile_dynamic,
+            "fullgraph": self.compile_fullgraph,
+        }
+        return {name: getattr(self, name) for name in names} | {"compiling": compiling}
 
     def decode_options(self) -> dict[str, Any]:
         """How to decode, by the names of `common.pipeline.Pipeline.decode`."""

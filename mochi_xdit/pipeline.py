@@ -170,7 +170,7 @@ class MochiPipeline(Pipeline):
         """Euler steps on this rank's tokens; the full final latents (1, 12, T, h, w) on every rank."""
         size = (latents.shape[2], latents.shape[3], latents.shape[4])
         kept = latent_dtype(self.dtype)
-        with self.models.use("transformer", self._load_transformer) as model:
+        with self.models.use("transformer", self._compiled_transformer) as model:
             branches = {b: model.prepare(size, *text[b]) for b in self.guidance.branches}
             tokens = pack(latents.to(self.device, kept), self.config.patch)
             lengths = self.sp.lengths(tokens.shape[1])

@@ -133,6 +133,7 @@ class MochiDecoder(VideoDecoder):
     """Latents of the autoencoder's own space (`denormalize` makes them) to pixels."""
 
     chunk_choices = (3, 2, 1)
+    compiled_parts = (FrameNorm, AttentionBlock)
 
     def __init__(self, config: MochiVAEConfig | None = None) -> None:
         super().__init__()

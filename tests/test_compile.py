@@ -1,0 +1,146 @@
+"""Compiled blocks: no graph breaks, nothing compiled twice, the eager picture; on ranks and with streamed weights.
+
+The graphs are run by a backend that counts them and leaves the arithmetic to PyTorch's own kernels; one test, marked
+slow, runs generated code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from cogvideox_xdit import CogVideoXPipeline
+from common.compile import Compile
+from common.parallel import Layout, distributed
+from consisid_xdit import ConsisIDPipeline
+from consisid_xdit.face import IdentityFeatures
+from mochi_xdit import MochiPipeline
+from tests import cogvideox, consisid, mochi
+
+PROMPTS = ("a red ball", "a blue box moves to the left and a red ball to the right", "a", "")
+SIZE = {"height": 48, "width": 80, "num_steps": 2, "output": "latent"}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    return mochi.write_checkpoint(tmp_path_factory.mktemp("mochi"), "native")
+
+
+def counting() -> tuple[CompileCounterWithBackend, Compile]:
+    counter = CompileCounterWithBackend("aot_eager")
+    return counter, Compile(blocks=True, backend=counter)
+
+
+def identity(config: Any) -> IdentityFeatures:
+    given = consisid.identity(config)
+    picture = torch.full((64, 96, 3), 90, dtype=torch.uint8)
+    return IdentityFeatures(given["id_cond"], tuple(given["id_vit_hidden"]), picture, torch.zeros(5, 2))
+
+
+def makes(kind: str, folder: Path, **options: Any):
+    """A function from prompt to latents."""
+    if kind == "mochi":
+        pipe = MochiPipeline.from_pretrained(mochi.write_checkpoint(folder, "native"), dtype="fp32", **options)
+        return lambda prompt: pipe(prompt, num_frames=7, **SIZE)
+    if kind == "cogvideox":
+        small = cogvideox.write_checkpoint(folder, "5b")
+        pipe = CogVideoXPipeline.from_pretrained(small, dtype="fp32", **options)
+        return lambda prompt: pipe(prompt, num_frames=9, **SIZE)
+    pipe = ConsisIDPipeline.from_pretrained(consisid.write_checkpoint(folder), dtype="fp32", **options)
+    person = identity(pipe.config)
+    return lambda prompt: pipe(prompt, identity=person, num_frames=9, **SIZE | {"height": 64, "width": 96})
+
+
+@pytest.mark.parametrize("kind", ["mochi", "cogvideox", "consisid"])
+def test_one_generation_compiles_all_there_is(kind, tmp_path):
+    counter, options = counting()
+    made = makes(kind, tmp_path / "a", keep_loaded=True, compiling=options)
+    eager = makes(kind, tmp_path / "b")
+    torch.testing.assert_close(made(PROMPTS[0]), eager(PROMPTS[0]), atol=1e-5, rtol=1e-5)
+    graphs = counter.frame_count
+    # Mochi: its last block is another one, and the empty prompt of guidance has no text tokens.
+    assert 0 < graphs <= 4
+    for prompt in PROMPTS[1:]:
+        torch.testing.assert_close(made(prompt), eager(prompt), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == graphs, "recompiled for another prompt"
+    assert not counters["graph_break"]
+
+
+def test_without_dynamic_sizes_each_length_is_compiled_anew(native):
+    counter, options = counting()
+    static = replace(options, dynamic=False)
+    pipe = MochiPipeline.from_pretrained(native, dtype="fp32", keep_loaded=True, compiling=static)
+    pipe(PROMPTS[0], num_frames=7, **SIZE)
+    before = counter.frame_count
+    pipe(PROMPTS[1], num_frames=7, **SIZE)
+    assert counter.frame_count > before
+
+
+def on_ranks(folder: Path, layout: Layout, options: dict[str, Any], compiled: bool) -> tuple[Tensor, int, int]:
+    torch._dynamo.reset()
+    counters.clear()
+    counter, compiling = counting()
+    with distributed(layout) as mesh:
+        shown = {"compiling": compiling} if compiled else {}
+        pipe = MochiPipeline.from_pretrained(folder, mesh, dtype="fp32", keep_loaded=True, **shown, **options)
+        pipe(PROMPTS[0], num_frames=7, **SIZE)
+        first = counter.frame_count
+        latents = pipe(PROMPTS[1], num_frames=7, **SIZE)
+        assert not counters["graph_break"]
+        return latents, first, counter.frame_count - first
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (Layout(ulysses=2), {}),
+        (Layout(ring=2), {"offload": "block"}),
+        (Layout(cfg=2, ulysses=2), {"shard_weights": True}),
+        (Layout(ring=3), {"offload": "disk"}),
+    ],
+    ids=str,
+)
+def test_collectives_are_inside_the_graph(run_ranks, native, layout, options):
+    eager = MochiPipeline.from_pretrained(native, dtype="fp32")(PROMPTS[1], num_frames=7, **SIZE)
+    for latents, first, more in run_ranks(layout.ranks, on_ranks, native, layout, options, True):
+        torch.testing.assert_close(latents, eager, atol=1e-5, rtol=1e-4)
+        assert first > 0 and more == 0
+
+
+def test_the_decoder(native):
+    counter = CompileCounterWithBackend("aot_eager")
+    latents = torch.randn(1, mochi.TINY.channels, 5, 6, 10, generator=torch.Generator().manual_seed(0))
+    shown = Compile(vae=True, backend=counter)
+    got = MochiPipeline.from_pretrained(native, dtype="fp32", compiling=shown).decode(latents, vae_chunk=2)
+    want = MochiPipeline.from_pretrained(native, dtype="fp32").decode(latents, vae_chunk=2)
+    assert counter.frame_count > 0
+    assert (got.int() - want.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_generated_code_gives_the_eager_latents(native):
+    compiled = MochiPipeline.from_pretrained(native, dtype="fp32", compiling={"blocks": True})
+    eager = MochiPipeline.from_pretrained(native, dtype="fp32")
+    one = SIZE | {"num_steps": 1, "cfg_scale": 1.0}
+    got, want = (pipe(PROMPTS[0], num_frames=7, **one) for pipe in (compiled, eager))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="choose one of default, reduce-overhead"):
+        Compile(mode="fast")
