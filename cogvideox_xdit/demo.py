@@ -27,6 +27,16 @@ _REVISION = 1
 IMAGE = "image.png"
 """In the folder of a demo that starts from a picture."""
 VAE = VAEConfig(channels=(16, 16, 32, 32), layers=1, groups=8, sample_height=64, sample_width=96)
+TRAINED_VAE = VAEConfig(
+    channels=(16, 24, 32, 48),
+    latent_channels=12,
+    layers=1,
+    groups=8,
+    sample_height=64,
+    sample_width=64,
+    scaling_factor=1.0,
+)
+"""The trained demo's; its scaling_factor is measured."""
 _COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
 _CAPTIONS = [
     f"A {colour} {thing} moves slowly to the {side} on a black background."
@@ -43,6 +53,14 @@ def demo_config(kind: str) -> TransformerConfig:
     sizes: dict[str, Any] = {"heads": 4, "head_dim": 16, "layers": 4, "text_dim": 64, "text_length": 64, "time_dim": 32}
     sample: dict[str, Any] = {"sample_height": 8, "sample_width": 12, "sample_frames": 17}
     return replace(CONFIGS[kind], **sizes, **sample, ofs_dim=32 if CONFIGS[kind].ofs_dim else None)
+
+
+def trained_config() -> TransformerConfig:
+    """The trained demo's: 2b's kind, six heads of 32 in five layers, for videos of 64 x 64 pixels and 17 frames."""
+    sizes: dict[str, Any] = {"heads": 6, "head_dim": 32, "layers": 5, "time_dim": 64, "text_dim": 64, "text_length": 32}
+    channels = TRAINED_VAE.latent_channels
+    sample: dict[str, Any] = {"sample_height": 8, "sample_width": 8, "sample_frames": 17}
+    return replace(CONFIGS["2b"], **sizes, **sample, in_channels=channels, out_channels=channels)
 
 
 def demo_vae(kind: str) -> VAEConfig:
@@ -107,13 +125,27 @@ def random_checkpoint(
     for i, part in enumerate(parts):
         fill(part, SEED + i)
     transformer, encoder, decoder = parts
+    write_checkpoint(folder, kind, transformer, vae, encoder, decoder, dtype)
+    sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": max(config.text_dim // 4, 1), "d_ff": 2 * config.text_dim}
+    write_text_encoder(folder, _CAPTIONS, SEED + len(parts), config.text_length, **sizes)
+
+
+def write_checkpoint(
+    folder: Path,
+    kind: str,
+    transformer: CogVideoXTransformer,
+    vae: VAEConfig,
+    encoder: nn.Module,
+    decoder: nn.Module,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Everything but the text encoder, with the published scheduler of `kind`."""
+    config = transformer.config
     pipeline = "CogVideoXImageToVideoPipeline" if config.image_channels else "CogVideoXPipeline"
     write_part(folder / "transformer", transformer_json(config), transformer.state_dict(), rename_table(config), dtype)
     write_vae(folder / "vae", vae, encoder, decoder, dtype)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(kind))
     write_json(folder / "model_index.json", model_index(pipeline, "CogVideoXTransformer3DModel"))
-    sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": max(config.text_dim // 4, 1), "d_ff": 2 * config.text_dim}
-    write_text_encoder(folder, _CAPTIONS, SEED + len(parts), config.text_length, **sizes)
 
 
 def model_index(pipeline: str, transformer: str, scheduler: str = "CogVideoXDDIMScheduler") -> dict[str, Any]:

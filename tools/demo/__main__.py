@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
 import torch
+
+PARTS = {
+    "text": ("text_encoder", "train_text"),
+    "mochi-vae": ("mochi_vae", "train_vae"),
+    "mochi": ("mochi", "train_mochi"),
+    "mochi-export": ("mochi", "export"),
+    "cogvideox-vae": ("cogvideox_vae", "train_vae"),
+    "cogvideox": ("cogvideox", "train_cogvideox"),
+    "cogvideox-export": ("cogvideox", "export"),
+    "consisid": ("consisid", "train_consisid"),
+    "consisid-export": ("consisid", "export"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("folder", type=Path, help="where states, logs and intermediate results lie")
-    parser.add_argument("parts", nargs="*", choices=["text", "mochi-vae", "mochi", "mochi-export", []], default=[])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, help="in place of the part's own number")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     given = {} if arguments.steps is None else {"steps": arguments.steps}
-    for part in arguments.parts or ["text", "mochi-vae", "mochi"]:
-        if part == "text":
-            from tools.demo.text_encoder import train_text
-
-            train_text(arguments.folder, **given)
-        elif part == "mochi-vae":
-            from tools.demo.mochi_vae import train_vae
-
-            train_vae(arguments.folder, **given)
-        elif part == "mochi":
-            from tools.demo.mochi import train_mochi
-
-            train_mochi(arguments.folder, **given)
-        else:
-            from tools.demo.mochi import export
-
-            export(arguments.folder)
+    for part in arguments.parts or [part for part in PARTS if not part.endswith("export")]:
+        module, name = PARTS[part]
+        getattr(import_module(f"tools.demo.{module}"), name)(arguments.folder, **given)
 
 
 if __name__ == "__main__":
