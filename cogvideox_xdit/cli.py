@@ -14,21 +14,23 @@ if __package__ in (None, ""):  # run as a script: this folder's modules are not 
 
 import click
 
-from cogvideox_xdit.config import CONFIGS, FRAME_STEP, TransformerConfig, read_checkpoint
+from cogvideox_xdit.config import CONFIGS, FRAME_STEP, TransformerConfig, VAEConfig, read_checkpoint
 from common import program
 from common.checks import Rules, nearest
 from common.cli import Option
 from common.request import Program, Setup, Source, Video, sampling_options
-from planner import chooser
+from planner import chooser, get_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cogvideox_xdit.pipeline import CogVideoXPipeline
+    from common.estimate import Workload
     from common.parallel import Mesh
     from common.progress import Stages
     from common.quantize import TransformerFiles
 
+MODELS = ("cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox-1.5-5b", "cogvideox-1.5-5b-i2v")
 DEMO_PROMPT = "A red circle moves slowly to the left on a black background."
 
 
@@ -73,7 +75,9 @@ def rules(source: Source) -> Rules:
     """The admissible values for a checkpoint; ValueError when the folder is none. Imports no torch."""
     if source.demo is not None:
         return demo_rules(source.demo)
-    return official_rules(CONFIGS["2b"] if source.model_dir is None else read_checkpoint(source.model_dir).transformer)
+    if source.model_dir is not None:
+        return official_rules(read_checkpoint(source.model_dir).transformer)
+    return official_rules(CONFIGS[get_model(source.official or MODELS[0]).variant])
 
 
 def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
@@ -150,6 +154,22 @@ def _image(setup: Setup, pipe: CogVideoXPipeline) -> Path | None:
     return image
 
 
+def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
+    from cogvideox_xdit.workload import workload
+    from common.choice import precision
+
+    source = setup.source
+    if source.model_dir is None:
+        config, vae = CONFIGS[get_model(source.official or MODELS[0]).variant], VAEConfig()
+    else:
+        checkpoint = read_checkpoint(source.model_dir)
+        config, vae = checkpoint.transformer, checkpoint.vae
+    size = (video.height, video.width, video.num_frames)
+    guided = video.cfg_scale > 1 or mesh.cfg.size > 1
+    made = workload(config, vae, mesh, *size, guided=guided, dtype=precision(setup).dtype)
+    return made.with_text(lambda: setup.text_encoder_dir or source.model_dir)
+
+
 def transformer_files(folder: Path) -> TransformerFiles:
     from cogvideox_xdit.config import read_checkpoint
     from cogvideox_xdit.weights import transformer_files
@@ -189,7 +209,9 @@ PROGRAM = Program(
     decode=decode,
     demos=tuple(CONFIGS),
     check=check,
-    choose=chooser("cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox-1.5-5b", "cogvideox-1.5-5b-i2v"),
+    choose=chooser(*MODELS),
+    models=MODELS,
+    workload=workload,
     options=(
         Option(["--image"], type=click.Path(path_type=Path), help="First frame, for image to video checkpoints."),
         Option(["--video"], type=click.Path(path_type=Path), help="Video to start from, for text checkpoints."),

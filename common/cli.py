@@ -26,6 +26,7 @@ from common.checks import (
     Degrees,
     Ranks,
     Rules,
+    dry_run_problems,
     folder_problem,
     layout_problems,
     reason,
@@ -38,7 +39,7 @@ MAX_TIMEOUT = 10_000_000
 MIN_TILE = 32
 AS_GIVEN = (
     *("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug"),
-    *("text_encoder_dir", "text_dtype", "text_cache", "offload", "shard_weights"),
+    *("text_encoder_dir", "text_dtype", "text_cache", "offload", "shard_weights", "overlap_groups", "max_memory"),
     *("compile", "compile_vae", "compile_mode", "compile_dynamic", "compile_fullgraph"),
 )
 
@@ -117,6 +118,12 @@ def _options(program: Program) -> list[click.Parameter]:
             default="native",
             help="Who runs attention over several ranks: this program, or the package xfuser.",
         ),
+        option(
+            "--overlap-groups",
+            type=int,
+            default=1,
+            help="Groups of heads that travel apart between ulysses ranks, one under the attention of another.",
+        ),
         option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
         option("--vae-chunk", type=int, help="Latent frames decoded at once."),
         option("--vae-tile", type=TileSize(), help="Largest tile in pixels: 256, or 320x240 (width x height)."),
@@ -142,6 +149,14 @@ def _options(program: Program) -> list[click.Parameter]:
             ["--keep-loaded/--no-keep-loaded"],
             default=None,
             help="Keep every stage in memory between videos. Default: when there are several.",
+        ),
+        option("--max-memory", type=float, help="GiB a device may use, when weights are placed. Default: all free."),
+        option(
+            "--dry-run",
+            is_flag=False,
+            flag_value="",
+            metavar="[MODEL]",
+            help=f"Print layout, memory, bytes and what is chosen; without weights for {', '.join(program.models)}.",
         ),
         option("--timeout", type=float, default=1800.0, help="Seconds after which a hung collective ends the run."),
         option("--debug", is_flag=True, help="Show tracebacks and the libraries' own output."),
@@ -221,15 +236,21 @@ class _Reader:
         self.program, self.values, self.problems, self.place = program, values, problems, at
         self.output = Path()
         self.gpus = 0 if values["device"] == "cpu" else launch.visible_gpus()
+        self.dry = values["dry_run"] is not None
+        if self.dry and values["device"] == "cuda" and not self.gpus:
+            self.gpus = max(1, values["gpus"] or 1)  # imagined: a dry run asks nothing of them
 
     def request(self) -> Request:
         source, rules = self._source()
         videos = self._videos(source, rules)
         self._positive("vae_chunk")
+        self._positive("overlap_groups")
         if self.values["vae"] == "exact" and self.values["vae_tile"]:
             self.problems.append("--vae exact does not cut the picture; leave --vae-tile out, or use --vae tiled")
         if (folder := self.values["text_encoder_dir"]) is not None and not folder.is_dir():
             self.problems.append(f"--text-encoder-dir {folder} is not a directory")
+        if (room := self.values["max_memory"]) is not None and not 0 < room < math.inf:
+            self.problems.append(f"--max-memory {room} is not a number of GiB above 0")
         if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
             self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
         self._placement()
@@ -247,11 +268,13 @@ class _Reader:
         taken["keep_loaded"] = self._value("keep_loaded", kept)
         dtype = self.values["dtype"] or rules.dtype
         setup = Setup(source, rules, ranks, degrees, chosen, dtype=dtype, extra=extra, **taken)
-        return Request(setup, self.output, tuple(videos), tuple(self._remarks()))
+        return Request(setup, self.output, tuple(videos), tuple(self._remarks()), self.dry)
 
     def _source(self) -> tuple[Source, Rules]:
         model_dir, demo = self.values["model_dir"], self.values["demo"]
         official = self.program.rules(Source())  # to check the rest by, where the source itself is wrong
+        if self.dry and (name := self._official(model_dir or demo)):
+            return Source(official=name), self.program.rules(Source(official=name))
         if model_dir is not None and demo is not None:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
         elif model_dir is None and demo is None:
@@ -266,6 +289,12 @@ class _Reader:
             except (ValueError, OSError) as error:
                 self.problems.append(f"--model-dir {model_dir}: {error}")
         return Source(model_dir, demo), official
+
+    def _official(self, weights: object) -> str | None:
+        """The official model whose numbers a dry run takes; None where there are weights to look at."""
+        name, models = self.values["dry_run"], self.program.models
+        self.problems += (found := dry_run_problems(name, weights, models))
+        return None if found or weights else name or models[0]
 
     def _value(self, name: str, default: Any) -> Any:
         given = self.values[name]
@@ -341,7 +370,7 @@ class _Reader:
                     self.problems.append(f"--prompt-file {file} holds no prompt; write one a line")
                 return prompts or [""]
         elif prompt is None and self.values["from_latents"] is None:
-            if rules.default_prompt is None:
+            if rules.default_prompt is None and not self.dry:
                 self.problems.append("--prompt is missing; say what the video shows")
             return [rules.default_prompt or ""]
         return [prompt or ""]

@@ -88,7 +88,7 @@ def free_memory(mesh: Mesh) -> int:
         free = torch.cuda.mem_get_info(mesh.device)[0]
         free += torch.cuda.memory_reserved(mesh.device) - torch.cuda.memory_allocated(mesh.device)
     else:
-        free = _host_memory() // mesh.world.size
+        free = host_memory() // mesh.world.size
     if mesh.world.group is None:
         return free
     smallest = torch.tensor([free], dtype=torch.int64, device=mesh.device)
@@ -96,7 +96,7 @@ def free_memory(mesh: Mesh) -> int:
     return int(smallest.item())
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
     """Available host memory in bytes, from Linux's meminfo; elsewhere a cautious 4 GiB."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -52,6 +52,8 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     setup = request.setup
+    if request.dry_run:
+        return _dry_run(program, request, at)
     if at.launcher is None and setup.ranks > 1:
         command = [sys.executable, program.script, *arguments]  # arguments: for whoever looks at the process list
         handed = pickle.dumps(request)
@@ -59,6 +61,19 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
             command, setup.ranks, setup.on_cpu, handed, setup.debug, lambda: clean_up(request, started)
         )
     return run_rank(program, request, at, started)
+
+
+def _dry_run(program: Program, request: Request, at: launch.Place) -> int:
+    """Say what would be done; of torchrun's ranks the first one does."""
+    if at.rank:
+        return 0
+    from common import dry_run
+
+    try:
+        return dry_run.run(program, request)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def clean_up(request: Request, since: float) -> str:
@@ -95,6 +110,8 @@ def run_rank(program: Program, request: Request, at: launch.Place, started: floa
                 _self_test(mesh, request.setup, stages, link)
                 setup = _with_demo(program, request.setup, mesh, at, stages)
                 with stages.stage("opening the checkpoint", quiet=True):
+                    setup = _place_weights(program, setup, request, mesh, at, stages)
+                    request = _as_placed(request, setup)
                     pipeline = program.pipeline(setup, mesh, stages)
             with _reporting(link, stages, after_failure):
                 make_videos(program, pipeline, request, mesh, stages)
@@ -174,6 +191,24 @@ def _with_demo(program: Program, setup: Setup, mesh: Mesh, at: launch.Place, sta
         _wait_for_all(mesh)
         folder = program.make_demo(setup.source.demo)
     return replace(setup, source=replace(setup.source, model_dir=folder))
+
+
+def _place_weights(
+    program: Program, setup: Setup, request: Request, mesh: Mesh, at: launch.Place, stages: Stages
+) -> Setup:
+    """The setup with a placement, and a line about it where it had none. Collective."""
+    from common.choice import settle
+
+    setup, why = settle(program, setup, request.videos[0], mesh, at.local_world_size)
+    if why is not None:
+        stages.note(f"weights: {why}")
+    return setup
+
+
+def _as_placed(request: Request, setup: Setup) -> Request:
+    """The request with what was chosen, for the json beside the video."""
+    placed = {name: getattr(setup, name) for name in ("offload", "shard_weights", "keep_loaded")}
+    return replace(request, setup=replace(request.setup, **placed))
 
 
 def _wait_for_all(mesh: Mesh) -> None:

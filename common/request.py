@@ -26,10 +26,14 @@ class WrongUse(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from: a checkpoint directory, or the name of a demo checkpoint (made on first use)."""
+    """Where the weights come from: a checkpoint directory, or the name of a demo checkpoint (made on first use).
+
+    official: for a dry run, the name of a model of which only its numbers are there.
+    """
 
     model_dir: Path | None = None
     demo: str | None = None
+    official: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Video:
 class Setup:
     """How the videos of one command are made. degrees: cfg, ring, ulysses; chosen: whether the program chose any.
 
-    device: cpu or cuda. vae_tile: height, width in pixels. offload None: the pipeline chooses. extra: the fork's own
-    options by name.
+    device: cpu or cuda. vae_tile: height, width in pixels. offload None: what fits is chosen, see `common.choice`.
+    max_memory: GiB a device may use, None for what is free. extra: the fork's own options by name.
     """
 
     source: Source
@@ -92,8 +96,10 @@ class Setup:
     keep_loaded: bool = False
     offload: str | None = None
     shard_weights: bool = False
+    max_memory: float | None = None
     text_dtype: str | None = None
     text_cache: Path | None = None
+    overlap_groups: int = 1
     compile: bool = False
     compile_vae: bool = False
     compile_mode: str = "default"
@@ -110,7 +116,7 @@ class Setup:
 
     def pipeline_options(self) -> dict[str, Any]:
         """What every fork's pipeline takes by the same names, see `common.pipeline.Pipeline`."""
-        names = ["dtype", "attention", "engine", "keep_loaded", "offload", "shard_weights"]
+        names = ["dtype", "attention", "engine", "keep_loaded", "offload", "shard_weights", "overlap_groups"]
         names += ["text_encoder_dir", "text_dtype", "text_cache"]
         compiling = {
             "blocks": self.compile,
@@ -128,12 +134,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Request:
-    """A whole command: how, what, and remarks for the user. output: as given; several videos add numbers to it."""
+    """A whole command: how, what, and remarks for the user. output: as given; several videos add numbers to it.
+
+    dry_run: only say what would be done.
+    """
 
     setup: Setup
     output: Path
     videos: tuple[Video, ...]
     remarks: tuple[str, ...] = ()
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,9 @@ class Program:
     check: the fork's own options and the videos -> problems.
     choose: fills in the degrees that are None; takes and raises what `choose_degrees` does. A planner's place.
     transformer: a checkpoint's `common.quantize.TransformerFiles`.
+    workload: (setup, video, mesh) -> `common.estimate.Workload`, from a checkpoint's headers or, for an official model,
+        from nothing. None: weights are placed as the options say, and there is no dry run.
+    models: names for `--dry-run`, default first.
     """
 
     name: str
@@ -162,6 +175,8 @@ class Program:
     decode: Callable[..., Any]
     demos: tuple[str, ...] = ("default",)
     demo_ranks: int = 2
+    models: tuple[str, ...] = ()
+    workload: Callable[..., Any] | None = None
     options: tuple[click.Option, ...] = ()
     check: Callable[[Mapping[str, Any], Sequence[Video]], list[str]] = lambda options, videos: []
     choose: Callable[..., Degrees] = choose_degrees

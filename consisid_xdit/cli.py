@@ -26,6 +26,7 @@ from planner import chooser
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from common.estimate import Workload
     from common.parallel import Mesh
     from common.progress import Stages
     from common.quantize import TransformerFiles
@@ -77,8 +78,8 @@ def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
 
 def require_person(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
     """There has to be a person, but in the demo, which has one, and where nothing is generated."""
-    others = ("id_embeddings", "demo", "from_latents")
-    if value is None and not any(context.params.get(name) for name in others):
+    others = ("id_embeddings", "demo", "from_latents", "dry_run")
+    if value is None and all(context.params.get(name) is None for name in others):
         raise click.UsageError("--image is missing; name a photograph of the person, or use --id-embeddings")
     return value
 
@@ -120,6 +121,23 @@ def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
     return session.identity
 
 
+def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
+    from cogvideox_xdit.config import VAEConfig
+    from common.choice import precision
+    from consisid_xdit.config import ConsisIDConfig
+    from consisid_xdit.workload import workload
+
+    config, vae, folder = PREVIEW, VAEConfig(), setup.source.model_dir
+    if folder is not None:
+        checkpoint = read_consisid(folder)
+        assert isinstance(checkpoint.transformer, ConsisIDConfig)
+        config, vae = checkpoint.transformer, checkpoint.vae
+    size = (video.height, video.width, video.num_frames)
+    guided = video.cfg_scale > 1 or mesh.cfg.size > 1
+    made = workload(config, vae, mesh, *size, guided=guided, dtype=precision(setup).dtype)
+    return made.with_text(lambda: setup.text_encoder_dir or folder)
+
+
 def transformer_files(folder: Path) -> TransformerFiles:
     from consisid_xdit.config import ConsisIDConfig, read_consisid
     from consisid_xdit.weights import transformer_files
@@ -156,6 +174,8 @@ PROGRAM = Program(
     decode=decode,
     check=check,
     choose=chooser("consisid"),
+    models=("consisid",),
+    workload=workload,
     options=(
         Option(["--id-embeddings"], type=_FILE, help="Identity features in place of --image; needs no face models."),
         Option(["--image"], type=_FILE, callback=require_person, help="Photograph; its largest face is taken."),

@@ -23,6 +23,7 @@ from planner import chooser
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from common.estimate import Workload
     from common.parallel import Mesh
     from common.progress import Stages
     from common.quantize import TransformerFiles
@@ -115,6 +116,22 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
     return pipe
 
 
+def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
+    from common.choice import precision
+    from mochi_xdit.pipeline import find_text_encoder
+    from mochi_xdit.workload import workload
+
+    folder = setup.source.model_dir
+    given = setup.extra["t5_model_path"] or setup.text_encoder_dir
+    made = workload(
+        *(folder, mesh, video.height, video.width, video.num_frames),
+        guided=video.cfg_scale != 1,
+        negative=bool(video.negative_prompt),
+        dtype=precision(setup).dtype,
+    )
+    return made if folder is None else made.with_text(lambda: find_text_encoder(folder, given))
+
+
 def transformer_files(folder: Path) -> TransformerFiles:
     from mochi_xdit.weights import transformer_files
 
@@ -155,6 +172,8 @@ PROGRAM = Program(
     decode=decode,
     check=check,
     choose=chooser("mochi"),
+    models=("mochi",),
+    workload=workload,
     options=(
         Option(["--threshold-noise"], type=float, help="Noise that the linear part of the schedule removes."),
         Option(["--linear-steps"], type=int, help="Steps of the linear part; default: half."),

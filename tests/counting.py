@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import common.usp
+from common.estimate import FUSED
 from common.parallel import Axis, Layout, Mesh
 from common.usp import SequenceParallel
 
@@ -68,7 +69,7 @@ def counting() -> Iterator[Counts]:
         mock.patch.object(common.usp.collectives, "wait_tensor", lambda t: t),
         mock.patch.object(common.usp, "attention_with_lse", with_lse),
         mock.patch.object(common.usp, "attention", lambda *args: with_lse(*args)[0]),
-        FlopCounterMode(display=False) as flops,
+        FlopCounterMode(display=False, custom_mapping=FUSED) as flops,
     ):
         counts.own_rank = {}  # type: ignore[attr-defined]
         yield counts

@@ -1,0 +1,175 @@
+"""Where the weights go when nobody said it: the first placement that fits, of those that change no result.
+
+every stage loaded (several videos)  ->  one stage at a time  ->  sharded over the ranks  ->  blocks in host memory
+->  the same, sharded  ->  blocks read from the files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from common.estimate import Estimate, Estimator, Precision, Workload
+from common.generation import free_memory, host_memory, parse_dtype
+from common.parallel import Mesh, broadcast_object
+from common.placement import Placement
+
+if TYPE_CHECKING:
+    from common.request import Program, Setup, Video
+
+GIB = 2**30
+SLACK = 1.25
+"""Free memory wanted for each byte of activations: allocators round, and kernels take workspaces."""
+WORKSPACE = 512 * 2**20
+"""Free memory wanted beside that on a GPU: the matrix library's workspace and NCCL's buffers."""
+
+Count = Callable[[Placement, bool], Estimate]
+"""(placement, whether models stay between stages) -> what one rank needs."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory at hand, in bytes: on every rank's device, and for every rank in its machine's main memory.
+
+    device: cpu or cuda. On a CPU both are the same memory, and blocks that wait there save nothing.
+    """
+
+    free: int
+    host: int
+    device: str = "cuda"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """keep: models stay on the device between stages. why: one line for the user. tight: it may not fit after all."""
+
+    placement: Placement
+    keep: bool
+    why: str
+    tight: bool = False
+
+
+def gib(size: float) -> str:
+    """Bytes to be read: `21.6 GiB`."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if size >= unit / 10:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1024:.1f} KiB"
+
+
+def candidates(ranks: int, device: str = "cuda", keep: bool = False) -> Iterator[tuple[Placement, bool]]:
+    """Placements with whether models stay, from the fastest to the smallest."""
+    if keep:
+        yield Placement("none"), True
+    yield Placement("stage"), False
+    if ranks > 1:
+        yield Placement("stage", shard=True), False
+    if device != "cpu":
+        yield Placement("block"), False
+        if ranks > 1:
+            yield Placement("block", shard=True), False
+    yield Placement("disk"), False
+
+
+def needed(estimate: Estimate, device: str = "cuda") -> tuple[str, int]:
+    """The stage that wants most free memory, and how much. The decode has been planned by its own rule."""
+    spare = 0 if device == "cpu" else WORKSPACE
+    wanted = {name: int(s.weights + SLACK * s.activations + spare) for name, s in estimate.stages.items()}
+    wanted["decode"] = estimate.stages["decode"].total
+    name = max(wanted, key=lambda stage: wanted[stage])
+    return name, wanted[name]
+
+
+def choose_placement(count: Count, room: Room, ranks: int = 1, keep: bool = False) -> Choice:
+    """The first of `candidates` that fits. Raises ValueError, with what to do, when the smallest does not."""
+    first, reason = "", ""
+    for placement, kept in candidates(ranks, room.device, keep):
+        estimate = count(placement, kept)
+        stage, wanted = needed(estimate, room.device)
+        if wanted > room.free:
+            first = first or f"{placement}: {stage} would want {gib(wanted)} of {gib(room.free)} free"
+        elif estimate.host > room.host:
+            reason = f"; host memory has {gib(room.host)} a rank for {gib(estimate.host)} of blocks"
+        else:
+            enough = f"{stage} wants {gib(wanted)} of {gib(room.free)} free"
+            return Choice(placement, kept, f"{placement} ({enough}{'; ' + first if first else ''}{reason})")
+    if estimate.peak > room.free:
+        stage, even = estimate.fullest, "" if estimate.fullest == "decode" else f" even when {placement}"
+        raise ValueError(
+            f"not enough memory: {stage} needs {gib(estimate.stages[stage].total)} on each device{even}, and "
+            f"{gib(room.free)} are free; {_advice(stage, ranks)}"
+        )
+    why = f"{placement} ({estimate.fullest} needs {gib(estimate.peak)} of {gib(room.free)} free, which is tight)"
+    return Choice(placement, False, why, tight=True)
+
+
+def _advice(stage: str, ranks: int) -> str:
+    more = {
+        "text": "run T5 in fewer bits (--text-dtype fp8), or keep the features of another machine (--text-cache)",
+        "decode": "decode in smaller pieces (--vae tiled --vae-tile 256), or make a smaller or shorter video",
+    }
+    spread = f"more ranks than {ranks} (--gpus), which share the tokens" if ranks > 1 else "several ranks (--gpus)"
+    smaller = "a smaller or shorter video (--width, --height, --num-frames)"
+    return more.get(stage, f"use {spread}, or make {smaller}") + "; or free memory that other programs hold"
+
+
+def precision(setup: Setup) -> Precision:
+    """The dtypes that a setup gives its models; see `common.pipeline.Pipeline`."""
+    float8, text8 = setup.dtype == "fp8", setup.text_dtype == "fp8"
+    dtype = parse_dtype("bf16" if float8 else setup.dtype)
+    text = dtype if setup.text_dtype is None or text8 else parse_dtype(setup.text_dtype)
+    return Precision(dtype, float8, text, text8)
+
+
+def estimator(work: Workload, setup: Setup, mesh: Mesh) -> Estimator:
+    """The estimator of a setup's dtypes and way of decoding."""
+    tile = setup.vae_tile and (setup.vae_tile[0] // work.decoder.scale, setup.vae_tile[1] // work.decoder.scale)
+    return Estimator(work, mesh, precision(setup), setup.device, (setup.vae, setup.vae_chunk, tile))
+
+
+def room_on(mesh: Mesh, setup: Setup, local_ranks: int) -> Room:
+    """What the rank with least has, no more than `--max-memory`. Collective."""
+    free = free_memory(mesh)
+    if setup.max_memory is not None:
+        free = min(free, int(setup.max_memory * GIB))
+    least = torch.tensor([host_memory() // local_ranks], device=mesh.device)
+    if mesh.world.group is not None:
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.world.group)
+    return Room(free, int(least.item()), setup.device)
+
+
+def settle(program: Program, setup: Setup, video: Video, mesh: Mesh, local_ranks: int) -> tuple[Setup, str | None]:
+    """The setup with the placement that was chosen for `video`, and a line about it. Collective.
+
+    A setup that says where weights are stays as it is, and so does one that loads no transformer. Raises ValueError
+    on every rank when nothing fits.
+    """
+    if setup.offload is not None or setup.shard_weights or program.workload is None or video.latents is not None:
+        return setup, None
+    room = room_on(mesh, setup, local_ranks)
+    found: tuple[Choice | None, str] = (None, "")
+    if mesh.is_main:
+        # Rank 0 has most of everything: T5, the largest shard, the branch with the longer text.
+        try:
+            counted = estimator(program.workload(setup, video, mesh), setup, mesh)
+            found = choose_placement(_count(counted, room), room, mesh.world.size, setup.keep_loaded), ""
+        except ValueError as error:
+            found = None, str(error)
+    choice, problem = broadcast_object(mesh.world, found, mesh.device)
+    if choice is None:
+        raise ValueError(problem)
+    return placed(setup, choice), choice.why
+
+
+def _count(counted: Estimator, room: Room) -> Count:
+    return lambda placement, keep: counted.estimate(placement, keep, room.free)
+
+
+def placed(setup: Setup, choice: Choice) -> Setup:
+    """The setup with a choice filled in."""
+    changed: dict[str, Any] = {"offload": choice.placement.offload, "shard_weights": choice.placement.shard}
+    return replace(setup, **changed, keep_loaded=choice.keep)
