@@ -33,7 +33,8 @@ class Pipeline:
     calls. stages: where progress and times go. text_encoder_dir: the T5 encoder's folder, where it is not in the
     checkpoint's. text_cache: folder that keeps text features between runs. text_dtype: of the T5 encoder; default: as
     `dtype`, bf16 for fp8. offload, shard_weights: where weights are, see `common.placement.Placement`; by default one
-    stage's are on the device. compiling: a `common.compile.Compile`, or its fields.
+    stage's are on the device. compiling: a `common.compile.Compile`, or its fields. overlap_groups: groups of heads
+    that travel apart, see `common.usp.SequenceParallel`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Pipeline:
         offload: str | None = None,
         shard_weights: bool = False,
         compiling: Compile | Mapping[str, Any] | None = None,
+        overlap_groups: int = 1,
     ) -> None:
         mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
         float8 = dtype == "fp8"
@@ -63,7 +65,7 @@ class Pipeline:
         self.model_dir = Path(model_dir)
         self.text_encoder_dir, self.text_cache = text_encoder_dir, text_cache
         self.stages = stages or Stages(device=mesh.device)
-        self.sp = sequence_parallel(mesh, attention, engine)
+        self.sp = sequence_parallel(mesh, attention, engine, overlap_groups)
         self.guidance = Guidance(mesh.cfg)
         self.models = Models(keep_loaded or offload == "none")
 

@@ -25,6 +25,20 @@ def split_evenly(n: int, parts: int) -> tuple[int, ...]:
     return tuple(n // parts + (i < n % parts) for i in range(parts))
 
 
+def head_groups(heads: int, ranks: int, groups: int) -> list[tuple[range, ...]]:
+    """Which heads of every rank each group takes: ranks share the heads evenly, and a rank's are cut into groups.
+
+    No more groups than the rank with the fewest heads has heads.
+    """
+    counts = split_evenly(heads, ranks)
+    cut = [split_evenly(count, min(groups, counts[-1])) for count in counts]
+    starts = [sum(counts[:i]) for i in range(ranks)]
+    return [
+        tuple(range(start + sum(sizes[:j]), start + sum(sizes[: j + 1])) for start, sizes in zip(starts, cut))
+        for j in range(len(cut[0]))
+    ]
+
+
 def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
     """All-to-all along dim 0: `sent[i]` rows go to rank i of the axis, `received[i]` rows come from it.
 
@@ -40,11 +54,15 @@ class SequenceParallel:
 
     The rank order along the sequence is ring_rank * ulysses + ulysses_rank.
     kernel: which attention kernel to use, see `common.attention.KERNELS`; ValueError if it cannot run.
+    groups: in how many groups of heads the all-to-all is cut, so that one travels while another is attended to.
     """
 
-    def __init__(self, mesh: Mesh | None = None, kernel: str = "auto") -> None:
+    def __init__(self, mesh: Mesh | None = None, kernel: str = "auto", groups: int = 1) -> None:
         mesh = mesh or Mesh()
         check_kernel(kernel, mesh.device)
+        if groups < 1:
+            raise ValueError(f"the number of head groups is {groups}; it must be at least 1")
+        self.groups = groups
         self.axis, self.ring, self.ulysses = mesh.sequence, mesh.ring, mesh.ulysses
         self.kernel = kernel
 
@@ -96,40 +114,46 @@ class SequenceParallel:
         heads = q.shape[2]
         assert heads >= self.ulysses.size, "require_heads was not called"
         u, r = self.ulysses.size, self.ring.rank
-        q, kv = self._heads_in(q, k, v, lengths[r * u : (r + 1) * u])
-        out = self._ring(q, kv, [sum(lengths[i * u : (i + 1) * u]) for i in range(self.ring.size)])
-        return self._heads_out(out, lengths[r * u : (r + 1) * u], heads)
-
-    def _heads_in(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Give up tokens' other heads, get this rank's heads of the Ulysses group's tokens.
-
-        Returns q (B, N, h, D) and kv (N, B, 2, h, D). Token-major on the wire, so that what arrives
-        from the peers is already one tensor in token order.
-        """
-        batch, n, heads, width = q.shape
-        if self.ulysses.size == 1:
-            return q, torch.stack((k, v), dim=2).transpose(0, 1)
-        split = split_evenly(heads, self.ulysses.size)
+        mine, ring = lengths[r * u : (r + 1) * u], [sum(lengths[i * u : (i + 1) * u]) for i in range(self.ring.size)]
         packed = torch.stack((q, k, v), dim=2).transpose(0, 1)  # (n, B, 3, H, D)
-        send = torch.cat([part.reshape(-1) for part in packed.split(split, dim=3)])
-        mine = split[self.ulysses.rank]
-        row = batch * 3 * width
-        got = exchange(send, [n * h * row for h in split], [m * mine * row for m in lengths], self.ulysses)
-        got = collectives.wait_tensor(got).view(sum(lengths), batch, 3, mine, width)
-        return got[:, :, 0].transpose(0, 1), got[:, :, 1:]
+        if u == 1:
+            return self._ring(q, packed[:, :, 1:], ring)
+        groups = head_groups(heads, u, self.groups)
+        # All groups set out at once; while one is attended to, the next arrives and the one before goes home.
+        under_way = [self._scatter_heads(packed, group, mine) for group in groups]
+        home = []
+        for group, arriving in zip(groups, under_way):
+            shape = (sum(mine), q.shape[0], 3, len(group[self.ulysses.rank]), q.shape[3])
+            got = collectives.wait_tensor(arriving).view(shape)
+            out = self._ring(got[:, :, 0].transpose(0, 1), got[:, :, 1:], ring)
+            home.append(self._return_heads(out, group, mine))
+        return self._join_heads(home, groups, q)
 
-    def _heads_out(self, out: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
-        """The reverse of `_heads_in` for the output (B, N, h, D): this rank's tokens with all their heads."""
-        if self.ulysses.size == 1:
-            return out
+    def _scatter_heads(self, packed: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Tensor:
+        """Begin to give up other ranks' heads of this rank's tokens for this rank's heads of the Ulysses group's.
+
+        packed: (n, B, 3, H, D). Token-major on the wire, so that what arrives is already one tensor in token order.
+        """
+        n, batch, _, _, width = packed.shape
+        send = torch.cat([packed[:, :, :, part.start : part.stop].reshape(-1) for part in group])
+        row, mine = batch * 3 * width, len(group[self.ulysses.rank])
+        return exchange(send, [n * len(part) * row for part in group], [m * mine * row for m in lengths], self.ulysses)
+
+    def _return_heads(self, out: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Tensor:
+        """Begin the reverse of `_scatter_heads` for the output (B, N, h, D)."""
         batch, _, mine, width = out.shape
-        split = split_evenly(heads, self.ulysses.size)
-        n = lengths[self.ulysses.rank]
-        row = batch * width
-        send = out.transpose(0, 1).reshape(-1)
-        got = exchange(send, [m * mine * row for m in lengths], [n * h * row for h in split], self.ulysses)
-        parts = collectives.wait_tensor(got).split([n * h * row for h in split])
-        return torch.cat([p.view(n, batch, h, width) for p, h in zip(parts, split)], dim=2).transpose(0, 1)
+        n, row = lengths[self.ulysses.rank], batch * width
+        sent, received = [m * mine * row for m in lengths], [n * len(part) * row for part in group]
+        return exchange(out.transpose(0, 1).reshape(-1), sent, received, self.ulysses)
+
+    def _join_heads(self, home: Sequence[Tensor], groups: Sequence[Sequence[range]], like: Tensor) -> Tensor:
+        """What came home, group by group, as one tensor like q (B, n, H, D)."""
+        batch, n, _, width = like.shape
+        pieces: dict[int, Tensor] = {}
+        for arriving, group in zip(home, groups):
+            parts = collectives.wait_tensor(arriving).split([n * len(part) * batch * width for part in group])
+            pieces |= {part.start: p.view(n, batch, len(part), width) for p, part in zip(parts, group)}
+        return torch.cat([pieces[start] for start in sorted(pieces)], dim=2).transpose(0, 1)
 
     def _ring(self, q: Tensor, kv: Tensor, lengths: Sequence[int]) -> Tensor:
         """Attention of q (B, N, h, D) over the keys and values of all ring ranks; kv: (N, B, 2, h, D)."""

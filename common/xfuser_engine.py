@@ -19,11 +19,14 @@ from common.usp import SequenceParallel
 _KERNELS = {"auto": "TORCH_FLASH", "sdpa": "TORCH_FLASH", "flash2": "FA", "flash3": "FA3"}
 
 
-def sequence_parallel(mesh: Mesh, kernel: str = "auto", engine: str = "native") -> SequenceParallel:
-    """The engine called `engine`, one of `common.checks.ENGINES`. ValueError when it cannot run here."""
+def sequence_parallel(mesh: Mesh, kernel: str = "auto", engine: str = "native", groups: int = 1) -> SequenceParallel:
+    """The engine called `engine`, one of `common.checks.ENGINES`. ValueError when it cannot run here.
+
+    groups: see `SequenceParallel`; xfuser has no such thing.
+    """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-    return XFuserSequenceParallel(mesh, kernel) if engine == "xfuser" else SequenceParallel(mesh, kernel)
+    return XFuserSequenceParallel(mesh, kernel) if engine == "xfuser" else SequenceParallel(mesh, kernel, groups)
 
 
 class XFuserSequenceParallel(SequenceParallel):

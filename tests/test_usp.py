@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.attention import attention, attention_with_lse, check_kernel
 from common.guidance import Guidance
 from common.parallel import Layout, Mesh, broadcast_object, broadcast_tensors, distributed
-from common.usp import SequenceParallel, split_evenly
+from common.usp import SequenceParallel, head_groups, split_evenly
 from tests.counting import as_rank, count_attention
 
 SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]
@@ -67,6 +68,69 @@ def test_every_layout_equals_plain_attention(run_ranks, ring, ulysses):
 def test_layouts_under_cfg_parallel(run_ranks, ring, ulysses):
     for errors in run_ranks(2 * ring * ulysses, layout_errors, ring, ulysses, 2):
         assert all(error <= (1e-12 if "float64" in case else 1e-5) for case, error in errors.items())
+
+
+def grouped_errors(ring: int, ulysses: int, groups: int) -> list[float]:
+    """Against plain attention, and against the same layout in one group."""
+    mesh = distributed(Layout(ring=ring, ulysses=ulysses))
+    errors = []
+    for n_video, n_text, heads in ((23, 5, 8), (3, 2, 7), (13, 0, 9), (1, 0, 8)):
+        errors.append(joint_error(SequenceParallel(mesh, groups=groups), n_video, n_text, heads, torch.float64, 1))
+        one, many = (SequenceParallel(mesh, groups=g) for g in (1, groups))
+        q, k, v = (one.shard(t) for t in qkv(n_video, heads, torch.float64))
+        difference = one.attention(q, k, v, one.lengths(n_video)) - many.attention(q, k, v, one.lengths(n_video))
+        errors.append(difference.abs().max().item() if difference.numel() else 0.0)
+    return errors
+
+
+@pytest.mark.parametrize("ring, ulysses, groups", [(1, 2, 2), (1, 3, 2), (2, 2, 3), (1, 5, 99), (3, 1, 2)])
+def test_head_groups_change_nothing(run_ranks, ring, ulysses, groups):
+    for errors in run_ranks(ring * ulysses, grouped_errors, ring, ulysses, groups):
+        assert max(errors) <= 1e-12
+
+
+def test_head_groups_are_a_partition():
+    for heads, ranks, groups in itertools.product((5, 7, 24, 30, 48), (1, 2, 3, 5), (1, 2, 4, 50)):
+        cut = head_groups(heads, ranks, groups)
+        assert sorted(h for group in cut for part in group for h in part) == list(range(heads))
+        assert all(len(part) for group in cut for part in group), "a group without heads for some rank"
+        owners = [[h for group in cut for h in group[rank]] for rank in range(ranks)]
+        assert [h for rank in owners for h in sorted(rank)] == list(range(heads)), "a rank's heads are neighbours"
+
+
+class Recorder(TorchDispatchMode):
+    """Notes in which order exchanges are posted, waited for, and attention is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for part, event in (("all_to_all_single", "post"), ("wait_tensor", "wait"), ("scaled_dot_product", "attend")):
+            if part in func.name():
+                self.events.append(event)
+        return func(*args, **(kwargs or {}))
+
+
+def order_of_issue(layout: Layout, groups: int) -> str:
+    with distributed(layout) as mesh:
+        sp = SequenceParallel(mesh, groups=groups)
+        q, k, v = (sp.shard(t) for t in qkv(12, 6, torch.float32))
+        with Recorder() as recorder:
+            sp.attention(q, k, v, sp.lengths(12))
+    return " ".join(recorder.events)
+
+
+def test_one_group_travels_while_another_is_attended_to(run_ranks):
+    for order in run_ranks(2, order_of_issue, Layout(ulysses=2), 3):
+        assert order == "post post post wait attend post wait attend post wait attend post wait wait wait"
+    for order in run_ranks(2, order_of_issue, Layout(ulysses=2), 1):
+        assert order == "post wait attend post wait"
+
+
+def test_the_rings_exchange_is_posted_before_the_attention_that_hides_it(run_ranks):
+    for order in run_ranks(3, order_of_issue, Layout(ring=3), 1):
+        assert order == "post attend wait post attend wait attend"
 
 
 def bf16_error() -> float:
