@@ -56,8 +56,8 @@ def demo_config(kind: str) -> TransformerConfig:
 
 
 def trained_config() -> TransformerConfig:
-    """The trained demo's: 2b's kind, six heads of 32 in five layers, for videos of 64 x 64 pixels and 17 frames."""
-    sizes: dict[str, Any] = {"heads": 6, "head_dim": 32, "layers": 5, "time_dim": 64, "text_dim": 64, "text_length": 32}
+    """The trained demo's: 2b's kind, six heads of 32 in four layers, for videos of 64 x 64 pixels and 17 frames."""
+    sizes: dict[str, Any] = {"heads": 6, "head_dim": 32, "layers": 4, "time_dim": 64, "text_dim": 64, "text_length": 32}
     channels = TRAINED_VAE.latent_channels
     sample: dict[str, Any] = {"sample_height": 8, "sample_width": 8, "sample_frames": 17}
     return replace(CONFIGS["2b"], **sizes, **sample, in_channels=channels, out_channels=channels)

@@ -25,6 +25,8 @@ _REVISION = 1
 """Goes up when what the demo writes changes, so that nobody's cache holds the old one."""
 PORTRAIT = "portrait.png"
 IDENTITY = "identity.safetensors"
+SHOWN = {"red_circle.safetensors": ("circle", "red"), "blue_cross.safetensors": ("cross", "blue")}
+"""Identity files beside the trained checkpoint, and what their pictures show."""
 
 
 def demo_config() -> ConsisIDConfig:
@@ -33,6 +35,37 @@ def demo_config() -> ConsisIDConfig:
     face: dict[str, Any] = {"cross_head_dim": 16, "cross_heads": 2, "id_dim": 512 + 24, "vit_dim": 32, "depth": 10}
     face |= {"extractor_head_dim": 8, "extractor_heads": 4, "queries": 8, "face_dim": 42}
     return replace(PREVIEW, **numbers, **face)
+
+
+def trained_config() -> ConsisIDConfig:
+    """The trained demo's: five heads of 32 in four layers, 64 x 64 pixels, 17 frames, eight face tokens."""
+    channels = cogvideox.TRAINED_VAE.latent_channels
+    numbers: dict[str, Any] = {"heads": 5, "head_dim": 32, "layers": 4, "time_dim": 64, "text_dim": 64}
+    numbers |= {"text_length": 32, "in_channels": 2 * channels, "out_channels": channels}
+    numbers |= {"sample_height": 8, "sample_width": 8, "sample_frames": 17}
+    face: dict[str, Any] = {"cross_head_dim": 32, "cross_heads": 4, "id_dim": 96, "vit_dim": 64, "depth": 5}
+    face |= {"extractor_head_dim": 16, "extractor_heads": 4, "queries": 8, "face_dim": 106}
+    return replace(PREVIEW, **numbers, **face)
+
+
+def shape_identity(picture: torch.Tensor, config: ConsisIDConfig) -> IdentityFeatures:
+    """Features of a picture (64, 64, 3) uint8 that stand for a face's: fixed random projections of its mean colours.
+
+    The identity vector sees 8 x 8 means; the hidden states are 16 places with 4 x 4 means each and a code of the place.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    wide = (picture.float() / 127.5 - 1).movedim(-1, 0)[None]
+    means = torch.nn.functional.avg_pool2d(wide, 8).flatten(1)  # (1, 192)
+    places = torch.nn.functional.avg_pool2d(wide, 4).unfold(2, 4, 4).unfold(3, 4, 4)  # (1, 3, 4, 4, 4, 4)
+    places = places.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (1, 16, 48)
+
+    def project(x: torch.Tensor, width: int) -> torch.Tensor:
+        return x @ torch.randn(x.shape[-1], width, generator=generator) / x.shape[-1] ** 0.5
+
+    vector = project(means, config.id_dim)
+    codes = [torch.randn(1, 16, config.vit_dim, generator=generator) for _ in range(config.scales)]
+    hidden = tuple(project(places, config.vit_dim) + code for code in codes)
+    return IdentityFeatures(vector, hidden, picture, torch.zeros(5, 2))
 
 
 def demo_checkpoint(name: str = "default", cache_dir: str | Path | None = None) -> Path:
