@@ -53,9 +53,8 @@ def _head(program: Program, setup: Setup, video: Video, layout: Layout) -> None:
 
 def _step(counted: Estimator) -> None:
     """FLOPs and bytes of rank 0 in one step."""
-    print(
-        f"compute     {counted.flops / 1e12:.4g} TFLOP a step on rank 0, {counted.passes} forward {'pass' if counted.passes == 1 else 'passes'}"
-    )
+    passes = f"{counted.passes} forward pass{'' if counted.passes == 1 else 'es'}"
+    print(f"compute     {counted.flops / 1e12:.4g} TFLOP a step on rank 0, {passes}")
     sent = {name: size for name, size in counted.sent.items() if name != "sequence"}
     said = ", ".join(f"{name} {gib(size)}" for name, size in sent.items()) or "nothing"
     print(f"sent        {said} a step by rank 0")
