@@ -1,0 +1,157 @@
+"""The documentation: every command is run or read by the programs' own parsers, every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
+from common.cli import _unknown, command
+from common.request import Program
+from consisid_xdit.cli import PROGRAM as CONSISID
+from mochi_xdit.cli import PROGRAM as MOCHI
+from tools.docs import flags
+from xdit_download.cli import command as download
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "docker" / "README.md"]
+    + [page for folder in ("docs", "tools") for page in (ROOT / folder).rglob("*.md")]
+    + [page for fork in ("mochi_xdit", "cogvideox_xdit", "consisid_xdit") for page in (ROOT / fork).rglob("*.md")]
+)
+PROGRAMS: dict[str, Program] = {program.name: program for program in (MOCHI, COGVIDEOX, CONSISID)}
+FOLDERS = {program.script.split("/")[-2]: program for program in PROGRAMS.values()}
+NEEDS = {"weights", "gpu", "network", "docker"}
+
+
+@dataclass(frozen=True)
+class Command:
+    page: str
+    words: tuple[str, ...]
+    needs: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' '.join(self.words)[:60]}"
+
+
+def commands() -> list[Command]:
+    found = []
+    for page in PAGES:
+        blocks = re.finditer(r"(?:<!-- needs: ([^>]*?) -->\n)?```bash\n(.*?)```", page.read_text(), re.DOTALL)
+        for block in blocks:
+            needs = frozenset(filter(None, re.split(r",\s*", block[1] or "")))
+            for line in block[2].replace("\\\n", " ").splitlines():
+                if words := tuple(shlex.split(line, comments=True)):
+                    found.append(Command(str(page.relative_to(ROOT)), words, needs))
+    return found
+
+
+COMMANDS = commands()
+
+
+def program_of(words: tuple[str, ...]) -> tuple[Program, list[str]] | None:
+    """The fork that a command runs, directly, by torchrun or in an image, and what it is given."""
+    for i, word in enumerate(words):
+        name = word.replace("xdit-mochi", "mochi-xdit") if "run" in words[:4] else word
+        if name in PROGRAMS:
+            return PROGRAMS[name], list(words[i + 1 :])
+        if word.endswith("_xdit/cli.py") or (word in FOLDERS and words[i - 1] == "-m"):
+            return FOLDERS[word.split("/")[0]], list(words[i + 1 :])
+    return None
+
+
+def test_there_are_pages_and_commands():
+    assert len(PAGES) >= 12 and len(COMMANDS) >= 25
+    assert all(c.needs <= NEEDS for c in COMMANDS)
+
+
+@pytest.mark.parametrize("given", COMMANDS, ids=str)
+def test_a_command_is_one_that_exists(given):
+    words = given.words
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0] == "xdit-download":
+        download.make_context("xdit-download", list(words[1:]))
+    elif words[0] == "docker" and words[1] == "build":
+        stages = (ROOT / "docker" / "Dockerfile").read_text()
+        assert f" AS {words[words.index('--target') + 1]}\n" in stages
+    elif (found := program_of(words)) is not None:
+        program, arguments = found
+        if arguments[:1] == ["quantize"] or words[-1] == "torchrun":
+            return
+        if "torchrun" in words and "-m" in arguments:
+            arguments = arguments[arguments.index("-m") + 2 :]
+        spec = command(program)
+        context = spec.make_context(program.name, arguments)
+        assert not context.meta.get("problems"), context.meta["problems"]
+        assert not _unknown(context.args, [name for option in spec.params for name in option.opts])
+    elif words[0] in ("xdit-plan", "xdit-doctor"):
+        assert not given.needs, "it runs anywhere: it is run below"
+    elif words[0] == "python":
+        path = ROOT.joinpath(*words[2].split(".")) if words[1] == "-m" else ROOT / words[1]
+        assert path.is_file() or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    else:
+        assert "docker" in given.needs, f"nobody checks {words[0]}"
+
+
+RUN = [c for c in COMMANDS if not c.needs and (c.words[0] == "xdit-plan" or "--demo" in c.words)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", RUN, ids=str)
+def test_a_command_that_needs_nothing_runs(given, tmp_path):
+    words = list(given.words)
+    if words[0] == "xdit-plan":
+        line = [sys.executable, "-m", "planner.cli", *words[1:]]
+    else:
+        line = [sys.executable, PROGRAMS[words[0]].script, *words[1:], "--num-steps", "2", "--device", "cpu"]
+    done = subprocess.run(
+        line, cwd=tmp_path if words[0] != "xdit-plan" else ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    if "--output" in words:
+        assert (tmp_path / words[words.index("--output") + 1]).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http:", "https:", "mailto:", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name} points to {target}"
+
+
+def test_the_page_of_flags_is_current():
+    assert flags.TARGET.read_text() == flags.page(), "run python -m tools.docs.flags"
+
+
+def test_troubleshooting_quotes_real_messages():
+    source = " ".join(
+        path.read_text()
+        for package in ("common", "mochi_xdit", "cogvideox_xdit", "consisid_xdit", "xdit_download")
+        for path in (ROOT / package).rglob("*.py")
+    )
+    # Messages go over line ends: join the pieces of a string literal.
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 12
+    for message in rows:
+        # "missing tensor" is put together from two words.
+        assert message in source or message == "missing tensor", message
+
+
+def test_no_page_names_a_flag_that_is_not_there():
+    known = {name for p in PROGRAMS.values() for o in command(p).params for name in (*o.opts, *o.secondary_opts)}
+    tools = (ROOT / "planner", ROOT / "xdit_download", ROOT / "benchmarks", ROOT / "tools")
+    text = "".join(path.read_text() for folder in tools for path in folder.rglob("*.py"))
+    others = {"--gpus", "--shm-size", "--build-arg", "--ulimit", "--network", "--entrypoint", "--user", "--target"}
+    for page in PAGES:
+        if page.name in ("flags.md", "CHANGELOG.md"):
+            continue
+        for flag in re.findall(r"`(--[a-z][a-z-]+)", page.read_text()):
+            assert flag in known or flag in others or f'"{flag}"' in text, f"{page.name}: {flag}"
