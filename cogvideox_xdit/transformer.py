@@ -60,6 +60,7 @@ class Condition:
     rope: complex factors of modulus 1 (ny + nx, D/2), 1 on text; None where positions are added
     ofs: (1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint
     lengths: tokens of every rank, both streams together
+    frequencies: of the timestep's embedding (W / 2,)
     """
 
     size: Size
@@ -68,6 +69,7 @@ class Condition:
     rope: Tensor | None
     ofs: Tensor | None
     lengths: tuple[int, ...]
+    frequencies: Tensor
 
     @property
     def n_text(self) -> int:
@@ -240,7 +242,7 @@ class CogVideoXTransformer(nn.Module):
         tokens = grid[0] * grid[1] * grid[2]
         lengths = tuple(a + b for a, b in zip(sp.lengths(text.shape[1]), sp.lengths(tokens)))
         rope = self._rope(y.shape[1], grid) if config.rotary else None
-        return Condition(size, y, video, rope, self._ofs(ofs), lengths)
+        return Condition(size, y, video, rope, self._ofs(ofs), lengths, frequencies(config.width, self.device))
 
     def _check(self, text_length: int, size: Size, image: Tensor | None) -> None:
         config = self.config
@@ -269,7 +271,8 @@ class CogVideoXTransformer(nn.Module):
         if self.ofs is None:
             return None
         assert self.config.ofs_dim is not None
-        return self.ofs(sinusoid(torch.full((1,), value, device=self.device), self.config.ofs_dim).to(self.dtype))
+        given = torch.full((1,), value, device=self.device)
+        return self.ofs(sinusoid(given, frequencies(self.config.ofs_dim, self.device)).to(self.dtype))
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Condition) -> Tensor:
         """One prediction for this rank's tokens.
@@ -289,8 +292,9 @@ class CogVideoXTransformer(nn.Module):
 
     def time_embedding(self, t: Tensor | float, cond: Condition) -> Tensor:
         """The activated embedding that every block's modulation reads: (B or 1, time_dim)."""
-        steps = torch.as_tensor(t, device=self.device).reshape(-1)
-        c = self.time(sinusoid(steps, self.config.width).to(self.dtype))
+        # A number is filled in on the device: a copy from the host would wait for everything before it.
+        steps = t.to(self.device).reshape(-1) if isinstance(t, Tensor) else torch.full((1,), t, device=self.device)
+        c = self.time(sinusoid(steps, cond.frequencies).to(self.dtype))
         return F.silu(c if cond.ofs is None else c + cond.ofs)
 
     def embed(self, x: Tensor, cond: Condition) -> Tensor:
@@ -318,8 +322,13 @@ class CogVideoXTransformer(nn.Module):
         return unpack(self.sp.gather(out, self.sp.lengths(x.shape[1])), size, self.config.patch)
 
 
-def sinusoid(value: Tensor, width: int) -> Tensor:
-    """(B,) numbers -> (B, width) fp32: cosines, then sines, of frequencies 10000^(-k / (width / 2))."""
-    k = torch.arange(width // 2, dtype=torch.float32, device=value.device)
-    angle = value[:, None].float() * torch.exp(-math.log(10000) * k / (width // 2))
+def frequencies(width: int, device: torch.device) -> Tensor:
+    """10000^(-k / (width / 2)) for k below width / 2, fp32."""
+    k = torch.arange(width // 2, dtype=torch.float32, device=device)
+    return torch.exp(-math.log(10000) * k / (width // 2))
+
+
+def sinusoid(value: Tensor, frequencies: Tensor) -> Tensor:
+    """(B,) numbers -> (B, 2 * frequencies) fp32: cosines, then sines."""
+    angle = value[:, None].float() * frequencies
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

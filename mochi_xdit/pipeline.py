@@ -179,10 +179,10 @@ class MochiPipeline(Pipeline):
             def predict(branch: int, z: Tensor, t: Tensor) -> Tensor:
                 return model(z, t, branches[branch])
 
+            times = torch.tensor([TIME_SCALE * (1.0 - sigma) for sigma in sigmas], dtype=kept, device=self.device)
             with self.stages.stage("sampling", total=len(scales)) as step:
                 for i, scale in enumerate(scales):
-                    t = torch.tensor([TIME_SCALE * (1.0 - sigmas[i])], dtype=kept, device=self.device)
-                    velocity = self.guidance(partial(predict, z=z, t=t), scale)
+                    velocity = self.guidance(partial(predict, z=z, t=times[i : i + 1]), scale)
                     z = z + (sigmas[i] - sigmas[i + 1]) * velocity
                     require_finite(z, f"sampling step {i + 1} of {len(scales)}")
                     step()

@@ -40,6 +40,10 @@ class MochiCondition:
     """(n, heads, head_dim / 2, 2): cosine and sine of the angle of each pair of channels."""
     lengths: tuple[int, ...]
     """Tokens of both streams on every rank."""
+    embed: Tensor
+    """The patch convolution as a matrix on packed tokens (hidden_x, patch_dim), its columns in their order."""
+    frequencies: Tensor
+    """Of the timestep's embedding (time_dim / 2,), wide."""
 
 
 def pack(latents: Tensor, patch: int = 2) -> Tensor:
@@ -253,7 +257,10 @@ class MochiTransformer(nn.Module):
         rope = self._rope(size)
         video, words = math.prod(size) // self.config.patch**2, text.shape[1]
         lengths = tuple(a + b for a, b in zip(self.sp.lengths(video), self.sp.lengths(words)))
-        return MochiCondition(y, pooled, rope, lengths)
+        weight = self.x_embedder["proj"].weight
+        assert isinstance(weight, Tensor)
+        embed = weight.permute(0, 2, 3, 1).flatten(1)
+        return MochiCondition(y, pooled, rope, lengths, embed, self._time_frequencies())
 
     def _rope(self, size: tuple[int, int, int]) -> Tensor:
         """Cosines and sines for this rank's tokens, (n, H, D / 2, 2); each head has its own learned frequencies."""
@@ -272,12 +279,14 @@ class MochiTransformer(nn.Module):
         angles = t + row + column  # (n, H, D / 2)
         return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
-    def _time(self, t: Tensor) -> Tensor:
-        """Sinusoidal embedding of the timestep (B,) through its two layers: (B, hidden_x)."""
+    def _time_frequencies(self) -> Tensor:
         half = self.config.time_dim // 2
-        wide = _wide(self.dtype)
-        frequencies = torch.exp(torch.arange(half, dtype=wide, device=t.device) * -math.log(10000) / half)
-        angles = t.to(wide)[:, None] * frequencies
+        steps = torch.arange(half, dtype=_wide(self.dtype), device=self.device)
+        return torch.exp(steps * -math.log(10000) / half)
+
+    def _time(self, t: Tensor, frequencies: Tensor) -> Tensor:
+        """Sinusoidal embedding of the timestep (B,) through its two layers: (B, hidden_x)."""
+        angles = t.to(frequencies.dtype)[:, None] * frequencies
         return self.t_embedder["mlp"](torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype))
 
     @torch.no_grad()
@@ -288,11 +297,11 @@ class MochiTransformer(nn.Module):
         x, fp32 (fp64 for fp64 parameters).
         """
         t = t.to(x.device).expand(x.shape[0])
-        c = F.silu(self._time(t) + cond.pooled)
-        embed = self.x_embedder["proj"]
-        assert isinstance(embed, nn.Conv2d)
-        # A convolution whose stride is its kernel, on packed tokens: a matrix with its columns in their order.
-        x = F.linear(x.to(self.dtype), embed.weight.permute(0, 2, 3, 1).flatten(1), embed.bias)
+        c = F.silu(self._time(t, cond.frequencies) + cond.pooled)
+        bias = self.x_embedder["proj"].bias
+        assert isinstance(bias, Tensor)
+        # A convolution whose stride is its kernel.
+        x = F.linear(x.to(self.dtype), cond.embed, bias)
         y = cond.y
         for block in self.blocks:
             x, y = block(x, y, c, cond)

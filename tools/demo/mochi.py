@@ -46,7 +46,7 @@ class Velocity(nn.Module):
         m, n = self.model, x.shape[1]
         kind = m.t5_yproj.weight.dtype
         rope = m._rope(LATENT).to(torch.float32)
-        c = F.silu(m._time(t) + self._pool(text.to(kind), mask))
+        c = F.silu(m._time(t, m._time_frequencies()) + self._pool(text.to(kind), mask))
         embed = m.x_embedder["proj"]
         x = F.linear(x.to(kind), embed.weight.permute(0, 2, 3, 1).flatten(1), embed.bias)
         y = m.t5_yproj(text.to(kind))
