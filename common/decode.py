@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from common.vae import CausalStream, Link, LocalLink, TimeSplit, deal, spans
 
 OVERLAP = 8
 # What kernels' workspaces and the allocator take on top of the tensors that an estimate counts: a share, and a fixed
-# amount. On the CPU the share measured 1.1 to 1.4, and malloc kept up to 0.4 GB; not measured on a GPU.
+# amount: malloc kept up to 0.4 GB. On the CPU, where convolutions' workspaces are counted, less would do; not measured
+# on a GPU.
 MARGIN = 1.5
 SPARE = 512 * 2**20
 
@@ -174,11 +176,14 @@ class _Decode:
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that operations inside it make: `now`, and `peak` at once.
 
-    On the meta device it measures a computation that could not run.
+    On the meta device it measures a computation that could not run. device: the type of the device for which it
+    stands. On a CPU a convolution takes, for its time, a copy of its input or its output in another order, whichever
+    is larger (measured on oneDNN's).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         super().__init__()
+        self.on_cpu = device == "cpu"
         self.now = self.peak = 0
         self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
@@ -189,6 +194,10 @@ class PeakMemory(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
+        # In inference mode a convolution arrives under its own name.
+        convolution = func.overloadpacket in (torch.ops.aten.conv3d, torch.ops.aten.convolution)
+        if self.on_cpu and convolution and math.prod(args[1].shape[2:]) > 1:
+            self.peak = max(self.peak, self.now + max(args[0].nbytes, out.nbytes))
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -215,12 +224,13 @@ def decode_memory(
     """
     parts = tiles(latents[2], latents[3], plan.tile, plan.overlap)
     weights = {name: torch.empty_like(weight, device="meta") for name, weight in decoder.state_dict().items()}
-    link, counter = LocalLink(), PeakMemory()
+    device = device or next(decoder.parameters()).device.type
+    link, counter = LocalLink(), PeakMemory(device)
     # A compiled part would see that it is being watched, and never be compiled again.
     with torch.compiler.set_stance("force_eager"), counter:
         _two_chunks(lambda *args: functional_call(decoder, weights, args), decoder, latents, plan, link, "meta")
     # Beside a GPU the waiting tiles' tails lie in host memory; on the CPU they lie where the work is done.
-    waiting = len(parts) - 1 if (device or next(decoder.parameters()).device.type) == "cpu" else 0
+    waiting = len(parts) - 1 if device == "cpu" else 0
     tails = sum(tail.nbytes for queue in link.kept.values() for tail in queue)
     return counter.peak + waiting * tails
 
@@ -306,14 +316,17 @@ def plan_decode(
     latents: tuple[int, int, int, int],
     free_bytes: float,
     plans: tuple[DecodePlan, ...],
+    count: Callable[[DecodePlan], int] | None = None,
 ) -> tuple[DecodePlan, ...]:
     """`plans` from the first one on that should fit into `free_bytes` (the last one, if none does).
 
+    count: bytes of a plan, for who keeps them; default: `decode_memory`.
     The rest are the fall-backs, in order, after an out-of-memory error. All ranks must start with the same plan:
     give the smallest free memory of them all, or see `agree`.
     """
     for i, plan in enumerate(plans):
-        if decode_memory(decoder, latents, plan) * MARGIN + SPARE <= free_bytes:
+        need = decode_memory(decoder, latents, plan) if count is None else count(plan)
+        if need * MARGIN + SPARE <= free_bytes:
             return plans[i:]
     return plans[-1:]
 

@@ -34,6 +34,7 @@ def run(program: Program, request: Request) -> int:
     for rank in dict.fromkeys((0, layout.ranks - 1)):
         with imagined(layout, rank) as mesh:
             counted[rank] = estimator(program.workload(setup, video, mesh), setup, mesh)
+    counted[layout.ranks - 1].peaks = counted[0].peaks  # a plan needs the same on every rank
     room = _room(setup)
     free = room.free if room else float("inf")
     _step(counted[0])

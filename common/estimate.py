@@ -181,6 +181,7 @@ class Estimator:
         self.text = self._text() if mesh.is_main else None
         self.activations, self.flops, self.sent = self._step()
         self.decoder = work.decoder.to(precision.dtype)
+        self.peaks: dict[DecodePlan, int] = {}
         self.plans = decode_plans(self.decoder, work.latents, mesh.world.size, *decoding)
 
     def estimate(self, placement: Placement, keep: bool = False, free: float = float("inf")) -> Estimate:
@@ -241,11 +242,16 @@ class Estimator:
 
     def _decode(self, free: float) -> tuple[DecodePlan, int]:
         """The first plan that fits, and bytes at its peak; frames are gathered on rank 0's CPU."""
-        plan = plan_decode(self.decoder, self.work.latents, free, self.plans)[0]
+        plan = plan_decode(self.decoder, self.work.latents, free, self.plans, self._plan_bytes)[0]
         frames, height, width = self.work.frames
         # Chunks lie beside the whole while they are joined.
         kept = 2 * frames * height * width * 3 if self.device == "cpu" and self.mesh.is_main else 0
-        return plan, decode_memory(self.decoder, self.work.latents, plan, self.device) + kept
+        return plan, self._plan_bytes(plan) + kept
+
+    def _plan_bytes(self, plan: DecodePlan) -> int:
+        if plan not in self.peaks:
+            self.peaks[plan] = decode_memory(self.decoder, self.work.latents, plan, self.device)
+        return self.peaks[plan]
 
 
 def typed(model: nn.Module, dtype: torch.dtype, exact: tuple[str, ...] = (), float8: bool = False) -> nn.Module:
