@@ -1,94 +1,98 @@
-"""Memory of one rank in each stage of Mochi, counted without weights or GPUs.
+"""Memory of a rank in each stage, and what would be chosen as memory falls: the figures of docs/memory.md.
 
-    python benchmarks/memory.py --width 848 --height 480 --num-frames 49 --cfg 2 --ring 4
+    python benchmarks/memory.py                     # the three models at their published sizes
+    python benchmarks/memory.py --gpus 8 --model mochi
 
-Weights are those of the module in bf16. Activations are the peak of the tensors alive at once in one block, counted by
-running it on the meta device as rank 0 of the layout would (the ring's attention, whose kernel keeps no scores). Not
-counted: the CUDA context (about 0.5 GB), NCCL's buffers and the allocator's rounding.
+Counted without weights or GPUs by `common.estimate`, in bf16; GB are 1e9 bytes. Not counted: the CUDA context (about
+0.5 GB), NCCL's buffers and the allocator's rounding. One command's own figures: `mochi-xdit --dry-run`.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import click
-import torch
-import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from common.decode import PeakMemory, decode_memory, decode_plans
-from common.parallel import Axis, Layout, Mesh
-from common.text import new_t5
-from common.usp import SequenceParallel
-from common.weights import on_meta
-from mochi_xdit.transformer import MochiTransformer
-from mochi_xdit.vae import MochiDecoder
+from cogvideox_xdit.config import VAEConfig
+from cogvideox_xdit.workload import workload as cogvideox_workload
+from common.choice import GIB, Room, candidates, choose_placement
+from common.estimate import Estimator, Precision, Workload, imagined
+from common.parallel import Layout, Mesh
+from common.placement import Placement
+from consisid_xdit.workload import workload as consisid_workload
+from mochi_xdit.workload import workload as mochi_workload
+from planner import choose_layout, get_model
+from planner.models import MODELS, Model
 
-T5_XXL = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-}
-PROMPT_TOKENS = 256
+CARDS = (80, 48, 24, 16, 12, 10, 8)
+"""GiB that a card may have; half of one is taken to be in use already."""
+HOST = 256
 
 
-def weights(module: torch.nn.Module) -> int:
-    """Bytes in bf16."""
-    return 2 * sum(p.numel() for p in module.parameters())
+def workload(model: Model, mesh: Mesh) -> Workload:
+    """The official model at its published size."""
+    size = (model.height, model.width, model.num_frames)
+    if model.family == "mochi":
+        return mochi_workload(None, mesh, *size)
+    make = consisid_workload if model.name == "consisid" else cogvideox_workload
+    return make(model.config, VAEConfig(), mesh, *size)  # type: ignore[arg-type]
 
 
-def first_rank(layout: Layout) -> Mesh:
-    """Rank 0's mesh over process groups that send nothing."""
-    dist.init_process_group("fake", rank=0, world_size=layout.ranks, store=FakeStore())
-    names = ("cfg", "ring", "ulysses")
-    mesh = dist.init_device_mesh("cpu", tuple(getattr(layout, n) for n in names), mesh_dim_names=names)
-    axes = {n: Axis(getattr(layout, n), 0, mesh[n].get_group()) for n in names}
-    sequence = Axis(layout.sequence, 0, mesh["ring", "ulysses"]._flatten("sequence").get_group())
-    return Mesh(layout=layout, world=Axis(layout.ranks, 0, dist.group.WORLD), sequence=sequence, **axes)
-
-
-@torch.inference_mode()
-def sampling(layout: Layout, latents: tuple[int, int, int]) -> tuple[int, int]:
-    """(weights, activations) of one rank while it samples, in bytes."""
-    sp = SequenceParallel(first_rank(layout))
-    model = on_meta(MochiTransformer, sp=sp).to(torch.bfloat16)
-    cond = model.prepare(latents, torch.empty(1, PROMPT_TOKENS, model.config.text_dim, device="meta"))
-    n = cond.lengths[0] - cond.y.shape[1]
-    x = torch.empty(1, n, model.config.hidden_x, dtype=torch.bfloat16, device="meta")
-    c = torch.empty(1, model.config.hidden_x, dtype=torch.bfloat16, device="meta")
-    with PeakMemory() as peak:
-        model.blocks[0](x, cond.y, c, cond)
-    held = sum(t.numel() * t.element_size() for t in (x, cond.y, cond.rope))
-    return weights(model), peak.peak + held
+def rows(model: Model, gpus: int, float8: bool) -> tuple[Layout, Estimator]:
+    """Rank 0's estimator in the layout that the rule or this machine's profile gives."""
+    degrees, _ = choose_layout(model.name, None, gpus)
+    layout = Layout(degrees.cfg, degrees.ring, degrees.ulysses)
+    with imagined(layout) as mesh:
+        return layout, Estimator(workload(model, mesh), mesh, Precision(float8=float8))
 
 
 @click.command()
-@click.option("--width", default=848)
-@click.option("--height", default=480)
-@click.option("--num-frames", default=49)
-@click.option("--cfg", default=2)
-@click.option("--ring", default=4, help="At least 2: see above.")
-@click.option("--ulysses", default=1)
-def main(width: int, height: int, num_frames: int, cfg: int, ring: int, ulysses: int) -> None:
-    latents = ((num_frames - 1) // 6 + 1, height // 8, width // 8)
-    layout = Layout(cfg, ring, ulysses)
-    title = f"Mochi {width}x{height}x{num_frames}, {layout}, rank 0"
-    table = Table("stage", "weights GB", "activations GB", "sum GB", title=title)
-    t5 = new_t5(T5_XXL)
-    rows = {"text (rank 0 only)": (weights(t5), 0), "sampling": sampling(layout, latents)}
-    decoder = on_meta(MochiDecoder).to(torch.bfloat16)
-    for plan in decode_plans(decoder, (12, *latents), layout.ranks)[:4]:
-        peak = decode_memory(decoder, (12, *latents), plan)
-        rows[f"decode: {plan}"] = (weights(decoder), peak)
-    for name, (held, used) in rows.items():
-        table.add_row(name, *(f"{value / 1e9:.2f}" for value in (held, used, held + used)))
-    Console(width=120).print(table)
+@click.option("--model", "models", type=click.Choice(MODELS), multiple=True, help="Several may be named.")
+@click.option("--gpus", "counts", type=int, multiple=True, default=(1, 2, 4, 8), show_default=True)
+@click.option("--fp8", is_flag=True, help="Matmul weights of the blocks in float8.")
+def main(models: tuple[str, ...], counts: tuple[int, ...], fp8: bool) -> None:
+    """Print two markdown tables: memory by placement, and what is chosen on cards of several sizes."""
+    found = {
+        (name, gpus): rows(get_model(name), gpus, fp8)
+        for name in models or ("mochi", "cogvideox-5b", "consisid")
+        for gpus in counts
+    }
+    print("| model | ranks | layout | placement | text | sampling: weights + work | decode | host |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (name, gpus), (layout, counted) in found.items():
+        for placement, _ in candidates(gpus):
+            _line(name, gpus, layout, counted, placement)
+    print("\n| model | ranks | " + " | ".join(f"{card} GiB" for card in CARDS) + " |")
+    print("|---" * (2 + len(CARDS)) + "|")
+    for (name, gpus), (_, counted) in found.items():
+        chosen = [_chosen(counted, gpus, card) for card in CARDS]
+        print(f"| {name} | {gpus} | " + " | ".join(chosen) + " |")
+
+
+def _line(name: str, gpus: int, layout: Layout, counted: Estimator, placement: Placement) -> None:
+    estimate = counted.estimate(placement)
+    stages = estimate.stages
+    text, sampling, decode = (stages[stage] for stage in ("text", "sampling", "decode"))
+    degrees = f"{layout.cfg} x {layout.ring} x {layout.ulysses}"
+    cells = f"{sampling.weights / 1e9:.2f} + {sampling.activations / 1e9:.2f}"
+    host = f"{estimate.host / 1e9:.1f}" if estimate.host else ""
+    said = placement.offload + (", sharded" if placement.shard else "")
+    totals = f"{text.total / 1e9:.2f} | {cells} | {decode.total / 1e9:.2f}"
+    print(f"| {name} | {gpus} | {degrees} | {said} | {totals} | {host} |")
+
+
+def _chosen(counted: Estimator, gpus: int, card: int) -> str:
+    room = Room(int((card - 0.5) * GIB), HOST * GIB // gpus)
+    try:
+        choice = choose_placement(lambda p, keep: counted.estimate(p, keep, room.free), room, gpus)
+    except ValueError:
+        return "refused"
+    tiled = ", tiles" if counted.estimate(choice.placement, choice.keep, room.free).plan.tile else ""
+    return choice.placement.offload + (", sharded" if choice.placement.shard else "") + tiled
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import click
 from benchmarks.published import Row, rows
 from benchmarks.worker import PROGRAMS, Job
 from common import launch
+from common.checks import xfuser_problems
 from planner.cost import Degrees
 from planner.layouts import products, refusal
 from planner.models import MODELS, Model, Size, default_size, get_model
@@ -234,7 +235,7 @@ def show(measured: Sequence[dict[str, Any]], table: str | None) -> None:
 @click.option("--attention", default="auto", show_default=True, help="Attention kernel of our program.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--warmup-steps", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--peers", default="", help="Comma-separated: diffusers, diffusers-compiled. On one GPU.")
+@click.option("--peers", default="", help="Comma-separated: diffusers, diffusers-compiled (one GPU), xfuser.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Results json. Default: outputs/bench/MODEL-DEVICE.json"
 )
@@ -314,9 +315,19 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
     if unknown:
         raise ValueError(f"--peers {unknown[0]} is unknown; choose of {', '.join(PROGRAMS[1:])}")
     jobs = [replace(base, degrees=(d.cfg, d.ring, d.ulysses)) for d in layouts]
-    jobs += [replace(base, program=name) for name in peers]
+    for name in peers:
+        jobs += _xfuser(base, model, layouts) if name == "xfuser" else [replace(base, program=name)]
     path = options["output"] or RESULTS / f"{model.name}{'-demo' if demo else ''}-{device}.json"
     return jobs, options["table"], path
+
+
+def _xfuser(base: Job, model: Model, layouts: Sequence[Degrees]) -> list[Job]:
+    """Our program over the engine xfuser, in the layouts that it can run. ValueError when it can run none here."""
+    problems = [xfuser_problems(base.device, base.attention, base.dtype, model.heads, d.ulysses) for d in layouts]
+    fitting = [d for d, found in zip(layouts, problems) if not found]
+    if not fitting:
+        raise ValueError("--peers xfuser: " + "; ".join(problems[0] if problems else ["there is no layout"]))
+    return [replace(base, program="xfuser", degrees=(d.cfg, d.ring, d.ulysses)) for d in fitting]
 
 
 def _size(options: dict[str, Any], model: Model, table: Sequence[Row], demo: bool) -> Size:

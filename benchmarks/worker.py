@@ -26,7 +26,7 @@ from planner.models import Model, Size, get_model
 
 PROMPT = "A boat moves slowly to the left over a calm sea at sunset, seen from a cliff above the bay."
 STAGES = {"encoding": "text", "encoding video": "image", "sampling": "sampling", "decoding": "decode"}
-PROGRAMS = ("ours", "diffusers", "diffusers-compiled")
+PROGRAMS = ("ours", "diffusers", "diffusers-compiled", "xfuser")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Job:
 
 def run(job: Job) -> dict[str, Any]:
     """Measure; collective. Every rank returns the row."""
-    if job.program != "ours":
+    if job.program.startswith("diffusers"):
         return peer(job)
     with distributed(Layout(*job.degrees), job.device, timeout=job.timeout) as mesh:
         stages = Stages(device=mesh.device)
@@ -105,6 +105,7 @@ def pipeline(job: Job, mesh: Mesh, stages: Stages) -> Callable[[int, int], Any]:
     """(steps, seed) -> frames, on the real pipeline with everything kept loaded."""
     model = get_model(job.model)
     options = {"mesh": mesh, "dtype": job.dtype, "attention": job.attention, "keep_loaded": True, "stages": stages}
+    options["engine"] = "xfuser" if job.program == "xfuser" else "native"
     made = _pipeline_class(model).from_pretrained(job.model_dir, **options)
     if job.hollow:
         for name in ("_load_transformer", "_load_decoder", "_load_encoder"):

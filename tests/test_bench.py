@@ -95,6 +95,7 @@ def test_layouts_are_written_as_products() -> None:
         (["--table", "no-such"], "mochi-l40-e2e"),
         (["--model", "mochi", "--demo", "--device", "cpu", "--peers", "other"], "diffusers-compiled"),
         (["--model", "mochi", "--demo", "--device", "cpu", "--layouts", "x"], "2x3x1"),
+        (["--model", "mochi", "--demo", "--device", "cpu", "--peers", "xfuser"], "xfuser needs GPUs"),
     ],
 )
 def test_wrong_use_is_told(arguments: list[str], told: str) -> None:
