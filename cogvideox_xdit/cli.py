@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from common.quantize import TransformerFiles
 
 MODELS = ("cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox-1.5-5b", "cogvideox-1.5-5b-i2v")
+TRAINED = "shapes"  # as in cogvideox_xdit.demo, which imports torch
+TRAINED_PROMPT = "A big red circle moves slowly to the right on a black background."
 DEMO_PROMPT = "A red circle moves slowly to the left on a black background."
 
 
@@ -66,6 +68,17 @@ def official_rules(config: TransformerConfig) -> CogVideoXRules:
 
 
 def demo_rules(name: str) -> CogVideoXRules:
+    if name == TRAINED:
+        return CogVideoXRules(
+            heads=6,
+            width=64,
+            height=64,
+            num_frames=17,
+            num_steps=25,
+            cfg_scale=4.0,
+            fps=8,
+            default_prompt=TRAINED_PROMPT,
+        )
     size = {"width": 96, "height": 64, "num_frames": 17, "num_steps": 10}
     exact = (96, 64) if CONFIGS[name].learned else None
     return CogVideoXRules(heads=4, **size, cfg_scale=6.0, fps=8, dtype="fp32", exact=exact, default_prompt=DEMO_PROMPT)
@@ -131,8 +144,8 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> CogVideoXPipeline:
     from cogvideox_xdit.pipeline import CogVideoXPipeline
 
     assert setup.source.model_dir is not None
-    if setup.source.demo is not None:
-        stages.note("the demo checkpoint has random weights: the picture is noise")
+    if setup.source.demo not in (None, TRAINED):
+        stages.note("this demo checkpoint has random weights: the picture is noise")
     made = CogVideoXPipeline.from_pretrained(
         setup.source.model_dir,
         mesh=mesh,
@@ -207,7 +220,7 @@ PROGRAM = Program(
     transformer=transformer_files,
     generate=generate,
     decode=decode,
-    demos=tuple(CONFIGS),
+    demos=(TRAINED, *CONFIGS),
     check=check,
     choose=chooser(*MODELS),
     models=MODELS,

@@ -21,9 +21,12 @@ from common.demo import cache_home, fill, made_once, write_text_encoder
 from common.weights import Rename, save
 
 SEED = 20240806
-_REVISION = 1
+_REVISION = 2
 """Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
 
+TRAINED = "shapes"
+"""The demo that shows something: trained on moving shapes (`tools/demo` in the repository)."""
+SHIPPED = Path(__file__).parent / "demo_data"
 IMAGE = "image.png"
 """In the folder of a demo that starts from a picture."""
 VAE = VAEConfig(channels=(16, 16, 32, 32), layers=1, groups=8, sample_height=64, sample_width=96)
@@ -49,7 +52,7 @@ _CAPTIONS = [
 def demo_config(kind: str) -> TransformerConfig:
     """Four heads of 16 in four layers, for videos of 64 x 96 pixels and 17 frames. ValueError for an unknown kind."""
     if kind not in CONFIGS:
-        raise ValueError(f"no demo called {kind!r}; cogvideox-xdit has {', '.join(CONFIGS)}")
+        raise ValueError(f"no demo called {kind!r}; cogvideox-xdit has {', '.join((TRAINED, *CONFIGS))}")
     sizes: dict[str, Any] = {"heads": 4, "head_dim": 16, "layers": 4, "text_dim": 64, "text_length": 64, "time_dim": 32}
     sample: dict[str, Any] = {"sample_height": 8, "sample_width": 12, "sample_frames": 17}
     return replace(CONFIGS[kind], **sizes, **sample, ofs_dim=32 if CONFIGS[kind].ofs_dim else None)
@@ -92,10 +95,13 @@ def scheduler_json(kind: str, name: str = "CogVideoXDDIMScheduler") -> dict[str,
 
 
 def demo_checkpoint(kind: str = "2b", cache_dir: str | Path | None = None) -> Path:
-    """The folder of a demo checkpoint, made at first use, whole or not at all, under `cache_dir` (the user's cache).
+    """The folder of a demo checkpoint: the trained one, which the package has, or random weights of a published kind.
 
-    Raises ValueError when it cannot be written or when there is no demo of that name.
+    Random ones are made at first use, whole or not at all, under `cache_dir` (the user's cache). Raises ValueError when
+    that cannot be written or when there is no demo of that name.
     """
+    if kind == TRAINED:
+        return SHIPPED
     config, vae = demo_config(kind), demo_vae(kind)
     target = cache_home(cache_dir) / f"cogvideox-demo-{kind}-{_REVISION}"
 

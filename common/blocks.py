@@ -250,7 +250,7 @@ class FromShares:
                 share = self.share[: sum(piece.numel() for piece in self.host.parts[index])]
                 self.host.copy(index, share)
             whole = out[: self.axis.size * share.numel()]
-            work = dist.all_gather_into_tensor(whole, share, group=self.axis.group, async_op=True)
+            work = dist.all_gather_single(whole, share, group=self.axis.group, async_op=True)
         return work.wait  # type: ignore[union-attr]
 
 

@@ -32,6 +32,8 @@ def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int = 256) 
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
+            # The table of Unicode forms is a quarter of a megabyte, and English needs none of it.
+            normalization_rule_name="identity",
             required_chars=string.ascii_letters + string.digits + ".,!?'-",
             pad_id=0,
             eos_id=1,

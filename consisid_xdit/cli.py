@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from consisid_xdit.face import IdentityFeatures
     from consisid_xdit.pipeline import ConsisIDPipeline
 
+TRAINED = "shapes"  # as in consisid_xdit.demo, which imports torch
+TRAINED_PROMPT = "A big shape moves slowly to the right on a black background."
 EXTRA = {"cv2": "opencv-python-headless", "onnxruntime": "onnxruntime"}
 
 
@@ -46,6 +48,9 @@ class Session:
 
 def rules(source: Source) -> Rules:
     """The admissible values for a checkpoint; ValueError when the folder is none. Imports no torch."""
+    if source.demo == TRAINED:
+        trained = cogvideox.demo_rules(cogvideox.TRAINED)
+        return replace(trained, heads=5, exact=(trained.width, trained.height), default_prompt=TRAINED_PROMPT)
     if source.demo is not None:
         return cogvideox.demo_rules("5b-i2v")
     return cogvideox.official_rules(
@@ -94,8 +99,12 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> Session:
     from consisid_xdit.pipeline import ConsisIDPipeline
 
     assert setup.source.model_dir is not None
-    if setup.source.demo is not None:
-        stages.note("the demo checkpoint has random weights: the picture is noise, and its face models know one face")
+    if setup.source.demo == TRAINED and setup.extra["image"] is not None:
+        raise ValueError(
+            "--demo shapes has no face models; name a file with --id-embeddings, or use --demo face for a photograph"
+        )
+    if setup.source.demo not in (None, TRAINED):
+        stages.note("this demo checkpoint has random weights: the picture is noise, and its face models know one face")
     options = setup.pipeline_options() | {"scheduler": setup.extra["scheduler"]}
     return Session(ConsisIDPipeline(setup.source.model_dir, mesh, stages=stages, **options))
 
@@ -104,11 +113,13 @@ def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
     """The person of this command: read once, for all its videos, and kept in a file where that was asked for."""
     if session.identity is not None:
         return session.identity
-    from consisid_xdit.demo import IDENTITY, PORTRAIT
+    from consisid_xdit.demo import IDENTITY, PORTRAIT, SHOWN
     from consisid_xdit.face import save_identity
 
     pipe, image, file = session.pipe, setup.extra["image"], setup.extra["id_embeddings"]
-    if image is None and file is None:
+    if image is None and file is None and setup.source.demo == TRAINED:
+        file = pipe.model_dir / next(iter(SHOWN))
+    elif image is None and file is None:
         if missing := missing_packages():
             stages.note(f"no {' and no '.join(missing)}: the demo takes made-up identity features, not its portrait's")
             file = pipe.model_dir / IDENTITY
@@ -168,6 +179,7 @@ PROGRAM = Program(
     script=str(Path(__file__).resolve()),
     rules=rules,
     make_demo=make_demo,
+    demos=(TRAINED, "face"),
     pipeline=pipeline,
     transformer=transformer_files,
     generate=generate,

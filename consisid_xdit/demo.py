@@ -21,8 +21,11 @@ from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
 
 SEED = 20241126
-_REVISION = 1
+_REVISION = 2
 """Goes up when what the demo writes changes, so that nobody's cache holds the old one."""
+TRAINED = "shapes"
+"""The demo that shows something: a picture of a shape stands for the face (`tools/demo` in the repository)."""
+SHIPPED = Path(__file__).parent / "demo_data"
 PORTRAIT = "portrait.png"
 IDENTITY = "identity.safetensors"
 SHOWN = {"red_circle.safetensors": ("circle", "red"), "blue_cross.safetensors": ("cross", "blue")}
@@ -68,13 +71,16 @@ def shape_identity(picture: torch.Tensor, config: ConsisIDConfig) -> IdentityFea
     return IdentityFeatures(vector, hidden, picture, torch.zeros(5, 2))
 
 
-def demo_checkpoint(name: str = "default", cache_dir: str | Path | None = None) -> Path:
-    """The folder of the demo checkpoint, made at first use, whole or not at all, under `cache_dir` (the user's cache).
+def demo_checkpoint(name: str = "face", cache_dir: str | Path | None = None) -> Path:
+    """The folder of a demo checkpoint: `shapes`, trained, which the package has, or `face`, with small face models.
 
+    The latter has random weights and is made at first use, whole or not at all, under `cache_dir` (the user's cache).
     Raises ValueError when it cannot be written or when there is no demo of that name.
     """
-    if name != "default":
-        raise ValueError(f"no demo called {name!r}; consisid-xdit has 'default'")
+    if name == TRAINED:
+        return SHIPPED
+    if name != "face":
+        raise ValueError(f"no demo called {name!r}; consisid-xdit has {TRAINED} and face")
 
     def make(folder: Path) -> None:
         config = demo_config()

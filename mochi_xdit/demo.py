@@ -18,7 +18,7 @@ from mochi_xdit.weights import DIFFUSERS_STEM, decoder_rename, encoder_rename, t
 
 SHIPPED = Path(__file__).parent / "demo_data"
 SEED = 20241022
-_REVISION = 2
+_REVISION = 3
 """Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
 
 VAE = MochiVAEConfig(

@@ -81,12 +81,17 @@ def generate(pipeline, video, setup, stages):
     return pipeline(video)
 
 
+def transformer_files(model_dir):
+    raise ValueError(f"{model_dir}: nothing to quantize")
+
+
 PROGRAM = Program(
     name="fake-xdit",
     script=__file__,
     rules=lambda source: RULES,
     make_demo=lambda name: Path(),
     pipeline=FakePipeline,
+    transformer=transformer_files,
     generate=generate,
     decode=generate,
     options=(

@@ -138,5 +138,5 @@ def test_demo_checkpoints_have_every_published_trait() -> None:
         traits = ("rotary", "learned", "patch_time", "in_channels", "out_channels", "patch_size")
         assert all(getattr(small, name) == getattr(config, name) for name in traits)
         assert bool(small.ofs_dim) == bool(config.ofs_dim)
-    with pytest.raises(ValueError, match="no demo called '3b'; cogvideox-xdit has 2b, 5b"):
+    with pytest.raises(ValueError, match="no demo called '3b'; cogvideox-xdit has shapes, 2b, 5b"):
         demo_checkpoint("3b")

@@ -20,7 +20,7 @@ from consisid_xdit import cli
 from consisid_xdit.cli import PROGRAM
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ("--demo", "--prompt", "x")
+BASE = ("--demo", "face", "--prompt", "x")
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_a_wrong_command_imports_no_torch(tmp_path: Path) -> None:
 
 def test_the_demo_makes_a_video_and_its_features_make_it_again(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, str(ROOT / "consisid_xdit" / "cli.py"), "--demo", "--device", "cpu", "--num-steps", "1"]
+    run = [sys.executable, str(ROOT / "consisid_xdit" / "cli.py"), "--demo", "face", "--device", "cpu", "--num-steps", "1"]
     run += ["--num-frames", "9", "--seed", "3"]
 
     def make(*more: str) -> bytes:

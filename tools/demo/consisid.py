@@ -39,12 +39,9 @@ def reference(shape: str, colour: str) -> Tensor:
     return render(Scene(shape, colour, "left", "big", "slowly", "gray", 32.0, 32.0), 1)[0]
 
 
-def anonymous(scene: Scene, rng: random.Random) -> str:
+def nameless(text: str, shape: str, colour: str) -> str:
     """A caption without shape and colour."""
-    text = caption(scene, rng)
-    for named in (f"{scene.colour} {scene.shape}", f"{scene.colour.capitalize()} {scene.shape}"):
-        text = text.replace(named, "shape")
-    return text.replace("An shape", "A shape").replace("an shape", "a shape")
+    return text.replace(f"{colour} {shape}", "shape").replace("An shape", "A shape").replace("an shape", "a shape")
 
 
 class Velocity(torch.nn.Module):
@@ -93,7 +90,8 @@ def features(folder: Path, count: int, seed: int) -> Tensor:
     file = folder / f"consisid-features-{seed}-{count}.pt"
     if not file.exists():
         rng = random.Random(f"consisid captions {seed}")
-        write_atomically(file, encoded(folder, [*(anonymous(s, rng) for s in scenes(count, seed)), ""]))
+        said = [*(nameless(caption(s, rng), s.shape, s.colour) for s in scenes(count, seed)), ""]
+        write_atomically(file, encoded(folder, said))
     return torch.load(file, weights_only=True)
 
 

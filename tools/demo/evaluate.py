@@ -10,12 +10,14 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.request import Source
 from tools.demo.reading import read
 from tools.demo.text_encoder import named
 from tools.demo.world import FIELDS, VALUES, Scene, dataset, render
@@ -76,25 +78,75 @@ def mochi(folder: Path, steps: int, scale: float, dtype: str) -> tuple[Callable[
     return generate, reconstruct
 
 
-def main() -> None:
-    from mochi_xdit.cli import DEMO
-    from mochi_xdit.demo import demo_checkpoint
+def cogvideox(
+    folder: Path, steps: int, scale: float, dtype: str
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """As `mochi`, for CogVideoX's demo."""
+    from cogvideox_xdit import CogVideoXPipeline
 
+    pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, keep_loaded=True)
+
+    def generate(text: str, seed: int) -> Tensor:
+        return pipe(text, height=64, width=64, num_frames=17, num_steps=steps, cfg_scale=scale, seed=seed)
+
+    return generate, _reconstruction(pipe)
+
+
+def _reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
+    from cogvideox_xdit.inputs import pixels
+    from cogvideox_xdit.vae import encode
+
+    encoder, factor = pipe._load_encoder(), pipe.vae_config.scaling_factor
+    return lambda clip: pipe.decode(encode(encoder, pixels(clip, torch.float32))[0].float() * factor)
+
+
+def consisid(folder: Path, steps: int, scale: float, dtype: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """As `mochi`, for ConsisID's demo: the caption loses shape and colour, a reference picture has them."""
+    from consisid_xdit import ConsisIDPipeline
+    from consisid_xdit.demo import shape_identity
+    from tools.demo.consisid import nameless, reference
+    from tools.demo.world import COLOURS, SHAPES
+
+    pipe = ConsisIDPipeline.from_pretrained(folder, dtype=dtype, keep_loaded=True)
+
+    def generate(text: str, seed: int) -> Tensor:
+        words = text.lower().strip(".").split()
+        shape, colour = (next(w for w in words if w in known) for known in (SHAPES, COLOURS))
+        who, said = shape_identity(reference(shape, colour), pipe.config), nameless(text, shape, colour)
+        size = {"height": 64, "width": 64, "num_frames": 17}
+        return pipe(said, identity=who, **size, num_steps=steps, cfg_scale=scale, seed=seed)
+
+    return generate, _reconstruction(pipe)
+
+
+MODELS: dict[str, tuple[Callable[..., Any], int]] = {
+    "mochi": (mochi, 13),
+    "cogvideox": (cogvideox, 17),
+    "consisid": (consisid, 17),
+}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo.evaluate", description=__doc__)
+    parser.add_argument("--model", choices=list(MODELS), default="mochi")
     parser.add_argument("--model-dir", type=Path, help="default: the demo checkpoint of the package")
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--num-steps", type=int, default=DEMO.num_steps)
-    parser.add_argument("--cfg-scale", type=float, default=DEMO.cfg_scale)
+    parser.add_argument("--num-steps", type=int, help="default: the demo's")
+    parser.add_argument("--cfg-scale", type=float, help="default: the demo's")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures and the misses")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = arguments.model_dir or demo_checkpoint()
-    generate, reconstruct = mochi(folder, arguments.num_steps, arguments.cfg_scale, arguments.dtype)
-    result = {"psnr": round(psnr(reconstruct, 50, 13), 2)}
-    result |= {"steps": arguments.num_steps, "cfg_scale": arguments.cfg_scale, "dtype": arguments.dtype}
-    result |= evaluate(generate, arguments.count, 13)
+    make, frames = MODELS[arguments.model]
+    program = import_module(f"{arguments.model}_xdit.cli").PROGRAM
+    rules = program.rules(Source(demo=program.demos[0]))
+    steps, scale = arguments.num_steps or rules.num_steps, arguments.cfg_scale or rules.cfg_scale
+    folder = arguments.model_dir or program.make_demo(program.demos[0])
+    generate, reconstruct = make(folder, steps, scale, arguments.dtype)
+    result = {"psnr": round(psnr(reconstruct, 50, frames), 2)}
+    result |= {"model": arguments.model, "steps": steps, "cfg_scale": scale, "dtype": arguments.dtype}
+    result |= evaluate(generate, arguments.count, frames)
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "misses"}))

@@ -1,0 +1,62 @@
+"""Whether Ulysses' all-to-all in groups of heads (`--overlap-groups`) pays here: seconds of one attention call.
+
+    torchrun --nproc-per-node 2 benchmarks/overlap.py --tokens 4000 --groups 1 2 4
+
+Numbers of groups take turns; the median and the least of the slowest rank are printed. On one machine's CPU there is
+nothing to gain from hiding communication that the same cores carry out; between GPUs or hosts there may be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.step import DTYPES, Timer
+from common.parallel import Layout, distributed
+from common.usp import SequenceParallel
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--width", type=int, default=128, help="of a head")
+    parser.add_argument("--ring", type=int, default=1)
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with distributed(Layout(ring=args.ring, ulysses=ranks // args.ring), args.device) as mesh:
+        timer = Timer(mesh, "wall")
+        sides = {groups: SequenceParallel(mesh, groups=groups) for groups in args.groups}
+        lengths = sides[args.groups[0]].lengths(args.tokens)
+        shape = (3, 1, lengths[mesh.sequence.rank], args.heads, args.width)
+        q, k, v = torch.randn(shape, device=mesh.device, dtype=DTYPES[args.dtype])
+        seconds: dict[int, list[float]] = {groups: [] for groups in sides}
+        for _ in range(args.rounds + 1):
+            for groups, sp in sides.items():
+                taken = torch.tensor([timer(lambda sp=sp: sp.attention(q, k, v, lengths))], device=mesh.device)
+                dist.all_reduce(taken, dist.ReduceOp.MAX)
+                seconds[groups].append(taken.item())
+        if mesh.is_main:
+            for groups, times in seconds.items():
+                print(f"{groups:3d} groups: median {statistics.median(times[1:]):.4f} s, least {min(times[1:]):.4f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""`python -m tools.demo.lossy`: what each option costs on the trained Mochi demo, written to docs/fidelity.md.
+
+Lossy options: the evaluation's figures, and the PSNR of their frames against fp32's. Exact options: whether frames are
+equal to one process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from common.parallel import Layout, Mesh, distributed
+from mochi_xdit import MochiPipeline
+from mochi_xdit.cli import DEMO
+from mochi_xdit.demo import demo_checkpoint
+from tools.demo.evaluate import READ, evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = ROOT / "docs" / "fidelity.md"
+SIZE: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 13}
+LOSSY: dict[str, dict[str, Any]] = {
+    "fp32 (what the others are measured against)": {"dtype": "fp32"},
+    "`--dtype bf16` (the default)": {"dtype": "bf16"},
+    "`--dtype fp8`": {"dtype": "fp8"},
+    "`--dtype fp8 --text-dtype fp8`": {"dtype": "fp8", "text_dtype": "fp8"},
+    "`--dtype bf16 --vae tiled --vae-tile 32`": {"dtype": "bf16", "vae": "tiled", "vae_tile": 32},
+}
+EXACT: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "`--vae-chunk 1`": (Layout(), {"vae_chunk": 1}),
+    "`--offload block`": (Layout(), {"offload": "block"}),
+    "`--offload disk`": (Layout(), {"offload": "disk"}),
+    "ulysses 2": (Layout(ulysses=2), {}),
+    "ring 3": (Layout(ring=3), {}),
+    "cfg 2 x ulysses 2": (Layout(cfg=2, ulysses=2), {}),
+    "ring 3, `--shard-weights`": (Layout(ring=3), {"shard_weights": True}),
+    "ring 3, `--shard-weights --offload block`": (Layout(ring=3), {"shard_weights": True, "offload": "block"}),
+}
+PROMPTS = ("A big red circle moves slowly to the right on a black background.", "A small blue cross glides up.")
+DECODING = ("vae", "vae_tile", "vae_chunk")
+
+
+def maker(folder: Path, options: dict[str, Any], mesh: Mesh | None = None) -> Callable[[str, int], Tensor | None]:
+    """From prompt and seed to frames, with these options and the demo's own steps."""
+    decoding = {name: value for name, value in options.items() if name in DECODING}
+    rest = {name: value for name, value in options.items() if name not in DECODING}
+    pipe = MochiPipeline.from_pretrained(folder, mesh, keep_loaded=True, **rest)
+    steps = {"num_steps": DEMO.num_steps, "cfg_scale": DEMO.cfg_scale}
+    return lambda text, seed: pipe(text, seed=seed, **SIZE, **steps, **decoding)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    error = (a.float() - b.float()).square().mean()
+    return float("inf") if not error else float(10 * torch.log10(255**2 / error))
+
+
+def lossy(folder: Path, count: int) -> dict[str, Any]:
+    """For every lossy option the evaluation's shares and the mean PSNR against the first."""
+    rows: dict[str, Any] = {}
+    wanted: list[Tensor] = []
+    for name, options in LOSSY.items():
+        made: list[Tensor] = []
+        make = maker(folder, options)
+
+        def generate(text: str, seed: int, make=make, made=made) -> Tensor:
+            frames = make(text, seed)
+            assert frames is not None
+            made.append(frames)
+            return frames
+
+        shares = evaluate(generate, count, SIZE["num_frames"])["right"]
+        wanted = wanted or made
+        values = [psnr(a, b) for a, b in zip(made, wanted, strict=True)]
+        rows[name] = {"right": shares, "psnr": sum(values) / len(values), "worst": min(values)}
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def forward_error(folder: Path) -> float:
+    """Relative error of one prediction of the fp8 transformer against the bf16 one's, half way through the noise."""
+    outputs = []
+    for dtype in ("bf16", "fp8"):
+        pipe = MochiPipeline.from_pretrained(folder, dtype=dtype)
+        text = pipe._encode(PROMPTS[0], None)[0]
+        with torch.inference_mode(), pipe.models.use("transformer", pipe._load_transformer) as model:
+            latents = torch.randn(1, 12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+            outputs.append(model.denoise(latents, torch.tensor([500.0]), *text))
+    return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+
+
+def _rank(rank: int, port: int, folder: Path, name: str, target: str) -> None:
+    torch.set_num_threads(1)
+    layout, options = EXACT[name]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with distributed(layout) as mesh:
+        make = maker(folder, {"dtype": "fp32", **options}, mesh)
+        frames = [make(prompt, 1) for prompt in PROMPTS]
+        if rank == 0:
+            torch.save(frames, target)
+
+
+def exact(folder: Path, scratch: Path) -> dict[str, Any]:
+    """For every exact option the largest difference of a frame's value from one process's, of 255."""
+    make = maker(folder, {"dtype": "fp32"})
+    wanted = [make(prompt, 1) for prompt in PROMPTS]
+    rows = {}
+    for name, (layout, _) in EXACT.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        file = scratch / "frames.pt"
+        spawn(_rank, (port, folder, name, str(file)), layout.ranks)
+        pairs = list(zip(torch.load(file), wanted, strict=True))
+        far = [(a.int() - b.int()).abs() for a, b in pairs]
+        rows[name] = {
+            "largest": max(int(d.max()) for d in far),
+            "share": sum(float((d > 0).float().mean()) for d in far) / 2,
+        }
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def page(found: dict[str, Any]) -> str:
+    lines = [
+        "# Fidelity: what each option costs",
+        "",
+        "Made by `python -m tools.demo.lossy` on the trained Mochi demo checkpoint "
+        f"({found['count']} held-out captions, {DEMO.num_steps} steps, {found['machine']}, {found['date']}). A small "
+        "model is a severe judge: its matrices are narrow, so rounding averages out less than in the official ones, of "
+        "which there were no weights at hand.",
+        "",
+        "## Lossy options, all opt-in",
+        "",
+        "| option | PSNR to fp32 (mean, worst) | " + " | ".join(READ) + " |",
+        "|---|---|" + "---|" * len(READ),
+    ]
+    for name, row in found["lossy"].items():
+        near = "-" if row["psnr"] == float("inf") else f"{row['psnr']:.1f} dB, {row['worst']:.1f} dB"
+        lines.append(f"| {name} | {near} | " + " | ".join(f"{100 * row['right'][f]:.0f} %" for f in READ) + " |")
+    lines += [
+        "",
+        "PSNR compares whole videos from the same seed. Sampling amplifies small differences, so a low figure with "
+        "unchanged shares means another equally good video of the prompt.",
+        "",
+        f"One prediction of the fp8 transformer differs from the bf16 one's by {100 * found['forward']:.1f} % "
+        "(relative Euclidean norm, t = 500). Here, on a CPU, fp8 means weights in float8 and arithmetic in bf16; where "
+        "the GPU multiplies fp8 matrices, activations are rounded too; that adds to it and was not measured.",
+        "",
+        "## Exact options",
+        "",
+        "Frames against those of one process with everything loaded, fp32, two prompts. Layouts change the order of "
+        "floating point sums, which may turn a value at the edge of rounding by one grey level.",
+        "",
+        "| option | largest difference (of 255) | share of values that differ |",
+        "|---|---|---|",
+    ]
+    for name, row in found["exact"].items():
+        lines.append(f"| {name} | {row['largest']} | {100 * row['share']:.4f} % |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.lossy", description=__doc__)
+    parser.add_argument("--model-dir", type=Path, help="default: the demo checkpoint of the package")
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--scratch", type=Path, default=Path("."), help="where a file of frames may lie for a while")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "fidelity.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = arguments.model_dir or demo_checkpoint()
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    found = {"count": arguments.count, "machine": machine, "date": time.strftime("%Y-%m-%d")}
+    found |= {"lossy": lossy(folder, arguments.count), "forward": forward_error(folder)}
+    found |= {"exact": exact(folder, arguments.scratch)}
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    TARGET.write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()
