@@ -67,7 +67,8 @@ class DecodePlan:
 
     def __str__(self) -> str:
         where = f", tiles of {self.tile[0]}x{self.tile[1]} latent pixels" if self.tile else ""
-        return f"{self.mode}, {self.chunk} latent frames at a time{where}"
+        frames = "1 latent frame" if self.chunk == 1 else f"{self.chunk} latent frames"
+        return f"{self.mode}, {frames} at a time{where}"
 
 
 def to_uint8(pixels: Tensor, rounding: str = "truncate") -> Tensor:

@@ -167,6 +167,10 @@ def decode_video(
     try:
         for i, plan in enumerate(plans):
             stages.note(f"decode: {plan}")
+            if mode == "auto" and plan.mode == "tiled" and tile is None:
+                stages.warn(
+                    "the exact decode does not fit into memory; seams of tiles are blended (see docs/fidelity.md)"
+                )
             try:
                 return _collect(decode(plan, split), len(decoder.chunks(frames, plan.chunk)), stages)
             except (torch.OutOfMemoryError, MemoryError):

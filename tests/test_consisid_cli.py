@@ -130,8 +130,8 @@ def test_a_wrong_command_imports_no_torch(tmp_path: Path) -> None:
 
 def test_the_demo_makes_a_video_and_its_features_make_it_again(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, str(ROOT / "consisid_xdit" / "cli.py"), "--demo", "face", "--device", "cpu", "--num-steps", "1"]
-    run += ["--num-frames", "9", "--seed", "3"]
+    run = [sys.executable, str(ROOT / "consisid_xdit" / "cli.py"), "--demo", "face", "--device", "cpu"]
+    run += ["--num-steps", "1", "--num-frames", "9", "--seed", "3"]
 
     def make(*more: str) -> bytes:
         done = subprocess.run([*run, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -257,7 +257,7 @@ def test_the_full_model_has_the_official_names_and_fits_by_plan():
     assert len(encoder.state_dict()) == 243 and sum(p.numel() for p in encoder.parameters()) == 97_222_016
     shape = (12, 28, 60, 106)
     needs = {str(p): decode_memory(model, shape, p) / 2**30 for p in decode_plans(model, shape)}
-    assert needs["exact, 1 latent frames at a time"] < 7
+    assert needs["exact, 1 latent frame at a time"] < 7
     # The same for one second and for ten: streaming does not remember the video.
     plan = DecodePlan("exact", 1)
     assert decode_memory(model, (12, 300, 60, 106), plan) == decode_memory(model, shape, plan)

@@ -26,7 +26,7 @@ from consisid_xdit.face import save_identity
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
 from tools.demo import cogvideox
-from tools.demo.cogvideox import LATENT, WrittenOut, alphas, encoded, noised, pool, scenes, steps_of, trained
+from tools.demo.cogvideox import LATENT, WrittenOut, alphas, encoded, losses, noised, pool, scenes, trained
 from tools.demo.cogvideox_vae import load_autoencoder
 from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
 from tools.demo.world import COLOURS, SHAPES, Scene, caption, render
@@ -109,11 +109,10 @@ def train_consisid(folder: Path, steps: int = 2000, batch: int = 40, clip_count:
         index = torch.randint(len(tokens), (batch,), generator=generator)
         empty = torch.rand(batch, generator=generator) < 0.1
         data, text, shown = tokens[index], texts[torch.where(empty, len(texts) - 1, index)], who[index]
-        t = steps_of(batch, generator)
+        t = torch.randint(1000, (batch,), generator=generator)
         noisy, v = noised(data, torch.randn(data.shape, generator=generator), table[t])
         given = (images[shown], vectors[shown], *(h[shown] for h in hidden))
-        error = (in_bf16(model, noisy, t, text, *given) - v).square().mean((1, 2))
-        return {"loss": error.mean(), "early": error[t > 700].mean(), "late": error[t <= 700].mean()}
+        return losses(in_bf16(model, noisy, t, text, *given) - v, t)
 
     plan = Plan(steps, 2e-3, warmup=100, average=0.998, decay=0.01, muon=True, seed=seed)
     train(model, step, plan, folder / "consisid.pt")
