@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[dev,plot,face]"
 	touch $(READY)
 
-# A video from a small checkpoint that is made on first use: on the GPUs of the machine, else on two CPU ranks.
+# A video from a small trained checkpoint: on the GPUs of the machine, else on two CPU ranks.
 demo: setup
 	$(BIN)/mochi-xdit --demo --seed 1 --output demo.mp4
 

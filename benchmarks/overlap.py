@@ -9,9 +9,11 @@ nothing to gain from hiding communication that the same cores carry out; between
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     return parser.parse_args()
 
 
@@ -54,8 +57,18 @@ def main() -> None:
                 dist.all_reduce(taken, dist.ReduceOp.MAX)
                 seconds[groups].append(taken.item())
         if mesh.is_main:
+            medians = {groups: statistics.median(times[1:]) for groups, times in seconds.items()}
             for groups, times in seconds.items():
-                print(f"{groups:3d} groups: median {statistics.median(times[1:]):.4f} s, least {min(times[1:]):.4f} s")
+                print(f"{groups:3d} groups: median {medians[groups]:.4f} s, least {min(times[1:]):.4f} s")
+            if args.output is not None:
+                options = {name: value for name, value in vars(args).items() if name != "output"} | {"ranks": ranks}
+                found = {
+                    "options": options,
+                    "seconds": medians,
+                    "torch": torch.__version__,
+                    "date": time.strftime("%F"),
+                }
+                args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -229,8 +229,8 @@ def unexplained(calibration: dict[str, Any]) -> list[str]:
 @click.option("--results", type=click.Path(path_type=Path, exists=True), multiple=True, help="Files of run.py.")
 @click.option("--output", type=click.Path(path_type=Path), default=PAGE)
 def main(results: tuple[Path, ...], output: Path) -> None:
-    """Write docs/performance.md. Without --results, all of benchmarks/results/."""
-    paths = results or tuple(sorted(RESULTS.glob("*.json")))
+    """Write docs/performance.md. Without --results, all benchmarks/results/run-*.json."""
+    paths = results or tuple(sorted(RESULTS.glob("run-*.json")))
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     calibration = json.loads(CALIBRATION.read_text(encoding="utf-8"))
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
 
 Layouts are written cfg x ring x ulysses. Without --model-dir, random weights of the true sizes are used: latency does
 not depend on the values. Results go to a json and a csv, row by row; a run that was interrupted goes on where it was.
-A json that is put into benchmarks/results/ enters docs/performance.md.
+A json that is put into benchmarks/results/ as run-NAME.json enters docs/performance.md.
 """
 
 from __future__ import annotations

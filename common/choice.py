@@ -146,22 +146,22 @@ def settle(program: Program, setup: Setup, video: Video, mesh: Mesh, local_ranks
     """The setup with the placement that was chosen for `video`, and a line about it. Collective.
 
     A setup that says where weights are stays as it is, and so does one that loads no transformer. Raises ValueError
-    on every rank when nothing fits.
+    on every rank when nothing fits, and what opening the files raised.
     """
     if setup.offload is not None or setup.shard_weights or program.workload is None or video.latents is not None:
         return setup, None
     room = room_on(mesh, setup, local_ranks)
-    found: tuple[Choice | None, str] = (None, "")
+    found: tuple[Choice | None, ValueError | None] = (None, None)
     if mesh.is_main:
         # Rank 0 has most of everything: T5, the largest shard, the branch with the longer text.
         try:
             counted = estimator(program.workload(setup, video, mesh), setup, mesh)
-            found = choose_placement(_count(counted, room), room, mesh.world.size, setup.keep_loaded), ""
+            found = choose_placement(_count(counted, room), room, mesh.world.size, setup.keep_loaded), None
         except ValueError as error:
-            found = None, str(error)
+            found = None, error
     choice, problem = broadcast_object(mesh.world, found, mesh.device)
-    if choice is None:
-        raise ValueError(problem)
+    if problem is not None:
+        raise problem
     return placed(setup, choice), choice.why
 
 

@@ -9,7 +9,6 @@ A fork's cli.py is a `Program` and two lines:
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import sys
 import time
@@ -117,7 +116,7 @@ def run_rank(program: Program, request: Request, at: launch.Place, started: floa
                 make_videos(program, pipeline, request, mesh, stages)
                 _wait_for_all(mesh)
         if at.world_size > 1:
-            _leave(0, link)
+            link.leave(0)
     except launch.Stopped as stopped:
         after_failure()
         return stopped.status
@@ -148,15 +147,8 @@ def _reporting(
         status = 2 if wrong_use and type(error) is ValueError else 1
         link.failed(stages.where, error, status, after_failure())
         if link.place.world_size > 1:
-            _leave(status, link)
+            link.leave(status)
         raise _Failed(status) from None
-
-
-def _leave(status: int, link: launch.Link) -> None:
-    """End this process without tearing down process groups: their threads may wait for a peer, or abort at exit."""
-    sys.stdout.flush()
-    link.stderr.flush()
-    os._exit(status)
 
 
 def _connect(setup: Setup, at: launch.Place, stages: Stages) -> Mesh:

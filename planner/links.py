@@ -38,18 +38,17 @@ class Job:
     timeout: float = 60.0
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job, mesh: Mesh) -> dict[str, Any]:
     """All measurements, collectively; every rank gets the findings."""
     started = time.perf_counter()
-    with distributed(Layout(ulysses=job.ranks), job.device, timeout=job.timeout) as mesh:
-        self_test(mesh, SELF_TEST_SECONDS, lambda error: print(f"error: {error}", file=sys.stderr, flush=True))
-        found: dict[str, Any] = {"ranks": job.ranks, "device": str(mesh.device.type), "self_test": "passed"}
-        found["self_test_s"] = round(time.perf_counter() - started, 2)
-        found["compute"] = compute(mesh.device, job.matrix)
-        if job.ranks > 1:
-            found["pairs"] = pairs(mesh, job.message)
-            found["all_to_all_gbs"] = all_to_all(mesh, job.message)
-            found["ring_gbs"] = ring(mesh, job.message)
+    self_test(mesh, SELF_TEST_SECONDS, lambda error: print(f"error: {error}", file=sys.stderr, flush=True))
+    found: dict[str, Any] = {"ranks": job.ranks, "device": str(mesh.device.type), "self_test": "passed"}
+    found["self_test_s"] = round(time.perf_counter() - started, 2)
+    found["compute"] = compute(mesh.device, job.matrix)
+    if job.ranks > 1:
+        found["pairs"] = pairs(mesh, job.message)
+        found["all_to_all_gbs"] = all_to_all(mesh, job.message)
+        found["ring_gbs"] = ring(mesh, job.message)
     return found
 
 
@@ -143,12 +142,14 @@ def main() -> None:
     at = launch.place()
     link = launch.Link(at)
     try:
-        found = run(job)
+        mesh = distributed(Layout(ulysses=job.ranks), job.device, timeout=job.timeout)
+        found = run(job, mesh)
     except Exception as error:
         link.failed("measuring links", error)
-        sys.exit(1)
+        link.leave(1)
     if at.rank == 0:
         job.output.write_text(json.dumps(found), encoding="utf-8")
+    link.leave(0)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_the_page_is_made_of_the_files_and_never_mixes_columns(tmp_path: Path) -
 
 def test_the_committed_page_is_up_to_date() -> None:
     """Regenerate with `python benchmarks/performance.py` after a calibration."""
-    found = [json.loads(path.read_text()) for path in sorted(performance.RESULTS.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(performance.RESULTS.glob("run-*.json"))]
     calibration = json.loads(performance.CALIBRATION.read_text())
     assert performance.PAGE.read_text(encoding="utf-8") == performance.page(found, calibration)
 

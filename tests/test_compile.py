@@ -61,13 +61,14 @@ def write(kind: str, folder: Path) -> Path:
 
 def makes(kind: str, folder: Path, **options: Any):
     """A function from prompt to latents."""
+    options = {"dtype": "fp32"} | options
     if kind == "mochi":
-        pipe = MochiPipeline.from_pretrained(folder, dtype="fp32", **options)
+        pipe = MochiPipeline.from_pretrained(folder, **options)
         return lambda prompt: pipe(prompt, num_frames=7, **SIZE)
     if kind == "cogvideox":
-        pipe = CogVideoXPipeline.from_pretrained(folder, dtype="fp32", **options)
+        pipe = CogVideoXPipeline.from_pretrained(folder, **options)
         return lambda prompt: pipe(prompt, num_frames=9, **SIZE)
-    pipe = ConsisIDPipeline.from_pretrained(folder, dtype="fp32", **options)
+    pipe = ConsisIDPipeline.from_pretrained(folder, **options)
     person = identity(pipe.config)
     return lambda prompt: pipe(prompt, identity=person, num_frames=9, **SIZE | {"height": 64, "width": 96})
 
@@ -129,6 +130,21 @@ def test_collectives_are_inside_the_graph(run_ranks, tmp_path, kind, layout, opt
     eager = makes(kind, folder)(PROMPTS[1])
     for latents, first, more in run_ranks(layout.ranks, on_ranks, kind, folder, layout, options):
         torch.testing.assert_close(latents, eager, atol=1e-5, rtol=1e-4)
+        assert first > 0 and more == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "offload"),
+    [("mochi", Layout(), "disk"), ("mochi", Layout(ring=2), "block"), ("cogvideox", Layout(ulysses=2), "stage")],
+    ids=str,
+)
+def test_float8_weights_are_inside_it_too(run_ranks, tmp_path, kind, layout, offload):
+    """Within bf16's rounding, in which these are computed."""
+    folder = write(kind, tmp_path)
+    eager = makes(kind, folder, dtype="fp8")(PROMPTS[1])
+    options = {"dtype": "fp8", "offload": offload}
+    for latents, first, more in run_ranks(layout.ranks, on_ranks, kind, folder, layout, options):
+        assert (latents - eager).norm() < 0.02 * eager.norm()
         assert first > 0 and more == 0
 
 

@@ -93,6 +93,10 @@ def test_a_command_is_one_that_exists(given):
         assert not _unknown(context.args, [name for option in spec.params for name in option.opts])
     elif words[0] in ("xdit-plan", "xdit-doctor"):
         assert not given.needs, "it runs anywhere: it is run below"
+    elif words[:3] == ("python", "-m", "pytest"):
+        assert (ROOT / words[3]).is_file()
+    elif words[0] == "torchrun":
+        assert any((ROOT / word).is_file() for word in words if word.endswith(".py"))
     elif words[0] == "python":
         path = ROOT.joinpath(*words[2].split(".")) if words[1] == "-m" else ROOT / words[1]
         assert path.is_file() or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from common.parallel import Layout, distributed
 from planner import doctor
 from planner.hardware import get_profile, read_profile
 from planner.links import Job, run
@@ -34,7 +35,8 @@ def test_a_report_of_two_cpu_ranks_writes_a_profile_the_planner_reads(tmp_path: 
 
 
 def measured(ranks: int) -> dict:
-    return run(Job("cpu", ranks, message=1 << 16, matrix=64, output=Path("unused")))
+    with distributed(Layout(ulysses=ranks), "cpu") as mesh:
+        return run(Job("cpu", ranks, message=1 << 16, matrix=64, output=Path("unused")), mesh)
 
 
 def test_every_pair_of_three_ranks_is_measured(run_ranks) -> None:

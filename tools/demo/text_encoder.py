@@ -67,7 +67,7 @@ def train_text(folder: Path, steps: int = 600, batch: int = 64, seed: int = 0) -
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         spiece = Path(temporary) / "spiece.model"
-        size = train_tokenizer([caption(draw(rng, 13), rng) for _ in range(4000)], spiece, vocab_size=192)
+        size = train_tokenizer([caption(draw(rng, 13), rng) for _ in range(4000)], spiece, 192, "identity")
         config = t5_config(size, **SIZES)
         reader = Reader(config)
         fill(reader.t5, seed)

@@ -1,0 +1,78 @@
+"""The trained demo checkpoints: whole, small, and what they were trained for comes true, read from the pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from common.request import Source
+from tools.demo.reading import read
+from tools.demo.world import SHAPES, dataset
+
+FORKS = ("mochi", "cogvideox", "consisid")
+PARTS = ("transformer", "vae", "text_encoder")
+LIMIT = 8_000_000
+
+
+def folder_of(fork: str) -> Path:
+    program = import_module(f"{fork}_xdit.cli").PROGRAM
+    return program.make_demo(program.demos[0])
+
+
+def maker(fork: str) -> Callable[..., Tensor]:
+    """From a prompt and more to frames, as `--demo` makes them."""
+    program = import_module(f"{fork}_xdit.cli").PROGRAM
+    pipeline = {"mochi": "MochiPipeline", "cogvideox": "CogVideoXPipeline", "consisid": "ConsisIDPipeline"}[fork]
+    pipe = getattr(import_module(f"{fork}_xdit"), pipeline).from_pretrained(folder_of(fork), keep_loaded=True)
+    rules = program.rules(Source(demo=program.demos[0]))
+    names = ("width", "height", "num_frames", "num_steps", "cfg_scale")
+    settings = {name: getattr(rules, name) for name in names}
+    return lambda prompt, **more: pipe(prompt, **settings, **more)
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_checkpoint_is_whole_small_and_says_what_it_is(fork: str) -> None:
+    folder = folder_of(fork)
+    assert folder.is_dir() and folder.name == "demo_data"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < LIMIT
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"]
+    for part in PARTS:
+        (weights,) = (folder / part).glob("*.safetensors")
+        with safe_open(weights, "pt") as file:
+            dtypes = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+        assert dtypes.count("BF16") > 0.9 * len(dtypes)
+    card = (folder / "README.md").read_text()
+    assert all(word in card for word in ("Data", "Objective", "steps", "Limits", "dB", "colour", "direction", "shape"))
+    assert fork != "consisid" or "no face" in card.lower()
+
+
+@pytest.mark.parametrize("fork", ["mochi", "cogvideox"])
+def test_prompts_that_were_held_out_come_true(fork: str) -> None:
+    """Of four at least three in colour and direction; the cards have the figures of a hundred."""
+    make = maker(fork)
+    right = {"colour": 0, "direction": 0}
+    for seed, (scene, text) in enumerate(dataset(4242, 4, 17, test=True)):
+        found = read(make(text, seed=seed))
+        for name in right:
+            right[name] += getattr(found, name) == getattr(scene, name)
+    assert min(right.values()) >= 3
+
+
+def test_the_picture_that_stands_for_a_face_decides_the_colour() -> None:
+    from consisid_xdit.demo import SHOWN
+    from consisid_xdit.face import load_identity
+
+    make = maker("consisid")
+    for name, (shape, colour) in SHOWN.items():
+        assert shape in SHAPES
+        who = load_identity(folder_of("consisid") / name)
+        videos = [make("A big shape moves slowly right on a black background.", identity=who, seed=s) for s in range(2)]
+        assert [read(video).colour for video in videos] == [colour] * 2
+        assert not torch.equal(*videos)
