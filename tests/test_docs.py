@@ -16,7 +16,7 @@ from common.cli import _unknown, command
 from common.request import Program
 from consisid_xdit.cli import PROGRAM as CONSISID
 from mochi_xdit.cli import PROGRAM as MOCHI
-from tools.docs import flags
+from tools.docs import flags, tables
 from xdit_download.cli import command as download
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +132,12 @@ def test_links_and_pictures_exist(page):
 
 def test_the_page_of_flags_is_current():
     assert flags.TARGET.read_text() == flags.page(), "run python -m tools.docs.flags"
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_result_files(page):
+    assert page.read_text() == tables.filled(page.read_text()), "run python -m tools.docs.tables"
+    assert len(page.read_text().split("<!-- end -->")) == 3
 
 
 def test_troubleshooting_quotes_real_messages():

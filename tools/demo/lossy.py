@@ -140,7 +140,9 @@ def page(found: dict[str, Any]) -> str:
         "model is a severe judge: its matrices are narrow, so rounding averages out less than in the official ones, of "
         "which there were no weights at hand.",
         "",
-        "## Lossy options, all opt-in",
+        "## Lossy options",
+        "",
+        "bf16 is the dtype of the official checkpoints and the default; everything below it is opt-in.",
         "",
         "| option | PSNR to fp32 (mean, worst) | " + " | ".join(READ) + " |",
         "|---|---|" + "---|" * len(READ),
