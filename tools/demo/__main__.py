@@ -14,6 +14,7 @@ PARTS = {
     "mochi": ("mochi", "train_mochi"),
     "mochi-export": ("mochi", "export"),
     "cogvideox-vae": ("cogvideox_vae", "train_vae"),
+    "cogvideox-decoder": ("cogvideox_vae", "train_decoder"),
     "cogvideox": ("cogvideox", "train_cogvideox"),
     "cogvideox-export": ("cogvideox", "export"),
     "consisid": ("consisid", "train_consisid"),
