@@ -120,7 +120,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w1(x).chunk(2, dim=-1)
-        return self.w2(F.silu(a, inplace=True).mul_(b))
+        # In place saves a tensor of this width, but a compiler would copy both halves to keep the one it was asked for.
+        return self.w2(F.silu(a) * b if torch.compiler.is_compiling() else F.silu(a, inplace=True).mul_(b))
 
 
 class JointAttention(nn.Module):

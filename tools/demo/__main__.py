@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 PARTS = {
+    "take-up": ("shipped", "take_up"),
     "text": ("text_encoder", "train_text"),
     "mochi-vae": ("mochi_vae", "train_vae"),
     "mochi": ("mochi", "train_mochi"),
     "mochi-export": ("mochi", "export"),
     "cogvideox-vae": ("cogvideox_vae", "train_vae"),
-    "cogvideox-decoder": ("cogvideox_vae", "train_decoder"),
     "cogvideox": ("cogvideox", "train_cogvideox"),
     "cogvideox-export": ("cogvideox", "export"),
     "consisid": ("consisid", "train_consisid"),
@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     given = {} if arguments.steps is None else {"steps": arguments.steps}
-    for part in arguments.parts or [part for part in PARTS if not part.endswith("export")]:
+    for part in arguments.parts or [part for part in PARTS if part != "take-up" and not part.endswith("export")]:
         module, name = PARTS[part]
         getattr(import_module(f"tools.demo.{module}"), name)(arguments.folder, **given)
 

@@ -19,11 +19,6 @@ FRAMES = 17
 KL = 2e-4
 """Weight of a latent's divergence from the normal distribution against a pixel's squared error."""
 
-NOISE = 0.1
-"""Of the latents' spread, while the decoder is trained alone."""
-
-SHAPE_WEIGHT = 8.0
-
 
 class Autoencoder(nn.Module):
     """Chunk by chunk as the product runs it, since the norms' statistics are a chunk's."""
@@ -81,52 +76,8 @@ def train_vae(folder: Path, steps: int = 1300, seed: int = 0) -> Autoencoder:
     return model.eval()
 
 
-def train_decoder(folder: Path, steps: int = 1000, batch: int = 4, seed: int = 0) -> None:
-    """Go on with the decoder alone; latents, and with them a transformer that knows them, stay as they are.
-
-    A small shape is a hundredth of the picture, so a plain mean learns its outline last: pixels near a shape count
-    more. Latents get a little noise, since those of a transformer are not exact either.
-    """
-    model = load_autoencoder(folder)
-    model.decoder.requires_grad_(True)
-    spread = float(torch.load(folder / "cogvideox-latents" / f"{seed}-0.pt", weights_only=True).std())
-
-    def step(generator: torch.Generator, i: int) -> Losses:
-        frames = 9 if i < 0.8 * steps else FRAMES
-        x = clips(f"decoder {generator.initial_seed()}", batch, frames)
-        with torch.no_grad():
-            z = model.encode(x)[0]
-        z = z + NOISE * spread * torch.randn(z.shape, generator=generator)
-        out = in_bf16(_Decoding(model), z.to(torch.bfloat16)).float()
-        weight = 1 + SHAPE_WEIGHT * near_shape(x)
-        error = (weight * ((out - x).square() + 0.1 * (out - x).abs())).sum() / weight.sum() / x.shape[1]
-        mse = F.mse_loss(out.detach(), x)
-        return {"loss": error, "mse": mse, "psnr": 10 * torch.log10(4 / mse)}
-
-    plan = Plan(steps, 1e-3, warmup=50, average=0.99, seed=seed)
-    train(model.decoder, step, plan, folder / "cogvideox_decoder.pt")
-
-
-class _Decoding(nn.Module):
-    def __init__(self, model: Autoencoder) -> None:
-        super().__init__()
-        self.decoder, self.chunked = model.decoder, model.decode
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.chunked(z)
-
-
-def near_shape(video: Tensor, reach: int = 2) -> Tensor:
-    """(B, 1, T, H, W), 1 where a pixel within `reach` is not of the plain background (each clip's median), else 0."""
-    plain = video.flatten(2).median(dim=2).values[..., None, None, None]
-    shape = ((video - plain).abs().amax(1, keepdim=True) > 0.1).float()
-    return F.max_pool3d(shape, (1, 2 * reach + 1, 2 * reach + 1), 1, (0, reach, reach))
-
-
 def load_autoencoder(folder: Path) -> Autoencoder:
-    """The trained autoencoder, frozen; its decoder as far as `train_decoder` came."""
+    """The trained autoencoder, frozen."""
     model = Autoencoder()
     model.load_state_dict(torch.load(folder / "cogvideox_vae.pt", weights_only=True)["average"])
-    if (folder / "cogvideox_decoder.pt").exists():
-        model.decoder.load_state_dict(torch.load(folder / "cogvideox_decoder.pt", weights_only=True)["average"])
     return model.eval().requires_grad_(False)

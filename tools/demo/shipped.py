@@ -1,0 +1,47 @@
+"""Go on from the shipped checkpoints of CogVideoX and ConsisID where the states of their training are gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cogvideox_xdit.config import read_json, vae_config
+from cogvideox_xdit.demo import SHIPPED as COGVIDEOX
+from cogvideox_xdit.demo import trained_config as cogvideox_config
+from cogvideox_xdit.weights import load_decoder, load_encoder, load_transformer
+from common.weights import load
+from consisid_xdit.demo import SHIPPED as CONSISID
+from consisid_xdit.demo import trained_config
+from consisid_xdit.transformer import ConsisIDTransformer
+from consisid_xdit.weights import transformer_files
+from tools.demo.training import write_atomically
+
+DONE = {"cogvideox": 6500, "consisid": 3200}
+"""Steps that the shipped transformers were trained for."""
+
+
+def take_up(folder: Path) -> None:
+    """Make `folder` one in which both trainings stopped at the shipped weights, averages in bf16, optimizers new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(COGVIDEOX / part, folder / part, dirs_exist_ok=True)
+    vae = vae_config(read_json(COGVIDEOX / "vae" / "config.json"))
+    write_atomically(folder / "cogvideox_vae_config.pt", dataclasses.asdict(vae))
+    decoder = load_decoder(COGVIDEOX, vae, dtype=torch.float32)
+    halves = nn.ModuleDict({"encoder": load_encoder(COGVIDEOX, vae, dtype=torch.float32), "decoder": decoder})
+    write_atomically(folder / "cogvideox_vae.pt", {"average": halves.state_dict()})
+    _stopped(load_transformer(COGVIDEOX, cogvideox_config(), dtype=torch.float32), "cogvideox", folder)
+    files = transformer_files(CONSISID, trained_config())
+    model = load(files.module, files.checkpoint, files.rename, "cpu", torch.float32)
+    assert isinstance(model, ConsisIDTransformer)
+    _stopped(model, "consisid", folder)
+
+
+def _stopped(model: nn.Module, name: str, folder: Path) -> None:
+    weights = {f"model.{key}": p for key, p in model.state_dict().items()}
+    state = {"module": weights, "average": weights, "optimizers": [], "step": DONE[name]}
+    write_atomically(folder / f"{name}.pt", state)
