@@ -76,3 +76,18 @@ def test_the_picture_that_stands_for_a_face_decides_the_colour() -> None:
         videos = [make("A big shape moves slowly right on a black background.", identity=who, seed=s) for s in range(2)]
         assert [read(video).colour for video in videos] == [colour] * 2
         assert not torch.equal(*videos)
+
+
+def test_training_can_go_on_from_what_is_shipped(tmp_path: Path) -> None:
+    from cogvideox_xdit.transformer import CogVideoXTransformer
+    from consisid_xdit.transformer import ConsisIDTransformer
+    from tools.demo import cogvideox, consisid, shipped
+    from tools.demo.cogvideox_vae import load_autoencoder
+
+    shipped.take_up(tmp_path)
+    load_autoencoder(tmp_path)
+    kinds = {"cogvideox": (CogVideoXTransformer, cogvideox), "consisid": (ConsisIDTransformer, consisid)}
+    for name, (kind, module) in kinds.items():
+        kind(module.trained_config()).load_state_dict(cogvideox.trained(tmp_path, name))
+        out = module.export(tmp_path) / "transformer" / "diffusion_pytorch_model.safetensors"
+        assert out.read_bytes() == (folder_of(name) / "transformer" / out.name).read_bytes()

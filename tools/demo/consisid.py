@@ -95,7 +95,7 @@ def features(folder: Path, count: int, seed: int) -> Tensor:
     return torch.load(file, weights_only=True)
 
 
-def train_consisid(folder: Path, steps: int = 9000, batch: int = 40, clip_count: int = 5000, seed: int = 0) -> None:
+def train_consisid(folder: Path, steps: int = 8000, batch: int = 40, clip_count: int = 5000, seed: int = 0) -> None:
     """Train, or go on where it stopped, and write the whole checkpoint into `folder`/consisid."""
     texts = features(folder, clip_count, seed)
     latents, factor = pool(folder, clip_count, seed)

@@ -20,7 +20,7 @@ from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import transformer_files
 from tools.demo.training import write_atomically
 
-DONE = {"cogvideox": 6500, "consisid": 3200}
+DONE = {"cogvideox": 10400, "consisid": 8000}
 """Steps that the shipped transformers were trained for."""
 
 
