@@ -248,10 +248,12 @@ def same_opencv() -> bool:
 
 
 def same_picture(ours: Tensor, reference: Tensor) -> None:
+    assert ours.shape == reference.shape
     if same_opencv():
-        assert torch.equal(ours, reference)
+        # On another CPU a pixel between two of the parser's classes may fall to the other one.
+        assert (ours != reference).float().mean() < 1e-3
     else:
-        assert ours.shape == reference.shape and (ours.float() - reference.float()).abs().mean() < 1
+        assert (ours.float() - reference.float()).abs().mean() < 1
 
 
 @needs_cv2
@@ -310,10 +312,10 @@ def reader() -> FaceReader:
 
 
 def compare(identity: IdentityFeatures, golden: dict[str, Tensor], name: str) -> None:
-    tolerance = 1e-5 if same_opencv() else 3e-2
+    tolerance, of_picture = (1e-5, 5e-3) if same_opencv() else (3e-2, 3e-2)
     close(identity.id_cond[:, :512], golden[f"{name}.id_cond"][:, :512], tolerance)
-    close(identity.id_cond[:, 512:], golden[f"{name}.id_cond"][:, 512:], tolerance)
-    close(torch.stack(identity.id_vit_hidden), golden[f"{name}.hidden"], tolerance)
+    close(identity.id_cond[:, 512:], golden[f"{name}.id_cond"][:, 512:], of_picture)
+    close(torch.stack(identity.id_vit_hidden), golden[f"{name}.hidden"], of_picture)
     close(identity.face_kps, golden[f"{name}.kps"], tolerance)
     same_picture(identity.image[::8, ::8], golden[f"{name}.image"])
     white = (identity.image == 255).all(-1).float().mean()
