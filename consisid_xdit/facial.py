@@ -40,8 +40,9 @@ class FaceAttention(nn.Module):
         return self.to_out(attention(self._split(self.to_q(normed)), k, v).flatten(-2))
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, m, heads, head_dim) of context tokens (B, m, context_dim)."""
-        return self._keys(self.norm1(context))
+        """Keys and values (B, m, heads, head_dim) of context tokens (B, m, context_dim), in memory head by head."""
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in self._keys(self.norm1(context)))
+        return k, v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What queries (B, n, dim) read from `k`, `v`: (B, n, dim), to be added to them."""

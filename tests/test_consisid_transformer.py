@@ -73,7 +73,7 @@ def test_the_face_matters_and_only_the_face_modules_see_it(tmp_path: Path) -> No
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
         bare = plain.denoise(**given)
     assert (one - other).abs().max() > 1e-2
-    assert torch.equal(none, bare)
+    assert (none - bare).abs().max() < 1e-12 * bare.abs().max(), (none - bare).abs().max()
 
 
 LAYOUTS = {  # ranks -> (cfg, ring, ulysses) of the published H100 table; cfg splits the branches outside the model
