@@ -25,6 +25,7 @@ def bench(*arguments: str, expect: int = 0):
     return result
 
 
+@pytest.mark.slow
 def test_layouts_are_measured_with_the_real_program_and_a_second_run_goes_on(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     common = ["--model", "mochi", "--demo", "--device", "cpu", "--repeats", "1", "--num-steps", "2"]
@@ -115,6 +116,7 @@ def test_a_published_table_gives_model_size_and_layouts() -> None:
 
 
 @pytest.mark.parametrize("name", ["mochi", "cogvideox-1.5-5b-i2v", "consisid"])
+@pytest.mark.slow
 def test_hollow_checkpoints_load_by_the_programs_own_path(name: str, tmp_path: Path) -> None:
     """A true model but for its depth; the files are sparse, and the loader is strict."""
     model = get_model(name)
@@ -162,6 +164,7 @@ def test_hollow_files_have_true_headers(tmp_path: Path) -> None:
     assert opened["a.weight"].shape == (6, 4) and opened.tensor("b").tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_page_is_made_of_the_files_and_never_mixes_columns(tmp_path: Path) -> None:
     calibration = json.loads(performance.CALIBRATION.read_text())
     gpu = {"system": "Linux", "cores": 8, "gpus": ["NVIDIA X, 1.0"]}
@@ -183,6 +186,7 @@ def test_the_committed_page_is_up_to_date() -> None:
     assert performance.PAGE.read_text(encoding="utf-8") == performance.page(found, calibration)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, draw in plots.FIGURES.items():

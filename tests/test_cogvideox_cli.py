@@ -102,6 +102,7 @@ def test_a_config_that_names_something_unknown_is_wrong_use(tmp_path: Path) -> N
     assert "camera_control='v2'" in problems("--model-dir", folder, "--prompt", "x")[0]
 
 
+@pytest.mark.slow
 def test_an_image_for_a_text_checkpoint_and_the_reverse(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(cache / "a.png")
     assert main(PROGRAM, ["--demo", "--gpus", "1", "--device", "cpu", "--image", "a.png"]) == 2
@@ -111,6 +112,7 @@ def test_an_image_for_a_text_checkpoint_and_the_reverse(cache: Path, capsys: pyt
     assert "makes a video from an image" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_demo_starts_from_its_own_picture_and_its_video_can_be_made_anew(cache: Path) -> None:
     common = ["--gpus", "1", "--device", "cpu", "--num-steps", "2", "--seed", "1", "--num-frames", "9"]
     assert main(PROGRAM, ["--demo", "5b-i2v", *common, "--output", "first.mp4"]) == 0
@@ -123,6 +125,7 @@ def test_a_demo_starts_from_its_own_picture_and_its_video_can_be_made_anew(cache
     assert [stage["steps"] for stage in json.loads((cache / "second.json").read_text())["stages"] if "steps" in stage]
 
 
+@pytest.mark.slow
 def test_ranks_are_started_and_make_one_video(cache: Path) -> None:
     command = [sys.executable, "-m", "cogvideox_xdit", "--demo", "1.5", "--device", "cpu", "--num-steps", "2"]
     command += ["--ulysses_degree", "3", "--no-cfg-parallel", "--num-frames", "9", "--output", str(cache / "out.mp4")]

@@ -43,6 +43,7 @@ def count(config: TransformerConfig, size: tuple[int, int, int], layout: Layout,
 
 
 @pytest.mark.parametrize("kind", TRUE_SIZES)
+@pytest.mark.slow
 def test_work_is_shared_and_no_more_is_sent_than_the_formula_says(kind: str) -> None:
     config, size = CONFIGS[kind], TRUE_SIZES[kind]
     tokens = size[0] * size[1] * size[2] // config.patch_volume + config.text_length

@@ -88,6 +88,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "frames", "dynamic"), [("2b", 9, False), ("2b", 8, True), ("5b", 9, True), ("1.5", 9, False)]
 )
+@pytest.mark.slow
 def test_text_to_video_is_the_references(
     folders: dict[str, Path], kind: str, frames: int, dynamic: bool, scheduler: str
 ) -> None:
@@ -107,6 +108,7 @@ def test_text_to_video_is_the_references(
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(("kind", "size"), [("5b-i2v", FIXED), ("1.5-i2v", SIZE)])
+@pytest.mark.slow
 def test_image_to_video_is_the_references(
     folders: dict[str, Path], kind: str, size: dict[str, int], scheduler: str
 ) -> None:
@@ -119,6 +121,7 @@ def test_image_to_video_is_the_references(
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(("kind", "frames"), [("2b", 9), ("5b", 17), ("1.5", 16)])
+@pytest.mark.slow
 def test_video_to_video_is_the_references(folders: dict[str, Path], kind: str, frames: int, scheduler: str) -> None:
     video = clip(frames)
     pictures = [Image.fromarray(frame) for frame in video]
@@ -137,6 +140,7 @@ def test_video_to_video_is_the_references(folders: dict[str, Path], kind: str, f
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("2b", 9), ("1.5", 17), ("5b", 16)])
+@pytest.mark.slow
 def test_frames_are_the_references(folders: dict[str, Path], kind: str, frames: int) -> None:
     """With 1.5, whose padding frame stands in front and is dropped, and an even number of latent frames."""
     theirs = reference_video(folders[kind], "t2v", "ddim", "np", **SIZE, num_frames=frames)
@@ -178,6 +182,7 @@ def alone(folders: dict[str, Path]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.slow
 def test_every_layout_gives_the_same_latents(
     layout: Layout, folders: dict[str, Path], alone: dict[str, Tensor], run_ranks: RankPool
 ) -> None:
@@ -191,6 +196,7 @@ def frames_on(layout: Layout, folder: Path) -> Tensor | None:
     return generate(folder, distributed(layout), num_steps=2, num_frames=17, **SIZE)
 
 
+@pytest.mark.slow
 def test_frames_arrive_on_rank_0_alone(folders: dict[str, Path], run_ranks: RankPool) -> None:
     first, *others = run_ranks(3, frames_on, Layout(ring=3), folders["1.5"])
     assert others == [None, None]
@@ -230,6 +236,7 @@ def test_image_latents_stand_in_the_first_frame_and_1_5_divides_by_the_factor(fo
         assert not placed[:, :, 1:].any() and placed.shape == (1, 4, 4, 6, 4)
 
 
+@pytest.mark.slow
 def test_seed_text_image_and_strength_decide(folders: dict[str, Path]) -> None:
     given = {**FIXED, "num_frames": 9, "num_steps": 2, "output": "latent", "image": picture()}
     first = generate(folders["5b-i2v"], **given)
@@ -241,6 +248,7 @@ def test_seed_text_image_and_strength_decide(folders: dict[str, Path]) -> None:
     assert torch.equal(unguided, generate(folders["5b-i2v"], **given | {"cfg_scale": 0.5, "negative_prompt": ""}))
 
 
+@pytest.mark.slow
 def test_stages_load_one_after_another(folders: dict[str, Path], tmp_path: Path) -> None:
     pipe = CogVideoXPipeline.from_pretrained(folders["5b-i2v"], dtype="fp32")
     kept = tmp_path / "x.latents.safetensors"
@@ -303,5 +311,6 @@ def image_missing_on(layout: Layout, folder: Path) -> str:
     return str(found.value)
 
 
+@pytest.mark.slow
 def test_every_rank_hears_of_a_bad_image(folders: dict[str, Path], run_ranks: RankPool) -> None:
     assert len(set(run_ranks(2, image_missing_on, Layout(ring=2), folders["1.5-i2v"]))) == 1

@@ -92,6 +92,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.slow
 def test_every_layout_gives_what_one_rank_gives(ranks: int, checkpoints: Path, run_ranks: RankPool) -> None:
     alone = one_rank(checkpoints)
     for ring, ulysses in LAYOUTS[ranks]:

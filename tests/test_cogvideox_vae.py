@@ -133,6 +133,7 @@ def dealt(ranks: int) -> list[tuple[dict[int, Tensor], Tensor | None]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.slow
 def test_decode_over_ranks_equals_one_process(run_ranks, ranks):
     model, by_rank = small("decoder"), run_ranks(ranks, dealt, ranks)
     for case, frames in enumerate(COUNTS):
@@ -170,6 +171,7 @@ def test_tiles_fit_every_size(size):
     assert (ours.float() - exact.float()).abs().mean() < 0.3 * exact.float().std()
 
 
+@pytest.mark.slow
 def test_tiles_come_closer_with_their_size_and_overlap():
     model, z = small("decoder", torch.float32), latents(3, 24, 24, torch.float32)
     exact = torch.cat(list(decode(model, z))).float()
@@ -192,6 +194,7 @@ def test_tiles_over_ranks_are_the_same_to_the_bit(run_ranks):
     assert torch.equal(run_ranks(3, tiled, 3)[0], alone)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_video():
     """21 latent frames are 81 frames, 41 are 161."""
     model, peaks = small("decoder", torch.float32), {}
@@ -206,6 +209,7 @@ def test_memory_does_not_grow_with_the_video():
     assert len({decode_memory(model, shape, DecodePlan("exact", 2)) for shape in shapes}) == 1
 
 
+@pytest.mark.slow
 def test_the_full_model_has_the_official_names_and_fits_by_plan():
     with torch.device("meta"):
         model, encoder = CogVideoXDecoder().to(torch.bfloat16), CogVideoXEncoder()

@@ -74,6 +74,7 @@ def makes(kind: str, folder: Path, **options: Any):
 
 
 @pytest.mark.parametrize("kind", ["mochi", "cogvideox", "consisid"])
+@pytest.mark.slow
 def test_one_generation_compiles_all_there_is(kind, tmp_path):
     counter, options = counting()
     folder = write(kind, tmp_path)
@@ -88,6 +89,7 @@ def test_one_generation_compiles_all_there_is(kind, tmp_path):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_without_dynamic_sizes_each_length_is_compiled_anew(native):
     counter, options = counting()
     static = replace(options, dynamic=False)
@@ -125,6 +127,7 @@ def on_ranks(kind: str, folder: Path, layout: Layout, options: dict[str, Any]) -
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_collectives_are_inside_the_graph(run_ranks, tmp_path, kind, layout, options):
     folder = write(kind, tmp_path)
     eager = makes(kind, folder)(PROMPTS[1])
@@ -138,6 +141,7 @@ def test_collectives_are_inside_the_graph(run_ranks, tmp_path, kind, layout, opt
     [("mochi", Layout(), "disk"), ("mochi", Layout(ring=2), "block"), ("cogvideox", Layout(ulysses=2), "stage")],
     ids=str,
 )
+@pytest.mark.slow
 def test_float8_weights_are_inside_it_too(run_ranks, tmp_path, kind, layout, offload):
     """Within bf16's rounding, in which these are computed."""
     folder = write(kind, tmp_path)
@@ -148,6 +152,7 @@ def test_float8_weights_are_inside_it_too(run_ranks, tmp_path, kind, layout, off
         assert first > 0 and more == 0
 
 
+@pytest.mark.slow
 def test_the_decoder(native):
     counter = CompileCounterWithBackend("aot_eager")
     latents = torch.randn(1, mochi.TINY.channels, 5, 6, 10, generator=torch.Generator().manual_seed(0))

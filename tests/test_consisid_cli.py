@@ -128,6 +128,7 @@ def test_a_wrong_command_imports_no_torch(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2", "False"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_makes_a_video_and_its_features_make_it_again(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, str(ROOT / "consisid_xdit" / "cli.py"), "--demo", "face", "--device", "cpu"]

@@ -93,6 +93,7 @@ def close(ours: Tensor | None, theirs: Tensor) -> None:
 
 @needs_cv2
 @pytest.mark.parametrize(("scheduler", "dynamic"), [("ddim", False), ("ddim", True), ("dpm", True)])
+@pytest.mark.slow
 def test_latents_are_the_references(folder: Path, scheduler: str, dynamic: bool) -> None:
     theirs = reference(folder, scheduler, use_dynamic_cfg=dynamic)
     close(generate(folder, scheduler=scheduler, dynamic_cfg=dynamic), theirs)
@@ -100,12 +101,14 @@ def test_latents_are_the_references(folder: Path, scheduler: str, dynamic: bool)
 
 @needs_cv2
 @pytest.mark.parametrize("changes", [{"kps": True}, {"face": False}], ids=["drawn landmarks", "no face modules"])
+@pytest.mark.slow
 def test_latents_of_other_checkpoints_are_the_references(changes: dict[str, bool], tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, **changes)
     close(generate(folder), reference(folder, "ddim"))
 
 
 @needs_cv2
+@pytest.mark.slow
 def test_frames_are_the_references(folder: Path) -> None:
     frames = generate(folder, output="frames")
     theirs = (reference(folder, "ddim", output="np")[0] * 255).round().astype(np.uint8)
@@ -120,12 +123,14 @@ def on_rank(layout: Layout, folder: str) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 3, 1), Layout(2, 1, 2)], ids=str)
+@pytest.mark.slow
 def test_any_layout_gives_the_same(folder: Path, layout: Layout, run_ranks: RankPool) -> None:
     alone = on_rank(Layout(), str(folder))
     for latents in run_ranks(layout.ranks, on_rank, layout, str(folder)):
         assert (latents - alone).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_person_matters_and_the_extractor_runs_once(folder: Path) -> None:
     forward, calls = LocalFacialExtractor.forward, []
 
@@ -140,6 +145,7 @@ def test_the_person_matters_and_the_extractor_runs_once(folder: Path) -> None:
     assert one is not None and other is not None and (one - other).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_identity_from_a_file(folder: Path, tmp_path: Path) -> None:
     save_identity(tmp_path / "who.safetensors", person())
     assert torch.equal(generate(folder, identity=tmp_path / "who.safetensors"), generate(folder))

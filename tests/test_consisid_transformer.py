@@ -104,12 +104,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("ranks", list(LAYOUTS)[1:])
+@pytest.mark.slow
 def test_every_published_layout_gives_what_one_rank_gives(ranks: int, checkpoint: str, run_ranks: RankPool) -> None:
     for cfg, ring, ulysses in LAYOUTS[ranks]:
         for out in run_ranks(ranks, on_rank, Layout(cfg, ring, ulysses), checkpoint):
             assert (out - one_rank(checkpoint)).abs().max() < 1e-10, (cfg, ring, ulysses)
 
 
+@pytest.mark.slow
 def test_a_rank_may_hold_no_video_token(tmp_path: Path, run_ranks: RankPool) -> None:
     config = small(sample_height=2, sample_width=4, sample_frames=1)
     path = str(stored(reference(config), tmp_path))
@@ -242,6 +244,7 @@ def test_flops_of_the_whole_model() -> None:
 
 
 @pytest.mark.parametrize(("cfg", "ring", "ulysses"), PUBLISHED)
+@pytest.mark.slow
 def test_flops_and_bytes_at_the_published_size(cfg: int, ring: int, ulysses: int) -> None:
     """Two of the 42 layers, which are all alike; the modulations, which every rank repeats, are below 0.1 %."""
     layout, layers = Layout(cfg, ring, ulysses), 2

@@ -54,6 +54,7 @@ def test_a_checkpoint_is_whole_small_and_says_what_it_is(fork: str) -> None:
 
 
 @pytest.mark.parametrize("fork", ["mochi", "cogvideox"])
+@pytest.mark.slow
 def test_prompts_that_were_held_out_come_true(fork: str) -> None:
     """Of four at least three in colour and direction; the cards have the figures of a hundred."""
     make = maker(fork)
@@ -65,6 +66,7 @@ def test_prompts_that_were_held_out_come_true(fork: str) -> None:
     assert min(right.values()) >= 3
 
 
+@pytest.mark.slow
 def test_the_picture_that_stands_for_a_face_decides_the_colour() -> None:
     from consisid_xdit.demo import SHOWN
     from consisid_xdit.face import load_identity

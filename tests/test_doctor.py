@@ -19,6 +19,7 @@ from planner.hardware import get_profile, read_profile
 from planner.links import Job, run
 
 
+@pytest.mark.slow
 def test_a_report_of_two_cpu_ranks_writes_a_profile_the_planner_reads(tmp_path: Path) -> None:
     path = tmp_path / "made" / "here.json"
     arguments = ["--device", "cpu", "--ranks", "2", "--quick", "--json", "--profile", str(path)]

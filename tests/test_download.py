@@ -174,6 +174,7 @@ def test_mochi_prefers_its_own_half_precision_encoder(hub: Hub, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name.startswith("cogvideox")])
+@pytest.mark.slow
 def test_cogvideox_needs_exactly_the_pipeline(hub: Hub, tmp_path: Path, model: str) -> None:
     hub.repos = {MODELS[model].parts[0][0].repo: PIPELINE | {"README.md": b"#", "tokenizer/added_tokens.json": b"{}"}}
     done = download(hub.url, model, "--dir", tmp_path)
@@ -189,6 +190,7 @@ def test_consisid_takes_five_face_files(hub: Hub, tmp_path: Path) -> None:
     assert "non-commercial" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_cut_connection_is_continued_within_a_run(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {"genmo/mochi-1-preview": MOCHI, "google/t5-v1_1-xxl": T5_OF_GOOGLE}
     hub.cut = [1 << 20, 1 << 19]
@@ -228,6 +230,7 @@ def test_killed_in_the_middle_leaves_no_file_under_the_true_name(hub: Hub, tmp_p
 
 
 @pytest.mark.parametrize("claimed", [3, 11])
+@pytest.mark.slow
 def test_a_wrong_size_is_refused_and_nothing_is_kept(hub: Hub, tmp_path: Path, claimed: int) -> None:
     hub.repos = {"genmo/mochi-1-preview": MOCHI, "google/t5-v1_1-xxl": T5_OF_GOOGLE}
     hub.claimed = {"decoder.safetensors": claimed}

@@ -77,6 +77,7 @@ def cogvideox_folder(tmp_path_factory) -> Path:
         ("cogvideox", "decode", "stage", (160, 240, 17)),
     ],
 )
+@pytest.mark.slow
 def test_a_process_takes_what_was_estimated(request, fork, stage, offload, size):
     """Within 10 %; resident memory at the peak of the pipeline's own stage, 90 MB to 1.1 GB of it."""
     folder = request.getfixturevalue(f"{fork}_folder")
@@ -107,6 +108,7 @@ def loaded_and_estimated(folder: Path, layout: Layout) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(ring=3), Layout(cfg=2, ulysses=2)], ids=str)
+@pytest.mark.slow
 def test_weights_are_counted_to_the_byte(run_ranks, tmp_path, layout):
     folder = write_checkpoint(tmp_path, "diffusers")
     for found in run_ranks(layout.ranks, loaded_and_estimated, folder, layout):
@@ -126,6 +128,7 @@ def small_official(name: str, mesh: Mesh) -> Workload:
 
 @pytest.mark.parametrize("name", ["mochi", "cogvideox-5b", "consisid"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(ring=3), Layout(cfg=2, ulysses=5), Layout(2, 2, 2)], ids=str)
+@pytest.mark.slow
 def test_flops_and_bytes_are_the_planners(name, layout):
     """Two ways to the same figures: rank 0's step run without data, and the planner's sums."""
     with imagined(layout) as mesh:
@@ -151,6 +154,7 @@ def counts(layout: Layout) -> tuple[int, int, dict[str, int]]:
         return counted.activations, counted.flops, dict(counted.sent)
 
 
+@pytest.mark.slow
 def test_an_imagined_rank_counts_as_a_real_one(run_ranks):
     layout = Layout(cfg=2, ulysses=2)
     real = run_ranks(layout.ranks, counts, layout)
@@ -238,6 +242,7 @@ def run(program, *arguments: str, capsys) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("program", [MOCHI, COGVIDEOX, CONSISID], ids=lambda p: p.name)
+@pytest.mark.slow
 def test_a_dry_run_needs_neither_weights_nor_gpus(program, capsys):
     status, out, _ = run(program, "--dry-run", "--device", "cuda", "--gpus", "4", "--max-memory", "8.5", capsys=capsys)
     assert status == 0 and "4 x cuda" in out and "TFLOP a step" in out and "rank 3" in out
@@ -245,6 +250,7 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(program, capsys):
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_it_knows(capsys):
     given = ("--dry-run", "--demo", "--device", "cuda", "--gpus", "3")
     for arguments, expected, told in (
@@ -269,6 +275,7 @@ def test_a_dry_run_of_wrong_use_is_told(capsys):
         assert status == 2 and told in err
 
 
+@pytest.mark.slow
 def test_a_run_places_its_weights_by_itself(tmp_path, capsys):
     """A small picture of the demo, so that its transformer and not its decoder is what needs memory."""
     given = ("--demo", "--gpus", "1", "--width", "16", "--height", "16", "--num-frames", "1", "--num-steps", "2")

@@ -62,6 +62,7 @@ def fake(folder: Path, *arguments: str, **options) -> tuple[int, str, list[str]]
     return run("tests/fake_program.py", "--demo", "--output", str(folder / "out.mp4"), *arguments, **options)
 
 
+@pytest.mark.slow
 def test_three_ranks_make_numbered_videos(folder):
     (folder / "prompts").write_text("one\ntwo\n")
     status, out, errors = fake(folder, "--prompt-file", str(folder / "prompts"), "--gpus", "3", "--seed", "4")
@@ -77,6 +78,7 @@ def test_three_ranks_make_numbered_videos(folder):
     assert report["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_a_failure_keeps_the_videos_before_it_and_the_latents(folder):
     (folder / "prompts").write_text("one\ntwo\nthree\n")
     arguments = ("--prompt-file", str(folder / "prompts"), "--gpus", "2", "--fault", "second@1")
@@ -90,6 +92,7 @@ def test_a_failure_keeps_the_videos_before_it_and_the_latents(folder):
     assert sorted(os.listdir(folder)) == ["out-1.json", "out-1.mp4", "out-2.latents.safetensors", "prompts"]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_sampling(folder):
     began = time.monotonic()
     status, _, errors = fake(folder, "--gpus", "2", "--fault", "kill@1", "--pids", str(folder / "pids"))
@@ -98,6 +101,7 @@ def test_a_rank_killed_while_sampling(folder):
     assert os.listdir(folder) == ["pids"] and not running(folder)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(folder):
     status, _, errors = fake(
         folder, "--gpus", "2", "--fault", "stop@1", "--timeout", "2", "--pids", str(folder / "pids")
@@ -108,6 +112,7 @@ def test_a_rank_that_hangs(folder):
     assert os.listdir(folder) == ["pids"] and not running(folder)
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_be_set_up(folder):
     status, _, errors = fake(folder, "--gpus", "2", "--fault", "setup@1")
     assert (status, errors) == (2, ["error: rank 1, opening the checkpoint: no such kernel; use another"])
@@ -119,6 +124,7 @@ def running(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.slow
 def test_ctrl_c_is_quiet(folder, ranks):
     arguments = ("--demo", "--output", str(folder / "out.mp4"), "--gpus", ranks, "--pause", "0.2", "--num-steps", "200")
     process = start("tests/fake_program.py", *arguments, "--pids", str(folder / "pids"))
@@ -130,6 +136,7 @@ def test_ctrl_c_is_quiet(folder, ranks):
     assert os.listdir(folder) == ["pids"] and not running(folder)
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_tells(folder):
     status, _, errors = fake(folder, "--fault", "raise@1", torchrun=("--nproc-per-node", "2"))
     assert status == 1 and errors == ["error: rank 1, sampling step 3/8: tensor x of file y is missing"]
@@ -181,6 +188,7 @@ def _silent_group(rank_that_is_deaf: int) -> str:
         return words[0]
 
 
+@pytest.mark.slow
 def test_the_self_test_names_a_group_that_hangs(run_ranks):
     assert "the world group (2 ranks) did not answer within 0 s" in run_ranks(2, _silent_group, 1)[0]
 
@@ -226,6 +234,7 @@ def mochi(capsys, checkpoint: Path, *arguments: str) -> tuple[int, list[str]]:
     )
 
 
+@pytest.mark.slow
 def test_two_nodes_on_loopback_make_the_same_video(demo, folder, capsys):
     assert call(MOCHI, capsys, "--demo", *SMALL, "--gpus", "1", "--output", "one.mp4") == (0, [])
     with socket.socket() as probe:
@@ -242,6 +251,7 @@ def test_two_nodes_on_loopback_make_the_same_video(demo, folder, capsys):
     assert json.loads((folder / "two.json").read_text())["settings"]["layout"] == layout
 
 
+@pytest.mark.slow
 def test_latents_survive_a_decode_that_fails(checkpoint, folder, capsys):
     assert mochi(capsys, checkpoint, "--output", "whole.mp4") == (0, [])
     decoder = next((checkpoint / "vae").glob("*.safetensors"))
@@ -292,6 +302,7 @@ def damage(checkpoint: Path, how: str) -> tuple[Path, str]:
 @pytest.mark.parametrize(
     "how", ["truncated", "missing tensor", "wrong shape", "wrong dtype", "no file", "no safetensors"]
 )
+@pytest.mark.slow
 def test_damaged_checkpoints_are_named(checkpoint, folder, capsys, how):
     file, word = damage(checkpoint, how)
     status, (line,) = mochi(capsys, checkpoint)

@@ -120,6 +120,7 @@ def test_ranks_get_torchruns_variables(tmp_path, capfd):
         ),
     ],
 )
+@pytest.mark.slow
 def test_one_line_for_every_end(tmp_path, capfd, bodies, line):
     done = []
     status = launch.supervise(script(tmp_path, *bodies), 2, cpu=True, clean_up=lambda: done.append(1) or "")
@@ -134,6 +135,7 @@ def test_wrong_use_found_by_a_rank_keeps_its_status(tmp_path, capfd):
     assert told.count("\n") == 1 and "no such kernel; kept x" in told
 
 
+@pytest.mark.slow
 def test_what_a_rank_started_ends_with_it(tmp_path, capfd):
     child = 'p = subprocess.Popen(["sleep", "60"]); open(sys.argv[1] + "/child", "w").write(str(p.pid)); '
     assert launch.supervise(script(tmp_path, child + "time.sleep(.5); fail(ValueError())", "wait()"), 2, cpu=True) == 1

@@ -118,6 +118,7 @@ def alone(native) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.slow
 def test_every_layout_gives_the_same_video(run_ranks, native, alone, layout):
     negative = "a blue box" if layout.ring == 2 else ""
     latent, frames = alone[negative]
@@ -129,6 +130,7 @@ def test_every_layout_gives_the_same_video(run_ranks, native, alone, layout):
     assert frames.shape == (19, 48, 80, 3) and frames.dtype == torch.uint8
 
 
+@pytest.mark.slow
 def test_seed_and_inputs_decide(native):
     first = generate(native, output="latent")
     assert torch.equal(first, generate(native, output="latent"))
@@ -153,6 +155,7 @@ def test_an_empty_prompt_never_loads_the_text_encoder(native, tmp_path):
         pipe(PROMPT, **SIZE, num_steps=1, output="latent")
 
 
+@pytest.mark.slow
 def test_stages_load_one_after_another_or_stay(native):
     pipe = MochiPipeline.from_pretrained(native, dtype="fp32")
     pipe(PROMPT, **SIZE, num_steps=1)
@@ -166,6 +169,7 @@ def test_stages_load_one_after_another_or_stay(native):
     assert set(kept.models.loaded) == {"text encoder", "transformer", "decoder"}
 
 
+@pytest.mark.slow
 def test_latents_lie_on_disk_before_the_decode(native, tmp_path):
     kept = tmp_path / "x.latents.safetensors"
     pipe = MochiPipeline.from_pretrained(native, dtype="fp32")

@@ -298,6 +298,7 @@ def _denoise(layout: Layout, folder: Path, cases: list[tuple]) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("ring", "ulysses"), [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (5, 1), (2, 3), (3, 2), (8, 1), (4, 2)]
 )
+@pytest.mark.slow
 def test_layouts(run_ranks: Callable, native: Path, ring: int, ulysses: int) -> None:
     # 45 video tokens and 7 of text, fewer than ranks of either, no text, a batch.
     cases = [((3, 6, 10), 9, 7), ((1, 2, 6), 5, 1), ((1, 2, 14), 4, 0), ((1, 6, 2), 300, 256, 2)]

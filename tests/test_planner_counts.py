@@ -82,6 +82,7 @@ def prepared(transformer, config, text: int, latents: tuple[int, int, int]):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_counts_equal_those_of_the_running_transformer(name: str) -> None:
     model = shallow(get_model(name))
     size, text = default_size(model), max(model.text_tokens)
@@ -130,6 +131,7 @@ def test_a_generation_sends_every_steps_bytes() -> None:
 
 
 @pytest.mark.parametrize("latents", [1, 4, 5, 13])
+@pytest.mark.slow
 def test_cogvideoxs_decoder_computes_what_is_said(latents: int) -> None:
     model = get_model("cogvideox-5b")
     decoder = on_meta(CogVideoXDecoder)

@@ -104,6 +104,7 @@ def test_bf16_is_close_and_features_stay_fp32(folder):
     assert half.dtype == torch.float32 and 0 < (half - exact).abs().max() < 0.2
 
 
+@pytest.mark.slow
 def test_flat_directory_sharded_and_bin_weights(folder, copy, tmp_path):
     expected = encode(PROMPTS, folder, 16, dtype=torch.float32).features
     flat = tmp_path / "flat"
@@ -173,6 +174,7 @@ def test_faults_are_named(copy, message):
         encode(PROMPTS, copy, 16)
 
 
+@pytest.mark.slow
 def test_cache_returns_the_same_and_knows_its_encoder(folder, copy, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = encode(PROMPTS, folder, 16, cache_dir=cache)

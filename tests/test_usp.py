@@ -164,6 +164,7 @@ def shard_gather(dim: int) -> bool:
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.slow
 def test_gather_undoes_shard(run_ranks, dim):
     assert all(run_ranks(4, shard_gather, dim))
 
@@ -273,6 +274,7 @@ def lonely_exchange() -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.slow
 def test_the_timeout_holds_on_every_axis(run_ranks):
     alone, away = run_ranks(2, lonely_exchange)
     assert alone < away

@@ -33,6 +33,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
+@pytest.mark.slow
 def test_its_name_and_metadata(wheel):
     assert Path(str(wheel.filename)).name == "xdit_zoo-0.1.0-py3-none-any.whl"
     (name,) = (n for n in wheel.namelist() if n.endswith("METADATA"))
@@ -42,6 +43,7 @@ def test_its_name_and_metadata(wheel):
     assert set(metadata.get_all("Provides-Extra")) >= {"fp8", "flash", "xfuser", "plot", "face"}
 
 
+@pytest.mark.slow
 def test_the_commands(wheel):
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
