@@ -161,6 +161,7 @@ def test_encode_over_ranks_equals_one_process_on_every_rank(run_ranks, ranks):
 
 
 @pytest.mark.parametrize("size", [(3, 5), (7, 11), (13, 9)])
+@pytest.mark.slow
 def test_tiles_fit_every_size(size):
     model, z = small("decoder", torch.float32), latents(3, *size, torch.float32)
     exact = torch.cat(list(decode(model, z)))

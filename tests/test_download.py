@@ -182,6 +182,7 @@ def test_cogvideox_needs_exactly_the_pipeline(hub: Hub, tmp_path: Path, model: s
     assert there(tmp_path) == PIPELINE
 
 
+@pytest.mark.slow
 def test_consisid_takes_five_face_files(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {"BestWishYsh/ConsisID-preview": PIPELINE | FACES}
     done = download(hub.url, "consisid", "--dir", tmp_path)
@@ -201,6 +202,7 @@ def test_a_cut_connection_is_continued_within_a_run(hub: Hub, tmp_path: Path) ->
     assert ranges == [None, f"bytes={1 << 20}-", f"bytes={(1 << 20) + (1 << 19)}-"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_continued_by_the_next(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {"genmo/mochi-1-preview": MOCHI, "google/t5-v1_1-xxl": T5_OF_GOOGLE}
     have = 1234567
@@ -216,6 +218,7 @@ def test_a_stopped_run_is_continued_by_the_next(hub: Hub, tmp_path: Path) -> Non
     assert all(path.startswith("/api/") for path, _ in hub.asked), "nothing is fetched twice"
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_leaves_no_file_under_the_true_name(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {"genmo/mochi-1-preview": MOCHI, "google/t5-v1_1-xxl": T5_OF_GOOGLE}
     hub.cut = [1 << 20]

@@ -333,6 +333,7 @@ def test_latents_that_are_none(demo, folder, capsys):
     assert status == 1 and "text.safetensors" in line
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_cut_with_a_warning(demo, folder, capsys):
     arguments = ("--demo", "--gpus", "1", *SMALL, "--prompt", "red circle " * 60 + "zebra", "--output", "out.mp4")
     status, (line,) = call(MOCHI, capsys, *arguments)

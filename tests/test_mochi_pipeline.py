@@ -57,6 +57,7 @@ def reference_pipeline(folder: Path, zero_empty: bool):
 
 
 @pytest.mark.parametrize("negative, scale", [("a blue box", 4.5), ("", 3.0), ("", 1.0)])
+@pytest.mark.slow
 def test_latents_are_those_of_the_reference_pipeline(checkpoint, negative, scale):
     noise = draw_noise(LATENTS, 11)
     theirs = reference_pipeline(checkpoint, zero_empty=True)(
@@ -181,6 +182,7 @@ def test_latents_lie_on_disk_before_the_decode(native, tmp_path):
     assert torch.equal(decode(load_latents(kept, TINY.channels)), frames)
 
 
+@pytest.mark.slow
 def test_decode_falls_back_to_a_smaller_plan(native, monkeypatch):
     import mochi_xdit.pipeline as module
 

@@ -216,6 +216,7 @@ def test_tiles_fit_every_size(size):
     assert (ours.float() - exact.float()).abs().mean() < 0.3 * exact.float().std()
 
 
+@pytest.mark.slow
 def test_tiles_come_closer_with_their_size_and_overlap():
     model, z = decoder(dtype=torch.float32), latents(3, 24, 24, torch.float32)
     exact = torch.cat(list(decode(model, z))).float()
@@ -250,6 +251,7 @@ def test_latent_statistics_there_and_back():
         assert torch.equal(first, to_uint8(decoder()(denormalize(z, TINY))[0, :, :1]))
 
 
+@pytest.mark.slow
 def test_the_full_model_has_the_official_names_and_fits_by_plan():
     with torch.device("meta"):
         model, encoder = MochiDecoder().to(torch.bfloat16), MochiEncoder()

@@ -151,6 +151,7 @@ def decode_all(decoder: CogVideoXDecoder, z: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "latents"), [("mochi", 9), ("mochi", 28), ("cogvideox-5b", 13), ("cogvideox-5b", 10)])
+@pytest.mark.slow
 def test_memory_of_decoding_is_what_the_decoders_hold(name: str, latents: int) -> None:
     model = get_model(name)
     decoder = on_meta(MochiDecoder if name == "mochi" else CogVideoXDecoder).to(torch.bfloat16)
