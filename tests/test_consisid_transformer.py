@@ -70,10 +70,11 @@ def test_the_face_matters_and_only_the_face_modules_see_it(tmp_path: Path) -> No
         none = model.denoise(**given)
         plain = CogVideoXTransformer(config).double()
         state = model.state_dict()
-        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+        # The same tensors: copies elsewhere in memory may be multiplied in another order.
+        plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
         bare = plain.denoise(**given)
     assert (one - other).abs().max() > 1e-2
-    assert (none - bare).abs().max() < 1e-12 * bare.abs().max(), (none - bare).abs().max()
+    assert torch.equal(none, bare)
 
 
 LAYOUTS = {  # ranks -> (cfg, ring, ulysses) of the published H100 table; cfg splits the branches outside the model

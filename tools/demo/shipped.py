@@ -12,12 +12,12 @@ from torch import nn
 from cogvideox_xdit.config import read_json, vae_config
 from cogvideox_xdit.demo import SHIPPED as COGVIDEOX
 from cogvideox_xdit.demo import trained_config as cogvideox_config
-from cogvideox_xdit.weights import load_decoder, load_encoder, load_transformer
+from cogvideox_xdit.weights import load_decoder, load_encoder
+from cogvideox_xdit.weights import transformer_files as cogvideox_files
 from common.weights import load
 from consisid_xdit.demo import SHIPPED as CONSISID
-from consisid_xdit.demo import trained_config
-from consisid_xdit.transformer import ConsisIDTransformer
-from consisid_xdit.weights import transformer_files
+from consisid_xdit.demo import trained_config as consisid_config
+from consisid_xdit.weights import transformer_files as consisid_files
 from tools.demo.training import write_atomically
 
 DONE = {"cogvideox": 10400, "consisid": 8000}
@@ -34,14 +34,11 @@ def take_up(folder: Path) -> None:
     decoder = load_decoder(COGVIDEOX, vae, dtype=torch.float32)
     halves = nn.ModuleDict({"encoder": load_encoder(COGVIDEOX, vae, dtype=torch.float32), "decoder": decoder})
     write_atomically(folder / "cogvideox_vae.pt", {"average": halves.state_dict()})
-    _stopped(load_transformer(COGVIDEOX, cogvideox_config(), dtype=torch.float32), "cogvideox", folder)
-    files = transformer_files(CONSISID, trained_config())
-    model = load(files.module, files.checkpoint, files.rename, "cpu", torch.float32)
-    assert isinstance(model, ConsisIDTransformer)
-    _stopped(model, "consisid", folder)
-
-
-def _stopped(model: nn.Module, name: str, folder: Path) -> None:
-    weights = {f"model.{key}": p for key, p in model.state_dict().items()}
-    state = {"module": weights, "average": weights, "optimizers": [], "step": DONE[name]}
-    write_atomically(folder / f"{name}.pt", state)
+    for name, files in {
+        "cogvideox": cogvideox_files(COGVIDEOX, cogvideox_config()),
+        "consisid": consisid_files(CONSISID, consisid_config()),
+    }.items():
+        model = load(files.module, files.checkpoint, files.rename, "cpu", torch.float32)
+        weights = {f"model.{key}": p for key, p in model.state_dict().items()}
+        state = {"module": weights, "average": weights, "optimizers": [], "step": DONE[name]}
+        write_atomically(folder / f"{name}.pt", state)

@@ -84,9 +84,9 @@ def train(
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         module.load_state_dict(state["module"])
-        # A state made from shipped weights alone has none.
-        for optimizer, kept in zip(optimizers, state["optimizers"] or (), strict=bool(state["optimizers"])):
-            optimizer.load_state_dict(kept)
+        if state["optimizers"]:  # a state made from shipped weights has none
+            for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
         average, start = state["average"], state["step"]
         print(f"{state_file.name}: resumed at step {start}", flush=True)
 
