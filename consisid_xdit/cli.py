@@ -50,7 +50,7 @@ def rules(source: Source) -> Rules:
     """The admissible values for a checkpoint; ValueError when the folder is none. Imports no torch."""
     if source.demo == TRAINED:
         trained = cogvideox.demo_rules(cogvideox.TRAINED)
-        # The picture says more than the words do; more guidance by words fades it.
+        # The guidance that the model card's figures were measured with.
         size = (trained.width, trained.height)
         return replace(trained, heads=5, cfg_scale=1.5, exact=size, default_prompt=TRAINED_PROMPT)
     if source.demo is not None:
