@@ -1,5 +1,6 @@
 """How the demo checkpoints are trained: captions tell the truth, and training is the product's arithmetic."""
 
+import copy
 import dataclasses
 import random
 
@@ -9,8 +10,10 @@ from torch import nn
 
 from mochi_xdit.demo import demo_config
 from mochi_xdit.transformer import pack
+from tools.demo.cogvideox_vae import Autoencoder, _whitened, load_autoencoder, train_decoder, whiten
 from tools.demo.evaluate import evaluate
 from tools.demo.mochi import Velocity, start
+from tools.demo.mochi_vae import clips
 from tools.demo.reading import read
 from tools.demo.text_encoder import named
 from tools.demo.training import Plan, in_bf16, train
@@ -77,6 +80,34 @@ def test_the_trained_function_is_the_products():
     assert (out - pack(torch.cat(expected))).abs().max() < 1e-5
     out.square().mean().backward()
     assert all(p.grad is not None for p in velocity.parameters() if p.requires_grad)
+
+
+def test_white_latents_are_white_and_decode_to_the_same_pixels():
+    torch.manual_seed(0)
+    model, videos = Autoencoder(), clips("white", 4, 9)
+    with torch.no_grad():
+        before = model.encode(videos)[0]
+        # Around a mean of zero nothing happens at the border either.
+        z = before - before.mean((0, 2, 3, 4), keepdim=True)
+        pixels = model.decode(z)
+        white = _whitened(copy.deepcopy(model), before)
+        found = white.encode(videos)[0]
+        flat = found.movedim(1, -1).flatten(0, -2)
+        assert flat.mean(0).abs().max() < 1e-4
+        assert (torch.cov(flat.T) - torch.eye(flat.shape[1])).abs().max() < 1e-3
+        # The same around zero: encoder and decoder take up inverse maps.
+        assert (_whitened(model, z).decode(found) - pixels).abs().max() < 1e-4
+
+
+def test_the_decoder_alone_is_trained_and_the_latents_stay(tmp_path):
+    torch.manual_seed(0)
+    torch.save({"average": Autoencoder().state_dict()}, tmp_path / "cogvideox_vae.pt")
+    whiten(tmp_path, count=2)
+    before = load_autoencoder(tmp_path).state_dict()
+    train_decoder(tmp_path, steps=2, batch=1)
+    after = load_autoencoder(tmp_path).state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
 
 
 def test_an_interrupted_training_ends_where_the_whole_one_does(tmp_path):

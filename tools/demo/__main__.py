@@ -15,6 +15,8 @@ PARTS = {
     "mochi": ("mochi", "train_mochi"),
     "mochi-export": ("mochi", "export"),
     "cogvideox-vae": ("cogvideox_vae", "train_vae"),
+    "cogvideox-white": ("cogvideox_vae", "whiten"),
+    "cogvideox-decoder": ("cogvideox_vae", "train_decoder"),
     "cogvideox": ("cogvideox", "train_cogvideox"),
     "cogvideox-export": ("cogvideox", "export"),
     "consisid": ("consisid", "train_consisid"),

@@ -33,7 +33,7 @@ def take_up(folder: Path) -> None:
     write_atomically(folder / "cogvideox_vae_config.pt", dataclasses.asdict(vae))
     decoder = load_decoder(COGVIDEOX, vae, dtype=torch.float32)
     halves = nn.ModuleDict({"encoder": load_encoder(COGVIDEOX, vae, dtype=torch.float32), "decoder": decoder})
-    write_atomically(folder / "cogvideox_vae.pt", {"average": halves.state_dict()})
+    write_atomically(folder / "cogvideox_white.pt", {"average": halves.state_dict()})
     for name, files in {
         "cogvideox": cogvideox_files(COGVIDEOX, cogvideox_config()),
         "consisid": consisid_files(CONSISID, consisid_config()),
