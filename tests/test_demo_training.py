@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from mochi_xdit.demo import demo_config
 from mochi_xdit.transformer import pack
+from tools.demo import lossy
 from tools.demo.cogvideox_vae import Autoencoder, _whitened, load_autoencoder, train_decoder, whiten
 from tools.demo.evaluate import evaluate
 from tools.demo.mochi import Velocity, start
@@ -63,6 +65,10 @@ def test_evaluation_counts_what_came_true():
     result = evaluate(lambda text, seed: blank, 20, 13)
     assert result["right"]["colour"] == result["right"]["shape"] == result["right"]["direction"] == 0.0
     assert len(result["misses"]) == 20
+
+
+def test_the_page_on_fidelity_is_what_was_measured():
+    assert lossy.page(json.loads(lossy.RESULTS.read_text())) == lossy.TARGET.read_text()
 
 
 def test_the_trained_function_is_the_products():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.parallel import Mesh
 from common.request import Source
 from tools.demo.reading import read
 from tools.demo.text_encoder import named
@@ -57,42 +58,44 @@ def psnr(reconstruct: Callable[[Tensor], Tensor], count: int, frames: int) -> fl
     return float(torch.stack(values).mean())
 
 
-def mochi(folder: Path, steps: int, scale: float, dtype: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    from common.weights import load, on_meta
-    from mochi_xdit import MochiPipeline
-    from mochi_xdit.vae import MochiEncoder, normalize
-    from mochi_xdit.weights import find_encoder
-
-    pipe = MochiPipeline.from_pretrained(folder, dtype=dtype, keep_loaded=True)
-    part = find_encoder(folder)
-    encoder = load(on_meta(MochiEncoder, part.config), part.open(), part.rename, "cpu", torch.float32)
-
-    def generate(text: str, seed: int) -> Tensor:
-        return pipe(text, height=64, width=64, num_frames=13, num_steps=steps, cfg_scale=scale, seed=seed)
-
-    @torch.no_grad()
-    def reconstruct(clip: Tensor) -> Tensor:
-        mean, _ = encoder((clip.float() / 127.5 - 1).movedim(-1, 0)[None])
-        return pipe.decode(normalize(mean, part.config))
-
-    return generate, reconstruct
+FRAMES = {"mochi": 13, "cogvideox": 17, "consisid": 17}
+"""Models, and how many frames their demo clips have."""
+_PIPELINES = {"mochi": "MochiPipeline", "cogvideox": "CogVideoXPipeline", "consisid": "ConsisIDPipeline"}
 
 
-def cogvideox(
-    folder: Path, steps: int, scale: float, dtype: str
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """As `mochi`, for CogVideoX's demo."""
-    from cogvideox_xdit import CogVideoXPipeline
-
-    pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, keep_loaded=True)
-
-    def generate(text: str, seed: int) -> Tensor:
-        return pipe(text, height=64, width=64, num_frames=17, num_steps=steps, cfg_scale=scale, seed=seed)
-
-    return generate, _reconstruction(pipe)
+def pipeline(model: str, folder: Path, mesh: Mesh | None = None, **options: Any) -> Any:
+    """The pipeline of `model` over a demo checkpoint, its parts kept loaded."""
+    kind = getattr(import_module(f"{model}_xdit"), _PIPELINES[model])
+    return kind.from_pretrained(folder, mesh, keep_loaded=True, **options)
 
 
-def _reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
+def generator(model: str, pipe: Any, **settings: Any) -> Callable[[str, int], Tensor]:
+    """From a caption and a seed to frames; settings: num_steps, cfg_scale and how to decode.
+
+    ConsisID's captions lose shape and colour, a reference picture has them.
+    """
+    settings |= {"height": 64, "width": 64, "num_frames": FRAMES[model]}
+    if model == "consisid":
+        return lambda text, seed: pipe(**_shown(text, pipe.config), seed=seed, **settings)
+    return lambda text, seed: pipe(text, seed=seed, **settings)
+
+
+def _shown(text: str, config: Any) -> dict[str, Any]:
+    from consisid_xdit.demo import shape_identity
+    from tools.demo.consisid import nameless, reference
+
+    words = text.lower().strip(".").split()
+    shape, colour = (next(w for w in words if w in VALUES[field]) for field in ("shape", "colour"))
+    return {
+        "prompt": nameless(text, shape, colour),
+        "identity": shape_identity(reference(shape, colour), config),
+    }
+
+
+def reconstruction(model: str, pipe: Any) -> Callable[[Tensor], Tensor]:
+    """From frames (T, H, W, 3) to what the autoencoder makes of them."""
+    if model == "mochi":
+        return _mochi_reconstruction(pipe)
     from cogvideox_xdit.inputs import pixels
     from cogvideox_xdit.vae import encode
 
@@ -100,35 +103,25 @@ def _reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
     return lambda clip: pipe.decode(encode(encoder, pixels(clip, torch.float32))[0].float() * factor)
 
 
-def consisid(folder: Path, steps: int, scale: float, dtype: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """As `mochi`, for ConsisID's demo: the caption loses shape and colour, a reference picture has them."""
-    from consisid_xdit import ConsisIDPipeline
-    from consisid_xdit.demo import shape_identity
-    from tools.demo.consisid import nameless, reference
-    from tools.demo.world import COLOURS, SHAPES
+def _mochi_reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
+    from common.weights import load, on_meta
+    from mochi_xdit.vae import MochiEncoder, normalize
+    from mochi_xdit.weights import find_encoder
 
-    pipe = ConsisIDPipeline.from_pretrained(folder, dtype=dtype, keep_loaded=True)
+    part = find_encoder(pipe.model_dir)
+    encoder = load(on_meta(MochiEncoder, part.config), part.open(), part.rename, "cpu", torch.float32)
 
-    def generate(text: str, seed: int) -> Tensor:
-        words = text.lower().strip(".").split()
-        shape, colour = (next(w for w in words if w in known) for known in (SHAPES, COLOURS))
-        who, said = shape_identity(reference(shape, colour), pipe.config), nameless(text, shape, colour)
-        size = {"height": 64, "width": 64, "num_frames": 17}
-        return pipe(said, identity=who, **size, num_steps=steps, cfg_scale=scale, seed=seed)
+    @torch.no_grad()
+    def reconstruct(clip: Tensor) -> Tensor:
+        mean, _ = encoder((clip.float() / 127.5 - 1).movedim(-1, 0)[None])
+        return pipe.decode(normalize(mean, part.config))
 
-    return generate, _reconstruction(pipe)
-
-
-MODELS: dict[str, tuple[Callable[..., Any], int]] = {
-    "mochi": (mochi, 13),
-    "cogvideox": (cogvideox, 17),
-    "consisid": (consisid, 17),
-}
+    return reconstruct
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo.evaluate", description=__doc__)
-    parser.add_argument("--model", choices=list(MODELS), default="mochi")
+    parser.add_argument("--model", choices=list(FRAMES), default="mochi")
     parser.add_argument("--model-dir", type=Path, help="default: the demo checkpoint of the package")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--num-steps", type=int, help="default: the demo's")
@@ -138,13 +131,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the figures and the misses")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    make, frames = MODELS[arguments.model]
     program = import_module(f"{arguments.model}_xdit.cli").PROGRAM
     rules = program.rules(Source(demo=program.demos[0]))
     steps, scale = arguments.num_steps or rules.num_steps, arguments.cfg_scale or rules.cfg_scale
     folder = arguments.model_dir or program.make_demo(program.demos[0])
-    generate, reconstruct = make(folder, steps, scale, arguments.dtype)
-    result = {"psnr": round(psnr(reconstruct, 50, frames), 2)}
+    pipe, frames = pipeline(arguments.model, folder, dtype=arguments.dtype), FRAMES[arguments.model]
+    generate = generator(arguments.model, pipe, num_steps=steps, cfg_scale=scale)
+    result: dict[str, Any] = {"psnr": round(psnr(reconstruction(arguments.model, pipe), 50, frames), 2)}
     result |= {"model": arguments.model, "steps": steps, "cfg_scale": scale, "dtype": arguments.dtype}
     result |= evaluate(generate, arguments.count, frames)
     if arguments.output:
