@@ -51,24 +51,37 @@ def trained_config() -> ConsisIDConfig:
     return replace(PREVIEW, **numbers, **face)
 
 
+OUTLINE = 4.0
+"""Weight of the outline beside the colours in `shape_identity`: colours alone hardly differ from shape to shape."""
+
+
 def shape_identity(picture: torch.Tensor, config: ConsisIDConfig) -> IdentityFeatures:
-    """Features of a picture (64, 64, 3) uint8 that stand for a face's: fixed random projections of its mean colours.
+    """Features of a picture (64, 64, 3) uint8 that stand for a face's: fixed random projections of colours and outline.
 
     The identity vector sees 8 x 8 means; the hidden states are 16 places with 4 x 4 means each and a code of the place.
+    The outline is each pixel's distance from the corner's colour, relative to the largest.
     """
     generator = torch.Generator().manual_seed(SEED)
-    wide = (picture.float() / 127.5 - 1).movedim(-1, 0)[None]
-    means = torch.nn.functional.avg_pool2d(wide, 8).flatten(1)  # (1, 192)
-    places = torch.nn.functional.avg_pool2d(wide, 4).unfold(2, 4, 4).unfold(3, 4, 4)  # (1, 3, 4, 4, 4, 4)
-    places = places.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (1, 16, 48)
+    colours = (picture.float() / 127.5 - 1).movedim(-1, 0)[None]
+    distance = (colours - colours[..., :1, :1]).norm(dim=1, keepdim=True)
+    outline = OUTLINE * distance / distance.amax().clamp_min(1e-6)
 
-    def project(x: torch.Tensor, width: int) -> torch.Tensor:
-        return x @ torch.randn(x.shape[-1], width, generator=generator) / x.shape[-1] ** 0.5
+    def project(seen: list[torch.Tensor], width: int) -> torch.Tensor:
+        parts = [x @ torch.randn(x.shape[-1], width, generator=generator) / x.shape[-1] ** 0.5 for x in seen]
+        return torch.stack(parts).sum(0)
 
-    vector = project(means, config.id_dim)
+    whole = [torch.nn.functional.avg_pool2d(x, 8).flatten(1) for x in (colours, outline)]  # (1, 64 c)
+    places = [_places(x) for x in (colours, outline)]
+    vector = project(whole, config.id_dim)
     codes = [torch.randn(1, 16, config.vit_dim, generator=generator) for _ in range(config.scales)]
     hidden = tuple(project(places, config.vit_dim) + code for code in codes)
     return IdentityFeatures(vector, hidden, picture, torch.zeros(5, 2))
+
+
+def _places(x: torch.Tensor) -> torch.Tensor:
+    """(1, c, 64, 64) -> (1, 16, 16 c): 4 x 4 places of 4 x 4 means each."""
+    means = torch.nn.functional.avg_pool2d(x, 4).unfold(2, 4, 4).unfold(3, 4, 4)
+    return means.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def demo_checkpoint(name: str = "face", cache_dir: str | Path | None = None) -> Path:

@@ -122,7 +122,7 @@ def noised(data: Tensor, noise: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return a.sqrt() * data + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * data
 
 
-def train_cogvideox(folder: Path, steps: int = 10400, batch: int = 40, clip_count: int = 5000, seed: int = 0) -> None:
+def train_cogvideox(folder: Path, steps: int = 12000, batch: int = 40, clip_count: int = 5000, seed: int = 0) -> None:
     """Train, or go on where it stopped, and write the whole checkpoint into `folder`/cogvideox."""
     texts = features(folder, clip_count, seed)
     latents, factor = pool(folder, clip_count, seed)

@@ -31,6 +31,8 @@ from tools.demo.cogvideox_vae import load_autoencoder
 from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
 from tools.demo.world import COLOURS, SHAPES, Scene, caption, render
 
+FACE_SCALE = 1.5
+"""What the checkpoint's config gives what is read from the face: like guidance, but of the picture. Training has 1."""
 WHO = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 
@@ -95,7 +97,7 @@ def features(folder: Path, count: int, seed: int) -> Tensor:
     return torch.load(file, weights_only=True)
 
 
-def train_consisid(folder: Path, steps: int = 8000, batch: int = 40, clip_count: int = 5000, seed: int = 0) -> None:
+def train_consisid(folder: Path, steps: int = 12000, batch: int = 40, clip_count: int = 5000, seed: int = 0) -> None:
     """Train, or go on where it stopped, and write the whole checkpoint into `folder`/consisid."""
     texts = features(folder, clip_count, seed)
     latents, factor = pool(folder, clip_count, seed)
@@ -124,12 +126,13 @@ def export(folder: Path) -> Path:
     vae = VAEConfig(**torch.load(folder / "cogvideox_vae_config.pt", weights_only=True))
     config, autoencoder, target = trained_config(), load_autoencoder(folder), folder / "consisid"
     state = trained(folder, "consisid")
-    write_part(target / "transformer", consisid_json(config), state, rename_table(config), torch.bfloat16)
+    shown = consisid_json(dataclasses.replace(config, face_scale=FACE_SCALE))
+    write_part(target / "transformer", shown, state, rename_table(config), torch.bfloat16)
     write_vae(target / "vae", vae, autoencoder.encoder, autoencoder.decoder, torch.bfloat16)
     write_json(target / "scheduler" / "scheduler_config.json", scheduler_json("2b"))
     write_json(target / "model_index.json", model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel"))
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(folder / part, target / part, dirs_exist_ok=True)
-    for name, shown in SHOWN.items():
-        save_identity(target / name, shape_identity(reference(*shown), config))
+    for name, who in SHOWN.items():
+        save_identity(target / name, shape_identity(reference(*who), config))
     return target
