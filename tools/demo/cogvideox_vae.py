@@ -85,7 +85,7 @@ def train_vae(folder: Path, steps: int = 1300, seed: int = 0) -> Autoencoder:
 def whiten(folder: Path, count: int = 250, seed: int = 0) -> None:
     """Turn and stretch the latents' axes so that over all positions they have mean 0 and covariance 1.
 
-    Training leaves nearly all of the variance in what the background is and a hundredth of it in outlines, which a
+    Training leaves most of the variance in what the background is and a hundredth of it in outlines, which a
     diffusion model then learns last or never, since noise covers them until the last steps. The map is linear, so
     the encoder's last layer and whatever reads latents in the decoder take it up. Exact but at the picture's border,
     where the decoder's first layer sees zeros beyond; `train_decoder` comes after.
