@@ -63,6 +63,12 @@ FRAMES = {"mochi": 13, "cogvideox": 17, "consisid": 17}
 _PIPELINES = {"mochi": "MochiPipeline", "cogvideox": "CogVideoXPipeline", "consisid": "ConsisIDPipeline"}
 
 
+def rules(model: str) -> tuple[Path, Any]:
+    """A model's demo checkpoint and its own number of steps and guidance."""
+    program = import_module(f"{model}_xdit.cli").PROGRAM
+    return program.make_demo(program.demos[0]), program.rules(Source(demo=program.demos[0]))
+
+
 def pipeline(model: str, folder: Path, mesh: Mesh | None = None, **options: Any) -> Any:
     """The pipeline of `model` over a demo checkpoint, its parts kept loaded."""
     kind = getattr(import_module(f"{model}_xdit"), _PIPELINES[model])
@@ -131,10 +137,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the figures and the misses")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    program = import_module(f"{arguments.model}_xdit.cli").PROGRAM
-    rules = program.rules(Source(demo=program.demos[0]))
-    steps, scale = arguments.num_steps or rules.num_steps, arguments.cfg_scale or rules.cfg_scale
-    folder = arguments.model_dir or program.make_demo(program.demos[0])
+    shipped, own = rules(arguments.model)
+    steps, scale = arguments.num_steps or own.num_steps, arguments.cfg_scale or own.cfg_scale
+    folder = arguments.model_dir or shipped
     pipe, frames = pipeline(arguments.model, folder, dtype=arguments.dtype), FRAMES[arguments.model]
     generate = generator(arguments.model, pipe, num_steps=steps, cfg_scale=scale)
     result: dict[str, Any] = {"psnr": round(psnr(reconstruction(arguments.model, pipe), 50, frames), 2)}

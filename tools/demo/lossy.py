@@ -13,7 +13,6 @@ import platform
 import socket
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from common.parallel import Layout, Mesh, distributed
-from common.request import Source
-from tools.demo.evaluate import FRAMES, READ, evaluate, generator, pipeline
+from tools.demo.evaluate import FRAMES, READ, evaluate, generator, pipeline, rules
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "docs" / "fidelity.md"
@@ -48,12 +46,6 @@ EXACT: dict[str, tuple[Layout, dict[str, Any]]] = {
 }
 PROMPTS = ("A big red circle moves slowly to the right on a black background.", "A small blue cross glides up.")
 DECODING = ("vae", "vae_tile", "vae_chunk")
-
-
-def rules(model: str) -> tuple[Path, Any]:
-    """A model's demo checkpoint and its own number of steps and guidance."""
-    program = import_module(f"{model}_xdit.cli").PROGRAM
-    return program.make_demo(program.demos[0]), program.rules(Source(demo=program.demos[0]))
 
 
 def maker(model: str, options: dict[str, Any], mesh: Mesh | None = None) -> Callable[[str, int], Tensor]:
