@@ -13,7 +13,17 @@ from typing import Any
 _PEER_GONE = ("connection closed", "connection reset", "broken pipe", "connection refused", "remote process exited")
 _NO_ANSWER = ("timed out", "timeout")
 _COLLECTIVE = ("gloo", "nccl", "c10d", "tcpstore", "process group", "collective", "socket", "store")
-
+# Running out of memory, as libraries put it into a plain RuntimeError: CUDA and NCCL; cuDNN, where no convolution
+# algorithm got its workspace; handles of cuDNN and cuBLAS; PyTorch's allocator on the CPU.
+_NO_ENGINE = "unable to find an engine"
+_NO_MEMORY = (
+    "out of memory",
+    _NO_ENGINE,
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+    "can't allocate memory",
+    "cannot allocate memory",
+)
 
 _PLAIN = (ValueError, ImportError, ArithmeticError, TimeoutError)  # their messages need no name in front
 NO_ANSWER = "another rank did not answer within --timeout"
@@ -41,12 +51,24 @@ class Failure:
         return f"rank {self.rank}, {self.stage}: {self.message}" if with_rank else f"{self.stage}: {self.message}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the device's or the machine's, whichever library noticed it.
+
+    PyTorch's allocator raises OutOfMemoryError and Python MemoryError; cuDNN, cuBLAS and NCCL, which allocate for
+    themselves, end in a RuntimeError that only its words tell apart.
+    """
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
 def describe(error: BaseException, rank: int, stage: str, status: int = 1) -> Failure:
     """One line for an exception, and whether it is the cause or only an echo of another rank's end."""
     text = " ".join(str(error).split())
     trace = "".join(traceback.format_exception(error))
     kind = type(error).__name__
-    if isinstance(error, RuntimeError) and any(word in f"{kind} {text}".lower() for word in _COLLECTIVE):
+    short_of_memory = is_out_of_memory(error)
+    if _is_collective(error, f"{kind} {text}") and not short_of_memory:
         if any(word in text.lower() for word in _PEER_GONE):
             return Failure(rank, stage, "lost the connection to another rank", secondary=True, trace=trace)
         if any(word in text.lower() for word in _NO_ANSWER):
@@ -55,13 +77,19 @@ def describe(error: BaseException, rank: int, stage: str, status: int = 1) -> Fa
         message = f"no space is left on the disk: {text}"
     elif isinstance(error, OSError) and error.errno and error.filename:
         message = f"{error.filename}: {(error.strerror or kind).lower()}"
-    elif kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+    elif short_of_memory:
         message = f"out of memory: {_first_sentence(text) or 'the machine has no more'}"
+        if _NO_ENGINE in text.lower():
+            message += " (cuDNN's convolutions found no room for their workspace)"
     elif text and (isinstance(error, _PLAIN) or kind == "RuntimeError"):
         message = text
     else:
         message = f"{kind}: {text}" if text else kind
     return Failure(rank, stage, message[:2000], status=status, trace=trace)
+
+
+def _is_collective(error: BaseException, words: str) -> bool:
+    return isinstance(error, RuntimeError) and any(word in words.lower() for word in _COLLECTIVE)
 
 
 def _first_sentence(text: str) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from common import launch
-from common.failure import Failure, describe, verdict
+from common.failure import Failure, describe, is_out_of_memory, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = f"""
@@ -210,6 +211,18 @@ def test_a_free_port_can_be_bound():
         listener.bind(("127.0.0.1", launch.free_port()))
 
 
+OUT_OF_MEMORY = (
+    "GET was unable to find an engine to execute this computation",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+    "CUDA error: out of memory",
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4611686018427387904 bytes. Error code 12 (Cannot allocate memory)",
+)
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -221,11 +234,26 @@ def test_a_free_port_can_be_bound():
         (FileNotFoundError(2, "No such file or directory", "/a"), "/a: no such file or directory"),
         (OSError(28, "No space left on device", "/a"), "no space is left on the disk"),
         (MemoryError("no plan fits"), "out of memory: no plan fits"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: CUDA out of memory"),
+        *((RuntimeError(words), "out of memory: ") for words in OUT_OF_MEMORY),
     ],
 )
 def test_descriptions_are_one_line(error, message):
     failure = describe(error, 2, "decoding")
     assert failure.message.startswith(message) and "\n" not in failure.message and not failure.secondary
+
+
+def test_every_form_of_out_of_memory_is_recognised():
+    class OutOfMemoryError(Exception):
+        pass
+
+    errors = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError("another build's")]
+    assert all(map(is_out_of_memory, errors + [RuntimeError(words) for words in OUT_OF_MEMORY]))
+    others = [RuntimeError("shape mismatch"), ValueError("out of memory is no value"), RuntimeError("NCCL timed out")]
+    assert not any(map(is_out_of_memory, [*others, RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")]))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 62, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
 
 
 def test_the_cause_is_told_and_not_its_echoes():
