@@ -35,6 +35,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_VARIANTS = ("", "bf16", "fp16")
 _MAX_HEADER_BYTES = 100 << 20
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
@@ -207,15 +208,20 @@ def find_files(folder: str | Path, stem: str, dtype: torch.dtype | None = None) 
     Raises CheckpointError that lists what was looked for.
     """
     folder = Path(folder)
-    variants = ["", "bf16", "fp16"]
     wanted = "bf16" if dtype == torch.bfloat16 else "fp16" if dtype == torch.float16 else ""
-    variants.sort(key=lambda variant: variant != wanted)
-    for variant in variants:
+    for variant in sorted(_VARIANTS, key=lambda variant: variant != wanted):
         dotted = f".{variant}" if variant else ""
         for name in (f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors"):
             if (folder / name).is_file():
                 return folder / name
     raise CheckpointError(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json")
+
+
+def plain_stem(file: Path) -> str:
+    """What `find_files` looks for to find `file`, a single file or an index of any variant."""
+    stem = file.name.split(".safetensors")[0]
+    base, dot, variant = stem.rpartition(".")
+    return base if dot and variant in _VARIANTS else stem
 
 
 def write_file(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from common import program
 from common.placement import has_float8
-from common.weights import open_checkpoint
+from common.weights import find_files, open_checkpoint, save
 from consisid_xdit.cli import PROGRAM as CONSISID
 from consisid_xdit.pipeline import ConsisIDPipeline
 from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.pipeline import MochiPipeline
+from mochi_xdit.weights import transformer_rename
 from tests import cogvideox, consisid, mochi
 
 
@@ -106,6 +108,73 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("common.quantize._link", full)
-    assert program.main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(tmp_path / "b")]) == 1
+    assert quantize(source, tmp_path / "b") == 1
     assert "No space left" in capsys.readouterr().err
-    assert not (tmp_path / "b").exists()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def quantize(source: Path, output: Path) -> int:
+    return program.main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(output)])
+
+
+def test_what_lies_behind_linked_folders_comes_along(tmp_path):
+    source, store = mochi.write_checkpoint(tmp_path / "a", "diffusers"), tmp_path / "store"
+    store.mkdir()
+    for name in ("transformer", "text_encoder", "tokenizer"):
+        (source / name).rename(store / name)
+        (source / name).symlink_to(store / name)
+    (store / "tokenizer" / "up").symlink_to(source)
+    assert quantize(source, tmp_path / "b") == 0
+    files = {p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*") if p.is_file()}
+    assert {"transformer/config.json", "text_encoder/config.json", "tokenizer/spiece.model"} <= files
+    assert not any("up" in name for name in files), "a link to a folder above is not followed"
+    MochiPipeline.from_pretrained(tmp_path / "b")._load_transformer()
+
+
+def test_a_link_to_nothing_is_refused_before_the_work(tmp_path, capsys):
+    source = mochi.write_checkpoint(tmp_path / "a", "diffusers")
+    (source / "README.md").symlink_to("../blobs/gone")
+    assert quantize(source, tmp_path / "b") == 2
+    assert f"{source / 'README.md'} is a link to ../blobs/gone, which does not exist" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp16"])
+def test_shards_of_a_half_precision_file_are_found(tmp_path, monkeypatch, variant):
+    source = mochi.write_checkpoint(tmp_path / "a", "diffusers")
+    folder, stem = source / "transformer", "diffusion_pytorch_model"
+    for shard in folder.glob("*.safetensors*"):
+        shard.unlink()
+    state = {name: tensor.bfloat16() for name, tensor in mochi.build()[0].state_dict().items()}
+    save(state, folder / f"{stem}.{variant}.safetensors", transformer_rename(mochi.TINY))
+    monkeypatch.setattr("common.quantize.SHARD_BYTES", 50_000)
+    assert quantize(source, tmp_path / "b") == 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert has_float8(open_checkpoint(find_files(tmp_path / "b" / "transformer", stem, dtype)))
+
+
+def test_an_empty_folder_is_taken_and_another_runs_copy_is_not(tmp_path, capsys, monkeypatch):
+    source, output = mochi.write_checkpoint(tmp_path / "a", "native"), tmp_path / "b"
+    output.mkdir()
+    assert quantize(source, output) == 0
+    assert (output / "dit.safetensors").is_file()
+    later = tmp_path / "c"
+
+    def overtaken(*args: object) -> None:
+        later.mkdir(exist_ok=True)
+        (later / "theirs").touch()
+
+    monkeypatch.setattr("common.quantize._link", overtaken)
+    assert quantize(source, later) == 1
+    assert f"{later}: another run has made it meanwhile" in capsys.readouterr().err
+    assert os.listdir(later) == ["theirs"] and sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing_and_the_command_can_be_repeated(tmp_path, monkeypatch, number):
+    source = mochi.write_checkpoint(tmp_path / "a", "native")
+    with monkeypatch.context() as patch:
+        patch.setattr("common.quantize._link", lambda *args: signal.raise_signal(number))
+        assert quantize(source, tmp_path / "b") == 128 + number
+    assert os.listdir(tmp_path) == ["a"]
+    assert quantize(source, tmp_path / "b") == 0
