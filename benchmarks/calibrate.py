@@ -65,7 +65,7 @@ def twins(one: Observation, observations: Sequence[Observation]) -> list[int]:
 
     def same(o: Observation) -> tuple[Any, ...]:
         row = row_of(o)
-        return (machine_of(row), row.model.name, row.size.num_frames, row.degrees, bool(row.other.get("fsdp")))
+        return (machine_of(row), row.model.name, row.size.num_frames, row.layout, bool(row.other.get("fsdp")))
 
     return [i for i, o in enumerate(observations) if same(o) == same(one)]
 
@@ -77,7 +77,7 @@ def errors(observations: Sequence[Observation], fit: Fit, leave_out: bool, tell:
         return found
     import numpy as np
 
-    small = Problem([o for o in observations if o.degrees.ranks <= 2]).solve()
+    small = Problem([o for o in observations if o.layout.ranks <= 2]).solve()
     jacobian = problem.jacobian(np.array([fit.x[key] for key in problem.keys]))
     at = [i for i, o in enumerate(observations) if o.kind != "decode"]
     for number, (i, error) in enumerate(zip(at, found)):
@@ -88,7 +88,7 @@ def errors(observations: Sequence[Observation], fit: Fit, leave_out: bool, tell:
         error.twins_out = error.left_out
         if len({row_of(observations[k]).id for k in together}) > 1:
             error.twins_out = one.predict(problem.without(fit, jacobian, together)) / one.seconds - 1
-        if one.degrees.ranks >= 3:
+        if one.layout.ranks >= 3:
             error.extrapolated = one.predict({**small.theta}) / one.seconds - 1
         if number % 25 == 24:
             tell(f"left out {number + 1} of {len(at)} rows")
@@ -126,8 +126,8 @@ def _tables(found: Sequence[Errors]) -> list[list[Errors]]:
     for error in found:
         row = error.row
         program = (row.implementation.split()[0], bool(row.other.get("fsdp")), row.kind)
-        tables.setdefault((row.group, row.model.name, row.degrees.ranks, program), []).append(error)
-    return [table for table in tables.values() if len({e.row.degrees for e in table}) > 1]
+        tables.setdefault((row.group, row.model.name, row.layout.ranks, program), []).append(error)
+    return [table for table in tables.values() if len({e.row.layout for e in table}) > 1]
 
 
 def choices(found: Sequence[Errors], of: Callable[[Errors], float | None]) -> list[Choice]:
@@ -140,10 +140,10 @@ def choices(found: Sequence[Errors], of: Callable[[Errors], float | None]) -> li
             Choice(
                 rows_[0].group,
                 rows_[0].model.name,
-                rows_[0].degrees.ranks,
+                rows_[0].layout.ranks,
                 best=min(rows_, key=lambda row: row.seconds),
                 planner=min(rows_, key=lambda row: predicted[row.id]),
-                rule=min(rows_, key=lambda row: (-row.degrees.cfg, row.degrees.ulysses)),
+                rule=min(rows_, key=lambda row: (-row.layout.cfg, row.layout.ulysses)),
             )
         )
     return picked
@@ -158,11 +158,11 @@ def pairs_in_order(
         for i, a in enumerate(table):
             for b in table[i + 1 :]:
                 fast, slow = sorted((a, b), key=lambda e: e.row.seconds)
-                if slow.row.seconds < (1 + apart) * fast.row.seconds or fast.row.degrees == slow.row.degrees:
+                if slow.row.seconds < (1 + apart) * fast.row.seconds or fast.row.layout == slow.row.layout:
                     continue
                 total += 1
                 right += fast.row.seconds * (1 + (of(fast) or 0)) < slow.row.seconds * (1 + (of(slow) or 0))
-                order = [(-e.row.degrees.cfg, e.row.degrees.ulysses) for e in (fast, slow)]
+                order = [(-e.row.layout.cfg, e.row.layout.ulysses) for e in (fast, slow)]
                 rule += order[0] < order[1]
     return right, rule, total
 
@@ -268,7 +268,7 @@ def report(found: Sequence[Errors], fit: Fit) -> dict[str, Any]:
         "rows": [
             {
                 "id": e.row.id,
-                "layout": str(e.row.degrees),
+                "layout": str(e.row.layout),
                 "published": e.row.seconds,
                 "kind": e.row.kind,
                 "fitted": e.fitted,
@@ -314,7 +314,7 @@ def own_profile(path: Path, gpu: str, output: Path) -> None:
         fitted = o.predict(found.theta)
         errors_ = [percent(seconds / o.seconds - 1) for seconds in (fitted, without) if seconds is not None]
         cells = "".join(f"{cell:>8}" for cell in errors_)
-        click.echo(f"{o.degrees!s:34}{o.kind:10}{o.seconds:>10.2f}{fitted:>10.2f}{cells}")
+        click.echo(f"{o.layout!s:34}{o.kind:10}{o.seconds:>10.2f}{fitted:>10.2f}{cells}")
     own = asdict(made) | {"name": output.stem, "calibrated_on": f"{path.name}, {len(observations)} figures"}
     output.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
     click.echo(f"written: {output} (xdit-plan --gpu {output})")
@@ -325,12 +325,12 @@ def _left_out(problem: Problem, fit: Fit) -> list[float | None]:
     import numpy as np
 
     observations = problem.observations
-    if len({o.degrees for o in observations}) < 2:
+    if len({o.layout for o in observations}) < 2:
         return [None] * len(observations)
     jacobian = problem.jacobian(np.array([fit.x[key] for key in problem.keys]))
     found: list[float | None] = []
     for o in observations:
-        same = [k for k, other in enumerate(observations) if other.degrees == o.degrees]
+        same = [k for k, other in enumerate(observations) if other.layout == o.layout]
         found.append(o.predict(problem.without(fit, jacobian, same)))
     return found
 

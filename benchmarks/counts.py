@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.layout import Coordinates, Layout, layouts_of
 from planner import reference
-from planner.cost import Degrees, Pass, Place, branches, forward, sent
-from planner.layouts import products, refusal
+from planner.cost import Pass, branches, forward, sent
+from planner.layouts import refusal
 from planner.models import Model, Size, decoded_frames, default_size, get_model, video_tokens
 
 
@@ -27,35 +28,35 @@ def flops(passes: list[Pass]) -> float:
     return sum(p.matmul + p.attention for p in passes)
 
 
-def ours(model: Model, size: Size, degrees: Degrees) -> tuple[list[float], float]:
+def ours(model: Model, size: Size, layout: Layout) -> tuple[list[float], float]:
     """FLOPs of every rank in a step, and the most bytes that a rank sends in one."""
     video, text = video_tokens(model, size), model.text_tokens
-    places = [Place(degrees, rank) for rank in range(degrees.ranks)]
+    places = [Coordinates(layout, rank) for rank in range(layout.ranks)]
     work = [flops([forward(model, video, text[b], place) for b in branches(place, size.guided)]) for place in places]
     return work, max(sent(model, size, place).total for place in places) / size.num_steps
 
 
-def theirs(model: Model, size: Size, degrees: Degrees) -> tuple[list[float], float] | None:
-    if refusal(model, size, degrees, "reference"):
+def theirs(model: Model, size: Size, layout: Layout) -> tuple[list[float], float] | None:
+    if refusal(model, size, layout, "reference"):
         return None
-    work = [flops(reference.passes(model, size, degrees))] * degrees.ranks
-    return work, reference.sent(model, size, degrees).total / size.num_steps
+    work = [flops(reference.passes(model, size, layout))] * layout.ranks
+    return work, reference.sent(model, size, layout).total / size.num_steps
 
 
-def row(model: Model, size: Size, degrees: Degrees, alone: float) -> str:
-    cells = [str(degrees)]
-    for found in (ours(model, size, degrees), theirs(model, size, degrees)):
+def row(model: Model, size: Size, layout: Layout, alone: float) -> str:
+    cells = [str(layout)]
+    for found in (ours(model, size, layout), theirs(model, size, layout)):
         if found is None:
             cells += ["refused", "", ""]
             continue
         work, traffic = found
         cells += [
             f"{100 * sum(work) / alone:.2f} %",
-            f"{100 * max(work) * degrees.ranks / alone:.2f} %",
+            f"{100 * max(work) * layout.ranks / alone:.2f} %",
             f"{traffic / 1e6:.0f}",
         ]
     frames = decoded_frames(model, size)
-    return "| " + " | ".join([*cells, f"{-(-frames // degrees.ranks)} of {frames}", f"{frames} of {frames}"]) + " |"
+    return "| " + " | ".join([*cells, f"{-(-frames // layout.ranks)} of {frames}", f"{frames} of {frames}"]) + " |"
 
 
 def main() -> None:
@@ -66,14 +67,14 @@ def main() -> None:
     for name in args.model:
         model = get_model(name)
         size = default_size(model)
-        alone = sum(ours(model, size, Degrees())[0])
+        alone = sum(ours(model, size, Layout())[0])
         print(f"\n{model.title}, {size.height}x{size.width}, {size.num_frames} frames\n")
         print("| layout | FLOPs | busiest | MB a step | theirs: FLOPs | busiest | MB a step | decoded | theirs |")
         print("|---|---|---|---|---|---|---|---|---|")
         for ranks in args.ranks:
-            for degrees in products(ranks):
-                if refusal(model, size, degrees, "ours") is None:
-                    print(row(model, size, degrees, alone))
+            for layout in layouts_of(ranks):
+                if refusal(model, size, layout, "ours") is None:
+                    print(row(model, size, layout, alone))
 
 
 if __name__ == "__main__":

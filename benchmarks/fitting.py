@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.published import Row
-from planner.cost import Degrees
+from common.layout import Layout
 from planner.hardware import Links, Profile, get_profile
 from planner.model import Pass, Spread, outside_seconds, spread, step_seconds, workload
 from planner.models import Model, Size, get_model
@@ -115,7 +115,7 @@ class Observation:
     row: Row | None
     model: Model
     size: Size
-    degrees: Degrees
+    layout: Layout
     scheme: str
     kind: str
     seconds: float
@@ -135,13 +135,13 @@ class Observation:
     def evaluate(self, profile: Profile) -> float:
         """Seconds on a machine."""
         if self.kind == "decode":
-            return outside_seconds(self.model, self.size, self.degrees, profile, self.scheme)[1]
-        parts = step_seconds(self.model, self.size, self.degrees, profile, self.scheme, self.at, self.work)
+            return outside_seconds(self.model, self.size, self.layout, profile, self.scheme)[1]
+        parts = step_seconds(self.model, self.size, self.layout, profile, self.scheme, self.at, self.work)
         seconds = sum(parts.values())
         if self.kind != "step":
             seconds *= self.size.num_steps
         if self.kind == "total":
-            seconds += sum(outside_seconds(self.model, self.size, self.degrees, profile, self.scheme))
+            seconds += sum(outside_seconds(self.model, self.size, self.layout, profile, self.scheme))
         return seconds
 
 
@@ -156,8 +156,8 @@ def observe(row: Row) -> list[Observation]:
     """A published row: its seconds, and its seconds of decoding where they are given."""
     base = sheet(row)
     base = replace(base, links=links_sheet(machine_of(row), base.links), fsdp=bool(row.other.get("fsdp")))
-    at = spread(row.degrees, base.links, -(-row.degrees.ranks // base.links.gpus_per_node))
-    work = workload(row.model, row.size, row.degrees, "reference")
+    at = spread(row.layout, base.links, -(-row.layout.ranks // base.links.gpus_per_node))
+    work = workload(row.model, row.size, row.layout, "reference")
     figures = [(row.kind, row.seconds, row.reading_error)]
     if "vae_decode_s" in row.other:
         # One program's decode time does not depend on the layout; together its rows count about once.
@@ -165,7 +165,7 @@ def observe(row: Row) -> list[Observation]:
     found = []
     for kind, seconds, error in figures:
         sigma = math.hypot(RELATIVE_NOISE, 0.6 * error / seconds)
-        what = (row, row.model, row.size, row.degrees, "reference", kind, seconds, sigma)
+        what = (row, row.model, row.size, row.layout, "reference", kind, seconds, sigma)
         found.append(Observation(*what, keys_of(row), base, work, at, prior))
     return found
 
@@ -189,16 +189,16 @@ def observe_measured(rows_: Sequence[Mapping[str, Any]], base: Profile) -> list[
         key = row["key"]
         if "error" in row or key["program"] != "ours":
             continue
-        model, degrees = get_model(key["model"]), Degrees(key["cfg"], key["ring"], key["ulysses"])
+        model, layout = get_model(key["model"]), Layout(key["cfg"], key["ring"], key["ulysses"])
         size = Size(key["width"], key["height"], key["num_frames"], key["num_steps"], key["guided"])
-        at = spread(degrees, base.links, -(-degrees.ranks // base.links.gpus_per_node))
-        names = [n for n in OWN if degrees.sequence > 1 or n not in ("layer_overhead_ms", *LINKS)]
+        at = spread(layout, base.links, -(-layout.ranks // base.links.gpus_per_node))
+        names = [n for n in OWN if layout.sequence > 1 or n not in ("layer_overhead_ms", *LINKS)]
         keys = {name: (name, "own") for name in names}
-        work = workload(model, size, degrees, "ours")
+        work = workload(model, size, layout, "ours")
         for kind in ("sampling", "decode"):
             seconds = row["stages_s"].get(kind)
             if seconds:
-                what = (None, model, size, degrees, "ours", kind, seconds, RELATIVE_NOISE)
+                what = (None, model, size, layout, "ours", kind, seconds, RELATIVE_NOISE)
                 found.append(Observation(*what, keys, base, work, at, around))
     if not found:
         raise ValueError("the results hold no row of our program that succeeded")

@@ -44,8 +44,7 @@ def workload(model: Model, mesh: Mesh) -> Workload:
 
 def rows(model: Model, gpus: int, float8: bool) -> tuple[Layout, Estimator]:
     """Rank 0's estimator in the layout that the rule or this machine's profile gives."""
-    degrees, _ = choose_layout(model.name, None, gpus)
-    layout = Layout(degrees.cfg, degrees.ring, degrees.ulysses)
+    layout, _ = choose_layout(model.name, None, gpus)
     with imagined(layout) as mesh:
         return layout, Estimator(workload(model, mesh), mesh, Precision(float8=float8))
 

@@ -139,9 +139,9 @@ def tables() -> list[str]:
 
 def _published_line(row: Row) -> list[object]:
     profile = get_profile(profile_of(row))
-    mine = predict(row.model, row.size, row.degrees, profile, "ours")
+    mine = predict(row.model, row.size, row.layout, profile, "ours")
     here = {"step": mine.step, "sampling": mine.sampling, "total": mine.total}[row.kind]
-    d = row.degrees
+    d = row.layout
     note = " (not fitted)" if row.id in excluded() else ""
     fsdp = " FSDP" if row.other.get("fsdp") else ""
     return [
@@ -164,7 +164,7 @@ def ours() -> list[str]:
             profile = get_profile(gpu)
             for gpus in (1, 2, 4, 8):
                 found = plan(model, default_size(model), gpus, profile)
-                best, d = found.best, found.best.degrees
+                best, d = found.best, found.best.layout
                 memory = max(best.memory_gb.values())
                 cells = (f"{best.total:.1f}", f"{found.speedup(best):.2f}", f"{best.sent.total / 1e9:.0f}", best.bound)
                 lines.append(
@@ -188,7 +188,7 @@ def scaling() -> list[str]:
         for link in (25.0, 200.0):
             found = plan(model, size, 8 * nodes, get_profile("h100", node_gbs=link), nodes=nodes)
             best, other = found.best, replicas(found)
-            d = best.degrees
+            d = best.layout
             part = max(best.parts, key=lambda kind: best.parts[kind])
             share = 100 * best.parts[part] / best.total
             lines.append(
@@ -201,7 +201,7 @@ def scaling() -> list[str]:
                     f"{100 * found.speedup(best) / (8 * nodes):.0f} %",
                     f"{part} ({share:.0f} %)",
                     f"{100 * best.parts['fixed'] / best.total:.0f} %",
-                    f"{other.copies} x {other.copy.degrees.ranks}",
+                    f"{other.copies} x {other.copy.layout.ranks}",
                 )
             )
     heads = ("H100 on machines", "GB/s a machine", "best cfg x ring x ulysses", "predicted s", "speed-up", "efficiency")

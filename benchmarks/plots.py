@@ -40,7 +40,7 @@ def profile_of(row: Row) -> str:
 
 def seconds_of(row: Row, scheme: str = "reference") -> float:
     """What the planner says for what the row's figure covers."""
-    found = predict(row.model, row.size, row.degrees, get_profile(profile_of(row)), scheme)
+    found = predict(row.model, row.size, row.layout, get_profile(profile_of(row)), scheme)
     return {"step": found.step, "sampling": found.sampling, "total": found.total}[row.kind]
 
 
@@ -94,9 +94,9 @@ def speedups(path: Path) -> None:
     for axes, name in zip(every, names):
         table = [row for row in rows() if row.group == name and row.id not in excluded()]
         model, size, profile = table[0].model, table[0].size, get_profile(name)
-        one = next(row.seconds for row in table if row.degrees.ranks == 1)
-        counts = sorted({row.degrees.ranks for row in table})
-        best = {n: min(row.seconds for row in table if row.degrees.ranks == n) for n in counts}
+        one = next(row.seconds for row in table if row.layout.ranks == 1)
+        counts = sorted({row.layout.ranks for row in table})
+        best = {n: min(row.seconds for row in table if row.layout.ranks == n) for n in counts}
         axes.plot(counts, [one / best[n] for n in counts], "o", color=PUBLISHED, label="published, best layout")
         more = range(1, 9)
         for scheme, colour in (("reference", REFERENCE), ("ours", OURS)):
@@ -147,7 +147,7 @@ def breakdown(path: Path) -> None:
             axes.bar([str(n) for n in found], heights, bottom=bottom, color=colour, label=part, width=0.65)
             bottom = [b + h for b, h in zip(bottom, heights)]
         for i, (total, p) in enumerate(zip(bottom, found.values())):
-            layout = f"{p.degrees.cfg}x{p.degrees.ring}x{p.degrees.ulysses}"
+            layout = f"{p.layout.cfg}x{p.layout.ring}x{p.layout.ulysses}"
             axes.text(i, total, f"{total:.0f} s\n{layout}", ha="center", va="bottom", fontsize=7)
         axes.set_ylim(0, 1.18 * max(bottom))
         axes.set_title(model.title, fontsize=9)

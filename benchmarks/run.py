@@ -35,8 +35,8 @@ from benchmarks.published import Row, rows
 from benchmarks.worker import PROGRAMS, Job
 from common import launch
 from common.checks import xfuser_problems
-from planner.cost import Degrees
-from planner.layouts import products, refusal
+from common.layout import Layout, layouts_of
+from planner.layouts import refusal
 from planner.models import MODELS, Model, Size, default_size, get_model
 
 RESULTS = Path("outputs") / "bench"
@@ -68,10 +68,10 @@ def context() -> dict[str, Any]:
     }
 
 
-def parse_layouts(text: str, model: Model, size: Size, gpus: int) -> list[Degrees]:
+def parse_layouts(text: str, model: Model, size: Size, gpus: int) -> list[Layout]:
     """`all` that fit, or `2x3x1,...` (cfg x ring x ulysses). ValueError names what cannot run."""
     if text == "all":
-        found = [d for n in range(1, gpus + 1) for d in products(n)]
+        found = [d for n in range(1, gpus + 1) for d in layouts_of(n)]
         return [d for d in found if refusal(model, size, d, "ours") is None]
     layouts = []
     for word in text.split(","):
@@ -81,13 +81,13 @@ def parse_layouts(text: str, model: Model, size: Size, gpus: int) -> list[Degree
                 raise ValueError
         except ValueError:
             raise ValueError(f"--layouts: {word!r} is not cfg x ring x ulysses, such as 2x3x1") from None
-        layouts.append(Degrees(cfg, ring, ulysses))
-    for degrees in layouts:
-        reason = refusal(model, size, degrees, "ours")
+        layouts.append(Layout(cfg, ring, ulysses))
+    for layout in layouts:
+        reason = refusal(model, size, layout, "ours")
         if reason:
-            raise ValueError(f"--layouts: {degrees}: {reason}")
-        if degrees.ranks > gpus:
-            raise ValueError(f"--layouts: {degrees} needs {degrees.ranks} ranks, and there are {gpus}")
+            raise ValueError(f"--layouts: {layout}: {reason}")
+        if layout.ranks > gpus:
+            raise ValueError(f"--layouts: {layout} needs {layout.ranks} ranks, and there are {gpus}")
     return layouts
 
 
@@ -169,7 +169,7 @@ def measure(job: Job) -> dict[str, Any]:
     """Start the ranks of one layout. A failure is a row with `error`; wrong use and interrupts raise."""
     with tempfile.TemporaryDirectory() as folder:
         job = replace(job, output=Path(folder) / "row.json")
-        ranks = Degrees(*job.degrees).ranks
+        ranks = job.layout.ranks
         command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
         status = launch.supervise(command, ranks, job.device == "cpu", pickle.dumps(job))
         if status > 128:
@@ -186,8 +186,8 @@ def published_seconds(row: dict[str, Any], table: str | None) -> tuple[Row, floa
         same = (one.size.width, one.size.height, one.size.num_frames, one.size.num_steps) == tuple(
             key[name] for name in ("width", "height", "num_frames", "num_steps")
         )
-        layout = (one.degrees.cfg, one.degrees.ring, one.degrees.ulysses) == (key["cfg"], key["ring"], key["ulysses"])
-        if one.model.name != key["model"] or not same or not layout or (table and one.group != table):
+        layout = Layout(key["cfg"], key["ring"], key["ulysses"])
+        if one.model.name != key["model"] or not same or one.layout != layout or (table and one.group != table):
             continue
         sampling = row["stages_s"].get("sampling", row["total_s"])
         ours = {"total": row["total_s"], "sampling": sampling, "step": sampling / key["num_steps"]}
@@ -249,9 +249,9 @@ def command(**options: Any) -> None:
     for job in jobs:
         key = key_of(job)
         if results.has(key):
-            click.echo(f"{job.program} {Degrees(*job.degrees)}: measured before", err=True)
+            click.echo(f"{job.program} {job.layout}: measured before", err=True)
             continue
-        click.echo(f"{job.program} {Degrees(*job.degrees)} ...", err=True)
+        click.echo(f"{job.program} {job.layout} ...", err=True)
         results.add({"key": key, **measure(job), "date": datetime.date.today().isoformat()})
     wanted = [key_of(job) for job in jobs]
     show([row for row in results.data["rows"] if row["key"] in wanted], table)
@@ -262,14 +262,11 @@ def command(**options: Any) -> None:
 
 def key_of(job: Job) -> dict[str, Any]:
     """What makes two rows the same measurement."""
-    cfg, ring, ulysses = job.degrees
     weights = "random" if job.hollow else job.model_dir.name
     return {
         "model": job.model,
         "program": job.program,
-        "cfg": cfg,
-        "ring": ring,
-        "ulysses": ulysses,
+        **asdict(job.layout),
         **asdict(job.size),
         "dtype": job.dtype,
         "device": job.device,
@@ -293,7 +290,7 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
     if problems:
         raise ValueError("\n".join(problems))
     if table:
-        layouts = list(dict.fromkeys(r.degrees for r in table if r.model == model and r.degrees.ranks <= gpus))
+        layouts = list(dict.fromkeys(r.layout for r in table if r.model == model and r.layout.ranks <= gpus))
     else:
         layouts = parse_layouts(options["layouts"], model, size, gpus)
     folder = demo_folder(model) if demo else options["model_dir"] or _hollow(model)
@@ -301,7 +298,7 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
         model=model.name,
         model_dir=folder,
         hollow=not demo and options["model_dir"] is None,
-        degrees=(1, 1, 1),
+        layout=Layout(),
         size=size,
         device=device,
         dtype=options["dtype"] or ("bf16" if device == "cuda" else "fp32"),
@@ -314,20 +311,20 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
     unknown = [name for name in peers if name not in PROGRAMS[1:]]
     if unknown:
         raise ValueError(f"--peers {unknown[0]} is unknown; choose of {', '.join(PROGRAMS[1:])}")
-    jobs = [replace(base, degrees=(d.cfg, d.ring, d.ulysses)) for d in layouts]
+    jobs = [replace(base, layout=d) for d in layouts]
     for name in peers:
         jobs += _xfuser(base, model, layouts) if name == "xfuser" else [replace(base, program=name)]
     path = options["output"] or RESULTS / f"{model.name}{'-demo' if demo else ''}-{device}.json"
     return jobs, options["table"], path
 
 
-def _xfuser(base: Job, model: Model, layouts: Sequence[Degrees]) -> list[Job]:
+def _xfuser(base: Job, model: Model, layouts: Sequence[Layout]) -> list[Job]:
     """Our program over the engine xfuser, in the layouts that it can run. ValueError when it can run none here."""
     problems = [xfuser_problems(base.device, base.attention, base.dtype, model.heads, d.ulysses) for d in layouts]
     fitting = [d for d, found in zip(layouts, problems) if not found]
     if not fitting:
         raise ValueError("--peers xfuser: " + "; ".join(problems[0] if problems else ["there is no layout"]))
-    return [replace(base, program="xfuser", degrees=(d.cfg, d.ring, d.ulysses)) for d in fitting]
+    return [replace(base, program="xfuser", layout=d) for d in fitting]
 
 
 def _size(options: dict[str, Any], model: Model, table: Sequence[Row], demo: bool) -> Size:

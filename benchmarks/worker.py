@@ -31,12 +31,12 @@ PROGRAMS = ("ours", "diffusers", "diffusers-compiled", "xfuser")
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. degrees: cfg, ring, ulysses. hollow: the folder holds no weights, draw random ones."""
+    """What to measure. hollow: the folder holds no weights, draw random ones."""
 
     model: str
     model_dir: Path
     hollow: bool
-    degrees: tuple[int, int, int]
+    layout: Layout
     size: Size
     device: str
     dtype: str
@@ -52,7 +52,7 @@ def run(job: Job) -> dict[str, Any]:
     """Measure; collective. Every rank returns the row."""
     if job.program.startswith("diffusers"):
         return peer(job)
-    with distributed(Layout(*job.degrees), job.device, timeout=job.timeout) as mesh:
+    with distributed(job.layout, job.device, timeout=job.timeout) as mesh:
         stages = Stages(device=mesh.device)
         generate = pipeline(job, mesh, stages)
         generate(job.warmup_steps, 0)

@@ -10,11 +10,13 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.parallel.Layout
+from common.layout import layouts_of
+
+Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.layout.Layout
 ENGINES = ("native", "xfuser")
 DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -108,15 +110,8 @@ def near_layouts(ranks: int, heads: int, asked: tuple[int | None, ...], count: i
     def distance(layout: Degrees) -> float:
         return sum(abs(math.log(have / want)) for have, want in zip(layout, asked) if want)
 
-    layouts = [layout for layout in _products(ranks) if layout[2] <= heads]
+    layouts = [(d.cfg, d.ring, d.ulysses) for d in layouts_of(ranks) if d.ulysses <= heads]
     return "; ".join(as_options(layout) for layout in sorted(layouts, key=distance)[:count])
-
-
-def _products(ranks: int) -> Iterator[Degrees]:
-    for cfg in (1, 2):
-        for ring in range(1, ranks // cfg + 1):
-            if ranks % (cfg * ring) == 0:
-                yield cfg, ring, ranks // (cfg * ring)
 
 
 def as_options(layout: Degrees) -> str:

@@ -13,37 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Parallel degrees. `cfg` splits the two guidance branches, `ring` and `ulysses` split the tokens.
-
-    Raises ValueError for degrees that no machine could run.
-    """
-
-    cfg: int = 1
-    ring: int = 1
-    ulysses: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("cfg", "ring", "ulysses"):
-            degree = getattr(self, name)
-            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
-                raise ValueError(f"{name} degree is {degree!r}; it must be a whole number of at least 1")
-        if self.cfg > 2:
-            raise ValueError(f"cfg degree is {self.cfg}; guidance has two branches, so only 1 or 2 is possible")
-
-    @property
-    def sequence(self) -> int:
-        """Ranks that share the tokens of one guidance branch."""
-        return self.ring * self.ulysses
-
-    @property
-    def ranks(self) -> int:
-        return self.cfg * self.sequence
-
-    def __str__(self) -> str:
-        return f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
+from common.layout import Layout
 
 
 @dataclass(frozen=True)

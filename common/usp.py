@@ -17,12 +17,8 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from common.attention import attention, attention_with_lse, check_kernel
+from common.layout import split_evenly
 from common.parallel import Axis, Mesh
-
-
-def split_evenly(n: int, parts: int) -> tuple[int, ...]:
-    """n // parts each, the first n % parts get one more: (3, 2, 2) for 7 over 3."""
-    return tuple(n // parts + (i < n % parts) for i in range(parts))
 
 
 def head_groups(heads: int, ranks: int, groups: int) -> list[tuple[range, ...]]:

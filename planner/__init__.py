@@ -1,6 +1,6 @@
 """Predicts time, memory and traffic of every layout of a model on a machine. Imports no torch."""
 
-from planner.cost import Degrees
+from common.layout import Layout
 from planner.hardware import Profile, get_profile
 from planner.layouts import Plan, choose_layout, chooser, plan
 from planner.model import Prediction, predict
@@ -8,7 +8,7 @@ from planner.models import MODELS, Model, Size, get_model
 
 __all__ = [
     "MODELS",
-    "Degrees",
+    "Layout",
     "Model",
     "Plan",
     "Prediction",

@@ -52,7 +52,7 @@ def command(**options: Any) -> None:
     if options["as_json"]:
         click.echo(json.dumps([as_dict(found, one) for one in found.layouts], indent=1))
         for refused in found.refused:
-            click.echo(f"refused: {refused.degrees}: {refused.reason}", err=True)
+            click.echo(f"refused: {refused.layout}: {refused.reason}", err=True)
     else:
         show(found)
 
@@ -83,9 +83,9 @@ def _given(value: int | None, default: int) -> int:
 def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
     """One layout as plain data: seconds, GB (1e9 bytes) per GPU and stage, bytes the busiest GPU sends."""
     return {
-        "cfg": one.degrees.cfg,
-        "ring": one.degrees.ring,
-        "ulysses": one.degrees.ulysses,
+        "cfg": one.layout.cfg,
+        "ring": one.layout.ring,
+        "ulysses": one.layout.ulysses,
         "seconds": {
             "total": one.total,
             "sampling": one.sampling,
@@ -129,13 +129,13 @@ def show(found: Plan) -> None:
     click.echo("".join(f"{name:>9}" for name in COLUMNS) + f"{MEMORY:>17}  bound by")
     for one in found.layouts:
         click.echo(_line(found, one))
-    best = found.best.degrees
+    best = found.best.layout
     cfg = " --cfg-parallel" if best.cfg == 2 else ""
     click.echo(f"best: {best}   (--ulysses-degree {best.ulysses} --ring-degree {best.ring}{cfg})")
     if any(not one.fits for one in found.layouts):
         click.echo(f"! a stage needs more than the {profile.memory_gb:g} GB of a GPU; decoding falls back to tiles")
     for refused in found.refused:
-        click.echo(f"refused: {refused.degrees}: {refused.reason}")
+        click.echo(f"refused: {refused.layout}: {refused.reason}")
     if not profile.calibrated_on:
         click.echo("not calibrated: efficiencies are guesses; trust the order more than the seconds")
     if found.ranks > 1:
@@ -143,12 +143,12 @@ def show(found: Plan) -> None:
 
 
 def _line(found: Plan, one: Prediction) -> str:
-    degrees, speedup = one.degrees, found.speedup(one)
+    layout, speedup = one.layout, found.speedup(one)
     memory = "/".join(f"{one.memory_gb[stage]:.0f}" for stage in ("text", "sampling", "decode"))
     cells = (
-        str(degrees.cfg),
-        str(degrees.ring),
-        str(degrees.ulysses),
+        str(layout.cfg),
+        str(layout.ring),
+        str(layout.ulysses),
         f"{one.total:.1f}",
         f"{one.step:.3f}",
         f"{one.sampling:.1f}",
@@ -165,13 +165,13 @@ def _advise(found: Plan) -> None:
     other = replicas(found)
     if other.ranks < found.ranks:
         click.echo(
-            f"one video is as fast on {other.ranks} of these GPUs ({other.best.degrees}: {other.best.total:.1f} s); "
+            f"one video is as fast on {other.ranks} of these GPUs ({other.best.layout}: {other.best.total:.1f} s); "
             f"use the others for other videos"
         )
     if other.copies > 1:
         many, one = other.copies * 3600 / other.copy.total, 3600 / found.best.total
         click.echo(
-            f"for many videos: {other.copies} copies, each {other.copy.degrees}, make {many:.1f} videos an hour "
+            f"for many videos: {other.copies} copies, each {other.copy.layout}, make {many:.1f} videos an hour "
             f"against {one:.1f}"
         )
 

@@ -10,32 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogvideox_xdit.config import TransformerConfig
+from common.layout import Coordinates, Layout, split_evenly
 from consisid_xdit.config import ConsisIDConfig
 from mochi_xdit.config import MochiConfig
 from planner.models import BYTES, Model, Size, video_tokens
 
 GUIDANCE_BYTES = 4
 """Guidance is computed, and its operands are sent, in fp32."""
-
-
-@dataclass(frozen=True)
-class Degrees:
-    """cfg x ring x ulysses; the same fields as common.parallel.Layout, without torch."""
-
-    cfg: int = 1
-    ring: int = 1
-    ulysses: int = 1
-
-    @property
-    def sequence(self) -> int:
-        return self.ring * self.ulysses
-
-    @property
-    def ranks(self) -> int:
-        return self.cfg * self.sequence
-
-    def __str__(self) -> str:
-        return f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
 
 
 @dataclass(frozen=True)
@@ -58,54 +39,25 @@ class Pass:
     """Bytes this rank sends along the ring."""
 
 
-def split_evenly(n: int, parts: int) -> tuple[int, ...]:
-    """As common.usp.split_evenly: n // parts each, the first n % parts get one more."""
-    return tuple(n // parts + (i < n % parts) for i in range(parts))
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank of a layout: its coordinates in the order cfg, ring, ulysses (ulysses innermost)."""
-
-    degrees: Degrees
-    rank: int
-
-    @property
-    def cfg(self) -> int:
-        return self.rank // self.degrees.sequence
-
-    @property
-    def ring(self) -> int:
-        return self.rank % self.degrees.sequence // self.degrees.ulysses
-
-    @property
-    def ulysses(self) -> int:
-        return self.rank % self.degrees.ulysses
-
-    @property
-    def sequence(self) -> int:
-        return self.rank % self.degrees.sequence
-
-
-def branches(place: Place, guided: bool = True) -> tuple[int, ...]:
+def branches(place: Coordinates, guided: bool = True) -> tuple[int, ...]:
     """Guidance branches that a rank computes: 0 the prompt, 1 the negative prompt."""
-    if place.degrees.cfg == 2:
+    if place.layout.cfg == 2:
         return (place.cfg,)
     return (0, 1) if guided else (0,)
 
 
-def forward(model: Model, video: int, text: int, place: Place) -> Pass:
+def forward(model: Model, video: int, text: int, place: Coordinates) -> Pass:
     """One forward pass for `video` and `text` tokens (of all ranks together), batch 1, on one rank."""
-    degrees, heads = place.degrees, split_evenly(model.heads, place.degrees.ulysses)
-    n = split_evenly(video, degrees.sequence)[place.sequence]
-    m = split_evenly(text, degrees.sequence)[place.sequence]
+    layout, heads = place.layout, split_evenly(model.heads, place.layout.ulysses)
+    n = split_evenly(video, layout.sequence)[place.sequence]
+    m = split_evenly(text, layout.sequence)[place.sequence]
     matmul = _mochi(model.config, n, m) if isinstance(model.config, MochiConfig) else _cogvideox(model.config, n, m)
     attention = _attention(model, video, text, place)
     if isinstance(model.config, ConsisIDConfig):
         attention += _face_attention(model.config, n)
     sent = _exchanged(model, video, text, place)
     mine = heads[place.ulysses] * model.config.head_dim
-    held = (3 * (n + m) * model.hidden + sum(_group(video, text, place)) * mine) * BYTES if degrees.ulysses > 1 else 0
+    held = (3 * (n + m) * model.hidden + sum(_group(video, text, place)) * mine) * BYTES if layout.ulysses > 1 else 0
     hops = _hops(model, video, text, place)
     return Pass(
         model.layers,
@@ -141,9 +93,9 @@ def _cogvideox(config: TransformerConfig, n: int, m: int) -> int:
     return once + n * video + m * both
 
 
-def _attention(model: Model, video: int, text: int, place: Place) -> int:
+def _attention(model: Model, video: int, text: int, place: Coordinates) -> int:
     """Queries of the Ulysses group over all keys, for this rank's heads."""
-    heads = split_evenly(model.heads, place.degrees.ulysses)[place.ulysses]
+    heads = split_evenly(model.heads, place.layout.ulysses)[place.ulysses]
     queries = sum(_group(video, text, place))
     return model.layers * 4 * heads * model.config.head_dim * queries * (video + text)
 
@@ -153,35 +105,35 @@ def _face_attention(config: ConsisIDConfig, n: int) -> int:
     return config.crossings * 4 * config.cross_heads * config.cross_head_dim * n * config.queries
 
 
-def _lengths(video: int, text: int, degrees: Degrees) -> list[int]:
+def _lengths(video: int, text: int, layout: Layout) -> list[int]:
     """Tokens of every rank of one guidance branch, both streams together."""
-    return [a + b for a, b in zip(split_evenly(video, degrees.sequence), split_evenly(text, degrees.sequence))]
+    return [a + b for a, b in zip(split_evenly(video, layout.sequence), split_evenly(text, layout.sequence))]
 
 
-def _group(video: int, text: int, place: Place) -> list[int]:
+def _group(video: int, text: int, place: Coordinates) -> list[int]:
     """Tokens of every rank of this rank's Ulysses group."""
-    u = place.degrees.ulysses
-    return _lengths(video, text, place.degrees)[place.ring * u : (place.ring + 1) * u]
+    u = place.layout.ulysses
+    return _lengths(video, text, place.layout)[place.ring * u : (place.ring + 1) * u]
 
 
-def _exchanged(model: Model, video: int, text: int, place: Place) -> int:
+def _exchanged(model: Model, video: int, text: int, place: Coordinates) -> int:
     """Bytes to other ranks in one layer's two all-to-alls: q, k, v of their heads, then the output of their tokens."""
-    if place.degrees.ulysses == 1:
+    if place.layout.ulysses == 1:
         return 0
     group, width = _group(video, text, place), model.config.head_dim * BYTES
-    mine = split_evenly(model.heads, place.degrees.ulysses)[place.ulysses]
+    mine = split_evenly(model.heads, place.layout.ulysses)[place.ulysses]
     own = group[place.ulysses]
     return (3 * own * (model.heads - mine) + (sum(group) - own) * mine) * width
 
 
-def _hops(model: Model, video: int, text: int, place: Place) -> list[int]:
+def _hops(model: Model, video: int, text: int, place: Coordinates) -> list[int]:
     """Bytes of k and v that this rank passes on in one layer, hop by hop."""
-    degrees = place.degrees
-    heads = split_evenly(model.heads, degrees.ulysses)[place.ulysses]
-    lengths, u = _lengths(video, text, degrees), degrees.ulysses
-    chunks = [sum(lengths[i * u : (i + 1) * u]) for i in range(degrees.ring)]
+    layout = place.layout
+    heads = split_evenly(model.heads, layout.ulysses)[place.ulysses]
+    lengths, u = _lengths(video, text, layout), layout.ulysses
+    chunks = [sum(lengths[i * u : (i + 1) * u]) for i in range(layout.ring)]
     size = 2 * heads * model.config.head_dim * BYTES
-    return [chunks[(place.ring - hop) % degrees.ring] * size for hop in range(degrees.ring - 1)]
+    return [chunks[(place.ring - hop) % layout.ring] * size for hop in range(layout.ring - 1)]
 
 
 @dataclass(frozen=True)
@@ -198,14 +150,14 @@ class Sent:
         return self.all_to_all + self.ring + self.cfg + self.gather
 
 
-def sent(model: Model, size: Size, place: Place, text: tuple[int, int] | None = None) -> Sent:
+def sent(model: Model, size: Size, place: Coordinates, text: tuple[int, int] | None = None) -> Sent:
     """What one rank sends while sampling: `text` are the tokens of the two branches."""
     text, video = text or model.text_tokens, video_tokens(model, size)
     passes = [forward(model, video, text[b], place) for b in branches(place, size.guided)]
-    shard = split_evenly(video, place.degrees.sequence)[place.sequence] * model.patch_dim
+    shard = split_evenly(video, place.layout.sequence)[place.sequence] * model.patch_dim
     return Sent(
         all_to_all=int(size.num_steps * sum(p.all_to_all for p in passes)),
         ring=int(size.num_steps * sum(p.ring for p in passes)),
-        cfg=size.num_steps * shard * GUIDANCE_BYTES if place.degrees.cfg == 2 else 0,
-        gather=shard * GUIDANCE_BYTES * (place.degrees.sequence - 1),
+        cfg=size.num_steps * shard * GUIDANCE_BYTES if place.layout.cfg == 2 else 0,
+        gather=shard * GUIDANCE_BYTES * (place.layout.sequence - 1),
     )

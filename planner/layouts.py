@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.checks import choose_degrees
-from planner.cost import Degrees
+from common.layout import Layout, layouts_of
 from planner.hardware import Profile, get_profile, names, read_profile
 from planner.model import Prediction, memory_gb, predict
 from planner.models import Model, Size, default_size, get_model, video_tokens
@@ -21,43 +21,35 @@ LOCAL_PROFILE = Path.home() / ".config" / "xdit-zoo" / "hardware.json"
 class Refusal:
     """A layout that is not possible, and why."""
 
-    degrees: Degrees
+    layout: Layout
     reason: str
 
 
-def products(ranks: int) -> Iterator[Degrees]:
-    """Every cfg x ring x ulysses = ranks."""
-    for cfg in (1, 2):
-        for ring in range(1, ranks // cfg + 1):
-            if ranks % (cfg * ring) == 0:
-                yield Degrees(cfg, ring, ranks // (cfg * ring))
-
-
-def refusal(model: Model, size: Size, degrees: Degrees, scheme: str, profile: Profile | None = None) -> str | None:
+def refusal(model: Model, size: Size, layout: Layout, scheme: str, profile: Profile | None = None) -> str | None:
     """Why a layout cannot run; None when it can. With a profile, also whether its GPUs have the memory."""
-    if degrees.cfg == 2 and not size.guided:
+    if layout.cfg == 2 and not size.guided:
         return "cfg 2 computes the two guidance branches apart, and without guidance there is one"
-    if degrees.ulysses > model.heads:
-        return f"ulysses {degrees.ulysses} is more than the {model.heads} attention heads; the rest can go to ring"
+    if layout.ulysses > model.heads:
+        return f"ulysses {layout.ulysses} is more than the {model.heads} attention heads; the rest can go to ring"
     if scheme == "reference":
-        return _reference_refusal(model, size, degrees)
+        return _reference_refusal(model, size, layout)
     if profile is not None:
-        need = memory_gb(model, size, degrees, scheme)["sampling"]
+        need = memory_gb(model, size, layout, scheme)["sampling"]
         if need > profile.memory_gb:
             return f"sampling needs {need:.1f} GB on each GPU, which has {profile.memory_gb:g}"
     return None
 
 
-def _reference_refusal(model: Model, size: Size, degrees: Degrees) -> str | None:
+def _reference_refusal(model: Model, size: Size, layout: Layout) -> str | None:
     """The published systems want everything to divide evenly."""
-    if model.heads % degrees.ulysses:
-        return f"the reference needs the {model.heads} heads to divide by ulysses {degrees.ulysses}"
+    if model.heads % layout.ulysses:
+        return f"the reference needs the {model.heads} heads to divide by ulysses {layout.ulysses}"
     if model.family == "mochi":
         tokens = video_tokens(model, size)
-        if tokens % degrees.sequence:
-            return f"the reference needs the {tokens} video tokens to divide by {degrees.sequence}"
-    elif (size.height // 16) % degrees.sequence:
-        return f"the reference needs the {size.height // 16} rows of patches to divide by {degrees.sequence}"
+        if tokens % layout.sequence:
+            return f"the reference needs the {tokens} video tokens to divide by {layout.sequence}"
+    elif (size.height // 16) % layout.sequence:
+        return f"the reference needs the {size.height // 16} rows of patches to divide by {layout.sequence}"
     return None
 
 
@@ -97,16 +89,16 @@ def plan(
     if problems:
         raise ValueError("\n".join(problems))
     layouts, refused = [], []
-    for degrees in products(ranks):
-        reason = refusal(model, size, degrees, scheme, profile)
+    for layout in layouts_of(ranks):
+        reason = refusal(model, size, layout, scheme, profile)
         if reason:
-            refused.append(Refusal(degrees, reason))
+            refused.append(Refusal(layout, reason))
         else:
-            layouts.append(predict(model, size, degrees, profile, scheme, nodes))
+            layouts.append(predict(model, size, layout, profile, scheme, nodes))
     if not layouts:
-        raise ValueError(f"no layout of {ranks} GPUs is possible: {refused[0].degrees}: {refused[0].reason}")
+        raise ValueError(f"no layout of {ranks} GPUs is possible: {refused[0].layout}: {refused[0].reason}")
     layouts.sort(key=lambda p: p.total)
-    single = predict(model, size, Degrees(), profile, scheme, 1)
+    single = predict(model, size, Layout(), profile, scheme, 1)
     return Plan(model, size, profile, scheme, ranks, nodes, layouts, refused, single)
 
 
@@ -160,7 +152,7 @@ def local_profile() -> Profile | None:
     return get_profile(kind) if kind else None
 
 
-def by_rule(ranks: int, heads: int, guided: bool, allowed: list[Degrees]) -> Degrees:
+def by_rule(ranks: int, heads: int, guided: bool, allowed: list[Layout]) -> Layout:
     """CFG first, then ring: the rule of thumb, among the allowed layouts."""
     return min(allowed, key=lambda d: (-d.cfg if guided else d.cfg, d.ulysses))
 
@@ -203,7 +195,7 @@ def choose_layout(
     ring: int | None = None,
     ulysses: int | None = None,
     nodes: int | None = None,
-) -> tuple[Degrees, str]:
+) -> tuple[Layout, str]:
     """The degrees that were not given, and why they were chosen, in a line to print.
 
     gpu: a kind of GPU, a calibrated profile, the path of one, or a Profile; None asks this machine. Where nothing is
@@ -213,7 +205,7 @@ def choose_layout(
     model = get_model(model_name)
     size = size or default_size(model)
     asked = (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
-    fitting = [d for d in products(ranks) if all(want in (None, getattr(d, name)) for name, want in asked)]
+    fitting = [d for d in layouts_of(ranks) if all(want in (None, getattr(d, name)) for name, want in asked)]
     reasons = {d: refusal(model, size, d, "ours") for d in fitting}
     allowed = [d for d in fitting if reasons[d] is None]
     if not allowed:
@@ -226,4 +218,4 @@ def choose_layout(
     nodes = nodes or -(-ranks // profile.links.gpus_per_node)
     predicted = [predict(model, size, d, profile, "ours", nodes) for d in allowed]
     best = min(predicted, key=lambda p: p.total)
-    return best.degrees, f"{best.total:.0f} s predicted on {profile.name}, bound by {best.bound}"
+    return best.layout, f"{best.total:.0f} s predicted on {profile.name}, bound by {best.bound}"

@@ -21,8 +21,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from common.layout import Coordinates, Layout
 from planner import cost, reference
-from planner.cost import Degrees, Pass, Place
+from planner.cost import Pass
 from planner.decoding import decoding
 from planner.hardware import GIGA, Links, Profile
 from planner.models import BYTES, T5_PARAMETERS, Model, Size, video_tokens
@@ -54,9 +55,9 @@ class Spread:
     cfg_out: bool = False
 
 
-def spread(degrees: Degrees, links: Links, nodes: int = 1) -> Spread:
+def spread(layout: Layout, links: Links, nodes: int = 1) -> Spread:
     """Ranks fill machines in order, and within one its sockets (evenly where the links say so)."""
-    ranks = degrees.ranks
+    ranks = layout.ranks
     per_node = -(-ranks // nodes)
     in_node = min(per_node, ranks)
     per_socket = links.gpus_per_socket
@@ -64,11 +65,11 @@ def spread(degrees: Degrees, links: Links, nodes: int = 1) -> Spread:
         per_socket = -(-in_node // 2)
     node = [rank // per_node for rank in range(ranks)]
     socket = [(rank // per_node, rank % per_node // per_socket) for rank in range(ranks)]
-    u, r = degrees.ulysses, degrees.ring
+    u, r = layout.ulysses, layout.ring
     groups = [list(range(start, start + u)) for start in range(0, ranks, u)] if u > 1 else []
     rings = []
     if r > 1:
-        rings = [[c * degrees.sequence + j * u + i for j in range(r)] for c in range(degrees.cfg) for i in range(u)]
+        rings = [[c * layout.sequence + j * u + i for j in range(r)] for c in range(layout.cfg) for i in range(u)]
     pairs = [(a, b) for group in groups for a in group for b in group if node[a] != node[b]]
     hops = [(ring[j], ring[(j + 1) % r]) for ring in rings for j in range(r)]
     return Spread(
@@ -76,7 +77,7 @@ def spread(degrees: Degrees, links: Links, nodes: int = 1) -> Spread:
         rings_across=sum(len({socket[k] for k in ring}) > 1 for ring in rings),
         ulysses_out=_most(node[a] for a, b in pairs) / u,
         ring_out=_most(node[a] for a, b in hops if node[a] != node[b]),
-        cfg_out=degrees.cfg == 2 and node[0] != node[degrees.sequence],
+        cfg_out=layout.cfg == 2 and node[0] != node[layout.sequence],
     )
 
 
@@ -84,7 +85,7 @@ def _most(values: Iterable[int]) -> int:
     return max(Counter(values).values(), default=0)
 
 
-def pass_seconds(work: Pass, degrees: Degrees, at: Spread, profile: Profile) -> dict[str, float]:
+def pass_seconds(work: Pass, layout: Layout, at: Spread, profile: Profile) -> dict[str, float]:
     """Seconds of one forward pass, by kind; `elementwise` and `overhead` besides those of `KINDS`."""
     peak, hbm, layers = profile.tflops * 1e12, profile.hbm_gbs * GIGA, work.layers
     full = work.rows / (work.rows + profile.half_rows)
@@ -94,9 +95,9 @@ def pass_seconds(work: Pass, degrees: Degrees, at: Spread, profile: Profile) -> 
         "matmul": work.matmul / (peak * profile.matmul * full),
         "attention": attention,
         "elementwise": layers * profile.elementwise * bytes_once / hbm,
-        "all-to-all": layers * _all_to_all(work, degrees.ulysses, at, profile.links, hbm),
-        "ring": layers * _ring(work, degrees.ring, at, profile, attention / layers),
-        "overhead": layers * profile.layer_overhead_ms / 1e3 if degrees.sequence > 1 else 0.0,
+        "all-to-all": layers * _all_to_all(work, layout.ulysses, at, profile.links, hbm),
+        "ring": layers * _ring(work, layout.ring, at, profile, attention / layers),
+        "overhead": layers * profile.layer_overhead_ms / 1e3 if layout.sequence > 1 else 0.0,
     }
     compute = seconds["matmul"] + attention + seconds["elementwise"]
     seconds["overhead"] += max(0.0, layers * profile.launch_floor_ms / 1e3 - compute)
@@ -129,7 +130,7 @@ def _ring(work: Pass, r: int, at: Spread, profile: Profile, attention: float) ->
 class Prediction:
     """One layout on one machine. Seconds; GB (1e9 bytes) per GPU and stage; bytes that the busiest rank sends."""
 
-    degrees: Degrees
+    layout: Layout
     text: float
     step: float
     sampling: float
@@ -152,30 +153,30 @@ class Prediction:
 
 
 def predict(
-    model: Model, size: Size, degrees: Degrees, profile: Profile, scheme: str | None = None, nodes: int | None = None
+    model: Model, size: Size, layout: Layout, profile: Profile, scheme: str | None = None, nodes: int | None = None
 ) -> Prediction:
     """What the layout costs. nodes: machines, by default as few as hold the ranks."""
     scheme = scheme or profile.scheme
-    nodes = nodes or -(-degrees.ranks // profile.links.gpus_per_node)
-    at = spread(degrees, profile.links, nodes)
-    seconds = step_seconds(model, size, degrees, profile, scheme, at)
+    nodes = nodes or -(-layout.ranks // profile.links.gpus_per_node)
+    at = spread(layout, profile.links, nodes)
+    seconds = step_seconds(model, size, layout, profile, scheme, at)
     sampling = size.num_steps * sum(seconds.values())
-    text, decode, other = outside_seconds(model, size, degrees, profile, scheme)
+    text, decode, other = outside_seconds(model, size, layout, profile, scheme)
     parts = {kind: size.num_steps * seconds.get(kind, 0.0) for kind in KINDS}
     parts["matmul"] += size.num_steps * seconds["elementwise"]
     parts["fixed"] = text + decode + other + size.num_steps * (seconds["overhead"] + seconds["cfg"])
-    memory = memory_gb(model, size, degrees, scheme)
-    sent = cost.sent(model, size, Place(degrees, 0)) if scheme == "ours" else reference.sent(model, size, degrees)
+    memory = memory_gb(model, size, layout, scheme)
+    sent = cost.sent(model, size, Coordinates(layout, 0)) if scheme == "ours" else reference.sent(model, size, layout)
     fits = max(memory.values()) <= profile.memory_gb
-    return Prediction(degrees, text, sampling / size.num_steps, sampling, decode, other, parts, memory, sent, fits)
+    return Prediction(layout, text, sampling / size.num_steps, sampling, decode, other, parts, memory, sent, fits)
 
 
-def workload(model: Model, size: Size, degrees: Degrees, scheme: str) -> list[list[Pass]]:
+def workload(model: Model, size: Size, layout: Layout, scheme: str) -> list[list[Pass]]:
     """The passes of one step on each rank that may be the slowest."""
     if scheme == "reference":
-        return [reference.passes(model, size, degrees)]
+        return [reference.passes(model, size, layout)]
     # The first rank of a branch has the most tokens and heads.
-    places = [Place(degrees, c * degrees.sequence) for c in range(degrees.cfg)]
+    places = [Coordinates(layout, c * layout.sequence) for c in range(layout.cfg)]
     video, text = video_tokens(model, size), model.text_tokens
     return [[cost.forward(model, video, text[b], p) for b in cost.branches(p, size.guided)] for p in places]
 
@@ -183,47 +184,47 @@ def workload(model: Model, size: Size, degrees: Degrees, scheme: str) -> list[li
 def step_seconds(
     model: Model,
     size: Size,
-    degrees: Degrees,
+    layout: Layout,
     profile: Profile,
     scheme: str,
     at: Spread,
     work: list[list[Pass]] | None = None,
 ) -> dict[str, float]:
     """Seconds of one sampling step on the slowest rank, by kind."""
-    work = work or workload(model, size, degrees, scheme)
-    found = [_sum([pass_seconds(p, degrees, at, profile) for p in passes]) for passes in work]
+    work = work or workload(model, size, layout, scheme)
+    found = [_sum([pass_seconds(p, layout, at, profile) for p in passes]) for passes in work]
     seconds = max(found, key=lambda kinds: sum(kinds.values()))
-    if scheme == "reference" and degrees.ranks == 1:
+    if scheme == "reference" and layout.ranks == 1:
         for kind in ("matmul", "attention", "elementwise"):
             seconds[kind] *= profile.single_gpu
     seconds = {kind: value * profile.speed for kind, value in seconds.items()}
-    if scheme == "reference" and profile.fsdp and degrees.ranks > 1:
-        seconds["overhead"] += len(work[0]) * _gather_weights(model, degrees, profile, at)
-    return {**seconds, "cfg": _guidance(model, size, degrees, profile.links, at)}
+    if scheme == "reference" and profile.fsdp and layout.ranks > 1:
+        seconds["overhead"] += len(work[0]) * _gather_weights(model, layout, profile, at)
+    return {**seconds, "cfg": _guidance(model, size, layout, profile.links, at)}
 
 
 def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
     return {kind: sum(part[kind] for part in parts) for kind in parts[0]}
 
 
-def _gather_weights(model: Model, degrees: Degrees, profile: Profile, at: Spread) -> float:
+def _gather_weights(model: Model, layout: Layout, profile: Profile, at: Spread) -> float:
     """Every rank takes the weights it lacks from the others, once a pass; nothing of it was seen to hide."""
-    missing = model.parameters * BYTES * (degrees.ranks - 1) / degrees.ranks
+    missing = model.parameters * BYTES * (layout.ranks - 1) / layout.ranks
     slow = profile.fsdp_across if at.ulysses_across or at.rings_across else 1.0
     return missing / (profile.links.gbs * GIGA * slow)
 
 
-def _guidance(model: Model, size: Size, degrees: Degrees, links: Links, at: Spread) -> float:
-    if degrees.cfg == 1:
+def _guidance(model: Model, size: Size, layout: Layout, links: Links, at: Spread) -> float:
+    if layout.cfg == 1:
         return 0.0
-    shard = video_tokens(model, size) / degrees.sequence * model.patch_dim * cost.GUIDANCE_BYTES
+    shard = video_tokens(model, size) / layout.sequence * model.patch_dim * cost.GUIDANCE_BYTES
     # All ranks of a branch send at once, through one network when the branches are on different machines.
-    bandwidth = links.node_gbs / degrees.sequence if at.cfg_out else links.gbs
+    bandwidth = links.node_gbs / layout.sequence if at.cfg_out else links.gbs
     return shard / (bandwidth * GIGA) + HOP_SECONDS
 
 
 def outside_seconds(
-    model: Model, size: Size, degrees: Degrees, profile: Profile, scheme: str
+    model: Model, size: Size, layout: Layout, profile: Profile, scheme: str
 ) -> tuple[float, float, float]:
     """Seconds of text, decoding, and the rest."""
     peak = profile.tflops * 1e12
@@ -233,21 +234,21 @@ def outside_seconds(
     decode = video.flops / (peak * profile.convolution)
     if scheme == "ours":
         # Chunks are dealt round robin, so the busiest rank has the rounded-up share.
-        decode *= -(-video.chunks // degrees.ranks) / video.chunks
-    parallel = profile.other_parallel if degrees.ranks > 1 else 1.0
+        decode *= -(-video.chunks // layout.ranks) / video.chunks
+    parallel = profile.other_parallel if layout.ranks > 1 else 1.0
     return text, decode * (parallel if scheme == "reference" else 1.0), profile.other_s * parallel
 
 
-def memory_gb(model: Model, size: Size, degrees: Degrees, scheme: str) -> dict[str, float]:
+def memory_gb(model: Model, size: Size, layout: Layout, scheme: str) -> dict[str, float]:
     """GB per GPU at the peak of each stage. Reference: all models stay loaded, and text and decode are not shared."""
-    rows = (video_tokens(model, size) + max(model.text_tokens)) / degrees.sequence
+    rows = (video_tokens(model, size) + max(model.text_tokens)) / layout.sequence
     batch = 1.0
-    if scheme == "reference" and model.family == "cogvideox" and degrees.cfg == 1 and size.guided:
+    if scheme == "reference" and model.family == "cogvideox" and layout.cfg == 1 and size.guided:
         batch = 2.0
     # The widest moment of a block: residual, its normalised copy, q, k, v and their exchanged copies or the hidden
     # layer of the feed-forward and its input, some of it in fp32.
     hidden = 3 * model.config.mlp_x if model.family == "mochi" else 2 * 4 * model.hidden  # type: ignore[union-attr]
-    exchanged = 14 * model.hidden if degrees.sequence > 1 else 8 * model.hidden
+    exchanged = 14 * model.hidden if layout.sequence > 1 else 8 * model.hidden
     sampling = batch * math.ceil(rows) * (4 * model.hidden + max(hidden, exchanged)) * BYTES
     transformer, text = model.parameters * BYTES, T5_PARAMETERS * BYTES
     decoder = model.decoder_parameters * BYTES

@@ -8,26 +8,27 @@ whole video and encodes the text. All ranks are alike, so fractions of tokens st
 from __future__ import annotations
 
 from cogvideox_xdit.config import TransformerConfig
+from common.layout import Layout
 from consisid_xdit.config import ConsisIDConfig
 from mochi_xdit.config import MochiConfig
-from planner.cost import Degrees, Pass, Sent
+from planner.cost import Pass, Sent
 from planner.models import BYTES, TYPICAL_PROMPT, Model, Size, video_tokens
 
 
-def passes(model: Model, size: Size, degrees: Degrees) -> list[Pass]:
+def passes(model: Model, size: Size, layout: Layout) -> list[Pass]:
     """The forward passes of one step on any rank."""
-    count = 2 // degrees.cfg if size.guided else 1
+    count = 2 // layout.cfg if size.guided else 1
     if isinstance(model.config, MochiConfig):
-        return [_pass(model, size, degrees, batch=1, text=TYPICAL_PROMPT, divided=False)] * count
+        return [_pass(model, size, layout, batch=1, text=TYPICAL_PROMPT, divided=False)] * count
     text = model.config.text_length
-    return [_pass(model, size, degrees, count, text, divided=text % degrees.sequence == 0)]
+    return [_pass(model, size, layout, count, text, divided=text % layout.sequence == 0)]
 
 
-def _pass(model: Model, size: Size, degrees: Degrees, batch: int, text: int, divided: bool) -> Pass:
-    video, width, u, r = video_tokens(model, size), model.hidden, degrees.ulysses, degrees.ring
-    n = video / degrees.sequence
-    m = text / degrees.sequence if divided else text
-    queries = (video + text) / degrees.sequence if divided else (n * u + text) / u
+def _pass(model: Model, size: Size, layout: Layout, batch: int, text: int, divided: bool) -> Pass:
+    video, width, u, r = video_tokens(model, size), model.hidden, layout.ulysses, layout.ring
+    n = video / layout.sequence
+    m = text / layout.sequence if divided else text
+    queries = (video + text) / layout.sequence if divided else (n * u + text) / u
     exchanged = n + (m if divided else 0)  # replicated text needs no exchange
     tensor = batch * exchanged * width * BYTES
     return Pass(
@@ -57,13 +58,13 @@ def _linear(config: MochiConfig | TransformerConfig, n: float, m: float) -> floa
     return n * (layer + face) + m * layer
 
 
-def sent(model: Model, size: Size, degrees: Degrees) -> Sent:
+def sent(model: Model, size: Size, layout: Layout) -> Sent:
     """Bytes a rank sends in a whole generation; guidance and the last gather exchange bf16 latents once each."""
-    steps = passes(model, size, degrees)
-    shard = int(video_tokens(model, size) / degrees.sequence * model.patch_dim * BYTES)
+    steps = passes(model, size, layout)
+    shard = int(video_tokens(model, size) / layout.sequence * model.patch_dim * BYTES)
     return Sent(
         all_to_all=int(size.num_steps * sum(p.all_to_all for p in steps)),
         ring=int(size.num_steps * sum(p.ring for p in steps)),
-        cfg=size.num_steps * shard if degrees.cfg == 2 else 0,
-        gather=size.num_steps * shard * (degrees.sequence - 1),
+        cfg=size.num_steps * shard if layout.cfg == 2 else 0,
+        gather=size.num_steps * shard * (layout.sequence - 1),
     )

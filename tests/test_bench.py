@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from benchmarks import performance, plots, run, true_size
 from benchmarks.published import rows
 from common.checkpoint import open_checkpoint
+from common.layout import Layout
 from common.weights import load, on_meta
-from planner.cost import Degrees
 from planner.models import Size, default_size, get_model
 
 
@@ -83,7 +83,7 @@ def test_published_rows_stand_beside_what_they_cover() -> None:
 def test_layouts_are_written_as_products() -> None:
     model = get_model("mochi")
     size = default_size(model)
-    assert run.parse_layouts("2x3x1,1x1x6", model, size, 6) == [Degrees(2, 3, 1), Degrees(1, 1, 6)]
+    assert run.parse_layouts("2x3x1,1x1x6", model, size, 6) == [Layout(2, 3, 1), Layout(1, 1, 6)]
     assert len(run.parse_layouts("all", model, size, 4)) == 1 + 3 + 2 + 5
     for wrong, told in (("2x3", "2x3x1"), ("3x1x1", "cfg x ring"), ("1x1x48", "24 attention heads"), ("1x4x1", "2")):
         with pytest.raises(ValueError, match=told):
@@ -109,10 +109,8 @@ def test_a_published_table_gives_model_size_and_layouts() -> None:
     options |= {"attention": "auto", "repeats": 1, "warmup_steps": 1, "peers": "diffusers"}
     jobs, table, path = run.plan(options)
     assert table == "cogvideox-2b-l40" and "cogvideox-2b" in path.name
-    assert [job.degrees for job in jobs[:-1]] == [
-        (r.degrees.cfg, r.degrees.ring, r.degrees.ulysses) for r in rows() if r.group == table and r.degrees.ranks <= 4
-    ]
-    assert jobs[-1].program == "diffusers" and jobs[-1].degrees == (1, 1, 1)
+    assert [job.layout for job in jobs[:-1]] == [r.layout for r in rows() if r.group == table and r.layout.ranks <= 4]
+    assert jobs[-1].program == "diffusers" and jobs[-1].layout == Layout()
 
 
 @pytest.mark.parametrize("name", ["mochi", "cogvideox-1.5-5b-i2v", "consisid"])

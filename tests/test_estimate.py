@@ -22,6 +22,7 @@ from cogvideox_xdit.workload import workload as cogvideox_workload
 from common.choice import GIB, WORKSPACE, Choice, Room, candidates, choose_placement
 from common.decode import DecodePlan
 from common.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
+from common.layout import Coordinates
 from common.parallel import Layout, Mesh, distributed
 from common.placement import Placement, resident_bytes
 from common.program import main
@@ -35,7 +36,6 @@ from mochi_xdit.demo import random_checkpoint as mochi_checkpoint
 from mochi_xdit.weights import load_transformer
 from mochi_xdit.workload import workload as mochi_workload
 from planner import cost, get_model
-from planner.cost import Degrees, Place
 from planner.models import Size, video_tokens
 from tests.mochi import write_checkpoint
 
@@ -136,7 +136,7 @@ def test_flops_and_bytes_are_the_planners(name, layout):
     model = get_model(name)
     if name != "mochi":
         model = replace(model, config=replace(model.config, layers=2))
-    size, place = Size(model.width, model.height, 49, 1), Place(Degrees(layout.cfg, layout.ring, layout.ulysses), 0)
+    size, place = Size(model.width, model.height, 49, 1), Coordinates(layout, 0)
     text = (256, 256) if name == "mochi" else model.text_tokens
     passes = [cost.forward(model, video_tokens(model, size), text[b], place) for b in cost.branches(place)]
     # What is computed once per generation, not in a step (text and image projections, pooling), is little.

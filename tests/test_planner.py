@@ -13,12 +13,11 @@ from click.testing import CliRunner
 
 from benchmarks import calibrate, fitting
 from benchmarks.published import Row, excluded, rows
-from common.parallel import Layout
+from common.layout import Layout, layouts_of
 from planner import choose_layout, get_model, get_profile, plan, predict
 from planner.cli import command
-from planner.cost import Degrees
 from planner.hardware import names
-from planner.layouts import chooser, products, recognise, refusal, replicas
+from planner.layouts import chooser, recognise, refusal, replicas
 from planner.model import KINDS, spread
 from planner.models import MODELS, Size, default_size
 
@@ -32,7 +31,7 @@ def predicted(row: Row) -> float:
     profile = get_profile(name)
     if row.group == "mochi-l40-stage" and row.other.get("fsdp"):
         profile = get_profile("mochi-l40-stage-fsdp")
-    found = predict(row.model, row.size, row.degrees, profile, "reference")
+    found = predict(row.model, row.size, row.layout, profile, "reference")
     return {"step": found.step, "sampling": found.sampling, "total": found.total}[row.kind]
 
 
@@ -93,16 +92,16 @@ def test_a_users_measurements_make_a_profile(tmp_path: Path) -> None:
     truth = get_profile("l40", "9")
     size = default_size(get_model("mochi"))
     made = []
-    for degrees in (
-        Degrees(),
-        Degrees(2, 1, 1),
-        Degrees(1, 2, 1),
-        Degrees(1, 1, 2),
-        Degrees(2, 2, 1),
-        Degrees(2, 1, 2),
+    for layout in (
+        Layout(),
+        Layout(2, 1, 1),
+        Layout(1, 2, 1),
+        Layout(1, 1, 2),
+        Layout(2, 2, 1),
+        Layout(2, 1, 2),
     ):
-        found = predict(get_model("mochi"), size, degrees, truth, "ours")
-        key = {**vars(degrees), **vars(size), "model": "mochi", "program": "ours"}
+        found = predict(get_model("mochi"), size, layout, truth, "ours")
+        key = {**vars(layout), **vars(size), "model": "mochi", "program": "ours"}
         made.append({"key": key, "stages_s": {"sampling": found.sampling, "decode": found.decode}})
     results, output = tmp_path / "results.json", tmp_path / "mine.json"
     results.write_text(json.dumps({"rows": [*made, {"key": made[0]["key"], "error": "x"}]}))
@@ -128,20 +127,20 @@ def test_more_of_anything_is_never_slower(name: str) -> None:
         replace(slow, links=replace(slow.links, node_gbs=2 * slow.links.node_gbs)),
         replace(slow, links=replace(slow.links, across=1.0)),
     ]
-    for degrees in [*products(6), Degrees(2, 2, 4), Degrees(1, 8, 2)]:
+    for layout in [*layouts_of(6), Layout(2, 2, 4), Layout(1, 8, 2)]:
         for scheme in ("ours", "reference"):
-            before = predict(model, size, degrees, slow, scheme)
+            before = predict(model, size, layout, slow, scheme)
             for profile in faster:
-                assert predict(model, size, degrees, profile, scheme).total <= before.total, (degrees, profile)
-            longer = predict(model, replace(size, num_steps=size.num_steps + 1), degrees, slow, scheme)
+                assert predict(model, size, layout, profile, scheme).total <= before.total, (layout, profile)
+            longer = predict(model, replace(size, num_steps=size.num_steps + 1), layout, slow, scheme)
             assert longer.total > before.total
 
 
 def test_the_parts_are_the_whole() -> None:
     model = get_model("consisid")
-    for degrees in (Degrees(), Degrees(2, 3, 1), Degrees(1, 2, 4)):
+    for layout in (Layout(), Layout(2, 3, 1), Layout(1, 2, 4)):
         for scheme in ("ours", "reference"):
-            found = predict(model, default_size(model), degrees, get_profile("h100"), scheme)
+            found = predict(model, default_size(model), layout, get_profile("h100"), scheme)
             assert sum(found.parts.values()) == pytest.approx(found.total)
             assert set(found.parts) == set(KINDS) and found.bound in KINDS
 
@@ -150,23 +149,23 @@ def test_our_scheme_is_predicted_faster_than_the_published_one() -> None:
     """Where the reference replicates text or decodes on every rank."""
     model, profile = get_model("cogvideox-5b"), get_profile("cogvideox-5b-l40")
     size = default_size(model)
-    for degrees in (Degrees(1, 3, 1), Degrees(1, 6, 1), Degrees(2, 3, 1)):
-        ours, theirs = (predict(model, size, degrees, profile, scheme) for scheme in ("ours", "reference"))
+    for layout in (Layout(1, 3, 1), Layout(1, 6, 1), Layout(2, 3, 1)):
+        ours, theirs = (predict(model, size, layout, profile, scheme) for scheme in ("ours", "reference"))
         assert ours.decode < theirs.decode and ours.total < theirs.total
         assert max(ours.memory_gb.values()) < max(theirs.memory_gb.values())
 
 
 def test_groups_that_cross_sockets_and_machines_are_found() -> None:
     links = get_profile("mochi-l40-e2e").links
-    assert not spread(Degrees(2, 3, 1), links).rings_across  # three and three
-    assert spread(Degrees(1, 3, 2), links).rings_across == 2
-    assert spread(Degrees(1, 1, 6), links).ulysses_across
-    assert not spread(Degrees(1, 1, 3), links).ulysses_across
-    apart = spread(Degrees(2, 1, 8), get_profile("h100").links, nodes=2)
+    assert not spread(Layout(2, 3, 1), links).rings_across  # three and three
+    assert spread(Layout(1, 3, 2), links).rings_across == 2
+    assert spread(Layout(1, 1, 6), links).ulysses_across
+    assert not spread(Layout(1, 1, 3), links).ulysses_across
+    apart = spread(Layout(2, 1, 8), get_profile("h100").links, nodes=2)
     assert apart.cfg_out and not apart.ulysses_out
-    mixed = spread(Degrees(1, 2, 8), get_profile("h100").links, nodes=2)
+    mixed = spread(Layout(1, 2, 8), get_profile("h100").links, nodes=2)
     assert mixed.ring_out == 8 and not mixed.ulysses_out
-    assert spread(Degrees(1, 1, 4), get_profile("h100").links, nodes=2).ulysses_out == pytest.approx(4 / 4)
+    assert spread(Layout(1, 1, 4), get_profile("h100").links, nodes=2).ulysses_out == pytest.approx(4 / 4)
 
 
 def test_scaling_to_eight_machines_is_limited_by_the_network() -> None:
@@ -188,16 +187,16 @@ def test_replicas_where_more_gpus_bring_nothing() -> None:
 def test_every_refusal_says_why() -> None:
     model = get_model("mochi")
     found = plan(model, default_size(model), 48, get_profile("h100"), "ours")
-    assert {r.degrees for r in found.refused} | {p.degrees for p in found.layouts} == set(products(48))
+    assert {r.layout for r in found.refused} | {p.layout for p in found.layouts} == set(layouts_of(48))
     assert all(str(model.heads) in r.reason for r in found.refused) and found.refused
     unguided = replace(default_size(model), guided=False)
-    assert "without guidance" in (refusal(model, unguided, Degrees(2, 1, 1), "ours") or "")
-    assert "14310" in (refusal(model, default_size(model), Degrees(1, 4, 1), "reference") or "")
-    assert "rows" in (refusal(get_model("consisid"), default_size(model), Degrees(1, 4, 1), "reference") or "")
+    assert "without guidance" in (refusal(model, unguided, Layout(2, 1, 1), "ours") or "")
+    assert "14310" in (refusal(model, default_size(model), Layout(1, 4, 1), "reference") or "")
+    assert "rows" in (refusal(get_model("consisid"), default_size(model), Layout(1, 4, 1), "reference") or "")
     small = replace(get_profile("4090"), memory_gb=12)
-    assert "each GPU, which has 12" in (refusal(model, default_size(model), Degrees(), "ours", small) or "")
+    assert "each GPU, which has 12" in (refusal(model, default_size(model), Layout(), "ours", small) or "")
     for row in fitted_rows():
-        assert refusal(row.model, row.size, row.degrees, "reference") is None, row.id
+        assert refusal(row.model, row.size, row.layout, "reference") is None, row.id
 
 
 def ask(*arguments: str, expect: int = 0):
@@ -209,7 +208,7 @@ def ask(*arguments: str, expect: int = 0):
 def test_json_has_the_promised_keys() -> None:
     arguments = ["--model", "consisid", "--gpu", "consisid-h100", "--gpus", "6", "--json"]
     layouts = json.loads(ask(*arguments).stdout)
-    assert {(o["cfg"], o["ring"], o["ulysses"]) for o in layouts} == {(d.cfg, d.ring, d.ulysses) for d in products(6)}
+    assert {(o["cfg"], o["ring"], o["ulysses"]) for o in layouts} == {(d.cfg, d.ring, d.ulysses) for d in layouts_of(6)}
     for one in layouts:
         assert {"cfg", "ring", "ulysses", "seconds", "memory_gb", "bytes", "bound"} <= one.keys()
         assert set(one["seconds"]) == {"total", "sampling", "step", "text", "decode"}
@@ -254,10 +253,9 @@ def test_links_change_the_prediction() -> None:
 
 
 def test_choosing_degrees() -> None:
-    degrees, why = choose_layout("cogvideox-5b", None, 6, "l40")
-    assert degrees.ranks == 6 and degrees.cfg == 2 and "predicted on l40" in why
-    assert Layout(degrees.cfg, degrees.ring, degrees.ulysses).ranks == 6
-    assert choose_layout("mochi", None, 8, "h100", ulysses=8)[0] == Degrees(1, 1, 8)
+    layout, why = choose_layout("cogvideox-5b", None, 6, "l40")
+    assert layout.ranks == 6 and layout.cfg == 2 and "predicted on l40" in why
+    assert choose_layout("mochi", None, 8, "h100", ulysses=8)[0] == Layout(1, 1, 8)
     unguided = replace(default_size(get_model("mochi")), guided=False)
     assert choose_layout("mochi", unguided, 4, "h100")[0].cfg == 1
     with pytest.raises(ValueError, match="no layout of 6 ranks has ring 4"):
@@ -266,9 +264,9 @@ def test_choosing_degrees() -> None:
 
 def test_the_rule_decides_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planner.layouts.local_profile", lambda: None)
-    degrees, why = choose_layout("mochi", None, 6)
-    assert degrees == Degrees(2, 3, 1) and "rule" in why
-    assert choose_layout("mochi", None, 3)[0] == Degrees(1, 3, 1)
+    layout, why = choose_layout("mochi", None, 6)
+    assert layout == Layout(2, 3, 1) and "rule" in why
+    assert choose_layout("mochi", None, 3)[0] == Layout(1, 3, 1)
 
 
 def test_a_programs_chooser_asks_the_planner_only_where_it_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder
 from common.decode import DecodePlan, PeakMemory, decode_memory
 from common.guidance import Guidance
+from common.layout import Coordinates
 from common.parallel import Layout
 from common.usp import SequenceParallel
 from common.vae import CausalStream, LocalLink, spans
@@ -21,7 +22,6 @@ from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder
 from planner import cost
-from planner.cost import Degrees, Place
 from planner.decoding import decoding
 from planner.model import GB_RUNTIME, memory_gb
 from planner.models import MODELS, Model, Size, default_size, get_model, latent_frames, video_tokens
@@ -88,7 +88,7 @@ def test_counts_equal_those_of_the_running_transformer(name: str) -> None:
     size, text = default_size(model), max(model.text_tokens)
     for layout, rank in LAYOUTS:
         counted = run(model, size, text, layout, rank)
-        place = Place(Degrees(layout.cfg, layout.ring, layout.ulysses), rank)
+        place = Coordinates(layout, rank)
         said = cost.forward(model, video_tokens(model, size), text, place)
         assert said.matmul + said.attention == counted.flops, (layout, rank)
         assert said.all_to_all == counted.bytes["ulysses"], (layout, rank)
@@ -99,7 +99,7 @@ def test_an_empty_negative_prompt_is_counted_without_text() -> None:
     model = shallow(get_model("mochi"))
     size = Size(848, 480, 163, 64)
     counted = run(model, size, 0, Layout(ring=3, ulysses=2), 5)
-    said = cost.forward(model, video_tokens(model, size), 0, Place(Degrees(1, 3, 2), 5))
+    said = cost.forward(model, video_tokens(model, size), 0, Coordinates(Layout(1, 3, 2), 5))
     assert (said.matmul + said.attention, said.all_to_all) == (counted.flops, counted.bytes["ulysses"])
 
 
@@ -115,14 +115,14 @@ def test_guidance_and_the_last_gather_send_what_is_said(name: str) -> None:
         register(counts, mesh)
         Guidance(mesh.cfg)(lambda branch: shard, 4.5)
         sp.gather(shard, lengths)
-    sent = cost.sent(model, replace(size, num_steps=1), Place(Degrees(2, 2, 2), rank))
+    sent = cost.sent(model, replace(size, num_steps=1), Coordinates(Layout(2, 2, 2), rank))
     assert sent.cfg == counts.bytes["cfg"]
     assert sent.gather == counts.bytes["sequence"]
 
 
 def test_a_generation_sends_every_steps_bytes() -> None:
     model = get_model("mochi")
-    size, place = Size(848, 480, 49, 64), Place(Degrees(1, 2, 3), 4)
+    size, place = Size(848, 480, 49, 64), Coordinates(Layout(1, 2, 3), 4)
     passes = [cost.forward(model, video_tokens(model, size), text, place) for text in model.text_tokens]
     sent = cost.sent(model, size, place)
     assert sent.all_to_all == 64 * sum(p.all_to_all for p in passes)
@@ -168,8 +168,7 @@ def test_memory_of_sampling_is_what_a_block_holds(name: str) -> None:
     size = default_size(model)
     for layout in (Layout(), Layout(ulysses=2), Layout(ring=2), Layout(ring=2, ulysses=2)):
         held = run(shallow(model, 2), size, max(model.text_tokens), layout, 0).held  # type: ignore[attr-defined]
-        degrees = Degrees(layout.cfg, layout.ring, layout.ulysses)
-        said = memory_gb(model, size, degrees, "ours")["sampling"] - GB_RUNTIME - 2 * model.parameters / 1e9
+        said = memory_gb(model, size, layout, "ours")["sampling"] - GB_RUNTIME - 2 * model.parameters / 1e9
         assert said == pytest.approx(held / 1e9, rel=0.4), layout
 
 

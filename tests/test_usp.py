@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.attention import attention, attention_with_lse, check_kernel
 from common.guidance import Guidance
+from common.layout import split_evenly
 from common.parallel import Layout, Mesh, broadcast_object, broadcast_tensors, distributed
-from common.usp import SequenceParallel, head_groups, split_evenly
+from common.usp import SequenceParallel, head_groups
 from tests.counting import as_rank, count_attention
 
 SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from planner.cost import Degrees
+from common.layout import Layout
 from planner.models import Model, Size, get_model
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ class Row:
     model: Model
     size: Size
     gpu: str
-    degrees: Degrees
+    layout: Layout
     seconds: float
     kind: str
     implementation: str
@@ -55,7 +55,7 @@ def _row(raw: dict[str, Any]) -> Row:
         model=get_model(raw["model"]),
         size=Size(width, height, raw["frames"], raw["steps"]),
         gpu=raw["gpu"].split("-")[0].split()[0].lower(),
-        degrees=Degrees(raw["cfg"], raw["ring"], raw["ulysses"]),
+        layout=Layout(raw["cfg"], raw["ring"], raw["ulysses"]),
         seconds=raw["seconds"],
         kind=_kind(raw["seconds_kind"]),
         implementation=raw["implementation"],
