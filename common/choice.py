@@ -133,9 +133,7 @@ def estimator(work: Workload, setup: Setup, mesh: Mesh) -> Estimator:
 
 def room_on(mesh: Mesh, setup: Setup, local_ranks: int) -> Room:
     """What the rank with least has, no more than `--max-memory`. Collective."""
-    free = free_memory(mesh)
-    if setup.max_memory is not None:
-        free = min(free, int(setup.max_memory * GIB))
+    free = free_memory(mesh, None if setup.max_memory is None else int(setup.max_memory * GIB))
     least = torch.tensor([host_memory() // local_ranks], device=mesh.device)
     if mesh.world.group is not None:
         dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.world.group)

@@ -84,6 +84,18 @@ def to_uint8(pixels: Tensor, rounding: str = "truncate") -> Tensor:
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous()
 
 
+def require_finite_pixels(pixels: Tensor, frames: range) -> None:
+    """Raise FloatingPointError, naming `frames`, when their pixels hold NaN or infinity. One pass, nothing copied.
+
+    A clamp would turn infinity into white, and NaN becomes black in uint8: neither would be seen later.
+    """
+    if not bool(torch.stack(pixels.aminmax()).isfinite().all()):
+        where = f"frame {frames[0]}" if len(frames) == 1 else f"frames {frames[0]} to {frames[-1]}"
+        raise FloatingPointError(
+            f"the decoder made NaN or infinity in {where}; its weights may be damaged, or --dtype too narrow"
+        )
+
+
 def decode_frames(
     decoder: VideoDecoder,
     z: Tensor,
@@ -97,7 +109,8 @@ def decode_frames(
     split: the ranks that share the work; collective over its axis. Default: this process alone.
     Yields on rank 0 uint8 CPU tensors (t, h * scale, w * scale, 3), one per chunk, together all frames; on the other
     ranks None, now and then. Every rank must run it to its end: one that stops early leaves the others waiting.
-    Raises ValueError for more than one video.
+    Raises ValueError for more than one video, and on the rank that computed them FloatingPointError for frames that
+    are not finite.
     """
     if z.ndim != 5 or z.shape[0] != 1:
         raise ValueError(f"latents have shape {tuple(z.shape)}; one video is decoded at a time: (1, C, T, h, w)")
@@ -115,6 +128,7 @@ class _Decode:
         lengths = decoder.chunks(z.shape[2], plan.chunk)
         self.times = spans(lengths)
         self.frames = [decoder.frames(n, first=k == 0) for k, n in enumerate(lengths)]
+        self.shown = [range(span.start, span.stop) for span in spans(self.frames)]
         self.height, self.width = z.shape[3], z.shape[4]
         self.tiles = tiles(self.height, self.width, plan.tile, plan.overlap)
 
@@ -128,6 +142,7 @@ class _Decode:
         @torch.inference_mode()
         def work(k: int) -> Tensor:
             pixels = self.decoder(self.z[:, :, self.times[k]], self.stream(k, link))
+            require_finite_pixels(pixels, self.shown[k])
             return to_uint8(pixels[0], self.rounding)
 
         def blank(k: int) -> Tensor:
@@ -148,7 +163,9 @@ class _Decode:
         def work(item: int) -> Tensor:
             k, j = divmod(item, count)
             z = self.tiles[j].of(self.z[:, :, self.times[k]])
-            return self.decoder(z, self.stream(k, links[j]))[0].cpu().contiguous()
+            pixels = self.decoder(z, self.stream(k, links[j]))
+            require_finite_pixels(pixels, self.shown[k])
+            return pixels[0].cpu().contiguous()
 
         def blank(item: int) -> Tensor:
             k, j = divmod(item, count)

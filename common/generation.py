@@ -82,13 +82,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def free_memory(mesh: Mesh) -> int:
-    """Bytes that every rank can still allocate on its device: the smallest figure of them all. Collective."""
+def free_memory(mesh: Mesh, most: int | None = None) -> int:
+    """Bytes that every rank can still allocate on its device: the smallest figure of them all. Collective.
+
+    most: no more than this, where a rank has been given a limit.
+    """
     if mesh.device.type == "cuda":
         free = torch.cuda.mem_get_info(mesh.device)[0]
         free += torch.cuda.memory_reserved(mesh.device) - torch.cuda.memory_allocated(mesh.device)
     else:
         free = host_memory() // mesh.world.size
+    free = free if most is None else min(free, most)
     if mesh.world.group is None:
         return free
     smallest = torch.tensor([free], dtype=torch.int64, device=mesh.device)
@@ -148,19 +152,21 @@ def decode_video(
     mode: str = "auto",
     chunk: int | None = None,
     tile: tuple[int, int] | None = None,
+    room: int | None = None,
 ) -> Tensor | None:
     """All frames (T, H, W, 3) uint8 on rank 0, None elsewhere, by the best plan that fits into free memory.
 
     decode: runs one plan over the ranks (see `common.decode.decode_frames`). latents: (1, C, T, h, w).
-    mode, chunk, tile: as for `decode_plans`. One process falls back to the next smaller plan when memory runs out
-    after all; several try the plan on zeros first, on a GPU, since a rank that fails leaves the others waiting.
+    mode, chunk, tile: as for `decode_plans`. room: bytes that the decode may take here; default: all that are free.
+    One process falls back to the next smaller plan when memory runs out after all; several try the plan on zeros
+    first, on a GPU, since a rank that fails leaves the others waiting.
     Raises MemoryError when nothing fits.
     """
     assert isinstance(decoder, nn.Module)
     _, channels, frames, height, width = latents.shape
     size = (channels, frames, height, width)
     plans = decode_plans(decoder, size, mesh.world.size, mode, chunk, tile)
-    plans = plan_decode(decoder, size, free_memory(mesh), plans)
+    plans = plan_decode(decoder, size, free_memory(mesh, room), plans)
     if mesh.world.size > 1 and mesh.device.type == "cuda":
         plans = (agree(plans, lambda plan: probe(decoder, size, plan), mesh.world, mesh.device),)
     split = TimeSplit(mesh.world, mesh.device)

@@ -14,11 +14,13 @@ from common.decode import DecodePlan, VideoDecoder
 from common.generation import Models, decode_video, parse_dtype
 from common.guidance import Guidance
 from common.parallel import Mesh, resolve_device
-from common.placement import Placement
+from common.placement import Placement, resident_bytes
 from common.progress import Stages
 from common.text import TextEncoder, encode_on_main
 from common.vae import TimeSplit
 from common.xfuser_engine import sequence_parallel
+
+GIB = 2**30
 
 TextBranch = tuple[Tensor, Tensor]
 """Features (1, L, D) of one guidance branch's prompt and the mask (1, L) of its tokens that are no padding."""
@@ -34,7 +36,8 @@ class Pipeline:
     checkpoint's. text_cache: folder that keeps text features between runs. text_dtype: of the T5 encoder; default: as
     `dtype`, bf16 for fp8. offload, shard_weights: where weights are, see `common.placement.Placement`; by default one
     stage's are on the device. compiling: a `common.compile.Compile`, or its fields. overlap_groups: groups of heads
-    that travel apart, see `common.usp.SequenceParallel`.
+    that travel apart, see `common.usp.SequenceParallel`. max_memory: GiB that this rank may use on its device, which
+    the decode keeps to; default: what is free.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Pipeline:
         shard_weights: bool = False,
         compiling: Compile | Mapping[str, Any] | None = None,
         overlap_groups: int = 1,
+        max_memory: float | None = None,
     ) -> None:
         mesh = mesh or Mesh(device=resolve_device(device or "cpu"))
         float8 = dtype == "fp8"
@@ -68,6 +72,7 @@ class Pipeline:
         self.sp = sequence_parallel(mesh, attention, engine, overlap_groups)
         self.guidance = Guidance(mesh.cfg)
         self.models = Models(keep_loaded or offload == "none")
+        self.max_memory = None if max_memory is None else int(max_memory * GIB)
 
     def text_folder(self) -> Path:
         """Where the T5 encoder lies; ValueError when it is nowhere."""
@@ -127,7 +132,13 @@ class Pipeline:
                 vae,
                 vae_chunk,
                 tile,
+                None if self.max_memory is None else self.max_memory - self._held(),
             )
+
+    def _held(self) -> int:
+        """Bytes of the weights that are loaded here now."""
+        loaded = [m.model if isinstance(m, TextEncoder) else m for m in self.models.loaded.values()]
+        return sum(resident_bytes(model) for model in loaded if isinstance(model, nn.Module))
 
     def frames(
         self, decoder: VideoDecoder, latents: Tensor, plan: DecodePlan, split: TimeSplit

@@ -117,7 +117,7 @@ class Setup:
     def pipeline_options(self) -> dict[str, Any]:
         """What every fork's pipeline takes by the same names, see `common.pipeline.Pipeline`."""
         names = ["dtype", "attention", "engine", "keep_loaded", "offload", "shard_weights", "overlap_groups"]
-        names += ["text_encoder_dir", "text_dtype", "text_cache"]
+        names += ["text_encoder_dir", "text_dtype", "text_cache", "max_memory"]
         compiling = {
             "blocks": self.compile,
             "vae": self.compile_vae,

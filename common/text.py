@@ -316,7 +316,7 @@ class TextEncoder:
         self.options = {"float8": float8, "stream": stream}
         kind = f"{dtype} float8" if float8 else str(dtype)
         self._cache = None if cache_dir is None else FeatureCache(cache_dir, self.files, kind)
-        self._model: nn.Module | None = None
+        self.model: nn.Module | None = None
 
     def __enter__(self) -> TextEncoder:
         return self
@@ -326,7 +326,7 @@ class TextEncoder:
 
     def free(self) -> None:
         """Drop the weights and hand their memory back to the device."""
-        self._model = None
+        self.model = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -356,11 +356,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def _run(self, ids: list[int]) -> Tensor:
-        if self._model is None:
-            self._model = load_t5(self.files, self.device, self.dtype, **self.options)
+        if self.model is None:
+            self.model = load_t5(self.files, self.device, self.dtype, **self.options)
         # The ids are exactly the tokens T5 may attend to, so no mask is needed: masked padding
         # has weight zero in every softmax and leaves no trace in the other rows.
-        out = self._model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
+        out = self.model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
         return out[0].to("cpu", torch.float32)
 
 

@@ -20,7 +20,7 @@ from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
 from cogvideox_xdit.workload import workload as cogvideox_workload
 from common.choice import GIB, WORKSPACE, Choice, Room, candidates, choose_placement
-from common.decode import DecodePlan
+from common.decode import MARGIN, SPARE, DecodePlan
 from common.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
 from common.layout import Coordinates
 from common.parallel import Layout, Mesh, distributed
@@ -30,6 +30,7 @@ from common.usp import SequenceParallel
 from consisid_xdit.cli import PROGRAM as CONSISID
 from consisid_xdit.config import PREVIEW
 from consisid_xdit.workload import workload as consisid_workload
+from mochi_xdit import MochiPipeline
 from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.demo import random_checkpoint as mochi_checkpoint
@@ -114,6 +115,25 @@ def test_weights_are_counted_to_the_byte(run_ranks, tmp_path, layout):
     for found in run_ranks(layout.ranks, loaded_and_estimated, folder, layout):
         assert len(found) == 2 * len(PLACEMENTS)
         assert all(loaded == estimated for loaded, estimated in found)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.slow
+def test_the_decode_keeps_to_the_memory_it_is_given(tmp_path, keep):
+    """What the estimate says for --max-memory is the plan that runs."""
+    folder, used = write_checkpoint(tmp_path), []
+    work = mochi_workload(folder, Mesh(), 192, 256, 19, dtype=torch.float32).with_text(lambda: folder)
+    counted = Estimator(work, Mesh(), Precision(torch.float32, text=torch.float32), "cpu")
+    placement = Placement("none" if keep else "stage")
+    weights = counted.estimate(placement, keep).stages["decode"].weights
+    needs = [counted._plan_bytes(plan) * MARGIN + SPARE for plan in counted.plans]
+    for need in sorted(set(needs)):
+        room = weights + need + 2**20
+        pipe = MochiPipeline(folder, dtype="fp32", offload=placement.offload, max_memory=room / GIB)
+        pipe.frames = lambda decoder, z, plan, split: used.append(plan) or iter([torch.zeros(1)])
+        pipe("a red ball", height=192, width=256, num_frames=19, num_steps=1)
+        assert used[-1] == counted.estimate(placement, keep, int(room)).plan
+    assert len(set(used)) == len(used) > 1 and {plan.mode for plan in used} == {"tiled", "exact"}
 
 
 def small_official(name: str, mesh: Mesh) -> Workload:

@@ -327,6 +327,22 @@ def test_nan_in_the_latents_stops_the_run(checkpoint, folder, capsys):
     assert os.listdir(folder) == ["model"]
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_decoder_that_overflows_gives_no_video_and_keeps_the_latents(checkpoint, folder, capsys, ranks):
+    file = next((checkpoint / "vae").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["decoder.proj_out.bias"][1] = float("inf")  # which the conversion to bytes would show as white
+    save_file(tensors, file)
+    if ranks == 1:
+        status, errors = mochi(capsys, checkpoint, "--output", "out.mp4")
+    else:
+        what = ("--model-dir", str(checkpoint), "--prompt", "a red circle", "--gpus", "2", *SMALL)
+        status, _, errors = run("mochi_xdit/cli.py", *what, "--output", str(folder / "out.mp4"))
+    (line,) = errors
+    assert status == 1 and "decoding" in line and "the decoder made NaN or infinity in frame" in line
+    assert "latents are kept" in line and sorted(os.listdir(folder)) == ["model", "out.latents.safetensors"]
+
+
 def test_latents_that_are_none(demo, folder, capsys):
     Path("text.safetensors").write_text("hello")
     status, (line,) = call(MOCHI, capsys, "--demo", "--gpus", "1", "--from-latents", "text.safetensors")

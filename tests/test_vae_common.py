@@ -302,6 +302,31 @@ def test_pixels_become_bytes_by_the_named_rule():
     assert to_uint8(grey.bfloat16())[0, 0, :, 0].tolist() == [0, 0, 127, 255, 255, 255]
 
 
+class Overflowing(Net):
+    """One pixel of the video's frame `at` is what it should never be."""
+
+    def __init__(self, value: float, at: int) -> None:
+        super().__init__()
+        self.value, self.at, self.seen = value, at, 0
+
+    def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
+        pixels = super().forward(z, stream)
+        if 0 <= self.at - self.seen < pixels.shape[2]:
+            pixels[0, 1, self.at - self.seen, 2, 3] = self.value
+        self.seen += pixels.shape[2]
+        return pixels
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("plan", [DecodePlan("exact", 2), DecodePlan("tiled", 2, (9, 9))])
+@pytest.mark.parametrize("at, named", [(0, "frames 0 to 1"), (3, "frames 2 to 3"), (4, "frame 4;")])
+def test_frames_that_are_not_finite_are_never_shown(value, plan, at, named):
+    shown = []
+    with pytest.raises(FloatingPointError, match=f"the decoder made NaN or infinity in {named}"):
+        shown.extend(decode_frames(Overflowing(value, at).double(), latents(5), plan))
+    assert sum(len(frames) for frames in shown) == at // 2 * 2
+
+
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("tiled", 1, (8, 8), 2)])
 def test_a_resting_decode_leaves_its_caller_alone(plan):
     pieces = decode_frames(net(), latents(3, 9, 9), plan)
