@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -53,15 +53,38 @@ class Place:
     launcher: str | None = None
 
 
-def place() -> Place:
-    """Read the environment once; the only place besides common/parallel.py that does."""
-    env = os.environ
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """The one reading of torchrun's variables. Raises ValueError, with the fix, for values that name no rank.
+
+    Without both RANK and WORLD_SIZE this process is alone. So it is in a world of one that torchrun did not make:
+    job schedulers preset such a world in every container, and it is no reason not to start ranks.
+    """
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Place()
-    world = int(env["WORLD_SIZE"])
-    local = int(env.get("LOCAL_WORLD_SIZE", world))
-    launcher = "supervise" if _REPORT in env else "torchrun"
-    return Place(int(env["RANK"]), world, int(env.get("LOCAL_RANK", "0")), local, launcher)
+    world = _number(env, "WORLD_SIZE", 1, None)
+    rank = _number(env, "RANK", 0, world - 1)
+    if world == 1 and _REPORT not in env and "TORCHELASTIC_RUN_ID" not in env:
+        return Place()
+    local_world = _number(env, "LOCAL_WORLD_SIZE", 1, world) if "LOCAL_WORLD_SIZE" in env else world
+    local_rank = _number(env, "LOCAL_RANK", 0, local_world - 1) if "LOCAL_RANK" in env else 0
+    return Place(rank, world, local_rank, local_world, "supervise" if _REPORT in env else "torchrun")
+
+
+def _number(env: Mapping[str, str], name: str, least: int, most: int | None) -> int:
+    text = env[name]
+    if (
+        text.isascii()
+        and text.isdigit()
+        and len(text) < 10
+        and int(text) >= least
+        and (most is None or int(text) <= most)
+    ):
+        return int(text)
+    allowed = f"from {least} to {most}" if most is not None else f"of at least {least}"
+    raise ValueError(
+        f"the environment has {name}={text[:40]!r}, which is no whole number {allowed}; "
+        "unset RANK and WORLD_SIZE to let the program start its ranks, or start it with torchrun"
+    )
 
 
 def driver_present() -> bool:
@@ -91,9 +114,28 @@ def split_cores(at: Place) -> None:
         torch.set_num_threads(max(1, cores() // at.local_world_size))
 
 
+def open_standard_streams() -> None:
+    """Open descriptors 0 to 2 where whoever started us closed them, as daemons and cron wrappers do.
+
+    Otherwise the next pipe or file would get such a number, and would be replaced by a child's own stdin or stderr.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+            os.set_inheritable(opened, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise `Stopped` inside, so that what is half written is removed on the way out."""
+    """SIGINT, SIGTERM and SIGHUP raise `Stopped` inside, so that what is half written is removed on the way out.
+
+    A signal that was ignored when the program began stays ignored: that is how `nohup`, and a shell's `&` in a script,
+    ask for a run that outlives its terminal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -101,12 +143,16 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    before = {number: signal.signal(number, stop) for number in _SIGNALS if not _ignored(number)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 # ---- in a rank
@@ -130,7 +176,8 @@ class Link:
         elif at.launcher == "torchrun":
             _die_with_parent()
             # At once, even while a collective waits: torchrun would kill us only 30 seconds later.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if not _ignored(signal.SIGINT):
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def _attach(self) -> None:
         _die_with_parent()
@@ -249,6 +296,7 @@ def supervise(
     debug: the ranks' own stderr goes to the screen; otherwise it is kept for the last words of a rank that crashed.
     clean_up: called when the run did not succeed, after the last rank is gone; what it returns ends the error line.
     """
+    open_standard_streams()
     status, reason = 1, ""
     children: list[_Child] = []
     with tempfile.TemporaryFile() as handed, _pipe() as (life, _), stoppable():
@@ -285,14 +333,18 @@ def _pipe() -> Iterator[tuple[int, int]]:
 
 
 def _shared_environment(ranks: int, cpu: bool) -> dict[str, str]:
-    """What torchrun would set for all ranks, and defaults that the user's own environment overrides."""
-    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    """What torchrun would set for all ranks, and defaults that the user's own environment overrides.
+
+    What a torchrun left that we were started under is taken out: it would make every rank wait for its store.
+    """
+    defaults = {}
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: independent of what its host name resolves to
     if cpu:
         defaults["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return defaults | dict(os.environ) | {name: str(value) for name, value in world.items()}
+    return defaults | kept | {name: str(value) for name, value in world.items()}
 
 
 def _start(command: Sequence[str], rank: int, common: dict[str, str], output: IO[bytes] | None) -> _Child:

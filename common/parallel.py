@@ -1,11 +1,10 @@
 """How the ranks are laid out, as frozen values: `Layout` (what was asked), `Axis` and `Mesh` (what one rank holds).
 
-This is the only file that reads torchrun's environment and creates process groups.
+This is the only file that creates process groups.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.launch import place
 from common.layout import Layout
 
 
@@ -86,14 +86,14 @@ def distributed(layout: Layout | None = None, device: str | torch.device = "cpu"
     Raises ValueError when the layout does not fit the number of ranks or the device does not exist.
     """
     layout = layout or Layout()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    at = place()
+    rank, world_size = at.rank, at.world_size
     if layout.ranks != world_size:
         raise ValueError(
             f"layout {layout} needs {layout.ranks} ranks, but {world_size} "
             f"{'is' if world_size == 1 else 'are'} running; the degrees must multiply to {world_size}"
         )
-    chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = resolve_device(device, at.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size == 1:

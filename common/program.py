@@ -32,10 +32,15 @@ SELF_TEST_SECONDS = 60.0
 
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    launch.open_standard_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["quantize"]:
         return quantize.run(program, arguments[1:])
-    at = launch.place()
+    try:
+        at = launch.place()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     started = time.time()
     if at.launcher == "supervise":
         return run_rank(program, pickle.loads(launch.handed_down()), at, started)

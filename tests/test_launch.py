@@ -14,8 +14,10 @@ import psutil
 import pytest
 import torch
 
-from common import launch
+from common import launch, program
 from common.failure import Failure, describe, is_out_of_memory, verdict
+from common.parallel import Layout, distributed
+from tests.fake_program import PROGRAM as FAKE
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = f"""
@@ -169,6 +171,31 @@ def test_signals_end_all_ranks_quietly(parent, tmp_path, number, status):
     assert alive(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path, capfd, number):
+    """As under nohup, or after a script's `&`: in the parent, while it watches, and in its ranks."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        body = f"os.kill(os.getpid(), {number}); os.kill(os.getppid(), {number}); time.sleep(.3)"
+        assert launch.supervise(script(tmp_path, body), 2, cpu=True) == 0
+        with launch.stoppable():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_ranks_start_where_standard_streams_are_closed(tmp_path, closed):
+    command = script(tmp_path, "os.fstat(0); os.fstat(1); os.fstat(2); link.stderr.write('told'); link.leave(0)")
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from common import launch; "
+    code += f"os._exit(launch.supervise({command!r}, 2, cpu=True, request=b'request'))"
+    shell = f'exec {sys.executable} -c "$0" ' + " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(["sh", "-c", shell, code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (done.stderr == "toldtold") is (2 not in closed)
+
+
 def test_ranks_die_with_their_parent(parent, tmp_path):
     parent.kill()
     assert eventually(lambda: alive(tmp_path) == [])
@@ -195,13 +222,53 @@ def test_ranks_of_torchrun_die_with_their_agent(tmp_path):
     assert eventually(lambda: alive(tmp_path) == [])
 
 
-def test_places(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert launch.place() == launch.Place()
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    assert launch.place() == launch.Place(5, 8, 1, 4, "torchrun")
+RANK_5_OF_8 = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, launch.Place()),
+        (RANK_5_OF_8, launch.Place(5, 8, 1, 4, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, launch.Place(1, 2, 0, 2, "torchrun")),
+        ({"WORLD_SIZE": "4"}, launch.Place()),
+        # A scheduler's world of one is no launcher; torchrun's is.
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, launch.Place()),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}, launch.Place(launcher="torchrun")),
+    ],
+)
+def test_places(environment, place):
+    assert launch.place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("RANK", value) for value in ("", "abc", "-1", "8", "1.5", "²", "9" * 30)),
+        *(("WORLD_SIZE", value) for value in ("", "abc", "0", "-2", "inf")),
+        *(("LOCAL_WORLD_SIZE", value) for value in ("", "0", "9")),
+        *(("LOCAL_RANK", value) for value in ("", "x", "4")),
+    ],
+)
+def test_variables_that_name_no_rank(monkeypatch, capfd, name, value):
+    for key, good in (RANK_5_OF_8 | {name: value}).items():
+        monkeypatch.setenv(key, good)
+    assert program.main(FAKE, ["--demo", "--device", "cpu"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: the environment has {name}={value[:40]!r}") and "unset RANK" in line
+
+
+def test_a_mesh_stands_where_the_launcher_says(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert distributed(Layout(), "cpu").world.size == 1
+
+
+def test_ranks_do_not_look_for_the_store_of_a_torchrun_around_them(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    body = "print([name for name in os.environ if name.startswith('TORCHELASTIC')], flush=True)"
+    assert launch.supervise(script(tmp_path, body), 1, cpu=True) == 0
+    assert capfd.readouterr().out == "[]\n"
 
 
 def test_a_free_port_can_be_bound():
