@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from common.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, numbers, one_of, read_object, shown
 
 PIXELS = 8  # rows and columns of the video per row and column of the latents
 FRAME_STEP = 8  # videos of 8k + 1 or 8k frames are whole latents: the autoencoder makes 4 frames of each of two
@@ -21,18 +22,18 @@ class TransformerConfig:
     rotary: rope on video tokens, else a sine-cosine table is added; learned: a stored table is added as well
     """
 
-    heads: int = 30
-    head_dim: int = 64
-    layers: int = 30
+    heads: int = bounded(30, 1024)
+    head_dim: int = bounded(64, 1024)
+    layers: int = bounded(30, MAX_LAYERS)
     in_channels: int = 16
     out_channels: int = 16
     text_dim: int = 4096
     text_length: int = 226
     time_dim: int = 512
     ofs_dim: int | None = None
-    patch_size: int = 2
-    patch_time: int | None = None
-    time_compression: int = 4
+    patch_size: int = bounded(2, 16)
+    patch_time: int | None = bounded(None, 16)
+    time_compression: int = bounded(4, 16)
     sample_height: int = 60
     sample_width: int = 90
     sample_frames: int = 49
@@ -164,14 +165,22 @@ class VAEConfig:
 
     channels: tuple[int, ...] = (128, 256, 256, 512)
     latent_channels: int = 16
-    layers: int = 3
+    layers: int = bounded(3, 64)
     eps: float = 1e-6
     groups: int = 32
-    time_compression: int = 4
+    time_compression: int = bounded(4, 16)
     sample_height: int = 480
     sample_width: int = 720
     scaling_factor: float = 1.15258426
     inverted: bool = False
+
+    def __post_init__(self) -> None:
+        if wrong := [width for width in self.channels if width % self.groups]:
+            raise ValueError(f"a width of {wrong[0]} channels does not split into norm_num_groups {self.groups}")
+        if len(self.channels) > 8:
+            raise ValueError(f"block_out_channels has {len(self.channels)} values; at most 8 make sense")
+        if self.time_compression & (self.time_compression - 1):
+            raise ValueError(f"temporal_compression_ratio is {self.time_compression}; it must be a power of two")
 
     @property
     def space_compression(self) -> int:
@@ -208,18 +217,18 @@ _VAE_IGNORED = ("down_block_types", "up_block_types", "force_upcast", "mid_block
 def transformer_config(
     raw: Mapping[str, Any], where: str = "transformer/config.json", ignored: Sequence[str] = ()
 ) -> TransformerConfig:
-    """A checkpoint's own numbers. ValueError names the key and the value that cannot be run.
+    """A checkpoint's own numbers. CheckpointError names the key and the value that cannot be run.
 
     ignored: keys that the caller reads itself.
     """
-    _check_keys(raw, (*_TRANSFORMER.values(), *_TRANSFORMER_IGNORED, *ignored), _TRANSFORMER_FIXED, where)
-    return TransformerConfig(**_numbers(TransformerConfig, _TRANSFORMER, raw, where))
+    check_keys(raw, (*_TRANSFORMER.values(), *_TRANSFORMER_IGNORED, *ignored), _TRANSFORMER_FIXED, where)
+    return build(TransformerConfig, _TRANSFORMER, raw, where)
 
 
 def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """As `transformer_config`, for the autoencoder."""
-    _check_keys(raw, (*_VAE.values(), *_VAE_IGNORED), _VAE_FIXED, where)
-    return VAEConfig(**_numbers(VAEConfig, _VAE, raw, where))
+    check_keys(raw, (*_VAE.values(), *_VAE_IGNORED), _VAE_FIXED, where)
+    return build(VAEConfig, _VAE, raw, where)
 
 
 def transformer_json(config: TransformerConfig) -> dict[str, Any]:
@@ -236,66 +245,31 @@ def vae_json(config: VAEConfig) -> dict[str, Any]:
     return {"_class_name": "AutoencoderKLCogVideoX", **raw, **_VAE_FIXED, **blocks}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; ValueError when it is missing or holds none."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; a checkpoint in the diffusers layout has it")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return raw
+@dataclass(frozen=True)
+class SchedulerNumbers:
+    """What the schedulers take of `scheduler_config.json`; names and defaults are theirs."""
+
+    num_train_timesteps: int = bounded(1000, 100_000)
+    beta_start: float = bounded(0.00085, 1, least=0)
+    beta_end: float = bounded(0.012, 1, least=0)
+    beta_schedule: str = one_of("scaled_linear", "linear", "squaredcos_cap_v2")
+    clip_sample: bool = True
+    set_alpha_to_one: bool = True
+    steps_offset: int = bounded(0, 1000, least=0)
+    prediction_type: str = one_of("v_prediction", "epsilon", "sample")
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    timestep_spacing: str = one_of("leading", "trailing", "linspace")
+    rescale_betas_zero_snr: bool = False
+    snr_shift_scale: float = 3.0
 
 
-def _check_keys(raw: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError naming key and value of what the code behind `known` and `fixed` would get wrong.
-
-    Keys beginning with `_` are notes of the library that wrote the file; an unknown key that is off (None, false)
-    asks for nothing.
-    """
-    for key, value in raw.items():
-        if key in fixed:
-            if value != fixed[key]:
-                raise ValueError(f"{where} says {key}={value!r}; supported is {fixed[key]!r}")
-        elif key not in known and not key.startswith("_") and value not in (None, False):
-            raise ValueError(f"{where} says {key}={value!r}, which is unknown here; this checkpoint needs newer code")
-
-
-def _numbers(cls: type, keys: Mapping[str, str], raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of `raw` under the field names of the dataclass `cls`, of the kinds its fields have."""
-    found = {}
-    for field in fields(cls):
-        key = keys[field.name]
-        kind, _, optional = str(field.type).partition(" | ")
-        if key not in raw or (raw[key] is None and not optional):
-            continue
-        value = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
-        if kind == "int" and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if value is not None and not _IS[kind](value):
-            raise ValueError(f"{where} says {key}={raw[key]!r}; it must be {_MEANT[kind]}")
-        found[field.name] = value
-    return found
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-_IS: Mapping[str, Callable[[Any], bool]] = {
-    "bool": lambda value: isinstance(value, bool),
-    "int": _whole,
-    "float": lambda value: _whole(value) or (isinstance(value, float) and value > 0),
-    "tuple[int, ...]": lambda value: isinstance(value, tuple) and bool(value) and all(map(_whole, value)),
-}
-_MEANT = {
-    "bool": "true or false",
-    "int": "a whole number of at least 1",
-    "float": "a number above 0",
-    "tuple[int, ...]": "a list of whole numbers of at least 1",
-}
+def scheduler_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's scheduler_config.json without keys that are null. CheckpointError names key and value."""
+    raw = {key: value for key, value in read_object(path).items() if value is not None}
+    if "trained_betas" in raw:
+        raise CheckpointError(f"{path} says trained_betas={shown(raw['trained_betas'])}; supported is null")
+    return raw | numbers(SchedulerNumbers, {one.name: one.name for one in fields(SchedulerNumbers)}, raw, str(path))
 
 
 @dataclass(frozen=True)
@@ -315,22 +289,25 @@ def read_checkpoint(
     pipelines: Collection[str] = _PIPELINES,
     transformer_config: Callable[[Mapping[str, Any], str], TransformerConfig] = transformer_config,
 ) -> CheckpointConfig:
-    """Read a checkpoint folder in the diffusers layout. ValueError names what is missing or cannot be run.
+    """Read a checkpoint folder in the diffusers layout. CheckpointError names what is missing or cannot be run.
 
     A fork on this model states its own `pipelines` of model_index.json and its reading of transformer/config.json.
     """
     index_file = model_dir / "model_index.json"
-    index = read_json(index_file)
-    if index.get("_class_name") not in pipelines:
-        raise ValueError(f"{index_file} says _class_name={index.get('_class_name')!r}; known: {', '.join(pipelines)}")
-    raw = [read_json(model_dir / part / "config.json") for part in ("transformer", "vae")]
+    if not index_file.is_file():
+        raise CheckpointError(f"{index_file} is missing; a checkpoint in the diffusers layout has it")
+    index = read_object(index_file)
+    if index.get("_class_name") not in tuple(pipelines):
+        kind = shown(index.get("_class_name"))
+        raise CheckpointError(f"{index_file} says _class_name={kind}; known: {', '.join(pipelines)}")
+    raw = [read_object(model_dir / part / "config.json") for part in ("transformer", "vae")]
     transformer = transformer_config(raw[0], str(model_dir / "transformer" / "config.json"))
     vae = vae_config(raw[1], str(model_dir / "vae" / "config.json"))
     have, need = vae.latent_channels, transformer.out_channels
     if have != need:
-        raise ValueError(f"{model_dir}: the VAE has {have} latent channels, the transformer needs {need}")
-    scheduler = read_json(model_dir / "scheduler" / "scheduler_config.json")
+        raise CheckpointError(f"{model_dir}: the VAE has {have} latent channels, the transformer needs {need}")
+    scheduler = scheduler_config(model_dir / "scheduler" / "scheduler_config.json")
     # The pipeline's index says which class is to be used; the config file notes which one wrote it.
-    if isinstance(named := index.get("scheduler"), list) and len(named) == 2:
+    if isinstance(named := index.get("scheduler"), list) and len(named) == 2 and isinstance(named[1], str):
         scheduler = scheduler | {"_class_name": named[1]}
     return CheckpointConfig(transformer, vae, scheduler)

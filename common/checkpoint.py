@@ -1,24 +1,27 @@
 """Safetensors files: headers, memory-mapped tensors, and a writer that holds one tensor at a time.
 
-The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. It
-is read and written here and not by the library so that an error names the tensor a truncated file cuts, so that a file
-larger than the machine's memory can be mapped, and so that parts of tensors go to and come from files without a copy of
-the whole shard in memory.
+The format (see `common.headers`) is read and written here and not by the library so that an error names the tensor a
+truncated file cuts, so that a file larger than the machine's memory can be mapped, and so that parts of tensors go to
+and come from files without a copy of the whole shard in memory.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
+import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.headers import Entry, read_header
+from common.schema import CheckpointError, plain_file, quoted, read_object
 
 _DTYPES = {
     "F64": torch.float64,
@@ -36,12 +39,7 @@ _DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _VARIANTS = ("", "bf16", "fp16")
-_MAX_HEADER_BYTES = 100 << 20
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message is one line, names the file and, where there is one, the tensor."""
 
 
 @dataclass(frozen=True)
@@ -125,79 +123,61 @@ def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
     placed: dict[str, str] = {}
     if len(paths) == 1 and paths[0].name.endswith(".json"):
         index = paths[0]
-        placed = _read_index(index)
+        placed = read_index(index)
         paths = [index.parent / shard for shard in dict.fromkeys(placed.values())]
         for path in paths:
             if not path.is_file():
-                raise CheckpointError(f"{index}: shard {path.name} is missing from {index.parent}")
+                raise CheckpointError(f"{index}: shard {quoted(path.name)} is missing from {index.parent}")
     entries: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        found, strings = _read_header(path)
+        found, strings = read_header(path)
         for name in found.keys() & entries.keys():
-            raise CheckpointError(f"{path}: tensor {name} is also in {entries[name].file}")
-        entries |= found
+            raise CheckpointError(f"{path}: tensor {quoted(name)} is also in {entries[name].file}")
+        entries |= {name: _stored(path, name, entry) for name, entry in found.items()}
         metadata |= strings
     for name, shard in placed.items():
         if name not in entries:
-            raise CheckpointError(f"{paths[0].parent / shard}: tensor {name} is missing, but {label} says it is there")
+            at = paths[0].parent / shard
+            raise CheckpointError(f"{at}: tensor {quoted(name)} is missing, but {label} says it is there")
     return Checkpoint(entries, label, metadata)
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        placed = json.loads(path.read_text())["weight_map"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors index ({error})") from None
-    if not isinstance(placed, dict) or not all(isinstance(shard, str) for shard in placed.values()):
-        raise CheckpointError(f"{path}: not a safetensors index (weight_map does not map names to files)")
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says. CheckpointError for what is none, or leads out of its folder."""
+    placed = read_object(path).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
+        raise CheckpointError(f"{path}: not an index of weights (weight_map does not map names to files)")
+    for shard in dict.fromkeys(placed.values()):
+        place = PurePosixPath(shard)
+        if place.is_absolute() or ".." in place.parts or not place.name or "\0" in shard:
+            raise CheckpointError(f"{path} names {quoted(shard)}; an index may name files of its own folder only")
     return placed
 
 
-def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(9)
-            length = int.from_bytes(head[:8], "little")
-            if head.startswith(b"version "):
-                raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-            if head[8:] != b"{" or length > _MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: not a safetensors file")
-            if 8 + length > size:
-                raise CheckpointError(f"{path}: truncated file, {size} bytes end inside the header")
-            header = json.loads(b"{" + file.read(length - 1))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: a directory, not a safetensors file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON)") from None
-    strings = header.pop("__metadata__", None) or {}
-    return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}, strings
+def _stored(path: Path, name: str, entry: Entry) -> Stored:
+    return Stored(name, path, _DTYPES[entry.dtype], entry.shape, entry.offset, entry.nbytes)
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> Stored:
+def load_pickle(path: Path) -> Any:
+    """What a `torch.save` file holds, on the CPU; nothing in it is run. Mapped, unless it is of the format before 1.6.
+
+    CheckpointError names the file when it is damaged, or holds more than tensors.
+    """
+    with plain_file(path) as file:
+        zipped = file.read(4) == b"PK\x03\x04"
     try:
-        kind, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: not a safetensors file (bad entry for tensor {name})") from None
-    if kind not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {kind}")
-    dtype = _DTYPES[kind]
-    nbytes = math.prod(shape) * dtype.itemsize
-    if begin < 0 or end - begin != nbytes:
-        raise CheckpointError(f"{path}: tensor {name} takes {end - begin} bytes, its shape and dtype say {nbytes}")
-    if start + end > size:
-        raise CheckpointError(f"{path}: truncated file, tensor {name} ends at byte {start + end} of {size}")
-    return Stored(name, path, dtype, shape, start + begin, nbytes)
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} is no file of plain tensors: it holds code ({wanted[1]}), which could do anything on this "
+                "machine, and is not loaded; take the model's safetensors file, or a copy from its own page"
+            ) from None
+        raise CheckpointError(f"{path} is damaged, or no file of plain tensors; nothing else is loaded") from None
+    except Exception as error:  # zip, unicode, memory and runtime errors alike
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is damaged or truncated: {said or type(error).__name__}") from None
 
 
 def find_files(folder: str | Path, stem: str, dtype: torch.dtype | None = None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cogvideox_xdit.config import (
     transformer_config,
     transformer_json,
 )
+from common.schema import MAX_LAYERS, bounded, build
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,20 @@ class ConsisIDConfig(TransformerConfig):
 
     face: bool = False
     kps: bool = False
-    interval: int = 2
-    cross_head_dim: int = 128
-    cross_heads: int = 16
+    interval: int = bounded(2, MAX_LAYERS)
+    cross_head_dim: int = bounded(128, 1024)
+    cross_heads: int = bounded(16, 1024)
     id_dim: int = 1280
     vit_dim: int = 1024
-    depth: int = 10
-    extractor_head_dim: int = 64
-    extractor_heads: int = 16
-    id_tokens: int = 5
-    queries: int = 32
+    depth: int = bounded(10, MAX_LAYERS)
+    extractor_head_dim: int = bounded(64, 1024)
+    extractor_heads: int = bounded(16, 1024)
+    id_tokens: int = bounded(5, 1024)
+    queries: int = bounded(32, 4096)
     face_dim: int = 2048
-    ff_mult: int = 4
-    scales: int = 5
-    face_scale: float = 1.0
+    ff_mult: int = bounded(4, 64)
+    scales: int = bounded(5, MAX_LAYERS)
+    face_scale: float = bounded(1.0, most=1e6, least=-1e6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,25 +96,14 @@ _LEFT_OVER = ("LFE_num_tokens", "LFE_heads")
 
 
 def consisid_config(raw: Mapping[str, Any], where: str = "transformer/config.json") -> ConsisIDConfig:
-    """A checkpoint's own numbers. ValueError names the key and the value that cannot be run."""
-    names = {key: name for name, key in FACE_KEYS.items()}
-    face = {names[key]: value for key, value in raw.items() if key in names and value is not None}
-    rest = {key: value for key, value in raw.items() if key not in names and key not in _LEFT_OVER}
-    kinds = {field.name: type(field.default) for field in fields(ConsisIDConfig)}
-    for name, value in face.items():
-        kind = kinds[name]
-        good = (
-            isinstance(value, bool) if kind is bool else isinstance(value, (int, kind)) and not isinstance(value, bool)
-        )
-        if not good or (kind is int and value < 1):
-            meant = {bool: "true or false", int: "a whole number of at least 1", float: "a number"}[kind]
-            raise ValueError(f"{where} says {FACE_KEYS[name]}={value!r}; it must be {meant}")
+    """A checkpoint's own numbers. CheckpointError names the key and the value that cannot be run."""
+    rest = {key: value for key, value in raw.items() if key not in FACE_KEYS.values() and key not in _LEFT_OVER}
     base = transformer_config(rest, where)
-    return ConsisIDConfig(**vars(base), **face)
+    return build(ConsisIDConfig, FACE_KEYS, raw, where, **vars(base))
 
 
 def read_consisid(model_dir: Path) -> CheckpointConfig:
-    """Read a checkpoint folder in the diffusers layout. ValueError names what is missing or cannot be run."""
+    """Read a checkpoint folder in the diffusers layout. CheckpointError names what is missing or cannot be run."""
     return read_checkpoint(model_dir, ("ConsisIDPipeline",), consisid_config)
 
 

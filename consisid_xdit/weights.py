@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from cogvideox_xdit.weights import STEM
 from cogvideox_xdit.weights import rename_table as cogvideox_table
+from common.checkpoint import load_pickle
 from common.quantize import TransformerFiles
 from common.weights import Rename, find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig
@@ -36,13 +36,7 @@ def load_pth(path: Path | str) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; it is part of the checkpoint's face_encoder folder")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a file of plain tensors (only those are loaded, since other pickles "
-            f"can run code); download it again from the model's page: {error}"
-        ) from error
+    state = load_pickle(Path(path))
     for key in ("model", "module", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,9 @@ import click
 from common import program
 from common.checks import Rules
 from common.cli import Option
+from common.headers import read_header
 from common.request import Program, Setup, Source, Video, sampling_options
+from mochi_xdit.config import read_config
 from planner import chooser
 
 if TYPE_CHECKING:
@@ -56,10 +57,9 @@ def rules(source: Source) -> Rules:
             return replace(FAST if _is_fast(folder) else OFFICIAL, heads=_native_heads(folder / name))
     if not config.is_file():
         raise ValueError("no Mochi checkpoint: neither dit.safetensors nor transformer/config.json is there")
-    try:
-        return replace(OFFICIAL, heads=int(json.loads(config.read_text())["num_attention_heads"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} is no configuration of a Mochi transformer ({error!r})") from None
+    made = read_config(folder)
+    multiple = made.vae.spatial_ratio * made.patch
+    return replace(OFFICIAL, heads=made.heads, size_multiple=multiple, frame_step=made.vae.temporal_ratio)
 
 
 def _is_fast(folder: Path) -> bool:
@@ -69,12 +69,11 @@ def _is_fast(folder: Path) -> bool:
 def _native_heads(file: Path) -> int:
     """Heads by the shape of `pos_frequencies`; the official number where the loader will find fault with the file."""
     try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), 100 << 20)))
-        shape = next(entry["shape"] for name, entry in header.items() if name.endswith("pos_frequencies"))
-        return int(shape[1])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration):
+        entries, _ = read_header(file)
+    except ValueError:
         return OFFICIAL.heads
+    shape = next((entry.shape for name, entry in entries.items() if name.endswith("pos_frequencies")), ())
+    return shape[1] if len(shape) == 3 and shape[1] else OFFICIAL.heads
 
 
 def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
+from common.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, read_object, shown
+
 Shapes = Mapping[str, tuple[int, ...]]
+_MAX_RATIO = 4096
+_VAE = {
+    "latent_channels": "latent_channels",
+    "encoder_channels": "encoder_block_out_channels",
+    "decoder_channels": "decoder_block_out_channels",
+    "layers": "layers_per_block",
+    "temporal": "temporal_expansions",
+    "spatial": "spatial_expansions",
+    "attention": "add_attention_block",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "mean": "latents_mean",
+    "std": "latents_std",
+    "scaling_factor": "scaling_factor",
+}
+_TRANSFORMER = {
+    "depth": "num_layers",
+    "heads": "num_attention_heads",
+    "head_dim": "attention_head_dim",
+    "hidden_y": "pooled_projection_dim",
+    "channels": "in_channels",
+    "patch": "patch_size",
+    "text_dim": "text_embed_dim",
+    "time_dim": "time_embed_dim",
+    "text_tokens": "max_sequence_length",
+}
 
 
 @dataclass(frozen=True)
@@ -16,10 +46,10 @@ class MochiVAEConfig:
     latent_channels: int = 12
     encoder_channels: tuple[int, ...] = (64, 128, 256, 384)
     decoder_channels: tuple[int, ...] = (128, 256, 512, 768)
-    layers: tuple[int, ...] = (3, 3, 4, 6, 3)
+    layers: tuple[int, ...] = bounded((3, 3, 4, 6, 3), most=64, least=0)
     """Residual blocks: at the pixels, in each of the stages, at the latents."""
-    temporal: tuple[int, ...] = (1, 2, 3)
-    spatial: tuple[int, ...] = (2, 2, 2)
+    temporal: tuple[int, ...] = bounded((1, 2, 3), 16)
+    spatial: tuple[int, ...] = bounded((2, 2, 2), 16)
     attention: tuple[bool, ...] = (False, True, True, True, True)
     """Which groups of the encoder's residual blocks have temporal attention. The decoder has none."""
     groups: int = 32
@@ -27,19 +57,23 @@ class MochiVAEConfig:
     in_channels: int = 15
     """RGB and its Fourier features: 3 + 3 * 2 frequencies * (sin, cos)."""
     out_channels: int = 3
-    mean: tuple[float, ...] = (
-        -0.06730895953510081,
-        -0.038011381506090416,
-        -0.07477820912866141,
-        -0.05565264470995561,
-        0.012767231469026969,
-        -0.04703542746246419,
-        0.043896967884726704,
-        -0.09346305707025976,
-        -0.09918314763016893,
-        -0.008729793427399178,
-        -0.011931556316503654,
-        -0.0321993391887285,
+    mean: tuple[float, ...] = bounded(
+        (
+            -0.06730895953510081,
+            -0.038011381506090416,
+            -0.07477820912866141,
+            -0.05565264470995561,
+            0.012767231469026969,
+            -0.04703542746246419,
+            0.043896967884726704,
+            -0.09346305707025976,
+            -0.09918314763016893,
+            -0.008729793427399178,
+            -0.011931556316503654,
+            -0.0321993391887285,
+        ),
+        most=1e6,
+        least=-1e6,
     )
     """Per latent channel: VAE latents = transformer latents * std + mean."""
     std: tuple[float, ...] = (
@@ -61,60 +95,61 @@ class MochiVAEConfig:
     @property
     def temporal_ratio(self) -> int:
         """Frames per latent frame: 6. A video of F latent frames has 6 * (F - 1) + 1 frames."""
-        ratio = 1
-        for step in self.temporal:
-            ratio *= step
-        return ratio
+        return prod(self.temporal)
 
     @property
     def spatial_ratio(self) -> int:
         """Pixels per latent pixel in each direction: 8."""
-        ratio = 1
-        for step in self.spatial:
-            ratio *= step
-        return ratio
+        return prod(self.spatial)
+
+    def __post_init__(self) -> None:
+        if wrong := [width for width in (*self.encoder_channels, *self.decoder_channels) if width % self.groups]:
+            raise ValueError(f"a width of {wrong[0]} channels does not split into {self.groups} groups")
 
     @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> MochiVAEConfig:
-        """From the parsed `vae/config.json` of a diffusers folder. ValueError names what it cannot honour."""
-        names = {
-            "latent_channels": "latent_channels",
-            "encoder_block_out_channels": "encoder_channels",
-            "decoder_block_out_channels": "decoder_channels",
-            "layers_per_block": "layers",
-            "temporal_expansions": "temporal",
-            "spatial_expansions": "spatial",
-            "add_attention_block": "attention",
-            "in_channels": "in_channels",
-            "out_channels": "out_channels",
-            "latents_mean": "mean",
-            "latents_std": "std",
-            "scaling_factor": "scaling_factor",
-        }
-        return cls(**_read("AutoencoderKLMochi", config, names, {"act_fn": ("silu",)}))
+    def from_diffusers(cls, config: Mapping[str, Any], where: str = "vae/config.json") -> MochiVAEConfig:
+        """From the parsed `vae/config.json` of a diffusers folder. CheckpointError names what it cannot honour."""
+        _check("AutoencoderKLMochi", config, _VAE.values(), {"act_fn": "silu"}, where)
+        made = build(cls, _VAE, config, where)
+        stages = len(made.temporal)
+        for name, count in (
+            ("spatial", stages),
+            ("encoder_channels", stages + 1),
+            ("decoder_channels", stages + 1),
+            ("layers", stages + 2),
+            ("attention", stages + 2),
+            ("mean", made.latent_channels),
+            ("std", made.latent_channels),
+        ):
+            if (have := len(getattr(made, name))) != count:
+                raise CheckpointError(f"{where}: {_VAE[name]} has {have} values; the others ask for {count}")
+        if made.spatial_ratio * made.temporal_ratio > _MAX_RATIO:
+            raise CheckpointError(f"{where}: temporal_expansions and spatial_expansions are impossibly large")
+        return made
 
     @classmethod
-    def from_native(cls, shapes: Shapes) -> MochiVAEConfig:
+    def from_native(cls, shapes: Shapes, where: str = "the file") -> MochiVAEConfig:
         """From the tensor shapes of a native `decoder.safetensors` or `encoder.safetensors`, which carry no config.
 
         What the file does not show keeps its default. KeyError names a tensor that every such file has and this one
-        lacks.
+        lacks; CheckpointError a number that is impossible, with `where`, the file.
         """
-        return _native_decoder(shapes) if "blocks.0.0.weight" in shapes else _native_encoder(shapes)
+        values = _native_decoder(shapes) if "blocks.0.0.weight" in shapes else _native_encoder(shapes)
+        return build(cls, {name: name for name in values}, values, where)
 
 
 @dataclass(frozen=True)
 class MochiConfig:
     """The asymmetric joint transformer over video tokens (x) and text tokens (y)."""
 
-    depth: int = 48
-    heads: int = 24
-    head_dim: int = 128
+    depth: int = bounded(48, MAX_LAYERS)
+    heads: int = bounded(24, 1024)
+    head_dim: int = bounded(128, 1024)
     hidden_y: int = 1536
     mlp_x: int = 8192
     mlp_y: int = 4096
     channels: int = 12
-    patch: int = 2
+    patch: int = bounded(2, 16)
     text_dim: int = 4096
     text_heads: int = 8
     """Heads of the attention pool over the text features."""
@@ -140,37 +175,36 @@ class MochiConfig:
         return self.channels * self.patch**2
 
     @classmethod
-    def from_diffusers(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any] | None = None) -> MochiConfig:
+    def from_diffusers(
+        cls,
+        transformer: Mapping[str, Any],
+        vae: Mapping[str, Any] | None = None,
+        where: str = "transformer/config.json",
+        vae_where: str = "vae/config.json",
+    ) -> MochiConfig:
         """From the parsed config.json of a diffusers folder's `transformer/` (and `vae/`).
 
-        ValueError names keys it does not know and values it cannot honour.
+        CheckpointError names keys it does not know and values it cannot honour. where, vae_where: the files.
         """
-        names = {
-            "num_layers": "depth",
-            "num_attention_heads": "heads",
-            "attention_head_dim": "head_dim",
-            "pooled_projection_dim": "hidden_y",
-            "in_channels": "channels",
-            "patch_size": "patch",
-            "text_embed_dim": "text_dim",
-            "time_embed_dim": "time_dim",
-            "max_sequence_length": "text_tokens",
-        }
-        channels = (None, transformer.get("in_channels", cls.channels))
-        fixed = {"qk_norm": ("rms_norm",), "activation_fn": ("swiglu",), "out_channels": channels}
-        numbers = _read("MochiTransformer3DModel", transformer, names, fixed)
-        sizes = cls(**numbers)
+        channels = (None, transformer.get("in_channels", cls().channels))
+        fixed = {"qk_norm": "rms_norm", "activation_fn": "swiglu", "out_channels": channels}
+        _check("MochiTransformer3DModel", transformer, _TRANSFORMER.values(), fixed, where)
+        sizes = build(cls, _TRANSFORMER, transformer, where)
         # Widths are not in the file: two thirds of four times the stream's, which for Mochi 1 is already a multiple of
         # 256.
         widths = {"mlp_x": 4 * sizes.hidden_x * 2 // 3, "mlp_y": 4 * sizes.hidden_y * 2 // 3}
-        return cls(**numbers, **widths, vae=MochiVAEConfig.from_diffusers(vae or {}))
+        made = replace(sizes, **widths, vae=MochiVAEConfig.from_diffusers(vae or {}, vae_where))
+        if (have := made.vae.latent_channels) != made.channels:
+            raise CheckpointError(f"{vae_where}: {have} latent channels, the transformer needs {made.channels}")
+        return made
 
     @classmethod
-    def from_native(cls, shapes: Shapes) -> MochiConfig:
+    def from_native(cls, shapes: Shapes, where: str = "the file") -> MochiConfig:
         """From the tensor shapes of a native `dit.safetensors`, which carries no config.
 
-        KeyError names a tensor that every such file has and this one lacks. Only what sets the numbers is looked at;
-        whether every shape agrees is the loader's check.
+        KeyError names a tensor that every such file has and this one lacks, CheckpointError a number that is
+        impossible, with `where`, the file. Only what sets the numbers is looked at; whether every shape agrees is the
+        loader's check.
         """
         _, heads, half = shapes["pos_frequencies"]
         hidden_y, text_dim = shapes["t5_yproj.weight"]
@@ -180,18 +214,19 @@ class MochiConfig:
         # A single block is the last one, and the last one has no text feed-forward.
         mlp_y = shapes["blocks.0.mlp_y.w2.weight"][1] if depth > 1 else cls.mlp_y
         time_dim = shapes["t_embedder.mlp.0.weight"][1]
-        return cls(
-            depth=depth,
-            heads=heads,
-            head_dim=2 * half,
-            hidden_y=hidden_y,
-            mlp_x=mlp_x,
-            mlp_y=mlp_y,
-            channels=channels,
-            patch=patch,
-            text_dim=text_dim,
-            time_dim=time_dim,
-        )
+        values = {
+            "depth": depth,
+            "heads": heads,
+            "head_dim": 2 * half,
+            "hidden_y": hidden_y,
+            "mlp_x": mlp_x,
+            "mlp_y": mlp_y,
+            "channels": channels,
+            "patch": patch,
+            "text_dim": text_dim,
+            "time_dim": time_dim,
+        }
+        return build(cls, {name: name for name in values}, values, where)
 
 
 def _count(shapes: Shapes, pattern: str, start: int) -> int:
@@ -202,7 +237,7 @@ def _count(shapes: Shapes, pattern: str, start: int) -> int:
     return n
 
 
-def _native_decoder(shapes: Shapes) -> MochiVAEConfig:
+def _native_decoder(shapes: Shapes) -> dict[str, Any]:
     stages = _count(shapes, "blocks.{}.proj.weight", 1)
     last = f"blocks.{stages + 1}"
     top, latent_channels = shapes["blocks.0.0.weight"][:2]
@@ -214,17 +249,17 @@ def _native_decoder(shapes: Shapes) -> MochiVAEConfig:
         channels.append(width)
         temporal.append(max(shapes[f"blocks.{i}.proj.weight"][0] // (4 * width), 1))
     layers.append(_count(shapes, last + ".{}.stack.2.weight", 0))
-    return MochiVAEConfig(
-        latent_channels=latent_channels,
-        decoder_channels=tuple(reversed(channels)),
-        layers=tuple(reversed(layers)),
-        temporal=tuple(reversed(temporal)),
-        spatial=(2,) * stages,
-        out_channels=shapes["output_proj.weight"][0],
-    )
+    return {
+        "latent_channels": latent_channels,
+        "decoder_channels": tuple(reversed(channels)),
+        "layers": tuple(reversed(layers)),
+        "temporal": tuple(reversed(temporal)),
+        "spatial": (2,) * stages,
+        "out_channels": shapes["output_proj.weight"][0],
+    }
 
 
-def _native_encoder(shapes: Shapes) -> MochiVAEConfig:
+def _native_encoder(shapes: Shapes) -> dict[str, Any]:
     width, in_channels = shapes["layers.0.weight"]
     first = _count(shapes, "layers.{}.stack.2.weight", 1)
     stages = _count(shapes, "layers.{}.layers.0.weight", first + 1)
@@ -233,31 +268,25 @@ def _native_encoder(shapes: Shapes) -> MochiVAEConfig:
     convs = [shapes[f"{head}.0.weight"] for head in heads]
     members = [_count(shapes, head + ".{}.stack.2.weight", 1) for head in heads]
     groups = ["layers.1", *(f"{head}.1" for head in heads), f"layers.{at}"]
-    return MochiVAEConfig(
-        latent_channels=shapes["output_proj.weight"][0] // 2,
-        encoder_channels=(width, *(conv[0] for conv in convs)),
-        layers=(first, *members, _count(shapes, "layers.{}.stack.2.weight", at)),
-        temporal=tuple(conv[2] for conv in convs),
-        spatial=tuple(conv[3] for conv in convs),
-        attention=tuple(f"{name}.attn_block.norm.weight" in shapes for name in groups),
-        in_channels=in_channels,
-    )
+    return {
+        "latent_channels": shapes["output_proj.weight"][0] // 2,
+        "encoder_channels": (width, *(conv[0] for conv in convs)),
+        "layers": (first, *members, _count(shapes, "layers.{}.stack.2.weight", at)),
+        "temporal": tuple(conv[2] for conv in convs),
+        "spatial": tuple(conv[3] for conv in convs),
+        "attention": tuple(f"{name}.attn_block.norm.weight" in shapes for name in groups),
+        "in_channels": in_channels,
+    }
 
 
-def _read(
-    model: str, config: Mapping[str, Any], names: Mapping[str, str], fixed: Mapping[str, tuple[Any, ...]]
-) -> dict[str, Any]:
-    """The values of a diffusers config under our names. Keys with a leading underscore are notes, not numbers."""
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    kind = config.get("_class_name", model)
-    if kind != model:
-        raise ValueError(f"config.json describes a {kind}, expected a {model}")
-    unknown = sorted(given.keys() - names.keys() - fixed.keys())
-    if unknown:
-        raise ValueError(f"config.json of {model} has unknown keys: {', '.join(unknown)}")
-    for key, allowed in fixed.items():
-        if key in given and given[key] not in allowed:
-            choices = " or ".join(repr(value) for value in allowed)
-            raise ValueError(f"config.json of {model}: {key} is {given[key]!r}, only {choices} is supported")
-    values = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _check(model: str, config: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
+    if (kind := config.get("_class_name", model)) != model:
+        raise CheckpointError(f"{where} describes a {shown(kind)}, expected a {model}")
+    check_keys(config, known, fixed, where)
+
+
+def read_config(folder: Path) -> MochiConfig:
+    """The numbers of a diffusers folder. CheckpointError names the file, and the key where there is one."""
+    transformer, vae = (folder / part / "config.json" for part in ("transformer", "vae"))
+    described = read_object(vae) if vae.is_file() else None
+    return MochiConfig.from_diffusers(read_object(transformer), described, str(transformer), str(vae))

@@ -10,16 +10,16 @@ keeps the two halves of the gated feed-forward's input and of the final modulati
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
 from common.parallel import Axis, Mesh
 from common.placement import Placement, place
 from common.quantize import TransformerFiles
+from common.schema import read_object
 from common.usp import SequenceParallel
 from common.weights import (
     Checkpoint,
@@ -33,7 +33,7 @@ from common.weights import (
     on_meta,
     open_checkpoint,
 )
-from mochi_xdit.config import MochiConfig, MochiVAEConfig
+from mochi_xdit.config import MochiConfig, MochiVAEConfig, read_config
 
 if TYPE_CHECKING:
     from mochi_xdit.transformer import MochiTransformer
@@ -168,7 +168,7 @@ def find_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Pa
             f"{folder}: no Mochi checkpoint, neither {NATIVE_TRANSFORMER[0]} nor a folder transformer/"
         )
     file = find_files(folder / "transformer", DIFFUSERS_STEM, dtype)
-    config = _diffusers_config(folder)
+    config = read_config(folder)
     return Part(file, config, transformer_rename(config))
 
 
@@ -234,10 +234,12 @@ def _native_transformer(file: Path) -> Part[MochiConfig]:
     if any(name.startswith(_SINGLE_FILE_PREFIX) for name in checkpoint):
         prefix, checkpoint = _SINGLE_FILE_PREFIX, checkpoint.select(_SINGLE_FILE_PREFIX, strip=True)
     try:
-        config = MochiConfig.from_native({name: stored.shape for name, stored in checkpoint.items()})
+        config = MochiConfig.from_native({name: stored.shape for name, stored in checkpoint.items()}, str(file))
     except KeyError as error:
         raise CheckpointError(f"{file}: not a Mochi transformer, tensor {error.args[0]} is missing") from None
-    except ValueError as error:
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError) as error:
         raise CheckpointError(f"{file}: not a Mochi transformer ({error})") from None
     return Part(file, config, None, prefix, strip=True)
 
@@ -248,47 +250,17 @@ def _find_vae(folder: str | Path, dtype: torch.dtype | None, native: str, prefix
     if file.is_file():
         shapes = {name: stored.shape for name, stored in open_checkpoint(file).items()}
         try:
-            return Part(file, MochiVAEConfig.from_native(shapes), None)
+            return Part(file, MochiVAEConfig.from_native(shapes, str(file)), None)
         except KeyError as error:
             raise CheckpointError(f"{file}: not a Mochi VAE, tensor {error.args[0]} is missing") from None
+        except CheckpointError:
+            raise
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{file}: not a Mochi VAE ({error})") from None
     if not (folder / "vae").is_dir():
         raise CheckpointError(f"{folder}: no Mochi VAE, neither {native} nor a folder vae/")
     file = find_files(folder / "vae", DIFFUSERS_STEM, dtype)
-    config = _vae_config(folder)
+    described = folder / "vae" / "config.json"
+    config = MochiVAEConfig.from_diffusers(read_object(described), str(described))
     table = decoder_rename if prefix == "decoder." else encoder_rename
     return Part(file, config, table(config), prefix)
-
-
-def _diffusers_config(folder: Path) -> MochiConfig:
-    path = folder / "transformer" / "config.json"
-    vae = folder / "vae" / "config.json"
-    try:
-        return MochiConfig.from_diffusers(_json(path), _json(vae) if vae.is_file() else None)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _vae_config(folder: Path) -> MochiVAEConfig:
-    path = folder / "vae" / "config.json"
-    try:
-        return MochiVAEConfig.from_diffusers(_json(path))
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a table of settings")
-    return config

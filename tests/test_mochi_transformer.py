@@ -362,10 +362,10 @@ def test_config_from_shapes_and_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth_scale": 1, "foo": 2}, "unknown keys: depth_scale, foo"),
-        ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm', only 'rms_norm' is supported"),
-        ({"out_channels": 24}, "out_channels is 24, only None or 12 is supported"),
-        ({"_class_name": "FluxTransformer2DModel"}, "describes a FluxTransformer2DModel"),
+        ({"depth_scale": 1, "foo": 2}, "config.json says depth_scale=1, which is unknown here"),
+        ({"qk_norm": "layer_norm"}, "config.json says qk_norm='layer_norm'; supported is 'rms_norm'"),
+        ({"out_channels": 24}, "config.json says out_channels=24; supported is None or 12"),
+        ({"_class_name": "FluxTransformer2DModel"}, "config.json describes a 'FluxTransformer2DModel'"),
     ],
 )
 def test_config_refuses(change: dict[str, Any], message: str) -> None:
