@@ -53,7 +53,7 @@ class CogVideoXPipeline(Pipeline):
         self.scheduler = scheduler
         self.checkpoint = self.read_config(self.model_dir)
         self.config, self.vae_config = self.checkpoint.transformer, self.checkpoint.vae
-        self.sp.require_heads(self.config.heads)
+        self.sp.require_heads(self.config.heads, self.config.head_dim)
         Solver(self.checkpoint.scheduler, STEPS, scheduler)
 
     @classmethod

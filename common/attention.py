@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +19,95 @@ from torch import Tensor
 KERNELS = ("auto", "sdpa", "cudnn", "flash2", "flash3")
 _PACKAGES = {"flash2": ("flash_attn", "flash-attn"), "flash3": ("flash_attn_interface", "flash-attn 3 (hopper/)")}
 _HALF = (torch.float16, torch.bfloat16)
+Capability = tuple[int, int]
+_AMPERE = (8, 0)
+_CUDNN_CARDS = ((9, 0), (10, 0), (10, 3))
+"""Where PyTorch's own attention prefers cuDNN's kernel: `check_prefer_cudnn_attention` in its sdp_utils.cpp."""
+_CUDNN = 91501
+"""The first cuDNN whose attention is right for lengths that 128 does not divide (the same place; 9.15.1)."""
+_WIDEST = 256
+"""The largest head width of flash attention, in PyTorch as in flash-attn."""
 
 
-def check_kernel(kernel: str, device: torch.device) -> None:
-    """Raise ValueError when `kernel` is unknown or cannot run on `device`, naming what is missing."""
+@dataclass(frozen=True)
+class Kernel:
+    """An attention kernel with what its device can do, looked up once by `choose_kernel`.
+
+    While a model runs nothing is asked any more but shapes and dtypes, so a compiler can trace a choice among them.
+
+    name: one of KERNELS. capability: the GPU's, None without one. cudnn: whether `auto` may take cuDNN's kernel.
+    """
+
+    name: str = "auto"
+    capability: Capability | None = None
+    cudnn: bool = False
+
+
+def choose_kernel(
+    name: str, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> Kernel:
+    """The kernel `name` on `device`. ValueError as of `check_kernel`, which takes the same arguments."""
+    check_kernel(name, device, dtype, head_dim)
+    if device.type != "cuda":
+        return Kernel(name)
+    capability = torch.cuda.get_device_capability(device)
+    return Kernel(name, capability, capability in _CUDNN_CARDS and torch.backends.cuda.cudnn_sdp_enabled() and _cudnn())
+
+
+def _cudnn() -> bool:
+    return torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= _CUDNN
+
+
+def check_kernel(
+    kernel: str, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> None:
+    """Raise ValueError when `kernel` is unknown or cannot run on `device`, naming what is missing.
+
+    dtype, head_dim: of queries and keys, where they are known.
+    """
     if kernel not in KERNELS:
         raise ValueError(f"attention kernel {kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
     if kernel in ("auto", "sdpa"):
         return
     if device.type != "cuda":
         raise ValueError(f"attention kernel {kernel} needs an NVIDIA GPU, but the device is {device.type}; use sdpa")
-    if kernel == "cudnn" and not torch.backends.cudnn.is_available():
-        raise ValueError("attention kernel cudnn needs a PyTorch build with cuDNN; use sdpa")
+    if kernel == "cudnn" and not _cudnn():
+        raise ValueError("attention kernel cudnn needs a PyTorch build with cuDNN 9.15.1 or newer; use sdpa")
     if kernel in _PACKAGES:
         module, package = _PACKAGES[kernel]
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"attention kernel {kernel} needs the package {package}, which is not installed")
+    if dtype is not None and dtype not in _HALF:
+        said = str(dtype).removeprefix("torch.")
+        raise ValueError(f"attention kernel {kernel} computes in bf16 or fp16, not in {said}; use sdpa")
+    if head_dim is not None and (head_dim % 8 or head_dim > _WIDEST):
+        raise ValueError(
+            f"attention kernel {kernel} takes heads that are a multiple of 8 and at most {_WIDEST} wide; this "
+            f"model's are {head_dim}; use sdpa"
+        )
+    _check_capability(kernel, torch.cuda.get_device_capability(device))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "auto") -> Tensor:
+def _check_capability(kernel: str, have: Capability) -> None:
+    if have < _AMPERE or (kernel == "flash3" and have[0] != 9):
+        wanted = "9.0 (Hopper)" if kernel == "flash3" else "8.0 (Ampere) or newer"
+        raise ValueError(
+            f"attention kernel {kernel} needs a GPU of compute capability {wanted}; this one has "
+            f"{have[0]}.{have[1]}; use sdpa"
+        )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
     """Softmax attention of q (B, N, H, D) over k and v (B, M, H, D); returns (B, N, H, D) in q's dtype."""
     if q.shape[1] == 0 or q.shape[2] == 0:
         return torch.empty_like(q)
-    if kernel in ("auto", "sdpa") and q.device.type != "meta":
+    kernel = kernel or Kernel()
+    if kernel.name in ("auto", "sdpa") and q.device.type != "meta":
         return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)
     return attention_with_lse(q, k, v, kernel)[0]
 
 
-def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: str = "auto") -> tuple[Tensor, Tensor]:
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> tuple[Tensor, Tensor]:
     """`attention`, and the log-sum-exp of the scaled scores of every query: (B, H, N), fp32 (fp64 for fp64 inputs).
 
     Ring attention merges partial results with it. M must be at least 1.
@@ -54,25 +116,32 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: str = "auto") ->
     if q.shape[1] == 0 or q.shape[2] == 0:
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype)
-    return _lse_kernel(kernel, q)(q, k, v)
+    return _with_lse(kernel or Kernel(), q, k)(q, k, v)
 
 
 _LseKernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _lse_kernel(kernel: str, q: Tensor) -> _LseKernel:
-    if kernel in _PACKAGES:
-        return _flash2 if kernel == "flash2" else _flash3
+def _with_lse(kernel: Kernel, q: Tensor, k: Tensor) -> _LseKernel:
+    if kernel.name in _PACKAGES:
+        return _flash2 if kernel.name == "flash2" else _flash3
     if q.device.type in ("cpu", "meta"):  # on meta for counting: a fused kernel holds no scores
         return _cpu
     if q.device.type != "cuda" or q.dtype == torch.float64:
         return _plain
     if q.dtype not in _HALF:
         return _cuda_efficient
-    hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
-    if kernel == "cudnn" or (kernel == "auto" and hopper and torch.backends.cudnn.is_available()):
+    assert kernel.capability is not None, "a kernel for a GPU comes from choose_kernel"
+    if kernel.capability < _AMPERE:
+        # These kernels are not built for bf16 below Ampere.
+        return _cuda_efficient if q.dtype == torch.float16 else _cuda_efficient_widened
+    if q.shape[-1] % 8 or q.shape[-1] > _WIDEST:
+        return _cuda_efficient
+    # PyTorch's own attention leaves single queries and single keys to other kernels, too.
+    several = q.shape[1] > 1 and k.shape[1] > 1
+    if several and (kernel.name == "cudnn" or (kernel.name == "auto" and kernel.cudnn)):
         return _cuda_cudnn
-    return _cuda_flash if q.shape[-1] % 8 == 0 else _cuda_efficient
+    return _cuda_flash
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +166,11 @@ def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*_heads_first(q, k, v), None, True)
     # This kernel rounds the number of rows of its log-sum-exp up.
     return out.transpose(1, 2), lse[..., : q.shape[1]]
+
+
+def _cuda_efficient_widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = _cuda_efficient(q.float(), k.float(), v.float())
+    return out.to(q.dtype), lse
 
 
 def _cuda_cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from common.layout import layouts_of
 Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.layout.Layout
 ENGINES = ("native", "xfuser")
 DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+"""Of `torch.compile`'s, those without CUDA graphs: blocks share their code but not the addresses of their weights."""
 OFFLOADS = ("none", "stage", "block", "disk")
 
 
@@ -152,6 +153,20 @@ def layout_problems(
         except ValueError as error:
             found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; {error}")
     return found
+
+
+def kernel_problems(kernel: str, device: str, dtype: str) -> list[str]:
+    """Why `--attention` cannot be this kernel, as far as that is known without a look at the GPU. device: cpu or cuda.
+
+    The rest (packages, compute capability, head width) is `common.attention.check_kernel`'s.
+    """
+    if kernel in ("auto", "sdpa"):
+        return []
+    if device != "cuda":
+        return [f"--attention {kernel} needs an NVIDIA GPU; use sdpa or auto here"]
+    if dtype in ("fp32", "fp64"):
+        return [f"--attention {kernel} computes in bf16 or fp16, not in {dtype}; use sdpa or auto, or --dtype bf16"]
+    return []
 
 
 def xfuser_problems(

@@ -28,6 +28,7 @@ from common.checks import (
     Rules,
     dry_run_problems,
     folder_problem,
+    kernel_problems,
     layout_problems,
     reason,
     xfuser_problems,
@@ -37,6 +38,7 @@ from common.request import Program, Request, Setup, Source, Video, WrongUse
 MAX_SEED = 2**63 - 1
 MAX_TIMEOUT = 10_000_000
 MIN_TILE = 32
+UNUSABLE_GPU = "there is a GPU driver, but PyTorch sees no GPU (a CPU build, or a driver older than its CUDA?)"
 AS_GIVEN = (
     *("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug"),
     *("text_encoder_dir", "text_dtype", "text_cache", "offload", "shard_weights", "overlap_groups", "max_memory"),
@@ -253,6 +255,8 @@ class _Reader:
             self.problems.append(f"--max-memory {room} is not a number of GiB above 0")
         if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
             self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
+        if self._unusable_gpu() and source.model_dir is not None and not self.dry:
+            self.problems.append(f"{UNUSABLE_GPU}; install a driver and a PyTorch that fit, or say --device cpu")
         self._placement()
         extra = {option.name: self.values[option.name] for option in self.program.options}
         self.problems += self.program.check(extra, videos)
@@ -397,8 +401,8 @@ class _Reader:
         self._positive("gpus")
         if self.values["device"] == "cuda" and not self.gpus:
             self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
-        if self.values["attention"] in ("cudnn", "flash2", "flash3") and not self.gpus:
-            self.problems.append(f"--attention {self.values['attention']} needs an NVIDIA GPU; use sdpa or auto here")
+        dtype = self.values["dtype"] or rules.dtype
+        self.problems += kernel_problems(self.values["attention"], "cuda" if self.gpus else "cpu", dtype)
         ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
         guided = self._value("cfg_scale", rules.cfg_scale) != 1
         wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
@@ -428,10 +432,13 @@ class _Reader:
         alone = self.program.demo_ranks if self.values["demo"] else 1
         return Ranks(alone, f"{alone} would run on the CPU")
 
+    def _unusable_gpu(self) -> bool:
+        return self.values["device"] == "auto" and not self.gpus and launch.driver_present()
+
     def _remarks(self) -> list[str]:
         remarks = []
-        if self.values["device"] == "auto" and not self.gpus and launch.driver_present():
-            remarks.append("there is a GPU driver, but PyTorch sees no GPU (a CPU build?): running on the CPU")
+        if self._unusable_gpu():
+            remarks.append(f"{UNUSABLE_GPU}: running on the CPU")
         if self.values["use_xdit"] or self.values["use_fsdp"]:
             remarks.append("--use-xdit and --use-fsdp have no effect: the parallel path is the only one here")
         if self.values["cpu_offload"]:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -98,7 +99,12 @@ def visible_gpus() -> int:
         return 0
     import torch
 
-    return torch.cuda.device_count()
+    with warnings.catch_warnings():
+        # A driver that is too old is told by the caller, in one line.
+        warnings.simplefilter("ignore")
+        usable = torch.cuda.is_available()
+    # The count alone comes from the driver's own library, which has one for GPUs that CUDA cannot use.
+    return torch.cuda.device_count() if usable else 0
 
 
 def cores() -> int:

@@ -69,7 +69,7 @@ class Pipeline:
         self.model_dir = Path(model_dir)
         self.text_encoder_dir, self.text_cache = text_encoder_dir, text_cache
         self.stages = stages or Stages(device=mesh.device)
-        self.sp = sequence_parallel(mesh, attention, engine, overlap_groups)
+        self.sp = sequence_parallel(mesh, attention, engine, overlap_groups, self.dtype)
         self.guidance = Guidance(mesh.cfg)
         self.models = Models(keep_loaded or offload == "none")
         self.max_memory = None if max_memory is None else int(max_memory * GIB)

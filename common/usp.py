@@ -16,7 +16,7 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from common.attention import attention, attention_with_lse, check_kernel
+from common.attention import attention, attention_with_lse, check_kernel, choose_kernel
 from common.layout import split_evenly
 from common.parallel import Axis, Mesh
 
@@ -49,18 +49,20 @@ class SequenceParallel:
     """Tokens of a sequence over the ring x ulysses ranks of a mesh.
 
     The rank order along the sequence is ring_rank * ulysses + ulysses_rank.
-    kernel: which attention kernel to use, see `common.attention.KERNELS`; ValueError if it cannot run.
+    kernel: which attention kernel to use, see `common.attention.KERNELS`; ValueError if it cannot run, or (where it
+    is given) not in `dtype`.
     groups: in how many groups of heads the all-to-all is cut, so that one travels while another is attended to.
     """
 
-    def __init__(self, mesh: Mesh | None = None, kernel: str = "auto", groups: int = 1) -> None:
+    def __init__(
+        self, mesh: Mesh | None = None, kernel: str = "auto", groups: int = 1, dtype: torch.dtype | None = None
+    ) -> None:
         mesh = mesh or Mesh()
-        check_kernel(kernel, mesh.device)
         if groups < 1:
             raise ValueError(f"the number of head groups is {groups}; it must be at least 1")
         self.groups = groups
         self.axis, self.ring, self.ulysses = mesh.sequence, mesh.ring, mesh.ulysses
-        self.kernel = kernel
+        self.device, self.kernel = mesh.device, choose_kernel(kernel, mesh.device, dtype)
 
     @property
     def size(self) -> int:
@@ -70,8 +72,9 @@ class SequenceParallel:
     def rank(self) -> int:
         return self.axis.rank
 
-    def require_heads(self, heads: int) -> None:
-        """Raise ValueError when there are more Ulysses ranks than attention heads."""
+    def require_heads(self, heads: int, head_dim: int | None = None) -> None:
+        """Raise ValueError when there are more Ulysses ranks than heads, or the kernel does not take their width."""
+        check_kernel(self.kernel.name, self.device, head_dim=head_dim)
         if self.ulysses.size > heads:
             raise ValueError(
                 f"ulysses degree {self.ulysses.size} is more than the model's {heads} attention heads; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common.checks import ENGINES, xfuser_problems
@@ -19,14 +20,18 @@ from common.usp import SequenceParallel
 _KERNELS = {"auto": "TORCH_FLASH", "sdpa": "TORCH_FLASH", "flash2": "FA", "flash3": "FA3"}
 
 
-def sequence_parallel(mesh: Mesh, kernel: str = "auto", engine: str = "native", groups: int = 1) -> SequenceParallel:
+def sequence_parallel(
+    mesh: Mesh, kernel: str = "auto", engine: str = "native", groups: int = 1, dtype: torch.dtype | None = None
+) -> SequenceParallel:
     """The engine called `engine`, one of `common.checks.ENGINES`. ValueError when it cannot run here.
 
-    groups: see `SequenceParallel`; xfuser has no such thing.
+    groups, dtype: see `SequenceParallel`; xfuser has no groups.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-    return XFuserSequenceParallel(mesh, kernel) if engine == "xfuser" else SequenceParallel(mesh, kernel, groups)
+    if engine == "xfuser":
+        return XFuserSequenceParallel(mesh, kernel, dtype)
+    return SequenceParallel(mesh, kernel, groups, dtype)
 
 
 class XFuserSequenceParallel(SequenceParallel):
@@ -36,15 +41,15 @@ class XFuserSequenceParallel(SequenceParallel):
     missing package, and groups that this process already made for another layout.
     """
 
-    def __init__(self, mesh: Mesh, kernel: str = "auto") -> None:
+    def __init__(self, mesh: Mesh, kernel: str = "auto", dtype: torch.dtype | None = None) -> None:
         if problems := xfuser_problems(mesh.device.type, kernel):
             raise ValueError("; ".join(problems))
-        super().__init__(mesh, kernel)
+        super().__init__(mesh, kernel, dtype=dtype)
         self._layer = _make_layer(mesh, kernel) if mesh.sequence.size > 1 else None
 
-    def require_heads(self, heads: int) -> None:
+    def require_heads(self, heads: int, head_dim: int | None = None) -> None:
         """Raise ValueError unless every Ulysses rank gets equally many heads."""
-        super().require_heads(heads)
+        super().require_heads(heads, head_dim)
         if problems := xfuser_problems("cuda", heads=heads, ulysses=self.ulysses.size):
             raise ValueError("; ".join(problems))
 

@@ -76,7 +76,7 @@ class MochiPipeline(Pipeline):
         super().__init__(model_dir, mesh, device, **options)
         self.config = find_transformer(self.model_dir, self.dtype).config
         self.vae_config = find_decoder(self.model_dir, self.dtype).config
-        self.sp.require_heads(self.config.heads)
+        self.sp.require_heads(self.config.heads, self.config.head_dim)
 
     @classmethod
     def from_pretrained(

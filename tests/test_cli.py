@@ -174,6 +174,20 @@ def test_a_gpu_that_pytorch_cannot_use_is_mentioned(monkeypatch):
     assert not read("--demo", "--device", "cpu").remarks
 
 
+def test_weights_that_were_meant_for_it_do_not_end_up_on_the_cpu(monkeypatch, checkpoint):
+    monkeypatch.setattr(launch, "driver_present", lambda: True)
+    given = ("--model-dir", checkpoint, "--prompt", "a")
+    assert [said for said in problems(*given) if "PyTorch sees no GPU" in said and "--device cpu" in said]
+    assert read(*given, "--device", "cpu").setup.device == "cpu"
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash2", "flash3"])
+def test_half_precision_kernels_want_half_precision(monkeypatch, kernel):
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 1)
+    assert "bf16 or fp16" in problems("--demo", "--attention", kernel, "--dtype", "fp32")[0]
+    assert read("--demo", "--attention", kernel, "--dtype", "bf16").setup.attention == kernel
+
+
 def test_prompt_file_and_numbered_videos(tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffone\r\n\r\n two \n", encoding="utf-8")
     request = read("--demo", "--prompt-file", "prompts.txt", "--num-videos", "2", "--seed", "7", "--output", "a.mp4")

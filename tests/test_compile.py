@@ -172,6 +172,7 @@ def test_generated_code_gives_the_eager_latents(native):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="choose one of default, reduce-overhead"):
-        Compile(mode="fast")
+@pytest.mark.parametrize("mode", ["fast", "reduce-overhead", "max-autotune"])
+def test_a_mode_that_is_not_offered_is_refused(mode):
+    with pytest.raises(ValueError, match="choose one of default, max-autotune-no-cudagraphs"):
+        Compile(mode=mode)

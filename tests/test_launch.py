@@ -271,6 +271,16 @@ def test_ranks_do_not_look_for_the_store_of_a_torchrun_around_them(tmp_path, cap
     assert capfd.readouterr().out == "[]\n"
 
 
+def test_a_gpu_whose_driver_is_too_old_is_not_counted(monkeypatch):
+    """The driver's own library counts it; CUDA, which warns, does not."""
+    monkeypatch.setattr(launch, "driver_present", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert launch.visible_gpus() == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert launch.visible_gpus() == 2
+
+
 def test_a_free_port_can_be_bound():
     import socket
 
