@@ -25,21 +25,18 @@ import click
 from benchmarks.fitting import (
     EVERYONE,
     LINKS,
-    NVLINK,
     Fit,
     Observation,
     Problem,
     build,
-    group_of,
     keys_of,
     links_sheet,
-    machine_of,
     observe,
     observe_measured,
     prior,
     sheet,
 )
-from benchmarks.published import Row, excluded, rows
+from benchmarks.published import Row, excluded, group_of, rows
 from planner.hardware import DATA, get_profile
 
 
@@ -65,7 +62,7 @@ def twins(one: Observation, observations: Sequence[Observation]) -> list[int]:
 
     def same(o: Observation) -> tuple[Any, ...]:
         row = row_of(o)
-        return (machine_of(row), row.model.name, row.size.num_frames, row.layout, bool(row.other.get("fsdp")))
+        return (group_of(row).machine, row.model.name, row.size.num_frames, row.layout, bool(row.other.get("fsdp")))
 
     return [i for i, o in enumerate(observations) if same(o) == same(one)]
 
@@ -189,12 +186,13 @@ def profiles(fit: Fit, observations: Sequence[Observation]) -> dict[str, dict[st
 def _profile(row: Row, fit: Fit, fsdp: Any) -> dict[str, Any]:
     keys = keys_of(row)
     value = {name: _short(fit.theta.get(key, prior(key)[0])) for name, key in keys.items()}
-    base = links_sheet(machine_of(row), sheet(row).links)
+    group = group_of(row)
+    base = links_sheet(group, sheet(row).links)
     links = {name: value.pop(name) for name in LINKS}
-    if ("speed", group_of(row)) not in fit.theta:
+    if ("speed", group.constants_of) not in fit.theta:
         value["other_s"] = 1.0
     links |= {"gpus_per_socket": base.gpus_per_socket, "balanced": base.balanced}
-    links["kind"] = "nvlink" if machine_of(row) in NVLINK else "pcie"
+    links["kind"] = "nvlink" if group.nvlink else "pcie"
     single = any(r.implementation.startswith("diffusers") for r in rows() if r.group == row.group)
     if not single:
         value["single_gpu"] = 1.0

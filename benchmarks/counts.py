@@ -18,21 +18,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.layout import Coordinates, Layout, layouts_of
+from common.registry import Model, Size, get_model, model_names
 from planner import reference
-from planner.cost import Pass, branches, forward, sent
+from planner.cost import Pass, passes, sent
 from planner.layouts import refusal
-from planner.models import Model, Size, decoded_frames, default_size, get_model, video_tokens
 
 
-def flops(passes: list[Pass]) -> float:
-    return sum(p.matmul + p.attention for p in passes)
+def flops(work: list[Pass]) -> float:
+    return sum(p.matmul + p.attention for p in work)
 
 
 def ours(model: Model, size: Size, layout: Layout) -> tuple[list[float], float]:
     """FLOPs of every rank in a step, and the most bytes that a rank sends in one."""
-    video, text = video_tokens(model, size), model.text_tokens
     places = [Coordinates(layout, rank) for rank in range(layout.ranks)]
-    work = [flops([forward(model, video, text[b], place) for b in branches(place, size.guided)]) for place in places]
+    work = [flops(passes(model, size, place)) for place in places]
     return work, max(sent(model, size, place).total for place in places) / size.num_steps
 
 
@@ -55,18 +54,18 @@ def row(model: Model, size: Size, layout: Layout, alone: float) -> str:
             f"{100 * max(work) * layout.ranks / alone:.2f} %",
             f"{traffic / 1e6:.0f}",
         ]
-    frames = decoded_frames(model, size)
+    frames = model.latents.decoded(size)[0]
     return "| " + " | ".join([*cells, f"{-(-frames // layout.ranks)} of {frames}", f"{frames} of {frames}"]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["cogvideox-2b", "cogvideox-5b", "cogvideox-1.5-5b"])
+    parser.add_argument("--model", nargs="+", default=model_names())
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 6, 8, 12])
     args = parser.parse_args()
     for name in args.model:
         model = get_model(name)
-        size = default_size(model)
+        size = model.default_size
         alone = sum(ours(model, size, Layout())[0])
         print(f"\n{model.title}, {size.height}x{size.width}, {size.num_frames} frames\n")
         print("| layout | FLOPs | busiest | MB a step | theirs: FLOPs | busiest | MB a step | decoded | theirs |")

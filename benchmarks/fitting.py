@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.published import Row
+from benchmarks.published import Group, Row, group_of, special_priors
 from common.layout import Layout
+from common.registry import Model, Size, get_model
 from planner.hardware import Links, Profile, get_profile
 from planner.model import Pass, Spread, outside_seconds, spread, step_seconds, workload
-from planner.models import Model, Size, get_model
 
 Key = tuple[str, str]
 """A constant and whose it is: ("matmul", "l40")."""
@@ -26,7 +26,6 @@ TOLERANCE = 2.0
 """Residuals beyond this many standard deviations count linearly rather than squared."""
 ITERATIONS = 40
 
-NVLINK = ("mochi-h20", "a100-para")
 PRIORS: Mapping[str, tuple[float, float]] = {
     # name: (median, standard deviation of the logarithm)
     "matmul": (0.62, 0.2),
@@ -47,51 +46,23 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "ring_gain": (1.3, 0.3),
     "contention": (1.5, 0.7),
 }
-SPECIAL: Mapping[Key, tuple[float, float]] = {
-    # Where the source names the link, the prior knows it.
-    **{("gbs", machine): (130, 0.8) for machine in NVLINK},
-    **{("contention", machine): (0.15, 0.7) for machine in NVLINK},
-    **{("across", machine): (1.0, 0.2) for machine in NVLINK},
-    ("across", "l40-mochi"): (0.1, 0.7),
-    ("elementwise", "mochi"): (40, 0.6),
-}
 LINKS = ("gbs", "across", "ring_gain", "contention")
 EVERYONE = ("half_rows", "merge_bytes", "exposed", "layer_overhead_ms", "other_parallel")
 OF_GPU = ("matmul", "attention", "convolution", "single_gpu")
 
 
-def machine_of(row: Row) -> str:
-    """Tables made on the same machine share its links."""
-    if row.group.startswith("mochi-l40"):
-        return "l40-mochi"
-    if row.group == "mochi-h20":
-        return "mochi-h20"
-    if row.group == "mochi-a100-para":
-        return "a100-para"
-    return row.gpu
-
-
-def group_of(row: Row) -> str:
-    """Whose `speed` and `other_s`: Mochi's tables on L40 are of one machine and one program."""
-    return "mochi-l40" if row.group.startswith("mochi-l40") else row.group
-
-
-def program_of(row: Row) -> str:
-    """Whose elementwise traffic: Mochi's own program norms in fp32, diffusers' models share their style."""
-    return "mochi" if row.model.family == "mochi" and row.group != "mochi-a100-para" else "diffusers"
-
-
 def keys_of(row: Row) -> dict[str, Key]:
+    group = group_of(row)
     keys = {name: (name, "*") for name in EVERYONE}
     keys |= {name: (name, row.gpu) for name in OF_GPU}
-    keys |= {name: (name, machine_of(row)) for name in LINKS}
-    keys |= {name: (name, group_of(row)) for name in ("speed", "other_s")}
-    keys |= {"fsdp_across": ("fsdp_across", machine_of(row)), "elementwise": ("elementwise", program_of(row))}
+    keys |= {name: (name, group.machine) for name in LINKS}
+    keys |= {name: (name, group.constants_of) for name in ("speed", "other_s")}
+    keys |= {"fsdp_across": ("fsdp_across", group.machine), "elementwise": ("elementwise", group.program)}
     return keys
 
 
 def prior(key: Key) -> tuple[float, float]:
-    return SPECIAL.get(key, PRIORS[key[0]])
+    return special_priors().get(key, PRIORS[key[0]])
 
 
 def sheet(row: Row) -> Profile:
@@ -99,10 +70,9 @@ def sheet(row: Row) -> Profile:
     return get_profile(row.gpu)
 
 
-def links_sheet(machine: str, links: Links) -> Links:
+def links_sheet(group: Group, links: Links) -> Links:
     """How ranks lie on the machine; the numbers are fitted."""
-    nvlink = machine in NVLINK
-    return replace(links, gpus_per_socket=8 if nvlink else 4, balanced=machine == "l40-mochi")
+    return replace(links, gpus_per_socket=8 if group.nvlink else 4, balanced=group.balanced)
 
 
 @dataclass
@@ -155,7 +125,7 @@ def build(base: Profile, value: Mapping[str, float], single: bool) -> Profile:
 def observe(row: Row) -> list[Observation]:
     """A published row: its seconds, and its seconds of decoding where they are given."""
     base = sheet(row)
-    base = replace(base, links=links_sheet(machine_of(row), base.links), fsdp=bool(row.other.get("fsdp")))
+    base = replace(base, links=links_sheet(group_of(row), base.links), fsdp=bool(row.other.get("fsdp")))
     at = spread(row.layout, base.links, -(-row.layout.ranks // base.links.gpus_per_node))
     work = workload(row.model, row.size, row.layout, "reference")
     figures = [(row.kind, row.seconds, row.reading_error)]

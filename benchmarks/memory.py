@@ -1,6 +1,6 @@
 """Memory of a rank in each stage, and what would be chosen as memory falls: the figures of docs/memory.md.
 
-    python benchmarks/memory.py                     # the three models at their published sizes
+    python benchmarks/memory.py                     # a model of each fork at its published size
     python benchmarks/memory.py --gpus 8 --model mochi
 
 Counted without weights or GPUs by `common.estimate`, in bf16; GB are 1e9 bytes. Not counted: the CUDA context (about
@@ -17,47 +17,35 @@ if __package__ in (None, ""):
 
 import click
 
-from cogvideox_xdit.config import VAEConfig
-from cogvideox_xdit.workload import workload as cogvideox_workload
 from common.choice import GIB, Room, candidates, choose_placement
-from common.estimate import Estimator, Precision, Workload, imagined
-from common.parallel import Layout, Mesh
+from common.dry_run import official_workload
+from common.estimate import Estimator, Precision, imagined
+from common.parallel import Layout
 from common.placement import Placement
-from consisid_xdit.workload import workload as consisid_workload
-from mochi_xdit.workload import workload as mochi_workload
+from common.registry import Model, forks, model_names
 from planner import choose_layout, get_model
-from planner.models import MODELS, Model
 
 CARDS = (80, 48, 24, 16, 12, 10, 8)
 """GiB that a card may have; half of one is taken to be in use already."""
 HOST = 256
 
 
-def workload(model: Model, mesh: Mesh) -> Workload:
-    """The official model at its published size."""
-    size = (model.height, model.width, model.num_frames)
-    if model.family == "mochi":
-        return mochi_workload(None, mesh, *size)
-    make = consisid_workload if model.name == "consisid" else cogvideox_workload
-    return make(model.config, VAEConfig(), mesh, *size)  # type: ignore[arg-type]
-
-
 def rows(model: Model, gpus: int, float8: bool) -> tuple[Layout, Estimator]:
     """Rank 0's estimator in the layout that the rule or this machine's profile gives."""
     layout, _ = choose_layout(model.name, None, gpus)
     with imagined(layout) as mesh:
-        return layout, Estimator(workload(model, mesh), mesh, Precision(float8=float8))
+        return layout, Estimator(official_workload(model, model.default_size, mesh), mesh, Precision(float8=float8))
 
 
 @click.command()
-@click.option("--model", "models", type=click.Choice(MODELS), multiple=True, help="Several may be named.")
+@click.option("--model", "models", type=click.Choice(model_names()), multiple=True, help="Default: one of each fork.")
 @click.option("--gpus", "counts", type=int, multiple=True, default=(1, 2, 4, 8), show_default=True)
 @click.option("--fp8", is_flag=True, help="Matmul weights of the blocks in float8.")
 def main(models: tuple[str, ...], counts: tuple[int, ...], fp8: bool) -> None:
     """Print two markdown tables: memory by placement, and what is chosen on cards of several sizes."""
     found = {
         (name, gpus): rows(get_model(name), gpus, fp8)
-        for name in models or ("mochi", "cogvideox-5b", "consisid")
+        for name in models or [fork.models[0].name for fork in forks()]
         for gpus in counts
     }
     print("| model | ranks | layout | placement | text | sampling: weights + work | decode | host |")

@@ -19,10 +19,10 @@ import click
 
 from benchmarks.plots import profile_of, seconds_of
 from benchmarks.published import HERE, Row, excluded, rows
+from common.registry import Size, get_model, model_names
 from planner.hardware import get_profile
 from planner.layouts import plan, replicas
 from planner.model import predict
-from planner.models import MODELS, Size, default_size, get_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
@@ -158,12 +158,12 @@ def _published_line(row: Row) -> list[object]:
 
 def ours() -> list[str]:
     lines = []
-    for name in MODELS:
+    for name in model_names():
         model = get_model(name)
         for gpu in SHOWN_GPUS:
             profile = get_profile(gpu)
             for gpus in (1, 2, 4, 8):
-                found = plan(model, default_size(model), gpus, profile)
+                found = plan(model, model.default_size, gpus, profile)
                 best, d = found.best, found.best.layout
                 memory = max(best.memory_gb.values())
                 cells = (f"{best.total:.1f}", f"{found.speedup(best):.2f}", f"{best.sent.total / 1e9:.0f}", best.bound)

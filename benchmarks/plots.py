@@ -13,10 +13,10 @@ if __package__ in (None, ""):
 import click
 
 from benchmarks.published import Row, excluded, rows
+from common.registry import get_model
 from planner.hardware import get_profile
 from planner.layouts import plan
 from planner.model import Prediction, predict
-from planner.models import default_size, get_model
 
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
 PUBLISHED, REFERENCE, OURS, MEASURED = "#444444", "#d97706", "#2563eb", "#059669"
@@ -140,7 +140,7 @@ def breakdown(path: Path) -> None:
     profile = get_profile("h100")
     for axes, name in zip(every, names):
         model = get_model(name)
-        found = _best(model, default_size(model), counts, profile, "ours")
+        found = _best(model, model.default_size, counts, profile, "ours")
         bottom = [0.0] * len(found)
         for part, colour in PARTS.items():
             heights = [p.parts[part] for p in found.values()]

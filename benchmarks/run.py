@@ -36,15 +36,10 @@ from benchmarks.worker import PROGRAMS, Job
 from common import launch
 from common.checks import xfuser_problems
 from common.layout import Layout, layouts_of
+from common.registry import Model, Size, fork_of, get_model, model_names
 from planner.layouts import refusal
-from planner.models import MODELS, Model, Size, default_size, get_model
 
 RESULTS = Path("outputs") / "bench"
-DEMO_SIZES = {
-    # A demo checkpoint's own size: a functional run of the harness, no measurement of the model.
-    "mochi": Size(64, 64, 13, 4),
-    "cogvideox": Size(96, 64, 17, 4),
-}
 VERSIONS = ("torch", "diffusers", "transformers", "numpy")
 
 
@@ -102,17 +97,8 @@ def table_rows(name: str) -> list[Row]:
 
 def demo_folder(model: Model) -> Path:
     """The small checkpoint that the programs make on first use."""
-    if model.family == "mochi":
-        from mochi_xdit.demo import demo_checkpoint
-
-        return demo_checkpoint()
-    if model.name == "consisid":
-        from consisid_xdit.demo import demo_checkpoint as consisid_demo
-
-        return consisid_demo()
-    from cogvideox_xdit.demo import demo_checkpoint as cogvideox_demo
-
-    return cogvideox_demo(model.variant)
+    assert model.demo is not None
+    return fork_of(model).module("demo").demo_checkpoint(model.demo.name)
 
 
 class Results:
@@ -220,7 +206,7 @@ def show(measured: Sequence[dict[str, Any]], table: str | None) -> None:
         "help_option_names": ["-h", "--help"],
     }
 )
-@click.option("--model", type=click.Choice(MODELS), help="Default: the table's, or mochi.")
+@click.option("--model", type=click.Choice(model_names()), help="Default: the table's, or the first there is.")
 @click.option("--model-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Real weights.")
 @click.option("--demo", is_flag=True, help="The small demo checkpoint: tests the harness, measures nothing.")
 @click.option("--table", help="A published table: its model, size and layouts.")
@@ -278,7 +264,7 @@ def key_of(job: Job) -> dict[str, Any]:
 def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
     """The jobs that a command asks for. ValueError says what is wrong with it."""
     table = table_rows(options["table"]) if options["table"] else []
-    model = get_model(options["model"] or (table[0].model.name if table else "mochi"))
+    model = get_model(options["model"] or (table[0].model.name if table else model_names()[0]))
     visible = launch.visible_gpus()
     device = options["device"] if options["device"] != "auto" else ("cuda" if visible else "cpu")
     if device == "cuda" and not visible:
@@ -328,11 +314,14 @@ def _xfuser(base: Job, model: Model, layouts: Sequence[Layout]) -> list[Job]:
 
 
 def _size(options: dict[str, Any], model: Model, table: Sequence[Row], demo: bool) -> Size:
-    size = default_size(model)
+    size = model.default_size
     if table:
         size = next(row.size for row in table if row.model == model)
     if demo:
-        size = DEMO_SIZES[model.family]
+        if model.demo is None:
+            raise ValueError(f"{model.name} has no demo; name a folder with --model-dir")
+        # A functional run of the harness, no measurement of the model.
+        size = model.demo.size
     given = {name: options[name] for name in ("width", "height", "num_frames", "num_steps") if options[name]}
     return replace(size, **given)
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from common.checkpoint import DTYPE_NAMES
 from common.demo import t5_config, train_tokenizer
+from common.registry import Model
 from common.text import new_t5
 from common.weights import Rename, _source, _writes, on_meta
-from planner.models import Model
 
 STEM = "diffusion_pytorch_model"
 T5_XXL = {"d_model": 4096, "layers": 24, "heads": 64, "d_kv": 64, "d_ff": 10240}
@@ -82,7 +82,7 @@ def make(model: Model, folder: Path) -> Path:
     """A folder in the diffusers layout for this model; an existing one is used again."""
     if (folder / "model_index.json").is_file():
         return folder
-    index = _mochi(model, folder) if model.family == "mochi" else _cogvideox(model, folder)
+    index = _mochi(model, folder) if model.name == "mochi" else _cogvideox(model, folder)
     partial = folder / f"model_index.json.{os.getpid()}"
     _json(partial, index)  # last, and at once: its presence means that the folder is complete
     os.replace(partial, folder / "model_index.json")
@@ -124,6 +124,8 @@ def _cogvideox(model: Model, folder: Path) -> dict[str, Any]:
     from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 
     config, consisid = model.config, model.name == "consisid"
+    assert model.demo is not None
+    variant = "5b-i2v" if consisid else model.demo.name
     if consisid:
         from consisid_xdit.config import consisid_json
         from consisid_xdit.transformer import ConsisIDTransformer
@@ -136,11 +138,14 @@ def _cogvideox(model: Model, folder: Path) -> dict[str, Any]:
         described = transformer_json(config)
     hollow(folder / "transformer" / f"{STEM}.safetensors", state, rename)
     _json(folder / "transformer" / "config.json", described)
-    vae = VAEConfig(**demo.scaling(model.variant))
+    vae = VAEConfig(**demo.scaling(variant))
     parts = _state(on_meta(CogVideoXEncoder, vae), "encoder.") | _state(on_meta(CogVideoXDecoder, vae), "decoder.")
     hollow(folder / "vae" / f"{STEM}.safetensors", parts)
     _json(folder / "vae" / "config.json", vae_json(vae))
-    _json(folder / "scheduler" / "scheduler_config.json", demo.scheduler_json(model.variant))
+    _json(
+        folder / "scheduler" / "scheduler_config.json",
+        demo.scheduler_json(variant),
+    )
     write_text_encoder(folder, config.text_length)
     if consisid:
         return demo.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")

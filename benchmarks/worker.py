@@ -22,7 +22,7 @@ from common import launch
 from common.generation import parse_dtype
 from common.parallel import Layout, Mesh, distributed
 from common.progress import Stages
-from planner.models import Model, Size, get_model
+from common.registry import Model, Size, fork_of, get_model
 
 PROMPT = "A boat moves slowly to the left over a calm sea at sunset, seen from a cliff above the bay."
 STAGES = {"encoding": "text", "encoding video": "image", "sampling": "sampling", "decoding": "decode"}
@@ -106,7 +106,7 @@ def pipeline(job: Job, mesh: Mesh, stages: Stages) -> Callable[[int, int], Any]:
     model = get_model(job.model)
     options = {"mesh": mesh, "dtype": job.dtype, "attention": job.attention, "keep_loaded": True, "stages": stages}
     options["engine"] = "xfuser" if job.program == "xfuser" else "native"
-    made = _pipeline_class(model).from_pretrained(job.model_dir, **options)
+    made = fork_of(model).pipeline_class().from_pretrained(job.model_dir, **options)
     if job.hollow:
         for name in ("_load_transformer", "_load_decoder", "_load_encoder"):
             if hasattr(made, name):
@@ -125,20 +125,6 @@ def _drawn(load: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]
     from benchmarks.true_size import draw
 
     return lambda: draw(load())
-
-
-def _pipeline_class(model: Model) -> Any:
-    if model.family == "mochi":
-        from mochi_xdit import MochiPipeline
-
-        return MochiPipeline
-    if model.name == "consisid":
-        from consisid_xdit.pipeline import ConsisIDPipeline
-
-        return ConsisIDPipeline
-    from cogvideox_xdit.pipeline import CogVideoXPipeline
-
-    return CogVideoXPipeline
 
 
 def inputs(model: Model, config: Any, size: Size) -> dict[str, Any]:

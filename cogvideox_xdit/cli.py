@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,12 @@ if __package__ in (None, ""):  # run as a script: this folder's modules are not 
 
 import click
 
-from cogvideox_xdit.config import CONFIGS, FRAME_STEP, TransformerConfig, VAEConfig, read_checkpoint
+from cogvideox_xdit.config import CONFIGS, FRAME_OFFSETS, FRAME_STEP, VAEConfig, official_rules, read_checkpoint
+from cogvideox_xdit.fork import FORK
 from common import program
 from common.checks import Rules, nearest
 from common.cli import Option
 from common.request import Program, Setup, Source, Video, sampling_options
-from planner import chooser, get_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,46 +29,14 @@ if TYPE_CHECKING:
     from common.progress import Stages
     from common.quantize import TransformerFiles
 
-MODELS = ("cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox-1.5-5b", "cogvideox-1.5-5b-i2v")
 TRAINED = "shapes"  # as in cogvideox_xdit.demo, which imports torch
 TRAINED_PROMPT = "A big red circle moves slowly to the right on a black background."
 DEMO_PROMPT = "A red circle moves slowly to the left on a black background."
 
 
-@dataclass(frozen=True)
-class CogVideoXRules(Rules):
-    """exact: the only (width, height) of a checkpoint with learned positions."""
-
-    frame_step: int = FRAME_STEP
-    exact: tuple[int, int] | None = None
-
-    def problems(self, width: int, height: int, num_frames: int) -> list[str]:
-        """As for any model; multiples of the frame step are whole latents too."""
-        found = super().problems(width, height, num_frames + (num_frames > 0 and num_frames % FRAME_STEP == 0))
-        if self.exact and not found and (width, height) != self.exact:
-            found.append(f"this checkpoint makes videos of {self.exact[0]} x {self.exact[1]} pixels only")
-        return found
-
-
-def official_rules(config: TransformerConfig) -> CogVideoXRules:
-    """The official defaults of a checkpoint: 8 frames a second, 16 for the 1.5 line; half precision as published."""
-    height, width = config.official_size
-    return CogVideoXRules(
-        heads=config.heads,
-        width=width,
-        height=height,
-        num_frames=config.sample_frames,
-        num_steps=50,
-        cfg_scale=6.0,
-        fps=16 if config.patch_time else 8,
-        dtype="bf16" if config.rotary else "fp16",
-        exact=(width, height) if config.learned else None,
-    )
-
-
-def demo_rules(name: str) -> CogVideoXRules:
+def demo_rules(name: str) -> Rules:
     if name == TRAINED:
-        return CogVideoXRules(
+        return Rules(
             heads=6,
             width=64,
             height=64,
@@ -78,10 +45,23 @@ def demo_rules(name: str) -> CogVideoXRules:
             cfg_scale=4.0,
             fps=8,
             default_prompt=TRAINED_PROMPT,
+            frame_step=FRAME_STEP,
+            frame_offsets=FRAME_OFFSETS,
         )
-    size = {"width": 96, "height": 64, "num_frames": 17, "num_steps": 10}
-    exact = (96, 64) if CONFIGS[name].learned else None
-    return CogVideoXRules(heads=4, **size, cfg_scale=6.0, fps=8, dtype="fp32", exact=exact, default_prompt=DEMO_PROMPT)
+    return Rules(
+        heads=4,
+        width=96,
+        height=64,
+        num_frames=17,
+        num_steps=10,
+        cfg_scale=6.0,
+        fps=8,
+        dtype="fp32",
+        sizes=((96, 64),) if CONFIGS[name].learned else (),
+        default_prompt=DEMO_PROMPT,
+        frame_step=FRAME_STEP,
+        frame_offsets=FRAME_OFFSETS,
+    )
 
 
 def rules(source: Source) -> Rules:
@@ -90,7 +70,7 @@ def rules(source: Source) -> Rules:
         return demo_rules(source.demo)
     if source.model_dir is not None:
         return official_rules(read_checkpoint(source.model_dir).transformer)
-    return official_rules(CONFIGS[get_model(source.official or MODELS[0]).variant])
+    return official_rules(FORK.model(source.official).config)
 
 
 def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
@@ -130,7 +110,7 @@ def _short_video(path: Path, num_frames: int) -> list[str]:
         return [f"--video {error}"]
     if count >= num_frames:
         return []
-    near = nearest(count, FRAME_STEP, 1, at_least=1).split(" or ")[0]
+    near = nearest(count, FRAME_STEP, FRAME_OFFSETS).split(" or ")[0]
     return [f"--video {path} has {count} frames, fewer than --num-frames {num_frames}; --num-frames {near} would do"]
 
 
@@ -173,7 +153,7 @@ def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
 
     source = setup.source
     if source.model_dir is None:
-        config, vae = CONFIGS[get_model(source.official or MODELS[0]).variant], VAEConfig()
+        config, vae = FORK.model(source.official).config, VAEConfig()
     else:
         checkpoint = read_checkpoint(source.model_dir)
         config, vae = checkpoint.transformer, checkpoint.vae
@@ -212,7 +192,7 @@ def decode(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages) 
 
 
 PROGRAM = Program(
-    name="cogvideox-xdit",
+    name=FORK.program,
     script=str(Path(__file__).resolve()),
     rules=rules,
     make_demo=make_demo,
@@ -222,8 +202,7 @@ PROGRAM = Program(
     decode=decode,
     demos=(TRAINED, *CONFIGS),
     check=check,
-    choose=chooser(*MODELS),
-    models=MODELS,
+    models=FORK.names,
     workload=workload,
     options=(
         Option(["--image"], type=click.Path(path_type=Path), help="First frame, for image to video checkpoints."),

@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from common.checks import Rules
 from common.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, numbers, one_of, read_object, shown
 
 PIXELS = 8  # rows and columns of the video per row and column of the latents
-FRAME_STEP = 8  # videos of 8k + 1 or 8k frames are whole latents: the autoencoder makes 4 frames of each of two
+FRAME_STEP = 8
+FRAME_OFFSETS = (0, 1)  # videos of 8k or 8k + 1 frames are whole latents: the autoencoder makes 4 frames of each of two
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,25 @@ CONFIGS: Mapping[str, TransformerConfig] = {
     "1.5": _15,
     "1.5-i2v": replace(_15, in_channels=32, ofs_dim=512),
 }
+
+
+def official_rules(config: TransformerConfig) -> Rules:
+    """The official defaults of a checkpoint: 8 frames a second, 16 for the 1.5 line; half precision as published."""
+    height, width = config.official_size
+    return Rules(
+        heads=config.heads,
+        width=width,
+        height=height,
+        num_frames=config.sample_frames,
+        num_steps=50,
+        cfg_scale=6.0,
+        fps=16 if config.patch_time else 8,
+        frame_step=FRAME_STEP,
+        frame_offsets=FRAME_OFFSETS,
+        dtype="bf16" if config.rotary else "fp16",
+        sizes=((width, height),) if config.learned else (),
+    )
+
 
 _TRANSFORMER = {
     "heads": "num_attention_heads",

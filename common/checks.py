@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.layout import layouts_of
+from common.layout import guidance_first, layouts_of
 
 Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.layout.Layout
 ENGINES = ("native", "xfuser")
@@ -28,8 +28,9 @@ OFFLOADS = ("none", "stage", "block", "disk")
 class Rules:
     """What one checkpoint admits, and its official defaults. A fork states its numbers in one of these.
 
-    Sizes are pixels; an admissible frame count is `frame_step * k + frame_offset`, k >= 0.
-    heads: attention heads, the limit of the ulysses degree.
+    Sizes are pixels; an admissible frame count is `frame_step * k` plus one of `frame_offsets`, and at least 1.
+    sizes: the only (width, height), where not every one will do. heads: attention heads, the limit of the ulysses
+    degree.
     """
 
     heads: int
@@ -41,7 +42,8 @@ class Rules:
     fps: int
     size_multiple: int = 16
     frame_step: int = 6
-    frame_offset: int = 1
+    frame_offsets: tuple[int, ...] = (1,)
+    sizes: tuple[tuple[int, int], ...] = ()
     dtype: str = "bf16"
     default_prompt: str | None = None
 
@@ -50,19 +52,22 @@ class Rules:
         found = []
         for name, value in (("--width", width), ("--height", height)):
             if value < 1 or value % self.size_multiple:
-                near = nearest(value, self.size_multiple, 0, at_least=self.size_multiple)
+                near = nearest(value, self.size_multiple, at_least=self.size_multiple)
                 found.append(f"{name} {value} is not a positive multiple of {self.size_multiple}; nearest: {near}")
-        if num_frames < self.frame_offset or (num_frames - self.frame_offset) % self.frame_step:
-            rule = f"{self.frame_step}k+{self.frame_offset}"
-            near = nearest(num_frames, self.frame_step, self.frame_offset, at_least=self.frame_offset)
-            found.append(f"--num-frames {num_frames} is not of the form {rule}; nearest: {near}")
+        if self.sizes and not found and (width, height) not in self.sizes:
+            allowed = " or ".join(f"{w} x {h}" for w, h in self.sizes)
+            found.append(f"this checkpoint makes videos of {allowed} pixels only")
+        if num_frames < 1 or all((num_frames - offset) % self.frame_step for offset in self.frame_offsets):
+            forms = " or ".join(f"{self.frame_step}k+{offset}".removesuffix("+0") for offset in self.frame_offsets)
+            near = nearest(num_frames, self.frame_step, self.frame_offsets, at_least=1)
+            found.append(f"--num-frames {num_frames} is not of the form {forms}; nearest: {near}")
         return found
 
 
-def nearest(value: int, step: int, offset: int, at_least: int) -> str:
+def nearest(value: int, step: int, offsets: Sequence[int] = (0,), at_least: int = 1) -> str:
     """The admissible values `step * k + offset` on both sides of `value`, as "19 or 25"."""
-    below = (value - offset) // step * step + offset
-    values = [v for v in (below, below + step) if v >= at_least] or [at_least]
+    below = [(value - offset) // step * step + offset for offset in offsets]
+    values = [v for v in (max(below), min(below) + step) if v >= at_least] or [at_least]
     return " or ".join(str(v) for v in values)
 
 
@@ -82,27 +87,23 @@ def choose_degrees(
     ring: int | None = None,
     ulysses: int | None = None,
 ) -> Degrees:
-    """Fill in the degrees that are None so that cfg * ring * ulysses == ranks.
+    """Fill in the degrees that are None so that cfg * ring * ulysses == ranks, by `common.layout.guidance_first`.
 
-    Guidance first: its two branches exchange one shard a step, less than any split of the tokens (measured by
-    everyone who published: 1.9x and more on 2 GPUs); the rest becomes ring, which no number of heads limits.
     Raises ValueError, with the nearest layouts that fit, when there is no such product.
     """
-    for c in [cfg] if cfg else [2, 1] if guided else [1, 2]:
-        if ranks % c:
-            continue
-        sequence = ranks // c
-        if ring and ulysses:
-            chosen = (c, ring, ulysses)
-        elif ulysses:
-            chosen = (c, sequence // ulysses, ulysses)
-        else:
-            chosen = (c, ring or sequence, sequence // (ring or sequence))
-        if math.prod(chosen) == ranks and 1 <= chosen[2] <= heads:
-            if cfg is None and c == 2 and not guided:
-                continue  # without guidance there is no second branch to compute
-            return chosen
-    raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, (cfg, ring, ulysses))}")
+    asked = (cfg, ring, ulysses)
+    fitting = [
+        layout
+        for layout in layouts_of(ranks)
+        if layout.ulysses <= heads
+        and all(want in (None, have) for want, have in zip(asked, (layout.cfg, layout.ring, layout.ulysses)))
+        # Without guidance there is no second branch to compute.
+        and (guided or layout.cfg == 1 or cfg == 2)
+    ]
+    if not fitting:
+        raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, asked)}")
+    best = min(fitting, key=guidance_first(guided))
+    return best.cfg, best.ring, best.ulysses
 
 
 def near_layouts(ranks: int, heads: int, asked: tuple[int | None, ...], count: int = 3) -> str:

@@ -33,6 +33,7 @@ from common.checks import (
     reason,
     xfuser_problems,
 )
+from common.degrees import choose_layout
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
@@ -409,7 +410,7 @@ class _Reader:
         self.problems += wrong
         if wrong:
             return ranks.count, (1, 1, 1), False
-        degrees = self.program.choose(ranks.count, rules.heads, guided, cfg, ring, ulysses)
+        degrees = choose_layout(self.program.models, ranks.count, rules.heads, guided, cfg, ring, ulysses)
         return ranks.count, degrees, None in (cfg, ring, ulysses) and ranks.count > 1
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +17,13 @@ from common.estimate import STAGES, Estimate, Estimator, imagined
 from common.generation import host_memory
 from common.parallel import Layout
 from common.placement import Placement
+from common.registry import Model, Size, fork_of
+from common.request import Setup, Source, Video
 
 if TYPE_CHECKING:
-    from common.request import Program, Request, Setup, Video
+    from common.estimate import Workload
+    from common.parallel import Mesh
+    from common.request import Program, Request
 
 
 def run(program: Program, request: Request) -> int:
@@ -40,6 +45,17 @@ def run(program: Program, request: Request) -> int:
     _step(counted[0])
     _placements(counted[0], setup, layout.ranks, free)
     return _verdict(counted, setup, layout.ranks, room)
+
+
+def official_workload(model: Model, size: Size, mesh: Mesh) -> Workload:
+    """What a rank runs for one video of a registered model, by the model's own program and its official numbers."""
+    program = fork_of(model).module("cli").PROGRAM
+    degrees = (mesh.layout.cfg, mesh.layout.ring, mesh.layout.ulysses)
+    extra = {option.name: option.default for option in program.options}
+    setup = Setup(Source(official=model.name), model.rules, mesh.layout.ranks, degrees, chosen=False, extra=extra)
+    scale = model.rules.cfg_scale if size.guided else 1.0
+    numbers = (size.width, size.height, size.num_frames, size.num_steps, scale, model.rules.fps)
+    return program.workload(setup, Video("", "", *numbers, Path()), mesh)
 
 
 def _head(program: Program, setup: Setup, video: Video, layout: Layout) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from common.checks import Degrees, Rules, choose_degrees, partial_name
+from common.checks import Degrees, Rules, partial_name
 
 
 class WrongUse(Exception):
@@ -158,7 +158,6 @@ class Program:
     generate, decode: (pipeline, video, setup, stages) -> frames, uint8 (T, H, W, 3) on rank 0 and None elsewhere;
         `decode` starts from `video.latents`.
     check: the fork's own options and the videos -> problems.
-    choose: fills in the degrees that are None; takes and raises what `choose_degrees` does. A planner's place.
     transformer: a checkpoint's `common.quantize.TransformerFiles`.
     workload: (setup, video, mesh) -> `common.estimate.Workload`, from a checkpoint's headers or, for an official model,
         from nothing. None: weights are placed as the options say, and there is no dry run.
@@ -179,7 +178,6 @@ class Program:
     workload: Callable[..., Any] | None = None
     options: tuple[click.Option, ...] = ()
     check: Callable[[Mapping[str, Any], Sequence[Video]], list[str]] = lambda options, videos: []
-    choose: Callable[..., Degrees] = choose_degrees
 
 
 def sampling_options(video: Video) -> dict[str, Any]:

@@ -16,12 +16,13 @@ if __package__ in (None, ""):  # run as a script: this folder's modules are not 
 import click
 
 from cogvideox_xdit import cli as cogvideox
+from cogvideox_xdit.config import official_rules
 from common import program
 from common.checks import Rules, folder_problem
 from common.cli import Option
 from common.request import Program, Setup, Source, Video, sampling_options
 from consisid_xdit.config import PREVIEW, read_consisid
-from planner import chooser
+from consisid_xdit.fork import FORK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,13 +52,11 @@ def rules(source: Source) -> Rules:
     if source.demo == TRAINED:
         trained = cogvideox.demo_rules(cogvideox.TRAINED)
         # The guidance that the model card's figures were measured with.
-        size = (trained.width, trained.height)
-        return replace(trained, heads=5, cfg_scale=1.5, exact=size, default_prompt=TRAINED_PROMPT)
+        sizes = ((trained.width, trained.height),)
+        return replace(trained, heads=5, cfg_scale=1.5, sizes=sizes, default_prompt=TRAINED_PROMPT)
     if source.demo is not None:
         return cogvideox.demo_rules("5b-i2v")
-    return cogvideox.official_rules(
-        PREVIEW if source.model_dir is None else read_consisid(source.model_dir).transformer
-    )
+    return official_rules(PREVIEW if source.model_dir is None else read_consisid(source.model_dir).transformer)
 
 
 def missing_packages() -> list[str]:
@@ -177,7 +176,7 @@ def decode(session: Session, video: Video, setup: Setup, stages: Stages) -> Tens
 
 _FILE = click.Path(path_type=Path)
 PROGRAM = Program(
-    name="consisid-xdit",
+    name=FORK.program,
     script=str(Path(__file__).resolve()),
     rules=rules,
     make_demo=make_demo,
@@ -187,8 +186,7 @@ PROGRAM = Program(
     generate=generate,
     decode=decode,
     check=check,
-    choose=chooser("consisid"),
-    models=("consisid",),
+    models=FORK.names,
     workload=workload,
     options=(
         Option(["--id-embeddings"], type=_FILE, help="Identity features in place of --image; needs no face models."),

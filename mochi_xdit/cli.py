@@ -18,8 +18,8 @@ from common.checks import Rules
 from common.cli import Option
 from common.headers import read_header
 from common.request import Program, Setup, Source, Video, sampling_options
-from mochi_xdit.config import read_config
-from planner import chooser
+from mochi_xdit.config import FAST, OFFICIAL, read_config
+from mochi_xdit.fork import FORK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from common.quantize import TransformerFiles
     from mochi_xdit.pipeline import MochiPipeline
 
-OFFICIAL = Rules(heads=24, width=848, height=480, num_frames=49, num_steps=64, cfg_scale=4.5, fps=30)
-FAST = replace(OFFICIAL, num_steps=8, cfg_scale=1.5)
 DEMO = Rules(
     heads=4,
     width=64,
@@ -161,7 +159,7 @@ def decode(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> T
 
 
 PROGRAM = Program(
-    name="mochi-xdit",
+    name=FORK.program,
     script=str(Path(__file__).resolve()),
     rules=rules,
     make_demo=make_demo,
@@ -170,8 +168,7 @@ PROGRAM = Program(
     generate=generate,
     decode=decode,
     check=check,
-    choose=chooser("mochi"),
-    models=("mochi",),
+    models=FORK.names,
     workload=workload,
     options=(
         Option(["--threshold-noise"], type=float, help="Noise that the linear part of the schedule removes."),

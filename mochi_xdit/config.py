@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from common.checks import Rules
 from common.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, read_object, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -227,6 +228,13 @@ class MochiConfig:
             "time_dim": time_dim,
         }
         return build(cls, {name: name for name in values}, values, where)
+
+
+OFFICIAL = Rules(
+    heads=MochiConfig.heads, width=848, height=480, num_frames=49, num_steps=64, cfg_scale=4.5, fps=30, frame_step=6
+)
+FAST = replace(OFFICIAL, num_steps=8, cfg_scale=1.5)
+"""Of FastMochi, the distilled model."""
 
 
 def _count(shapes: Shapes, pattern: str, start: int) -> int:

@@ -1,13 +1,12 @@
-"""Predicts time, memory and traffic of every layout of a model on a machine. Imports no torch."""
+"""Predicts time, memory and traffic of every layout of a registered model on a machine. Imports no torch, no model."""
 
 from common.layout import Layout
+from common.registry import Model, Size, get_model, model_names
 from planner.hardware import Profile, get_profile
-from planner.layouts import Plan, choose_layout, chooser, plan
+from planner.layouts import Plan, choose_layout, plan
 from planner.model import Prediction, predict
-from planner.models import MODELS, Model, Size, get_model
 
 __all__ = [
-    "MODELS",
     "Layout",
     "Model",
     "Plan",
@@ -15,9 +14,9 @@ __all__ = [
     "Profile",
     "Size",
     "choose_layout",
-    "chooser",
     "get_model",
     "get_profile",
+    "model_names",
     "plan",
     "predict",
 ]

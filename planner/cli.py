@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
 
+from common.registry import get_model, model_names
 from planner.hardware import describe, get_profile, names
 from planner.layouts import Plan, plan, replicas
 from planner.model import SCHEMES, Prediction
-from planner.models import MODELS, Size, get_model
 
 
 @click.command(
@@ -22,7 +22,7 @@ from planner.models import MODELS, Size, get_model
         "max_content_width": 110,
     }
 )
-@click.option("--model", type=click.Choice(MODELS), help="Which checkpoint.")
+@click.option("--model", metavar="MODEL", help=f"Which checkpoint: {', '.join(model_names())}.")
 @click.option("--width", type=int, help="Pixels. Default: as in the model's published tables.")
 @click.option("--height", type=int, help="Pixels.")
 @click.option("--num-frames", type=int, help="Frames of the video.")
@@ -66,18 +66,11 @@ def _plan(options: dict[str, Any]) -> Plan:
     if node_link is not None and not 0 < node_link < float("inf"):
         raise ValueError(f"--node-link {node_link} is not a number of GB/s above 0")
     profile = get_profile(options["gpu"], options["link"], node_link)
-    size = Size(
-        width=_given(options["width"], model.width),
-        height=_given(options["height"], model.height),
-        num_frames=_given(options["num_frames"], model.num_frames),
-        num_steps=_given(options["num_steps"], model.num_steps),
-        guided=not options["no_guidance"],
-    )
+    default = model.default_size
+    names = ("width", "height", "num_frames", "num_steps")
+    given = {name: options[name] for name in names if options[name] is not None}
+    size = replace(default, guided=default.guided and not options["no_guidance"], **given)
     return plan(model, size, options["gpus"], profile, options["scheme"], options["nodes"])
-
-
-def _given(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:

@@ -7,21 +7,21 @@ are compared with the running transformers in tests/test_planner_counts.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cogvideox_xdit.config import TransformerConfig
 from common.layout import Coordinates, Layout, split_evenly
-from consisid_xdit.config import ConsisIDConfig
-from mochi_xdit.config import MochiConfig
-from planner.models import BYTES, Model, Size, video_tokens
+from common.registry import Model, Size, Stack
 
+BYTES = 2
+"""Of a weight or an activation in bf16 or fp16."""
 GUIDANCE_BYTES = 4
 """Guidance is computed, and its operands are sent, in fp32."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the transformer on one rank. FLOPs and bytes are whole, not per layer."""
+    """One forward pass of a stack of blocks on one rank. FLOPs and bytes are whole, not per layer."""
 
     layers: int
     width: int
@@ -46,93 +46,81 @@ def branches(place: Coordinates, guided: bool = True) -> tuple[int, ...]:
     return (0, 1) if guided else (0,)
 
 
-def forward(model: Model, video: int, text: int, place: Coordinates) -> Pass:
-    """One forward pass for `video` and `text` tokens (of all ranks together), batch 1, on one rank."""
-    layout, heads = place.layout, split_evenly(model.heads, place.layout.ulysses)
-    n = split_evenly(video, layout.sequence)[place.sequence]
-    m = split_evenly(text, layout.sequence)[place.sequence]
-    matmul = _mochi(model.config, n, m) if isinstance(model.config, MochiConfig) else _cogvideox(model.config, n, m)
-    attention = _attention(model, video, text, place)
-    if isinstance(model.config, ConsisIDConfig):
-        attention += _face_attention(model.config, n)
-    sent = _exchanged(model, video, text, place)
-    mine = heads[place.ulysses] * model.config.head_dim
-    held = (3 * (n + m) * model.hidden + sum(_group(video, text, place)) * mine) * BYTES if layout.ulysses > 1 else 0
-    hops = _hops(model, video, text, place)
+def tokens_of(stack: Stack, size: Size, branch: int) -> tuple[int, ...]:
+    """Tokens of each stream, of all ranks together."""
+    return tuple(stream.source.tokens(size)[branch] for stream in stack.streams)
+
+
+def passes(model: Model, size: Size, place: Coordinates) -> list[Pass]:
+    """The forward passes of one step on a rank: every stack of every branch that it computes."""
+    return [
+        forward(stack, tokens_of(stack, size, branch), place)
+        for branch in branches(place, size.guided)
+        for stack in model.stacks
+    ]
+
+
+def forward(stack: Stack, tokens: Sequence[int], place: Coordinates) -> Pass:
+    """One forward pass for so many tokens of each stream (of all ranks together), batch 1, on one rank."""
+    layout = place.layout
+    own = [split_evenly(count, layout.sequence)[place.sequence] for count in tokens]
+    matmul = stack.once + sum(n * (stack.layers * s.block + s.rest) for n, s in zip(own, stack.streams))
+    attention = stack.layers * _attention(stack, tokens, place)
+    for cross in stack.cross:
+        matmul += cross.layers * cross.matmul * own[0]
+        attention += cross.layers * 4 * cross.width * own[0] * cross.keys
+    hops = _hops(stack, tokens, place)
     return Pass(
-        model.layers,
-        model.hidden,
-        n + m,
+        stack.layers,
+        stack.width,
+        sum(own),
         matmul,
         attention,
-        held=held,
-        all_to_all=model.layers * sent,
+        held=(3 * sum(own) * stack.width + sum(_group(tokens, place)) * _channels(stack, place)) * BYTES
+        if layout.ulysses > 1
+        else 0,
+        all_to_all=stack.layers * _exchanged(stack, tokens, place),
         hop=max(hops, default=0),
-        ring=model.layers * sum(hops),
+        ring=stack.layers * sum(hops),
     )
 
 
-def _mochi(config: MochiConfig, n: int, m: int) -> int:
-    """Matrix products of n video and m text tokens through the asymmetric transformer."""
-    x, y, last = config.hidden_x, config.hidden_y, config.depth - 1
-    once = 2 * (config.time_dim * x + x * x) + 2 * x * 2 * x  # time embedding, final modulation
-    once += config.depth * 2 * x * 4 * x + last * 2 * x * 4 * y + 2 * x * y  # modulations
-    video = config.depth * (2 * x * 3 * x + 2 * x * x + 2 * x * 3 * config.mlp_x) + 2 * 2 * x * config.patch_dim
-    text = config.depth * 2 * y * 3 * x + last * (2 * x * y + 2 * y * 3 * config.mlp_y)
-    return once + n * video + m * text
+def _channels(stack: Stack, place: Coordinates) -> int:
+    """Channels of the heads that a rank of the Ulysses group has."""
+    return split_evenly(stack.heads, place.layout.ulysses)[place.ulysses] * stack.head_dim
 
 
-def _cogvideox(config: TransformerConfig, n: int, m: int) -> int:
-    """Matrix products of n video and m text tokens through the blocks they share."""
-    width, time = config.width, config.time_dim
-    once = 2 * (width * time + time * time) + config.layers * 2 * 2 * time * 6 * width + 2 * time * 2 * width
-    both = config.layers * 24 * width * width
-    video = both + 2 * 2 * width * config.out_channels * config.patch_volume
-    if isinstance(config, ConsisIDConfig):
-        video += config.crossings * 2 * 2 * width * config.cross_heads * config.cross_head_dim
-    return once + n * video + m * both
+def _attention(stack: Stack, tokens: Sequence[int], place: Coordinates) -> int:
+    """FLOPs in one layer: queries of the Ulysses group over all keys, for this rank's heads."""
+    return 4 * _channels(stack, place) * sum(_group(tokens, place)) * sum(tokens)
 
 
-def _attention(model: Model, video: int, text: int, place: Coordinates) -> int:
-    """Queries of the Ulysses group over all keys, for this rank's heads."""
-    heads = split_evenly(model.heads, place.layout.ulysses)[place.ulysses]
-    queries = sum(_group(video, text, place))
-    return model.layers * 4 * heads * model.config.head_dim * queries * (video + text)
+def _lengths(tokens: Sequence[int], parts: int) -> list[int]:
+    """Tokens of every rank of one guidance branch, all streams together."""
+    return [sum(shares) for shares in zip(*(split_evenly(count, parts) for count in tokens))]
 
 
-def _face_attention(config: ConsisIDConfig, n: int) -> int:
-    """Video tokens over the face tokens, which every rank has."""
-    return config.crossings * 4 * config.cross_heads * config.cross_head_dim * n * config.queries
-
-
-def _lengths(video: int, text: int, layout: Layout) -> list[int]:
-    """Tokens of every rank of one guidance branch, both streams together."""
-    return [a + b for a, b in zip(split_evenly(video, layout.sequence), split_evenly(text, layout.sequence))]
-
-
-def _group(video: int, text: int, place: Coordinates) -> list[int]:
+def _group(tokens: Sequence[int], place: Coordinates) -> list[int]:
     """Tokens of every rank of this rank's Ulysses group."""
     u = place.layout.ulysses
-    return _lengths(video, text, place.layout)[place.ring * u : (place.ring + 1) * u]
+    return _lengths(tokens, place.layout.sequence)[place.ring * u : (place.ring + 1) * u]
 
 
-def _exchanged(model: Model, video: int, text: int, place: Coordinates) -> int:
+def _exchanged(stack: Stack, tokens: Sequence[int], place: Coordinates) -> int:
     """Bytes to other ranks in one layer's two all-to-alls: q, k, v of their heads, then the output of their tokens."""
     if place.layout.ulysses == 1:
         return 0
-    group, width = _group(video, text, place), model.config.head_dim * BYTES
-    mine = split_evenly(model.heads, place.layout.ulysses)[place.ulysses]
+    group, mine = _group(tokens, place), _channels(stack, place)
     own = group[place.ulysses]
-    return (3 * own * (model.heads - mine) + (sum(group) - own) * mine) * width
+    return (3 * own * (stack.width - mine) + (sum(group) - own) * mine) * BYTES
 
 
-def _hops(model: Model, video: int, text: int, place: Coordinates) -> list[int]:
+def _hops(stack: Stack, tokens: Sequence[int], place: Coordinates) -> list[int]:
     """Bytes of k and v that this rank passes on in one layer, hop by hop."""
     layout = place.layout
-    heads = split_evenly(model.heads, layout.ulysses)[place.ulysses]
-    lengths, u = _lengths(video, text, layout), layout.ulysses
+    lengths, u = _lengths(tokens, layout.sequence), layout.ulysses
     chunks = [sum(lengths[i * u : (i + 1) * u]) for i in range(layout.ring)]
-    size = 2 * heads * model.config.head_dim * BYTES
+    size = 2 * _channels(stack, place) * BYTES
     return [chunks[(place.ring - hop) % layout.ring] * size for hop in range(layout.ring - 1)]
 
 
@@ -150,14 +138,23 @@ class Sent:
         return self.all_to_all + self.ring + self.cfg + self.gather
 
 
-def sent(model: Model, size: Size, place: Coordinates, text: tuple[int, int] | None = None) -> Sent:
-    """What one rank sends while sampling: `text` are the tokens of the two branches."""
-    text, video = text or model.text_tokens, video_tokens(model, size)
-    passes = [forward(model, video, text[b], place) for b in branches(place, size.guided)]
-    shard = split_evenly(video, place.layout.sequence)[place.sequence] * model.patch_dim
+def latent_numbers(model: Model, size: Size, place: Coordinates | None = None) -> int:
+    """Numbers of the latents that are sampled: all of them, or a rank's."""
+    place = place or Coordinates(Layout(), 0)
+    return sum(
+        split_evenly(stream.source.tokens(size)[0], place.layout.sequence)[place.sequence] * stream.sampled
+        for stack in model.stacks
+        for stream in stack.streams
+    )
+
+
+def sent(model: Model, size: Size, place: Coordinates) -> Sent:
+    """What one rank sends while sampling."""
+    found = passes(model, size, place)
+    shard = latent_numbers(model, size, place) * GUIDANCE_BYTES
     return Sent(
-        all_to_all=int(size.num_steps * sum(p.all_to_all for p in passes)),
-        ring=int(size.num_steps * sum(p.ring for p in passes)),
-        cfg=size.num_steps * shard * GUIDANCE_BYTES if place.layout.cfg == 2 else 0,
-        gather=shard * GUIDANCE_BYTES * (place.layout.sequence - 1),
+        all_to_all=int(size.num_steps * sum(p.all_to_all for p in found)),
+        ring=int(size.num_steps * sum(p.ring for p in found)),
+        cfg=size.num_steps * shard if place.layout.cfg == 2 else 0,
+        gather=shard * (place.layout.sequence - 1),
     )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.checks import choose_degrees
-from common.layout import Layout, layouts_of
+from common.layout import Layout, guidance_first, layouts_of
+from common.registry import Model, Size, get_model
 from planner.hardware import Profile, get_profile, names, read_profile
 from planner.model import Prediction, memory_gb, predict
-from planner.models import Model, Size, default_size, get_model, video_tokens
 
 LOCAL_PROFILE = Path.home() / ".config" / "xdit-zoo" / "hardware.json"
 """Where xdit-doctor puts this machine's profile."""
@@ -44,12 +43,11 @@ def _reference_refusal(model: Model, size: Size, layout: Layout) -> str | None:
     """The published systems want everything to divide evenly."""
     if model.heads % layout.ulysses:
         return f"the reference needs the {model.heads} heads to divide by ulysses {layout.ulysses}"
-    if model.family == "mochi":
-        tokens = video_tokens(model, size)
-        if tokens % layout.sequence:
-            return f"the reference needs the {tokens} video tokens to divide by {layout.sequence}"
-    elif (size.height // 16) % layout.sequence:
-        return f"the reference needs the {size.height // 16} rows of patches to divide by {layout.sequence}"
+    name, count = "video tokens", model.video_tokens(size)
+    if model.published.divides_rows:
+        name, count = "rows of patches", model.latents.sampled(size)[1] // model.latents.patch[1]
+    if count % layout.sequence:
+        return f"the reference needs the {count} {name} to divide by {layout.sequence}"
     return None
 
 
@@ -152,37 +150,31 @@ def local_profile() -> Profile | None:
     return get_profile(kind) if kind else None
 
 
-def by_rule(ranks: int, heads: int, guided: bool, allowed: list[Layout]) -> Layout:
-    """CFG first, then ring: the rule of thumb, among the allowed layouts."""
-    return min(allowed, key=lambda d: (-d.cfg if guided else d.cfg, d.ulysses))
-
-
-def chooser(*model_names: str) -> Callable[..., tuple[int, int, int]]:
-    """What a program puts into `Program.choose`: takes and raises what `common.checks.choose_degrees` does.
+def choose_degrees(
+    models: Sequence[str],
+    ranks: int,
+    heads: int,
+    guided: bool,
+    cfg: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+) -> Layout | None:
+    """The layout for a checkpoint of a program, with the degrees that were given; None where the planner cannot tell.
 
     Of several models the first with the checkpoint's number of heads stands for it, at its published size. The machine
-    is asked only where there is a choice; for a checkpoint like none of the models (a demo) the rule of thumb decides.
+    is asked only where there is a choice; a checkpoint like none of the models (a demo) is not planned.
     """
-
-    def choose(
-        ranks: int,
-        heads: int,
-        guided: bool,
-        cfg: int | None = None,
-        ring: int | None = None,
-        ulysses: int | None = None,
-    ) -> tuple[int, int, int]:
-        model = next((m for m in map(get_model, model_names) if m.heads == heads), None)
-        if ranks == 1 or None not in (cfg, ring, ulysses) or model is None:
-            return choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
-        size = replace(default_size(model), guided=guided)
-        try:
-            found, _ = choose_layout(model.name, size, ranks, cfg=cfg, ring=ring, ulysses=ulysses)
-        except ValueError:
-            return choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
-        return found.cfg, found.ring, found.ulysses
-
-    return choose
+    model = next((m for m in map(get_model, models) if m.heads == heads), None)
+    if ranks == 1 or None not in (cfg, ring, ulysses) or model is None:
+        return None
+    profile = local_profile()
+    if profile is None:
+        return None
+    size = replace(model.default_size, guided=guided)
+    try:
+        return choose_layout(model.name, size, ranks, profile, cfg=cfg, ring=ring, ulysses=ulysses)[0]
+    except ValueError:
+        return None
 
 
 def choose_layout(
@@ -203,7 +195,7 @@ def choose_layout(
     Raises ValueError when no layout of `ranks` agrees with the given degrees.
     """
     model = get_model(model_name)
-    size = size or default_size(model)
+    size = size or model.default_size
     asked = (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
     fitting = [d for d in layouts_of(ranks) if all(want in (None, getattr(d, name)) for name, want in asked)]
     reasons = {d: refusal(model, size, d, "ours") for d in fitting}
@@ -214,7 +206,7 @@ def choose_layout(
         raise ValueError(f"no layout of {ranks} ranks has {given or 'these degrees'}{why}")
     profile = gpu if isinstance(gpu, Profile) else get_profile(gpu) if gpu else local_profile()
     if profile is None:
-        return by_rule(ranks, model.heads, size.guided, allowed), "by the rule: guidance first, then ring"
+        return min(allowed, key=guidance_first(size.guided)), "by the rule: guidance first, then ring"
     nodes = nodes or -(-ranks // profile.links.gpus_per_node)
     predicted = [predict(model, size, d, profile, "ours", nodes) for d in allowed]
     best = min(predicted, key=lambda p: p.total)

@@ -22,11 +22,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.layout import Coordinates, Layout
+from common.registry import Model, Size, Stack
 from planner import cost, reference
-from planner.cost import Pass
-from planner.decoding import decoding
+from planner.cost import BYTES, Pass
 from planner.hardware import GIGA, Links, Profile
-from planner.models import BYTES, T5_PARAMETERS, Model, Size, video_tokens
 
 HOP_SECONDS = 3e-5
 CROWD_OF_THREE = 0.06
@@ -177,8 +176,7 @@ def workload(model: Model, size: Size, layout: Layout, scheme: str) -> list[list
         return [reference.passes(model, size, layout)]
     # The first rank of a branch has the most tokens and heads.
     places = [Coordinates(layout, c * layout.sequence) for c in range(layout.cfg)]
-    video, text = video_tokens(model, size), model.text_tokens
-    return [[cost.forward(model, video, text[b], p) for b in cost.branches(p, size.guided)] for p in places]
+    return [cost.passes(model, size, place) for place in places]
 
 
 def step_seconds(
@@ -199,7 +197,7 @@ def step_seconds(
             seconds[kind] *= profile.single_gpu
     seconds = {kind: value * profile.speed for kind, value in seconds.items()}
     if scheme == "reference" and profile.fsdp and layout.ranks > 1:
-        seconds["overhead"] += len(work[0]) * _gather_weights(model, layout, profile, at)
+        seconds["overhead"] += len(work[0]) / len(model.stacks) * _gather_weights(model, layout, profile, at)
     return {**seconds, "cfg": _guidance(model, size, layout, profile.links, at)}
 
 
@@ -217,7 +215,7 @@ def _gather_weights(model: Model, layout: Layout, profile: Profile, at: Spread) 
 def _guidance(model: Model, size: Size, layout: Layout, links: Links, at: Spread) -> float:
     if layout.cfg == 1:
         return 0.0
-    shard = video_tokens(model, size) / layout.sequence * model.patch_dim * cost.GUIDANCE_BYTES
+    shard = cost.latent_numbers(model, size) / layout.sequence * cost.GUIDANCE_BYTES
     # All ranks of a branch send at once, through one network when the branches are on different machines.
     bandwidth = links.node_gbs / layout.sequence if at.cfg_out else links.gbs
     return shard / (bandwidth * GIGA) + HOP_SECONDS
@@ -228,9 +226,9 @@ def outside_seconds(
 ) -> tuple[float, float, float]:
     """Seconds of text, decoding, and the rest."""
     peak = profile.tflops * 1e12
-    prompts = 2 if size.guided and model.family == "cogvideox" else 1
-    text = TEXT_SECONDS + 2 * T5_PARAMETERS * prompts * max(model.text_tokens) / (peak * 0.4)
-    video = decoding(model, size)
+    encoded = sum(model.text.tokens(size)[: 2 if size.guided else 1])
+    text = TEXT_SECONDS + 2 * model.text.parameters * encoded / (peak * 0.4)
+    video = model.decoder.decoding(*model.latents.decoded(size))
     decode = video.flops / (peak * profile.convolution)
     if scheme == "ours":
         # Chunks are dealt round robin, so the busiest rank has the rounded-up share.
@@ -241,20 +239,24 @@ def outside_seconds(
 
 def memory_gb(model: Model, size: Size, layout: Layout, scheme: str) -> dict[str, float]:
     """GB per GPU at the peak of each stage. Reference: all models stay loaded, and text and decode are not shared."""
-    rows = (video_tokens(model, size) + max(model.text_tokens)) / layout.sequence
-    batch = 1.0
-    if scheme == "reference" and model.family == "cogvideox" and layout.cfg == 1 and size.guided:
-        batch = 2.0
-    # The widest moment of a block: residual, its normalised copy, q, k, v and their exchanged copies or the hidden
-    # layer of the feed-forward and its input, some of it in fp32.
-    hidden = 3 * model.config.mlp_x if model.family == "mochi" else 2 * 4 * model.hidden  # type: ignore[union-attr]
-    exchanged = 14 * model.hidden if layout.sequence > 1 else 8 * model.hidden
-    sampling = batch * math.ceil(rows) * (4 * model.hidden + max(hidden, exchanged)) * BYTES
-    transformer, text = model.parameters * BYTES, T5_PARAMETERS * BYTES
-    decoder = model.decoder_parameters * BYTES
-    frames = decoding(model, size).peak
+    batch = 2 if scheme == "reference" and model.published.batched and layout.cfg == 1 and size.guided else 1
+    sampling = batch * max(_block_bytes(stack, size, layout) for stack in model.stacks)
+    transformer, text = model.parameters * BYTES, model.text.parameters * BYTES
+    decoder = model.decoder.parameters * BYTES
+    frames = model.decoder.decoding(*model.latents.decoded(size)).peak
     stages = {"text": text + 0.2e9, "sampling": transformer + sampling, "decode": decoder + frames}
     if scheme == "reference":
         loaded = transformer + text + decoder
         stages = {"text": loaded + 0.2e9, "sampling": loaded + sampling, "decode": loaded + frames}
     return {stage: round(value / 1e9 + GB_RUNTIME, 2) for stage, value in stages.items()}
+
+
+def _block_bytes(stack: Stack, size: Size, layout: Layout) -> int:
+    """A rank's tensors at the widest moment of a block.
+
+    Residual, its normalised copy, q, k, v and their exchanged copies or the hidden layer of the feed-forward and its
+    input, some of it in fp32.
+    """
+    rows = max(sum(cost.tokens_of(stack, size, branch)) for branch in (0, 1)) / layout.sequence
+    exchanged = (14 if layout.sequence > 1 else 8) * stack.width
+    return math.ceil(rows) * (4 * stack.width + max(stack.feed_forward, exchanged)) * BYTES

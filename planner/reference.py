@@ -1,67 +1,60 @@
 """The work of the published systems (xDiT and its forks), on which the tables were measured, as far as it is known.
 
-Differences to ours: CogVideoX's two guidance branches go through as one batch where they are on one rank; its text is
-split over the ranks only where their number divides it, else every rank carries all of it; every rank decodes the
-whole video and encodes the text. All ranks are alike, so fractions of tokens stand for uneven shards.
+Differences to ours, where a model's `Published` says so: the two guidance branches go through as one batch where they
+are on one rank; text is split over the ranks only where their number divides it, else every rank carries all of it.
+Always: every rank decodes the whole video and encodes the text. All ranks are alike, so fractions of tokens stand for
+uneven shards.
 """
 
 from __future__ import annotations
 
-from cogvideox_xdit.config import TransformerConfig
 from common.layout import Layout
-from consisid_xdit.config import ConsisIDConfig
-from mochi_xdit.config import MochiConfig
-from planner.cost import Pass, Sent
-from planner.models import BYTES, TYPICAL_PROMPT, Model, Size, video_tokens
+from common.registry import Model, Size, Stack
+from planner.cost import BYTES, Pass, Sent, tokens_of
 
 
 def passes(model: Model, size: Size, layout: Layout) -> list[Pass]:
-    """The forward passes of one step on any rank."""
-    count = 2 // layout.cfg if size.guided else 1
-    if isinstance(model.config, MochiConfig):
-        return [_pass(model, size, layout, batch=1, text=TYPICAL_PROMPT, divided=False)] * count
-    text = model.config.text_length
-    return [_pass(model, size, layout, count, text, divided=text % layout.sequence == 0)]
+    """The forward passes of one step on any rank; a negative prompt is padded to the length of the prompt."""
+    branches = 2 // layout.cfg if size.guided else 1
+    batch, times = (branches, 1) if model.published.batched else (1, branches)
+    splits = model.published.splits_text
+    return [_pass(stack, tokens_of(stack, size, 0), layout, batch, splits) for stack in model.stacks] * times
 
 
-def _pass(model: Model, size: Size, layout: Layout, batch: int, text: int, divided: bool) -> Pass:
-    video, width, u, r = video_tokens(model, size), model.hidden, layout.ulysses, layout.ring
+def _pass(stack: Stack, tokens: tuple[int, ...], layout: Layout, batch: int, splits_text: bool) -> Pass:
+    width, u, r = stack.width, layout.ulysses, layout.ring
+    video, text = tokens[0], sum(tokens[1:])
+    divided = splits_text and text % layout.sequence == 0
     n = video / layout.sequence
     m = text / layout.sequence if divided else text
     queries = (video + text) / layout.sequence if divided else (n * u + text) / u
     exchanged = n + (m if divided else 0)  # replicated text needs no exchange
     tensor = batch * exchanged * width * BYTES
     return Pass(
-        model.layers,
+        stack.layers,
         width,
         rows=batch * (n + m),
-        matmul=batch * model.layers * _linear(model.config, n, m),
-        attention=batch * model.layers * 4 * queries * (video + text) * width,
+        matmul=batch * stack.layers * _linear(stack, tokens, layout.sequence if divided else 1, layout.sequence),
+        attention=batch * stack.layers * 4 * queries * (video + text) * width,
         held=4 * tensor if u > 1 else 0,
-        all_to_all=model.layers * 4 * tensor * (u - 1) / u,
+        all_to_all=stack.layers * 4 * tensor * (u - 1) / u,
         hop=2 * tensor if r > 1 else 0,
-        ring=model.layers * (r - 1) * 2 * tensor,
+        ring=stack.layers * (r - 1) * 2 * tensor,
     )
 
 
-def _linear(config: MochiConfig | TransformerConfig, n: float, m: float) -> float:
-    """FLOPs of one layer's matrix products on n video and m text tokens."""
-    if isinstance(config, MochiConfig):
-        x, y = config.hidden_x, config.hidden_y
-        video = 2 * (4 * x * x + 3 * x * config.mlp_x)
-        return n * video + m * 2 * (3 * y * x + x * y + 3 * y * config.mlp_y)
-    layer = 24 * config.width * config.width
-    face = 0.0
-    if isinstance(config, ConsisIDConfig):
-        cross = config.cross_heads * config.cross_head_dim
-        face = config.crossings / config.layers * (4 * config.width * cross + 4 * config.queries * cross)
-    return n * (layer + face) + m * layer
+def _linear(stack: Stack, tokens: tuple[int, ...], text_parts: int, parts: int) -> float:
+    """FLOPs of one layer's matrix products, and of its cross attention, averaged over the layers."""
+    first, *others = stack.streams
+    cross = sum(c.layers / stack.layers * (c.matmul + 4 * c.keys * c.width) for c in stack.cross)
+    video = tokens[0] / parts * (first.block + cross)
+    return video + sum(count / text_parts * s.block for count, s in zip(tokens[1:], others))
 
 
 def sent(model: Model, size: Size, layout: Layout) -> Sent:
     """Bytes a rank sends in a whole generation; guidance and the last gather exchange bf16 latents once each."""
     steps = passes(model, size, layout)
-    shard = int(video_tokens(model, size) / layout.sequence * model.patch_dim * BYTES)
+    shard = int(model.video_tokens(size) / layout.sequence * model.latents.token_channels * BYTES)
     return Sent(
         all_to_all=int(size.num_steps * sum(p.all_to_all for p in steps)),
         ring=int(size.num_steps * sum(p.ring for p in steps)),

@@ -15,8 +15,8 @@ from benchmarks import performance, plots, run, true_size
 from benchmarks.published import rows
 from common.checkpoint import open_checkpoint
 from common.layout import Layout
+from common.registry import Size, get_model
 from common.weights import load, on_meta
-from planner.models import Size, default_size, get_model
 
 
 def bench(*arguments: str, expect: int = 0):
@@ -82,7 +82,7 @@ def test_published_rows_stand_beside_what_they_cover() -> None:
 
 def test_layouts_are_written_as_products() -> None:
     model = get_model("mochi")
-    size = default_size(model)
+    size = model.default_size
     assert run.parse_layouts("2x3x1,1x1x6", model, size, 6) == [Layout(2, 3, 1), Layout(1, 1, 6)]
     assert len(run.parse_layouts("all", model, size, 4)) == 1 + 3 + 2 + 5
     for wrong, told in (("2x3", "2x3x1"), ("3x1x1", "cfg x ring"), ("1x1x48", "24 attention heads"), ("1x4x1", "2")):

@@ -234,7 +234,8 @@ def test_layout_problems_agree_with_choose_degrees():
 
 
 def test_nearest_and_rules():
-    assert nearest(24, 6, 1, 1) == "19 or 25" and nearest(0, 6, 1, 1) == "1"
+    assert nearest(24, 6, (1,)) == "19 or 25" and nearest(0, 6, (1,)) == "1"
+    assert nearest(50, 8, (0, 1)) == "49 or 56" and nearest(48, 8, (0, 1)) == "48 or 49"
     rules = Rules(24, 848, 480, 49, 64, 4.5, 30)
     assert all(not rules.problems(848, 480, 6 * k + 1) for k in range(30))
     assert len(rules.problems(8, 0, 2)) == 3

@@ -15,7 +15,8 @@ from urllib.parse import urlparse
 
 import pytest
 
-from xdit_download.models import MODELS, weights
+from common.downloads import weights
+from common.registry import get_model, model_names
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BIG = os.urandom(3 << 20)
@@ -173,10 +174,14 @@ def test_mochi_prefers_its_own_half_precision_encoder(hub: Hub, tmp_path: Path) 
     assert set(there(tmp_path)) == {"dit.safetensors", "decoder.safetensors"} | names
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name.startswith("cogvideox")])
+@pytest.mark.parametrize(
+    "model", [name for name in model_names() if name.startswith("cogvideox")] + ["CogVideoX1.5_5b"]
+)
 @pytest.mark.slow
 def test_cogvideox_needs_exactly_the_pipeline(hub: Hub, tmp_path: Path, model: str) -> None:
-    hub.repos = {MODELS[model].parts[0][0].repo: PIPELINE | {"README.md": b"#", "tokenizer/added_tokens.json": b"{}"}}
+    hub.repos = {
+        get_model(model).files[0][0].repo: PIPELINE | {"README.md": b"#", "tokenizer/added_tokens.json": b"{}"}
+    }
     done = download(hub.url, model, "--dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert there(tmp_path) == PIPELINE

@@ -18,6 +18,7 @@ from cogvideox_xdit.config import CONFIGS, VAEConfig
 from cogvideox_xdit.demo import demo_config as cogvideox_config
 from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
+from cogvideox_xdit.fork import checkpoint as cogvideox_model
 from cogvideox_xdit.workload import workload as cogvideox_workload
 from common.choice import GIB, WORKSPACE, Choice, Room, candidates, choose_placement
 from common.decode import MARGIN, SPARE, DecodePlan
@@ -26,18 +27,20 @@ from common.layout import Coordinates
 from common.parallel import Layout, Mesh, distributed
 from common.placement import Placement, resident_bytes
 from common.program import main
+from common.registry import Model, Text
 from common.usp import SequenceParallel
 from consisid_xdit.cli import PROGRAM as CONSISID
 from consisid_xdit.config import PREVIEW
+from consisid_xdit.fork import face_attention
 from consisid_xdit.workload import workload as consisid_workload
 from mochi_xdit import MochiPipeline
 from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.demo import random_checkpoint as mochi_checkpoint
+from mochi_xdit.fork import stack as mochi_stack
 from mochi_xdit.weights import load_transformer
 from mochi_xdit.workload import workload as mochi_workload
 from planner import cost, get_model
-from planner.models import Size, video_tokens
 from tests.mochi import write_checkpoint
 
 SCRIPT = Path(__file__).with_name("stage_memory.py")
@@ -146,6 +149,16 @@ def small_official(name: str, mesh: Mesh) -> Workload:
     return cogvideox_workload(replace(CONFIGS["5b"], layers=2), VAEConfig(), mesh, *size)
 
 
+def small_model(name: str) -> Model:
+    """The registry's of the same numbers, with prompts as long as fit."""
+    model = get_model(name)
+    if name == "mochi":
+        return replace(model, stacks=(mochi_stack(model.config, model.latents, Text(256, 256)),))
+    small = replace(model.config, layers=2)
+    cross = (face_attention(small),) if name == "consisid" else ()
+    return cogvideox_model(small, cross, name=name, title=model.title, parameters=0)
+
+
 @pytest.mark.parametrize("name", ["mochi", "cogvideox-5b", "consisid"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(ring=3), Layout(cfg=2, ulysses=5), Layout(2, 2, 2)], ids=str)
 @pytest.mark.slow
@@ -153,16 +166,13 @@ def test_flops_and_bytes_are_the_planners(name, layout):
     """Two ways to the same figures: rank 0's step run without data, and the planner's sums."""
     with imagined(layout) as mesh:
         counted = Estimator(small_official(name, mesh), mesh)
-    model = get_model(name)
-    if name != "mochi":
-        model = replace(model, config=replace(model.config, layers=2))
-    size, place = Size(model.width, model.height, 49, 1), Coordinates(layout, 0)
-    text = (256, 256) if name == "mochi" else model.text_tokens
-    passes = [cost.forward(model, video_tokens(model, size), text[b], place) for b in cost.branches(place)]
+    model = small_model(name)
+    size, place = replace(model.default_size, num_steps=1), Coordinates(layout, 0)
+    passes = cost.passes(model, size, place)
     # What is computed once per generation, not in a step (text and image projections, pooling), is little.
     little = 0.01 if name == "mochi" else 0.05
     assert counted.flops == pytest.approx(sum(p.matmul + p.attention for p in passes), rel=little)
-    sent = cost.sent(model, size, place, text)
+    sent = cost.sent(model, size, place)
     # The axis of a sequence and its ring, or its ulysses, are one group where the other is of one rank.
     assert sum(counted.sent.values()) == sent.total and counted.sent["cfg"] == sent.cfg
     assert not dist.is_initialized()

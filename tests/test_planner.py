@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from click.testing import CliRunner
 
 from benchmarks import calibrate, fitting
 from benchmarks.published import Row, excluded, rows
+from common import degrees
 from common.layout import Layout, layouts_of
+from common.registry import Size, model_names
 from planner import choose_layout, get_model, get_profile, plan, predict
 from planner.cli import command
 from planner.hardware import names
-from planner.layouts import chooser, recognise, refusal, replicas
+from planner.layouts import recognise, refusal, replicas
 from planner.model import KINDS, spread
-from planner.models import MODELS, Size, default_size
 
 
 def fitted_rows() -> list[Row]:
@@ -90,7 +92,7 @@ def test_a_fit_finds_the_constants_that_made_the_rows() -> None:
 def test_a_users_measurements_make_a_profile(tmp_path: Path) -> None:
     """Results as run.py writes them, made by a machine with other links than the one we start from."""
     truth = get_profile("l40", "9")
-    size = default_size(get_model("mochi"))
+    size = get_model("mochi").default_size
     made = []
     for layout in (
         Layout(),
@@ -116,10 +118,10 @@ def test_a_users_measurements_make_a_profile(tmp_path: Path) -> None:
     assert CliRunner().invoke(calibrate.main, arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", model_names())
 def test_more_of_anything_is_never_slower(name: str) -> None:
     model = get_model(name)
-    size, slow = default_size(model), get_profile("l40")
+    size, slow = model.default_size, get_profile("l40")
     faster = [
         replace(slow, tflops=2 * slow.tflops),
         replace(slow, hbm_gbs=2 * slow.hbm_gbs),
@@ -140,7 +142,7 @@ def test_the_parts_are_the_whole() -> None:
     model = get_model("consisid")
     for layout in (Layout(), Layout(2, 3, 1), Layout(1, 2, 4)):
         for scheme in ("ours", "reference"):
-            found = predict(model, default_size(model), layout, get_profile("h100"), scheme)
+            found = predict(model, model.default_size, layout, get_profile("h100"), scheme)
             assert sum(found.parts.values()) == pytest.approx(found.total)
             assert set(found.parts) == set(KINDS) and found.bound in KINDS
 
@@ -148,7 +150,7 @@ def test_the_parts_are_the_whole() -> None:
 def test_our_scheme_is_predicted_faster_than_the_published_one() -> None:
     """Where the reference replicates text or decodes on every rank."""
     model, profile = get_model("cogvideox-5b"), get_profile("cogvideox-5b-l40")
-    size = default_size(model)
+    size = model.default_size
     for layout in (Layout(1, 3, 1), Layout(1, 6, 1), Layout(2, 3, 1)):
         ours, theirs = (predict(model, size, layout, profile, scheme) for scheme in ("ours", "reference"))
         assert ours.decode < theirs.decode and ours.total < theirs.total
@@ -178,7 +180,7 @@ def test_scaling_to_eight_machines_is_limited_by_the_network() -> None:
 
 
 def test_replicas_where_more_gpus_bring_nothing() -> None:
-    whole = plan(get_model("cogvideox-2b"), default_size(get_model("cogvideox-2b")), 8, get_profile("l40", "pcie+qpi"))
+    whole = plan(get_model("cogvideox-2b"), get_model("cogvideox-2b").default_size, 8, get_profile("l40", "pcie+qpi"))
     found = replicas(whole)
     assert found.ranks <= 8 and found.best.total <= 1.03 * whole.best.total
     assert found.copies / found.copy.total >= 1 / whole.best.total
@@ -186,15 +188,15 @@ def test_replicas_where_more_gpus_bring_nothing() -> None:
 
 def test_every_refusal_says_why() -> None:
     model = get_model("mochi")
-    found = plan(model, default_size(model), 48, get_profile("h100"), "ours")
+    found = plan(model, model.default_size, 48, get_profile("h100"), "ours")
     assert {r.layout for r in found.refused} | {p.layout for p in found.layouts} == set(layouts_of(48))
     assert all(str(model.heads) in r.reason for r in found.refused) and found.refused
-    unguided = replace(default_size(model), guided=False)
+    unguided = replace(model.default_size, guided=False)
     assert "without guidance" in (refusal(model, unguided, Layout(2, 1, 1), "ours") or "")
-    assert "14310" in (refusal(model, default_size(model), Layout(1, 4, 1), "reference") or "")
-    assert "rows" in (refusal(get_model("consisid"), default_size(model), Layout(1, 4, 1), "reference") or "")
+    assert "14310" in (refusal(model, model.default_size, Layout(1, 4, 1), "reference") or "")
+    assert "rows" in (refusal(get_model("consisid"), model.default_size, Layout(1, 4, 1), "reference") or "")
     small = replace(get_profile("4090"), memory_gb=12)
-    assert "each GPU, which has 12" in (refusal(model, default_size(model), Layout(), "ours", small) or "")
+    assert "each GPU, which has 12" in (refusal(model, model.default_size, Layout(), "ours", small) or "")
     for row in fitted_rows():
         assert refusal(row.model, row.size, row.layout, "reference") is None, row.id
 
@@ -233,7 +235,9 @@ def test_the_table_names_the_best_and_what_is_refused() -> None:
         (["--model", "mochi", "--gpu", "l99"], "l40"),
         (["--model", "mochi", "--gpu", "l40", "--num-frames", "50"], "49 or 55"),
         (["--model", "mochi", "--gpu", "l40", "--width", "850"], "848 or 864"),
-        (["--model", "consisid", "--gpu", "l40", "--width", "848"], "720x480"),
+        (["--model", "cogvideox-5b", "--gpu", "l40", "--num-frames", "50"], "8k or 8k+1; nearest: 49 or 56"),
+        (["--model", "sora", "--gpu", "l40"], "cogvideox-5b"),
+        (["--model", "consisid", "--gpu", "l40", "--width", "848"], "720 x 480 pixels only"),
         (["--model", "mochi", "--gpu", "l40", "--link", "wire"], "nvlink"),
         (["--model", "mochi", "--gpu", "l40", "--gpus", "2", "--nodes", "3"], "--nodes 3"),
         (["--model", "mochi", "--gpu", "nowhere.json"], "cannot be read"),
@@ -256,7 +260,7 @@ def test_choosing_degrees() -> None:
     layout, why = choose_layout("cogvideox-5b", None, 6, "l40")
     assert layout.ranks == 6 and layout.cfg == 2 and "predicted on l40" in why
     assert choose_layout("mochi", None, 8, "h100", ulysses=8)[0] == Layout(1, 1, 8)
-    unguided = replace(default_size(get_model("mochi")), guided=False)
+    unguided = replace(get_model("mochi").default_size, guided=False)
     assert choose_layout("mochi", unguided, 4, "h100")[0].cfg == 1
     with pytest.raises(ValueError, match="no layout of 6 ranks has ring 4"):
         choose_layout("mochi", None, 6, "l40", ring=4)
@@ -271,7 +275,7 @@ def test_the_rule_decides_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch
 
 def test_a_programs_chooser_asks_the_planner_only_where_it_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planner.layouts.local_profile", lambda: get_profile("h100"))
-    choose = chooser("mochi")
+    choose = partial(degrees.choose_layout, ("mochi",))
     assert choose(1, 24, True) == (1, 1, 1)
     assert choose(8, 24, True, ring=2)[1] == 2
     best = choose_layout("mochi", None, 8, "h100")[0]

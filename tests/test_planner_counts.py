@@ -1,31 +1,27 @@
-"""The planner's FLOPs and bytes are those that the running transformers compute and send."""
+"""The planner's FLOPs and bytes are those that the running models compute and send, for every registered model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from cogvideox_xdit.transformer import CogVideoXTransformer
-from cogvideox_xdit.vae import CogVideoXDecoder
-from common.decode import DecodePlan, PeakMemory, decode_memory
+from common.decode import DecodePlan, PeakMemory, VideoDecoder, decode_memory
+from common.dry_run import official_workload
+from common.estimate import FUSED, Traffic, Workload, imagined
 from common.guidance import Guidance
-from common.layout import Coordinates
-from common.parallel import Layout
+from common.layout import Coordinates, Layout
+from common.parallel import Mesh
+from common.registry import Model, Size, Stack, forks, get_model, model_names
 from common.usp import SequenceParallel
 from common.vae import CausalStream, LocalLink, spans
-from common.weights import on_meta
-from consisid_xdit.config import ConsisIDConfig
-from consisid_xdit.transformer import ConsisIDTransformer
-from mochi_xdit.config import MochiConfig
-from mochi_xdit.transformer import MochiTransformer
-from mochi_xdit.vae import MochiDecoder
 from planner import cost
-from planner.decoding import decoding
 from planner.model import GB_RUNTIME, memory_gb
-from planner.models import MODELS, Model, Size, default_size, get_model, latent_frames, video_tokens
-from tests.counting import Counts, as_rank, counting, register
+from tests.counting import as_rank, counting, register
 
 # Uneven tokens, uneven heads and both; the last rank has least, the first most.
 LAYOUTS = [
@@ -42,80 +38,97 @@ LAYOUTS = [
 ]
 
 
-def shallow(model: Model, layers: int = 4) -> Model:
-    """The true model with fewer layers: the formula is linear in them."""
-    depth = {"depth": layers} if isinstance(model.config, MochiConfig) else {"layers": layers}
-    return replace(model, config=replace(model.config, **depth))
+@dataclass
+class Counted:
+    """What each forward pass of a step on one rank computes, sends and holds; and what was run."""
+
+    work: Workload
+    flops: list[int]
+    sent: list[Counter[str]]
+    held: list[int]
 
 
-def run(model: Model, size: Size, text: int, layout: Layout, rank: int) -> Counts:
-    """What one forward pass of one rank computes and sends, counted."""
-    mesh = as_rank(layout, rank)
-    sp = SequenceParallel(mesh)
-    latents = (latent_frames(model, size), size.height // 8, size.width // 8)
-    config = model.config
-    if isinstance(config, MochiConfig):
-        transformer = on_meta(MochiTransformer, config, sp).to(torch.bfloat16).requires_grad_(False)
-        cond = transformer.prepare(latents, torch.empty(1, text, config.text_dim, device="meta"))
-    else:
-        kind = ConsisIDTransformer if isinstance(config, ConsisIDConfig) else CogVideoXTransformer
-        transformer = on_meta(kind, config, sp).to(torch.bfloat16).requires_grad_(False)
-        cond = prepared(transformer, config, text, latents)
-    n = sp.lengths(video_tokens(model, size))[sp.rank]
-    x = torch.empty(1, n, model.patch_dim, device="meta")
-    with counting() as counts, PeakMemory() as held, torch.no_grad():
-        register(counts, mesh)
-        transformer(x, torch.zeros((), device="meta"), cond)
-    counts.held = held.peak  # type: ignore[attr-defined]
-    return counts
+def run(model: Model, size: Size, layout: Layout, rank: int) -> Counted:
+    """One step of one rank on the meta device; what is prepared once for all steps is not counted."""
+    with imagined(layout, rank) as mesh:
+        work = official_workload(model, size, mesh)
+        transformer = work.transformer.to(torch.bfloat16).requires_grad_(False)
+        counted, running = Counted(work, [], [], []), []
+
+        def before(*_: object) -> None:
+            running.append([FlopCounterMode(display=False, custom_mapping=FUSED), Traffic(mesh), PeakMemory()])
+            for counter in running[-1]:
+                counter.__enter__()
+
+        def after(*_: object) -> None:
+            flops, traffic, memory = running.pop()
+            for counter in (memory, traffic, flops):
+                counter.__exit__(None, None, None)
+            counted.flops.append(flops.get_total_flops())
+            counted.sent.append(traffic.sent)
+            counted.held.append(memory.peak)
+
+        transformer.register_forward_pre_hook(before)
+        transformer.register_forward_hook(after)
+        with torch.inference_mode():
+            work.step(transformer)
+    return counted
 
 
-@torch.no_grad()
-def prepared(transformer, config, text: int, latents: tuple[int, int, int]):
-    image = torch.empty(1, config.image_channels, *latents, device="meta") if config.image_channels else None
-    words = torch.empty(1, text, config.text_dim, device="meta")
-    if not isinstance(config, ConsisIDConfig):
-        return transformer.prepare(words, latents, image)
-    hidden = [torch.empty(1, 577, config.vit_dim, device="meta")] * config.scales
-    face = transformer.read_face(torch.empty(1, config.id_dim, device="meta"), hidden)
-    return transformer.prepare(words, latents, image, face=face)
+def tokens_of(model: Model, stack: Stack, size: Size, branch: int, prompt: int) -> list[int]:
+    """Tokens of every stream where prompts are as long as fit; a prompt that is left out stays so."""
+    streams = zip(stack.streams, cost.tokens_of(stack, size, branch))
+    return [prompt if stream.source == model.text and count else count for stream, count in streams]
 
 
-@pytest.mark.parametrize("name", MODELS)
+def said(model: Model, size: Size, place: Coordinates, prompt: int) -> list[Sequence[cost.Pass]]:
+    """What the planner says of every forward pass of a step."""
+    return [
+        [cost.forward(stack, tokens_of(model, stack, size, branch, prompt), place) for stack in model.stacks]
+        for branch in cost.branches(place, size.guided)
+    ]
+
+
+DEFAULTS = {fork.models[0].name for fork in forks()}
+
+
+@pytest.mark.parametrize("name", model_names())
 @pytest.mark.slow
 def test_counts_equal_those_of_the_running_transformer(name: str) -> None:
-    model = shallow(get_model(name))
-    size, text = default_size(model), max(model.text_tokens)
-    for layout, rank in LAYOUTS:
-        counted = run(model, size, text, layout, rank)
-        place = Coordinates(layout, rank)
-        said = cost.forward(model, video_tokens(model, size), text, place)
-        assert said.matmul + said.attention == counted.flops, (layout, rank)
-        assert said.all_to_all == counted.bytes["ulysses"], (layout, rank)
-        assert said.ring == counted.bytes["ring"], (layout, rank)
+    """At full depth; a fork's other models differ in numbers only, and have fewer layouts."""
+    model = get_model(name)
+    for layout, rank in LAYOUTS if name in DEFAULTS else LAYOUTS[-3:]:
+        size = replace(model.default_size, guided=layout.cfg == 2)  # a rank's one branch is enough
+        counted = run(model, size, layout, rank)
+        expected = said(model, size, Coordinates(layout, rank), counted.work.tokens)
+        assert [sum(p.matmul + p.attention for p in passes) for passes in expected] == counted.flops, (layout, rank)
+        assert [sum(p.all_to_all for p in passes) for passes in expected] == [s["ulysses"] for s in counted.sent]
+        assert [sum(p.ring for p in passes) for passes in expected] == [s["ring"] for s in counted.sent]
 
 
 def test_an_empty_negative_prompt_is_counted_without_text() -> None:
-    model = shallow(get_model("mochi"))
+    model = get_model("mochi")
     size = Size(848, 480, 163, 64)
-    counted = run(model, size, 0, Layout(ring=3, ulysses=2), 5)
-    said = cost.forward(model, video_tokens(model, size), 0, Coordinates(Layout(1, 3, 2), 5))
-    assert (said.matmul + said.attention, said.all_to_all) == (counted.flops, counted.bytes["ulysses"])
+    counted = run(model, size, Layout(ring=3, ulysses=2), 5)
+    place = Coordinates(Layout(1, 3, 2), 5)
+    negative = cost.forward(model.stacks[0], (model.video_tokens(size), 0), place)
+    assert (negative.matmul + negative.attention, negative.all_to_all) == (counted.flops[1], counted.sent[1]["ulysses"])
+    assert counted.flops[1] < counted.flops[0]
 
 
-@pytest.mark.parametrize("name", ["mochi", "cogvideox-1.5-5b"])
+@pytest.mark.parametrize("name", sorted(DEFAULTS | {"cogvideox-1.5-5b"}))
 def test_guidance_and_the_last_gather_send_what_is_said(name: str) -> None:
     model = get_model(name)
-    size, layout, rank = default_size(model), Layout(cfg=2, ring=2, ulysses=2), 5
+    size, layout, rank = model.default_size, Layout(cfg=2, ring=2, ulysses=2), 5
     mesh = as_rank(layout, rank)
     sp = SequenceParallel(mesh)
-    lengths = sp.lengths(video_tokens(model, size))
-    shard = torch.empty(1, lengths[sp.rank], model.patch_dim, device="meta")
+    lengths = sp.lengths(model.video_tokens(size))
+    shard = torch.empty(1, lengths[sp.rank], model.latents.token_channels, device="meta")
     with counting() as counts:
         register(counts, mesh)
         Guidance(mesh.cfg)(lambda branch: shard, 4.5)
         sp.gather(shard, lengths)
-    sent = cost.sent(model, replace(size, num_steps=1), Coordinates(Layout(2, 2, 2), rank))
+    sent = cost.sent(model, replace(size, num_steps=1), Coordinates(layout, rank))
     assert sent.cfg == counts.bytes["cfg"]
     assert sent.gather == counts.bytes["sequence"]
 
@@ -123,7 +136,8 @@ def test_guidance_and_the_last_gather_send_what_is_said(name: str) -> None:
 def test_a_generation_sends_every_steps_bytes() -> None:
     model = get_model("mochi")
     size, place = Size(848, 480, 49, 64), Coordinates(Layout(1, 2, 3), 4)
-    passes = [cost.forward(model, video_tokens(model, size), text, place) for text in model.text_tokens]
+    tokens = [(model.video_tokens(size), text) for text in model.text.tokens(size)]
+    passes = [cost.forward(model.stacks[0], both, place) for both in tokens]
     sent = cost.sent(model, size, place)
     assert sent.all_to_all == 64 * sum(p.all_to_all for p in passes)
     assert sent.total == sent.all_to_all + sent.ring + sent.gather
@@ -131,18 +145,19 @@ def test_a_generation_sends_every_steps_bytes() -> None:
 
 
 @pytest.mark.parametrize("latents", [1, 4, 5, 13])
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
 @pytest.mark.slow
-def test_cogvideoxs_decoder_computes_what_is_said(latents: int) -> None:
-    model = get_model("cogvideox-5b")
-    decoder = on_meta(CogVideoXDecoder)
-    z = torch.empty(1, 16, latents, 6, 8, device="meta")
+def test_decoders_compute_what_is_said(name: str, latents: int) -> None:
+    model = get_model(name)
+    work = official_workload(model, model.default_size, Mesh())
+    z = torch.empty(1, work.latents[0], latents, 6, 8, device="meta")
     with counting() as counts:
-        decode_all(decoder, z)
-    size = Size(64, 48, 4 * latents - 3, 1)
-    assert decoding(model, size).flops == counts.flops
+        decode_all(work.decoder, z)
+    assert model.decoder.decoding(latents, 6, 8).flops == counts.flops
+    assert sum(p.numel() for p in work.decoder.parameters()) == pytest.approx(model.decoder.parameters, rel=0.01)
 
 
-def decode_all(decoder: CogVideoXDecoder, z: torch.Tensor) -> None:
+def decode_all(decoder: VideoDecoder, z: torch.Tensor) -> None:
     """All chunks in order, as `common.decode` runs them on one rank."""
     link = LocalLink()
     parts = spans(decoder.chunks(z.shape[2], max(decoder.chunk_choices)))
@@ -150,32 +165,32 @@ def decode_all(decoder: CogVideoXDecoder, z: torch.Tensor) -> None:
         decoder(z[:, :, part], CausalStream(link, first=k == 0, last=k == len(parts) - 1))
 
 
-@pytest.mark.parametrize(("name", "latents"), [("mochi", 9), ("mochi", 28), ("cogvideox-5b", 13), ("cogvideox-5b", 10)])
+@pytest.mark.parametrize("latents", [9, 10, 28])
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
 @pytest.mark.slow
 def test_memory_of_decoding_is_what_the_decoders_hold(name: str, latents: int) -> None:
     model = get_model(name)
-    decoder = on_meta(MochiDecoder if name == "mochi" else CogVideoXDecoder).to(torch.bfloat16)
-    size = Size(720, 480, model.frame_step * (latents - 1) + 1, 1)
-    channels = 12 if name == "mochi" else 16
+    work = official_workload(model, model.default_size, Mesh())
+    decoder = work.decoder.to(torch.bfloat16)
     plan = DecodePlan("exact", max(decoder.chunk_choices))
-    counted = decode_memory(decoder, (channels, latents, 60, 90), plan)
-    assert decoding(model, size).peak == pytest.approx(counted, rel=0.05)
+    counted = decode_memory(decoder, (work.latents[0], latents, 60, 90), plan)
+    assert model.decoder.decoding(latents, 60, 90).peak == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["mochi", "cogvideox-2b", "cogvideox-1.5-5b"])
+@pytest.mark.slow
 def test_memory_of_sampling_is_what_a_block_holds(name: str) -> None:
     model = get_model(name)
-    size = default_size(model)
+    size = replace(model.default_size, guided=False)
     for layout in (Layout(), Layout(ulysses=2), Layout(ring=2), Layout(ring=2, ulysses=2)):
-        held = run(shallow(model, 2), size, max(model.text_tokens), layout, 0).held  # type: ignore[attr-defined]
-        said = memory_gb(model, size, layout, "ours")["sampling"] - GB_RUNTIME - 2 * model.parameters / 1e9
-        assert said == pytest.approx(held / 1e9, rel=0.4), layout
+        held = max(run(model, size, layout, 0).held)
+        expected = memory_gb(model, size, layout, "ours")["sampling"] - GB_RUNTIME - 2 * model.parameters / 1e9
+        assert expected == pytest.approx(held / 1e9, rel=0.4), layout
 
 
-def test_mochis_decoder_computes_what_is_said() -> None:
-    model = get_model("mochi")
-    size = Size(64, 48, 49, 1)
-    decoder = on_meta(MochiDecoder, model.config.vae)
-    with counting() as counts:
-        decoder(torch.empty(1, 12, 9, 6, 8, device="meta"))
-    assert decoding(model, size).flops == counts.flops
+@pytest.mark.parametrize("name", model_names())
+def test_parameters_are_those_of_the_transformer(name: str) -> None:
+    model = get_model(name)
+    work = official_workload(model, model.default_size, Mesh())
+    assert sum(p.numel() for p in work.transformer.parameters()) == model.parameters
+    assert max(stack.heads for stack in model.stacks) == model.heads

@@ -8,29 +8,34 @@ from pathlib import Path
 
 import click
 
+from common.registry import get_model, model_names
 from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room, plan, size, verify
-from xdit_download.models import MODELS
 
 
 @click.command(
     "xdit-download",
+    help="Fetch exactly the files that the programs read of MODEL. Run it again to go on after an interruption.\n\n"
+    f"MODEL is one of {', '.join(model_names())}.",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda token: token.replace("_", "-").lower(),
     },
 )
-@click.argument("model", type=click.Choice(list(MODELS)))
+@click.argument("model")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to. Default: the model's name, here.")
 @click.option("--revision", help="A branch, tag or commit of the model's repository. Default: the newest.")
 @click.option("--check-hashes", is_flag=True, help="Read the files again and compare their SHA-256 with the hub's.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
 def command(model: str, folder: Path | None, revision: str | None, check_hashes: bool, dry_run: bool) -> None:
-    """Fetch exactly the files that the programs read of MODEL. Run it again to go on after an interruption."""
-    folder = folder or Path(MODELS[model].folder)
+    try:
+        chosen = get_model(model)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="MODEL") from None
+    folder = folder or Path(chosen.folder or chosen.name)
     if folder.exists() and not folder.is_dir():
         raise click.BadParameter(f"{folder} is a file; name a folder", param_hint="--dir")
-    wanted = plan(MODELS[model], folder, revision)
-    _tell(model, wanted, folder)
+    wanted = plan(chosen, folder, revision)
+    _tell(chosen.name, wanted, folder)
     if dry_run:
         return
     make_room(wanted, folder)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xdit_download.models import Model, Part
+from common.downloads import Part
+from common.registry import Model
 
 BLOCK = 1 << 22
 
@@ -97,12 +98,12 @@ def plan(model: Model, folder: Path, revision: str | None = None) -> list[Wanted
         if repo not in listings:
             with _plain_words(repo):
                 # A revision names a commit of the model's own repository, not of the one T5 comes from.
-                at = revision if repo == model.parts[0][0].repo else None
+                at = revision if repo == model.files[0][0].repo else None
                 listings[repo] = HfApi().model_info(repo, files_metadata=True, revision=at)
         return listings[repo]
 
     wanted = []
-    for places in model.parts:
+    for places in model.files:
         for part in places:
             info = listing(part.repo)
             files = {entry.rfilename: entry for entry in info.siblings or []}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.layout import Layout
-from planner.models import Model, Size, get_model
+from common.registry import Model, Size, get_model
 
 HERE = Path(__file__).parent
 
@@ -39,6 +39,34 @@ class Row:
         if "±" in self.how_read:
             return float(self.how_read.split("±")[1].split()[0])
         return 0.005 if self.kind == "step" else 0.5
+
+
+@dataclass(frozen=True)
+class Group:
+    """What rows of a published group share beside what stands in them; see groups.json."""
+
+    machine: str
+    """Tables made on the same machine share its links."""
+    constants_of: str
+    """Whose `speed` and `other_s`: several tables may be of one machine and one program."""
+    program: str
+    """Whose elementwise traffic: a program of its own, or diffusers, whose models share their style."""
+    nvlink: bool
+    balanced: bool
+    """Whether ranks are spread evenly over the machine's sockets."""
+
+
+def group_of(row: Row) -> Group:
+    raw = groups()["groups"].get(row.group, {})
+    machine = raw.get("machine", row.gpu)
+    links = groups()["machines"].get(machine, {})
+    return Group(
+        machine,
+        raw.get("constants_of", row.group),
+        raw.get("program", "diffusers"),
+        links.get("nvlink", False),
+        links.get("balanced", False),
+    )
 
 
 def _kind(text: str) -> str:
@@ -71,6 +99,23 @@ def _row(raw: dict[str, Any]) -> Row:
 def rows() -> tuple[Row, ...]:
     """All of published.json."""
     return tuple(_row(raw) for raw in json.loads((HERE / "published.json").read_text(encoding="utf-8")))
+
+
+@cache
+def groups() -> dict[str, Any]:
+    """groups.json."""
+    return json.loads((HERE / "groups.json").read_text(encoding="utf-8"))
+
+
+@cache
+def special_priors() -> dict[tuple[str, str], tuple[float, float]]:
+    """Priors of a machine's or a program's own constants: (median, standard deviation of the logarithm)."""
+    return {
+        (name, whose): (median, spread)
+        for kind in ("machines", "programs")
+        for whose, entry in groups()[kind].items()
+        for name, (median, spread) in entry["priors"].items()
+    }
 
 
 @cache

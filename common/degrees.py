@@ -1,0 +1,27 @@
+"""Which parallel degrees a run takes where the command leaves them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.checks import Degrees, choose_degrees
+from planner import layouts
+
+
+def choose_layout(
+    models: Sequence[str],
+    ranks: int,
+    heads: int,
+    guided: bool,
+    cfg: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+) -> Degrees:
+    """The degrees that were not given: the planner's for one of these models on this machine, else the rule of thumb.
+
+    Raises ValueError as `common.checks.choose_degrees` does.
+    """
+    planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses)
+    if planned is not None:
+        return planned.cfg, planned.ring, planned.ulysses
+    return choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
