@@ -104,8 +104,11 @@ class MochiVAEConfig:
         return prod(self.spatial)
 
     def __post_init__(self) -> None:
-        if wrong := [width for width in (*self.encoder_channels, *self.decoder_channels) if width % self.groups]:
-            raise ValueError(f"a width of {wrong[0]} channels does not split into {self.groups} groups")
+        for channels in (self.encoder_channels, self.decoder_channels):
+            # Only residual blocks have norms; those at the latents are as wide as the last stage's.
+            wrong = [w for w, blocks in zip((*channels, *channels[-1:]), self.layers) if blocks and w % self.groups]
+            if wrong:
+                raise ValueError(f"a width of {wrong[0]} channels does not split into {self.groups} groups")
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], where: str = "vae/config.json") -> MochiVAEConfig:
