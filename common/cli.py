@@ -166,7 +166,7 @@ def _options(program: Program) -> list[click.Parameter]:
         Option(
             ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it."
         ),
-        option("--use-xdit", help="Accepted for mochi-xdit's command lines; no effect.", **unlisted),
+        option("--use-xdit", help="Accepted; no effect.", **unlisted),
         option("--use-fsdp", help="Accepted; no effect.", **unlisted),
         option("--cpu-offload", help="Accepted; no effect.", **unlisted),
         *program.options,

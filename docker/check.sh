@@ -8,7 +8,10 @@ shift
 mkdir -p "$folder/src"
 python3 -m venv "$folder/venv"
 cd "$folder/src"
-cp -r "$root"/{pyproject.toml,constraints.txt,README.md,LICENSE,common,mochi_xdit,cogvideox_xdit,consisid_xdit,planner,xdit_download} .
+while read -r word sources; do
+    # What the images copy, but for the last word, which says where to.
+    if [[ $word == COPY && $sources != --* ]]; then (cd "$root" && cp -r ${sources% *} "$folder/src"); fi
+done < "$root/docker/Dockerfile"
 "$folder/venv/bin/python" - "$root/docker/Dockerfile" > "$folder/commands" <<'PY'
 import re
 import sys
@@ -26,4 +29,4 @@ while read -r command; do
     if [[ $command == pip* && $command != *--no-deps* ]]; then command="$command $PIP_EXTRA_OPTIONS"; fi
     bash -o pipefail -c "$command"
 done < "$folder/commands"
-mochi-xdit --version
+for program in $(sed -n 's/^ENTRYPOINT \["\(.*\)"\]$/\1/p' "$root/docker/Dockerfile"); do "$program" --version; done

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.registry import HERE, forks
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -22,7 +24,8 @@ TEXT = (ROOT / "docker" / "Dockerfile").read_text()
 LINES = re.sub(r"\\\n\s*", "", TEXT).splitlines()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yml").read_text())
-PROGRAMS = {"mochi": "mochi-xdit", "cogvideox": "cogvideox-xdit", "consisid": "consisid-xdit"}
+FORKS = [fork for fork in forks() if fork.package in HERE]
+PROGRAMS = {fork.name: fork.program for fork in FORKS}
 
 
 def stages() -> dict[str, list[str]]:
@@ -39,6 +42,20 @@ def test_every_program_has_a_target_with_its_entry_point():
     for target, program in PROGRAMS.items():
         assert f'ENTRYPOINT ["{program}"]' in stages()[target]
         assert program in PROJECT["scripts"]
+
+
+def names_of(extras) -> set[str]:
+    """Packages of optional dependencies."""
+    return {re.split(r"[<>=]", wanted)[0] for extra in extras for wanted in PROJECT["optional-dependencies"][extra]}
+
+
+def test_an_image_has_the_extras_that_its_fork_names():
+    assert set(COMPOSE["services"]) == set(PROGRAMS)
+    for fork in FORKS:
+        lines = stages()[fork.name]
+        installed = {word for line in lines if "pip install" in line for word in line.split()}
+        assert installed & names_of(PROJECT["optional-dependencies"]) == names_of(fork.extras)
+        assert any(f'image.title="xdit-zoo {fork.name}"' in line for line in lines)
 
 
 def test_the_version_is_the_packages():

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
 from common.cli import _unknown, command
+from common.registry import forks
 from common.request import Program
-from consisid_xdit.cli import PROGRAM as CONSISID
-from mochi_xdit.cli import PROGRAM as MOCHI
 from tools.docs import flags, tables
 from xdit_download.cli import command as download
 
@@ -23,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "docker" / "README.md"]
     + [page for folder in ("docs", "tools") for page in (ROOT / folder).rglob("*.md")]
-    + [page for fork in ("mochi_xdit", "cogvideox_xdit", "consisid_xdit") for page in (ROOT / fork).rglob("*.md")]
+    + [page for fork in forks() for page in (ROOT / fork.package).rglob("*.md")]
 )
-PROGRAMS: dict[str, Program] = {program.name: program for program in (MOCHI, COGVIDEOX, CONSISID)}
-FOLDERS = {program.script.split("/")[-2]: program for program in PROGRAMS.values()}
+PROGRAMS: dict[str, Program] = {fork.program: fork.module("cli").PROGRAM for fork in forks()}
+FOLDERS = {fork.package: PROGRAMS[fork.program] for fork in forks()}
+IMAGES = {f"xdit-{fork.name}": fork.program for fork in forks()}
 NEEDS = {"weights", "gpu", "network", "docker"}
 
 
@@ -58,7 +57,7 @@ COMMANDS = commands()
 def program_of(words: tuple[str, ...]) -> tuple[Program, list[str]] | None:
     """The fork that a command runs, directly, by torchrun or in an image, and what it is given."""
     for i, word in enumerate(words):
-        name = word.replace("xdit-mochi", "mochi-xdit") if "run" in words[:4] else word
+        name = IMAGES.get(word, word) if "run" in words[:4] else word
         if name in PROGRAMS:
             return PROGRAMS[name], list(words[i + 1 :])
         if word.endswith("_xdit/cli.py") or (word in FOLDERS and words[i - 1] == "-m"):
@@ -142,9 +141,7 @@ def test_tables_are_those_of_the_result_files(page):
 
 def test_troubleshooting_quotes_real_messages():
     source = " ".join(
-        path.read_text()
-        for package in ("common", "mochi_xdit", "cogvideox_xdit", "consisid_xdit", "xdit_download")
-        for path in (ROOT / package).rglob("*.py")
+        path.read_text() for package in ("common", *FOLDERS, "xdit_download") for path in (ROOT / package).rglob("*.py")
     )
     # Messages go over line ends: join the pieces of a string literal.
     source = re.sub(r'"\s*\n\s*f?"', "", source)
@@ -157,7 +154,7 @@ def test_troubleshooting_quotes_real_messages():
 
 def test_no_page_names_a_flag_that_is_not_there():
     known = {name for p in PROGRAMS.values() for o in command(p).params for name in (*o.opts, *o.secondary_opts)}
-    tools = (ROOT / "planner", ROOT / "xdit_download", ROOT / "benchmarks", ROOT / "tools")
+    tools = [ROOT / name for name in ("planner", "xdit_doctor", "xdit_download", "benchmarks", "tools")]
     text = "".join(path.read_text() for folder in tools for path in folder.rglob("*.py"))
     others = {"--gpus", "--shm-size", "--build-arg", "--ulimit", "--network", "--entrypoint", "--user", "--target"}
     for page in PAGES:

@@ -14,16 +14,16 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from common.parallel import Layout, distributed
-from planner import doctor
 from planner.hardware import get_profile, read_profile
-from planner.links import Job, run
+from xdit_doctor import cli as doctor
+from xdit_doctor.links import Job, run
 
 
 @pytest.mark.slow
 def test_a_report_of_two_cpu_ranks_writes_a_profile_the_planner_reads(tmp_path: Path) -> None:
     path = tmp_path / "made" / "here.json"
     arguments = ["--device", "cpu", "--ranks", "2", "--quick", "--json", "--profile", str(path)]
-    command = [sys.executable, "-m", "planner.doctor", *arguments]
+    command = [sys.executable, "-m", "xdit_doctor.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -10,9 +10,11 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from common.registry import HERE
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "mochi_xdit", "cogvideox_xdit", "consisid_xdit", "planner", "xdit_download")
-COMMANDS = ("mochi-xdit", "cogvideox-xdit", "consisid-xdit", "xdit-plan", "xdit-doctor", "xdit-download")
+PACKAGES = ("common", *HERE, "planner", "xdit_doctor", "xdit_download")
+COMMANDS = (*(name.replace("_", "-") for name in HERE), "xdit-plan", "xdit-doctor", "xdit-download")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 
-from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
 from common.cli import command
-from consisid_xdit.cli import PROGRAM as CONSISID
-from mochi_xdit.cli import PROGRAM as MOCHI
+from common.registry import forks
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 KNOWN = {
@@ -56,15 +54,14 @@ def table(rows: list[tuple[str, str]], heads: tuple[str, str]) -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    commands = {
-        p.name: [o for o in command(p).params if not getattr(o, "hidden", False)] for p in (MOCHI, COGVIDEOX, CONSISID)
-    }
+    programs = [fork.module("cli").PROGRAM for fork in forks()]
+    commands = {p.name: [o for o in command(p).params if not getattr(o, "hidden", False)] for p in programs}
     names = [{o.name for o in options} for options in commands.values()]
     shared = set.intersection(*names)
     lines = ["# Flags", "", "Made by `python -m tools.docs.flags` from the programs' own command lines.", ""]
     first = next(iter(commands.values()))
     lines += [
-        "## All three programs",
+        "## All programs",
         "",
         *table([described(o) for o in first if o.name in shared], ("flag", "meaning")),
     ]

@@ -25,7 +25,7 @@ import click
 from common import launch
 from planner.hardware import get_profile
 from planner.layouts import LOCAL_PROFILE, recognise
-from planner.links import Job
+from xdit_doctor.links import Job
 
 TESTED: Mapping[str, tuple[str, str]] = {
     # package: (oldest, newest) it was tested with
@@ -185,7 +185,7 @@ def measure(device: str, ranks: int, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "links.json"
         job = Job(device, ranks, message, matrix, output)
-        status = launch.supervise([sys.executable, "-m", "planner.links"], ranks, cpu, pickle.dumps(job))
+        status = launch.supervise([sys.executable, "-m", "xdit_doctor.links"], ranks, cpu, pickle.dumps(job))
         if status or not output.is_file():
             return {"self_test": f"failed: the ranks ended with status {status}; see the error above", "ranks": ranks}
         return json.loads(output.read_text(encoding="utf-8"))

@@ -1,0 +1,84 @@
+"""A fork outside of this repository, as `install` writes it: three models of kinds that no fork here has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FORK = '''
+from dataclasses import dataclass
+
+from common.checks import Rules
+from common.downloads import Part, file, weights
+from common.registry import CrossAttention, Decoder, Decoding, Fork, Latents, Model, Size, Stack, Stream, Text
+
+WIDTH = 512
+BLOCK = 24 * WIDTH * WIDTH
+
+
+class Picture(Rules):
+    def problems(self, width, height, num_frames):
+        found = super().problems(width, height, 1)
+        return found + ([] if num_frames == 1 else ["--num-frames must be 1: the toy makes a picture"])
+
+
+@dataclass(frozen=True)
+class Sound:
+    per_second: int = 50
+    fps: int = 24
+
+    def tokens(self, size: Size) -> tuple[int, int]:
+        count = size.num_frames * self.per_second // self.fps
+        return count, count
+
+
+def decoding(frames: int, rows: int, columns: int) -> Decoding:
+    return Decoding(1e6 * frames * rows * columns, frames, 1e3 * rows * columns)
+
+
+def model(name, rules, latents, text, stacks, parameters, repo):
+    parts = ((Part("transformer", repo, (file("config.json"), weights("model")), "MIT"),),)
+    return Model(name, name.title(), rules, latents, text, stacks, parameters, Decoder(10**6, decoding), parts)
+
+
+def picture():
+    """Two kinds of blocks, no guidance."""
+    latents, text = Latents(16, (1, 2, 2)), Text(256, 256, parameters=10**8)
+    both = (Stream(latents, BLOCK, sampled=64), Stream(text, BLOCK))
+    double = Stack(2, 8, 64, both, once=10**6, feed_forward=8 * WIDTH)
+    single = Stack(4, 8, 64, (Stream(latents, BLOCK), Stream(text, BLOCK)), feed_forward=8 * WIDTH)
+    rules = Picture(heads=8, width=1024, height=1024, num_frames=1, num_steps=4, cfg_scale=1.0, fps=1, frame_step=1)
+    return model("toy-picture", rules, latents, text, (double, single), 3 * 10**7, "toys/picture")
+
+
+def video():
+    """Text by cross attention, two transformers that take turns."""
+    latents, text = Latents(16, (1, 2, 2), 4), Text(512, 512, parameters=10**8)
+    cross = CrossAttention(layers=6, width=WIDTH, keys=512, matmul=4 * WIDTH * WIDTH)
+    stack = Stack(6, 8, 64, (Stream(latents, BLOCK, sampled=64),), cross=(cross,))
+    rules = Rules(heads=8, width=832, height=480, num_frames=81, num_steps=40, cfg_scale=4.0, fps=16, frame_step=4)
+    return model("toy-video", rules, latents, text, (stack,), 2 * 10**7, "toys/video")
+
+
+def sound():
+    """A second tower for the sound."""
+    latents, text = Latents(16, (1, 2, 2), 4), Text(512, 512, parameters=10**8)
+    seen = CrossAttention(layers=4, width=WIDTH, keys=403, matmul=4 * WIDTH * WIDTH)
+    seeing = Stack(6, 8, 64, (Stream(latents, BLOCK, sampled=64),), cross=(seen,))
+    hearing = Stack(4, 4, 64, (Stream(Sound(), BLOCK // 4, sampled=128),))
+    rules = Rules(heads=8, width=640, height=352, num_frames=193, num_steps=50, cfg_scale=5.0, fps=24, frame_step=4)
+    return model("toy-sound", rules, latents, text, (seeing, hearing), 2 * 10**7, "toys/sound")
+
+
+FORK = Fork("toy", "Toy", "toy_xdit", "toy-xdit", (picture(), video(), sound()))
+'''
+
+
+def install(site: Path, entry_points: str = "toy = toy_xdit.fork:FORK") -> None:
+    """Put the package into a folder of `sys.path`, with the metadata that an installation leaves."""
+    (site / "toy_xdit").mkdir(parents=True)
+    (site / "toy_xdit" / "__init__.py").touch()
+    (site / "toy_xdit" / "fork.py").write_text(FORK)
+    about = site / "toy_xdit-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-xdit\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[xdit_zoo.forks]\n{entry_points}\n")
