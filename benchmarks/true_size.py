@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.checkpoint import DTYPE_NAMES
 from common.demo import t5_config, train_tokenizer
 from common.registry import Model
-from common.text import new_t5
+from common.t5 import new_t5
 from common.weights import Rename, _source, _writes, on_meta
 
 STEM = "diffusion_pytorch_model"

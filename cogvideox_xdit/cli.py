@@ -147,6 +147,12 @@ def _image(setup: Setup, pipe: CogVideoXPipeline) -> Path | None:
     return image
 
 
+def check_weights(pipe: CogVideoXPipeline, setup: Setup, videos: Sequence[Video]) -> None:
+    sample = videos[0].latents is None
+    frames = _image(setup, pipe) is not None or setup.extra["video"] is not None
+    pipe.check_weights(sample, frames=sample and frames)
+
+
 def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
     from cogvideox_xdit.workload import workload
     from common.choice import precision
@@ -197,6 +203,7 @@ PROGRAM = Program(
     rules=rules,
     make_demo=make_demo,
     pipeline=pipeline,
+    check_weights=check_weights,
     transformer=transformer_files,
     generate=generate,
     decode=decode,

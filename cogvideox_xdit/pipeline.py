@@ -15,12 +15,13 @@ from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, read_on_m
 from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size, pack, unpack
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, decode, encode
-from cogvideox_xdit.weights import load_decoder, load_encoder, load_transformer
+from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
 from common.decode import DecodePlan, VideoDecoder
 from common.generation import check_latents, latent_dtype, require_finite, save_latents
 from common.guidance import NEGATIVE, POSITIVE
 from common.parallel import Mesh
 from common.pipeline import Pipeline
+from common.quantize import TransformerFiles
 from common.vae import TimeSplit
 
 STEPS, SCALE, STRENGTH = 50, 6.0, 0.8
@@ -236,6 +237,12 @@ class CogVideoXPipeline(Pipeline):
                     step()
             tokens = size[0] * size[1] * size[2] // self.config.patch_volume
             return unpack(self.sp.gather(z, self.sp.lengths(tokens)), size, patch)
+
+    def check_vae(self, frames: bool) -> None:
+        check_vae(self.model_dir, self.vae_config, self.dtype, frames)
+
+    def transformer_files(self) -> TransformerFiles:
+        return transformer_files(self.model_dir, self.config, self.dtype)
 
     def condition(self, model: CogVideoXTransformer, text: Tensor, size: Size, image: Tensor | None) -> Condition:
         """Everything about one guidance branch that no step changes."""

@@ -12,7 +12,7 @@ from common.parallel import Axis
 from common.placement import Placement, place
 from common.quantize import TransformerFiles
 from common.usp import SequenceParallel
-from common.weights import Checkpoint, Concat, Progress, Rename, find_files, load, on_meta, open_checkpoint
+from common.weights import Checkpoint, Concat, Progress, Rename, check, find_files, load, on_meta, open_checkpoint
 
 if TYPE_CHECKING:
     from cogvideox_xdit.transformer import CogVideoXTransformer
@@ -80,11 +80,13 @@ def load_transformer(
     return place(model, checkpoint, rename_table(config), device, dtype, (), placement, world, progress)
 
 
-def transformer_files(folder: Path, config: TransformerConfig) -> TransformerFiles:
-    """What `quantize` reads: the folder's transformer, bf16 where there are several. CheckpointError as for loading."""
+def transformer_files(
+    folder: Path, config: TransformerConfig, dtype: torch.dtype | None = torch.bfloat16
+) -> TransformerFiles:
+    """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
     from cogvideox_xdit.transformer import CogVideoXTransformer
 
-    file = find_files(folder / "transformer", STEM, torch.bfloat16)
+    file = find_files(folder / "transformer", STEM, dtype)
     return TransformerFiles(on_meta(CogVideoXTransformer, config), open_checkpoint(file), rename_table(config), file)
 
 
@@ -104,6 +106,15 @@ def load_encoder(
     from cogvideox_xdit.vae import CogVideoXEncoder
 
     return load(on_meta(CogVideoXEncoder, config), _vae(folder, "encoder.", dtype), None, device, dtype)  # type: ignore[return-value]
+
+
+def check_vae(folder: Path, config: VAEConfig, dtype: torch.dtype | None = None, encoder: bool = False) -> None:
+    """Raise what `load_decoder` would raise for the headers, and `load_encoder` where that is needed too."""
+    from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
+
+    check(on_meta(CogVideoXDecoder, config), _vae(folder, "decoder.", dtype))
+    if encoder:
+        check(on_meta(CogVideoXEncoder, config), _vae(folder, "encoder.", dtype))
 
 
 def _vae(folder: Path, prefix: str, dtype: torch.dtype | None) -> Checkpoint:

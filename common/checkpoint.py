@@ -159,13 +159,18 @@ def _stored(path: Path, name: str, entry: Entry) -> Stored:
     return Stored(name, path, _DTYPES[entry.dtype], entry.shape, entry.offset, entry.nbytes)
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a `torch.save` file is of the format since torch 1.6, which can be mapped."""
+    with plain_file(path) as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def load_pickle(path: Path) -> Any:
     """What a `torch.save` file holds, on the CPU; nothing in it is run. Mapped, unless it is of the format before 1.6.
 
     CheckpointError names the file when it is damaged, or holds more than tensors.
     """
-    with plain_file(path) as file:
-        zipped = file.read(4) == b"PK\x03\x04"
+    zipped = is_zip(path)
     try:
         return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:

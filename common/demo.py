@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.text import new_t5
+from common.t5 import new_t5
 
 
 def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int = 256, normalization: str = "nmt_nfkc") -> int:

@@ -10,10 +10,9 @@ and rounding of kernels and allocators (`headroom` is for those), and the image 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from common.decode import DecodePlan, PeakMemory, VideoDecoder, decode_memory, d
 from common.fp8 import Float8Linear, use_float8
 from common.parallel import Axis, Layout, Mesh
 from common.placement import Placement
-from common.text import FLOAT8_LAYERS, EncoderFiles, new_t5
+from common.t5 import FLOAT8_LAYERS, EncoderFiles, new_t5
 from common.weights import assign
 
 STAGES = ("text", "sampling", "decode")
@@ -71,10 +70,10 @@ class Workload:
         """With the T5 of a folder, where there is one; `find` may raise ValueError when there is none."""
         try:
             folder = find()
-            config = None if folder is None else EncoderFiles.find(folder).config.read_text(encoding="utf-8")
+            numbers = None if folder is None else EncoderFiles.find(folder).numbers()
         except ValueError:
             return self  # told when a prompt needs it: a run without one does not
-        return self if config is None else replace(self, text=json.loads(config))
+        return self if numbers is None else replace(self, text=asdict(numbers))
 
 
 @dataclass(frozen=True)

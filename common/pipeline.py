@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from common.decode import DecodePlan, VideoDecoder
 from common.generation import Models, decode_video, parse_dtype
 from common.guidance import Guidance
 from common.parallel import Mesh, resolve_device
-from common.placement import Placement, resident_bytes
+from common.placement import Placement, check_model, resident_bytes
 from common.progress import Stages
+from common.t5 import EncoderFiles, check_t5
 from common.text import TextEncoder, encode_on_main
 from common.vae import TimeSplit
 from common.xfuser_engine import sequence_parallel
+
+if TYPE_CHECKING:
+    from common.quantize import TransformerFiles
 
 GIB = 2**30
 
@@ -39,6 +43,9 @@ class Pipeline:
     that travel apart, see `common.usp.SequenceParallel`. max_memory: GiB that this rank may use on its device, which
     the decode keeps to; default: what is free.
     """
+
+    config: Any
+    """The transformer's numbers, of the fork's own class."""
 
     def __init__(
         self,
@@ -73,6 +80,27 @@ class Pipeline:
         self.guidance = Guidance(mesh.cfg)
         self.models = Models(keep_loaded or offload == "none")
         self.max_memory = None if max_memory is None else int(max_memory * GIB)
+
+    def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
+        """Compare all tensors that a call would load with the models', by headers alone: names, shapes and dtypes.
+
+        sample: there is something to sample, not only latents to decode. text: there is a prompt to encode. frames: it
+        starts from pictures. CheckpointError names file and tensor, so that none is found missing after an hour.
+        """
+        self.check_vae(frames)
+        if not sample:
+            return
+        files = self.transformer_files()
+        check_model(files.module, files.checkpoint, files.rename)
+        if text and self.mesh.is_main:
+            check_t5(EncoderFiles.find(self.text_folder()), self.config.text_dim)
+
+    def check_vae(self, frames: bool) -> None:
+        """The autoencoder's part of `check_weights`: the decoder, and for frames the encoder."""
+        raise NotImplementedError
+
+    def transformer_files(self) -> TransformerFiles:
+        raise NotImplementedError
 
     def text_folder(self) -> Path:
         """Where the T5 encoder lies; ValueError when it is nowhere."""

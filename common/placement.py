@@ -19,7 +19,7 @@ from common.checkpoint import Checkpoint
 from common.checks import OFFLOADS
 from common.fp8 import use_float8
 from common.parallel import Axis
-from common.weights import Progress, Rename, WeightReader, load
+from common.weights import Progress, Rename, WeightReader, check, load
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,14 @@ def place(
         bind(blocks[i], stream.views(i))
     blocks.stream = stream
     return model.eval()
+
+
+def check_model(model: nn.Module, checkpoint: Checkpoint, rename: Rename | None = None) -> None:
+    """Raise what `place` would raise for these headers, and read nothing: for a check at the door."""
+    assert isinstance(model.blocks, Blocks)
+    for block in model.blocks if has_float8(checkpoint) else ():
+        use_float8(block, model.matmuls)  # type: ignore[arg-type]
+    check(model, checkpoint, rename)
 
 
 def _kind(reader: WeightReader, index: int, name: str) -> torch.dtype:

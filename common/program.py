@@ -117,6 +117,7 @@ def run_rank(program: Program, request: Request, at: launch.Place, started: floa
                     setup = _place_weights(program, setup, request, mesh, at, stages)
                     request = _as_placed(request, setup)
                     pipeline = program.pipeline(setup, mesh, stages)
+                    program.check_weights(pipeline, setup, request.videos)
             with _reporting(link, stages, after_failure):
                 make_videos(program, pipeline, request, mesh, stages)
                 _wait_for_all(mesh)

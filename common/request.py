@@ -155,6 +155,8 @@ class Program:
         checkpoint of this model. Without torch.
     make_demo: makes the demo checkpoint unless it is cached, returns its directory. Runs on one rank per machine.
     pipeline: (setup, mesh, stages) -> the pipeline; cheap, stages load later.
+    check_weights: (pipeline, setup, videos); raises CheckpointError for a tensor that these videos need and that is
+        missing or of the wrong shape or kind, by headers alone.
     generate, decode: (pipeline, video, setup, stages) -> frames, uint8 (T, H, W, 3) on rank 0 and None elsewhere;
         `decode` starts from `video.latents`.
     check: the fork's own options and the videos -> problems.
@@ -177,6 +179,7 @@ class Program:
     models: tuple[str, ...] = ()
     workload: Callable[..., Any] | None = None
     options: tuple[click.Option, ...] = ()
+    check_weights: Callable[..., None] = lambda pipeline, setup, videos: None
     check: Callable[[Mapping[str, Any], Sequence[Video]], list[str]] = lambda options, videos: []
 
 

@@ -59,7 +59,7 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
-_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _STAGING_BYTES = 64 << 20
 
 
@@ -329,7 +329,7 @@ def _allowed(name: str, slot: Tensor) -> tuple[torch.dtype, ...]:
     """The dtypes in which a file may have a tensor for this slot."""
     if not slot.is_floating_point() or _is_scale(name):
         return (slot.dtype,)
-    return (FLOAT8, *_CASTABLE) if slot.dtype == FLOAT8 else _CASTABLE
+    return (FLOAT8, *CASTABLE) if slot.dtype == FLOAT8 else CASTABLE
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:

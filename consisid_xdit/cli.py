@@ -133,6 +133,10 @@ def person(session: Session, setup: Setup, stages: Stages) -> IdentityFeatures:
     return session.identity
 
 
+def check_weights(session: Session, setup: Setup, videos: Sequence[Video]) -> None:
+    session.pipe.check_weights(sample=videos[0].latents is None, frames=videos[0].latents is None)
+
+
 def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
     from cogvideox_xdit.config import VAEConfig
     from common.choice import precision
@@ -182,6 +186,7 @@ PROGRAM = Program(
     make_demo=make_demo,
     demos=(TRAINED, "face"),
     pipeline=pipeline,
+    check_weights=check_weights,
     transformer=transformer_files,
     generate=generate,
     decode=decode,

@@ -17,13 +17,14 @@ from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
 from common.placement import place
+from common.quantize import TransformerFiles
 from common.video import read_image
 from common.weights import find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.face import FaceReader, IdentityFeatures, identity_on_main, load_identity
 from consisid_xdit.keypoints import draw_keypoints
 from consisid_xdit.transformer import ConsisIDTransformer, Face, FaceCondition
-from consisid_xdit.weights import rename_table
+from consisid_xdit.weights import rename_table, transformer_files
 
 
 class ConsisIDPipeline(CogVideoXPipeline):
@@ -105,6 +106,9 @@ class ConsisIDPipeline(CogVideoXPipeline):
     def _load_face_models(self) -> FaceReader:
         with self.stages.stage("loading face models"):
             return FaceReader.load(self.model_dir, self.device, self.dtype)
+
+    def transformer_files(self) -> TransformerFiles:
+        return transformer_files(self.model_dir, self.config, self.dtype)
 
     def _load_transformer(self) -> ConsisIDTransformer:
         with self.stages.loading("loading transformer") as progress:

@@ -22,9 +22,11 @@ def rename_table(config: ConsisIDConfig) -> Rename:
     return {**cogvideox_table(config), **{name: name for name in face.state_dict()}}
 
 
-def transformer_files(folder: Path, config: ConsisIDConfig) -> TransformerFiles:
-    """What `quantize` reads: the folder's transformer, bf16 where there are several. CheckpointError as for loading."""
-    file = find_files(folder / "transformer", STEM, torch.bfloat16)
+def transformer_files(
+    folder: Path, config: ConsisIDConfig, dtype: torch.dtype | None = torch.bfloat16
+) -> TransformerFiles:
+    """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
+    file = find_files(folder / "transformer", STEM, dtype)
     return TransformerFiles(on_meta(ConsisIDTransformer, config), open_checkpoint(file), rename_table(config), file)
 
 

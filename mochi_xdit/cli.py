@@ -93,7 +93,6 @@ def make_demo(name: str) -> Path:
 
 def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
     from mochi_xdit.pipeline import MochiPipeline
-    from mochi_xdit.weights import find_decoder, find_transformer
 
     assert setup.source.model_dir is not None
     if setup.source.demo is not None:
@@ -101,16 +100,17 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
 
         if not is_trained(setup.source.model_dir):
             stages.note("the demo checkpoint has random weights: the picture is noise")
-    pipe = MochiPipeline.from_pretrained(
+    return MochiPipeline.from_pretrained(
         setup.source.model_dir,
         mesh=mesh,
         stages=stages,
         **setup.pipeline_options() | ({"text_encoder_dir": own} if (own := setup.extra["t5_model_path"]) else {}),
     )
-    # A truncated decoder is found now, by its header, and not after twenty minutes of sampling.
-    find_transformer(pipe.model_dir, pipe.dtype).open()
-    find_decoder(pipe.model_dir, pipe.dtype).open()
-    return pipe
+
+
+def check_weights(pipe: MochiPipeline, setup: Setup, videos: Sequence[Video]) -> None:
+    said = any(video.prompt or (video.negative_prompt and video.cfg_scale != 1) for video in videos)
+    pipe.check_weights(sample=videos[0].latents is None, text=said)
 
 
 def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
@@ -164,6 +164,7 @@ PROGRAM = Program(
     rules=rules,
     make_demo=make_demo,
     pipeline=pipeline,
+    check_weights=check_weights,
     transformer=transformer_files,
     generate=generate,
     decode=decode,

@@ -15,11 +15,12 @@ from common.generation import check_latents, draw_noise, latent_dtype, require_f
 from common.guidance import NEGATIVE, POSITIVE
 from common.parallel import Mesh
 from common.pipeline import Pipeline
+from common.quantize import TransformerFiles
 from common.vae import TimeSplit
 from common.weights import load, on_meta
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.vae import MochiDecoder, decode
-from mochi_xdit.weights import find_decoder, find_transformer, load_transformer
+from mochi_xdit.weights import check_decoder, find_decoder, find_transformer, load_transformer, transformer_files
 
 TIME_SCALE = 1000
 T5_REPO = "google/t5-v1_1-xxl"
@@ -143,6 +144,12 @@ class MochiPipeline(Pipeline):
     ) -> Iterator[Tensor | None]:
         assert isinstance(decoder, MochiDecoder)
         return decode(decoder, latents, plan, split)
+
+    def check_vae(self, frames: bool) -> None:
+        check_decoder(self.model_dir, self.dtype)
+
+    def transformer_files(self) -> TransformerFiles:
+        return transformer_files(self.model_dir, self.dtype)
 
     def text_folder(self) -> Path:
         return find_text_encoder(self.model_dir, self.text_encoder_dir)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from common.parallel import Axis, Mesh
-from common.placement import Placement, place
+from common.placement import Placement, check_model, place
 from common.quantize import TransformerFiles
 from common.schema import read_object
 from common.usp import SequenceParallel
@@ -206,13 +206,21 @@ def check_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> P
     CheckpointError as `load_transformer` would raise it.
     """
     part = find_transformer(folder, dtype)
-    check(_meta_transformer(part), part.open(), part.rename)
+    check_model(_meta_transformer(part), part.open(), part.rename)
     return part
 
 
-def transformer_files(folder: str | Path) -> TransformerFiles:
-    """What `quantize` reads: the folder's transformer, bf16 where there are several. CheckpointError as for loading."""
-    part = find_transformer(folder, torch.bfloat16)
+def check_decoder(folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """As `check_transformer`, for the VAE decoder."""
+    from mochi_xdit.vae import MochiDecoder
+
+    part = find_decoder(folder, dtype)
+    check(on_meta(MochiDecoder, part.config), part.open(), part.rename)
+
+
+def transformer_files(folder: str | Path, dtype: torch.dtype | None = torch.bfloat16) -> TransformerFiles:
+    """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
+    part = find_transformer(folder, dtype)
     return TransformerFiles(_meta_transformer(part), part.open(), part.rename, part.file, EXACT)
 
 

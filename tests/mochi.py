@@ -47,8 +47,10 @@ def write_checkpoint(folder: Path, layout: str = "native") -> Path:
         (folder / part).mkdir(parents=True, exist_ok=True)
     save(transformer.state_dict(), folder / "transformer" / stem, rename=transformer_rename(TINY), shard_bytes=400_000)
     _write(folder / "transformer" / "config.json", transformer_json())
-    table = decoder_rename(VAE) | encoder_rename(VAE)
-    save({**decoder.state_dict(), **encoder.state_dict()}, folder / "vae" / stem, rename=table)
+    parts = {"decoder": (decoder, decoder_rename(VAE)), "encoder": (encoder, encoder_rename(VAE))}
+    state = {f"{part}.{name}": t for part, (module, _) in parts.items() for name, t in module.state_dict().items()}
+    table = {f"{part}.{name}": theirs for part, (_, names) in parts.items() for name, theirs in names.items()}
+    save(state, folder / "vae" / stem, rename=table)
     _write(folder / "vae" / "config.json", vae_json())
     return folder
 

@@ -1,0 +1,267 @@
+"""A T5 encoder's files: found, checked by their headers, and loaded tensor by tensor.
+
+A T5 encoder directory is either a diffusers folder (with `text_encoder/` and `tokenizer/`) or one directory with
+`config.json`, the weights and `spiece.model` or `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import Blocks, FromFile, Image, Stream, bind
+from common.checkpoint import DTYPE_NAMES, is_zip, load_pickle, open_checkpoint, read_index
+from common.fp8 import FLOAT8, SCALE, fill_float8, use_float8
+from common.schema import MAX_LAYERS, CheckpointError, bounded, build, one_of, quoted, read_object, shown
+from common.weights import CASTABLE, assign
+
+_LAYERS = "encoder.block."
+_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
+FLOAT8_LAYERS = (
+    *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
+    *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1")),
+)
+_TOKENIZERS = ("spiece.model", "tokenizer.json")
+_INDEXES = ("model.safetensors.index*.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "model.*.safetensors", "pytorch_model.bin", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class T5Numbers:
+    """What the encoder takes of its `config.json`; names and defaults are transformers' T5Config's."""
+
+    vocab_size: int = bounded(32128, 1 << 20)
+    d_model: int = 512
+    d_kv: int = bounded(64, 1024)
+    d_ff: int = 2048
+    num_layers: int = bounded(6, MAX_LAYERS)
+    num_heads: int = bounded(8, 1024)
+    relative_attention_num_buckets: int = bounded(32, 4096, least=4)
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = one_of("relu", "gelu", "gated-gelu", "gated-silu")
+
+    def __post_init__(self) -> None:
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise ValueError(
+                f"relative_attention_max_distance {self.relative_attention_max_distance} is too small for "
+                f"relative_attention_num_buckets {self.relative_attention_num_buckets}"
+            )
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """The files of one T5 encoder, found but not read (weights: every shard, in order)."""
+
+    config: Path
+    tokenizer: Path
+    weights: tuple[Path, ...]
+
+    @classmethod
+    def find(cls, directory: str | Path) -> EncoderFiles:
+        """Raise ValueError with the fix if `directory` is no T5 encoder with a tokenizer."""
+        root = Path(directory).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"no such directory for the T5 text encoder: {root}")
+        model = root / "text_encoder" if (root / "text_encoder").is_dir() else root
+        config = model / "config.json"
+        read_numbers(config)
+        folders = dict.fromkeys((root / "tokenizer", model.parent / "tokenizer", model, root))
+        found = [f / name for f in folders for name in _TOKENIZERS if (f / name).is_file()]
+        if not found:
+            raise ValueError(
+                f"no tokenizer for the T5 text encoder in {root}: put spiece.model or "
+                f"tokenizer.json beside config.json or into {root / 'tokenizer'}"
+            )
+        return cls(config, found[0], _find_weights(model))
+
+    def numbers(self) -> T5Numbers:
+        return read_numbers(self.config)
+
+    def fingerprint(self) -> str:
+        """A hash that changes with the configuration, the tokenizer and the weights.
+
+        Weights are sampled (size, both ends and 62 places between), not read whole.
+        """
+        digest = hashlib.sha256(self.config.read_bytes())
+        digest.update(self.tokenizer.read_bytes())
+        for path in self.weights:
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                for k in range(64):
+                    file.seek(k * max(size - 65536, 0) // 63)
+                    digest.update(file.read(65536))
+        return digest.hexdigest()
+
+
+def read_numbers(path: Path) -> T5Numbers:
+    """The numbers of a T5 encoder's config.json. CheckpointError names the file, and the key where there is one."""
+    if not path.is_file():
+        raise CheckpointError(f"not a T5 text encoder: {path} is missing")
+    raw = read_object(path)
+    if (kind := raw.get("model_type")) != "t5":
+        raise CheckpointError(f"not a T5 text encoder: {path} says model_type {shown(kind)}, needed is 't5'")
+    return build(T5Numbers, {one.name: one.name for one in fields(T5Numbers)}, raw, str(path))
+
+
+def _find_weights(model: Path) -> tuple[Path, ...]:
+    for pattern in _INDEXES:
+        for index in sorted(model.glob(pattern)):
+            names = sorted(set(read_index(index).values()))
+            shards = tuple(model / name for name in names)
+            for shard in shards:
+                if not shard.is_file():
+                    raise CheckpointError(f"{index} names {quoted(shard.name)}, which is missing in {model}")
+            return shards
+    for pattern in _SINGLES:
+        if files := sorted(model.glob(pattern)):
+            return (files[0],)
+    raise ValueError(
+        f"no weights for the T5 text encoder in {model}: expected model.safetensors, "
+        "model.safetensors.index.json with its shards, or pytorch_model.bin"
+    )
+
+
+def new_t5(config: Mapping[str, Any], device: str = "meta") -> nn.Module:
+    """A T5EncoderModel, without memory by default; its embedding's two names are one parameter."""
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device(device):
+        model = T5EncoderModel(T5Config(**config)).eval()
+    model.encoder.embed_tokens.weight = model.shared.weight
+    return model.requires_grad_(False)
+
+
+def load_t5(
+    files: EncoderFiles,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    float8: bool = False,
+    stream: bool = False,
+) -> nn.Module:
+    """A T5EncoderModel whose tensors went one by one from the mapped files to `device`.
+
+    float8: the layers' matmul weights but the last (transformers itself keeps that one in a wider type) in eight bits.
+    stream: layers come from the mapped files when their turn comes, two at a time on the device.
+    Raises ValueError naming file and tensor for missing, extra-shaped or truncated weights.
+    """
+    model = new_t5(asdict(files.numbers()))
+    mapped = _mapped(files, _shapes(model))
+    layers = model.encoder.block = Blocks(model.encoder.block)  # type: ignore[arg-type]
+    for layer in layers if float8 else ():
+        use_float8(layer, FLOAT8_LAYERS)
+    for name in list(mapped):
+        if not (stream and name.startswith(_LAYERS)):
+            kind = model.get_parameter(name).dtype if float8 else dtype
+            _put(model, name, mapped.pop(name), torch.device(device), FLOAT8 if kind == FLOAT8 else dtype)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    if stream:
+        _stream_layers(layers, mapped, torch.device(device), dtype)
+    return model
+
+
+def check_t5(files: EncoderFiles, width: int | None = None) -> None:
+    """Raise what `load_t5` would raise for these files, and read headers only: for a check at the door.
+
+    width: of the features that the model takes. Pickles of the format before torch 1.6 have no header; whether they
+    are whole is seen when they are loaded.
+    """
+    numbers = files.numbers()
+    if width is not None and numbers.d_model != width:
+        raise CheckpointError(f"{files.config} says d_model={numbers.d_model}; the model takes features of {width}")
+    if all(path.suffix == ".safetensors" or is_zip(path) for path in files.weights):
+        _mapped(files, _shapes(new_t5(asdict(numbers))))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _mapped(files: EncoderFiles, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The encoder's tensors as views of the mapped files. CheckpointError names file and tensor where one is wrong."""
+    found: dict[str, Tensor] = {}
+    for path, stored, tensor in _tensors(files.weights, {*wanted, *_ALIASES}):
+        name, at = _ALIASES.get(stored, stored), f"{path}: tensor {quoted(stored)}"
+        if name not in wanted:
+            raise CheckpointError(f"{at} is unknown to the T5 encoder that {files.config} describes")
+        if tensor.dtype not in CASTABLE:
+            kind = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+            kinds = ", ".join(DTYPE_NAMES[dtype] for dtype in CASTABLE)
+            raise CheckpointError(f"{at} has dtype {kind}, expected {kinds}; a T5 encoder in eight bits is not read")
+        if tuple(tensor.shape) != wanted[name]:
+            raise CheckpointError(f"{at} has shape {tuple(tensor.shape)}, config.json asks for {wanted[name]}")
+        found.setdefault(name, tensor)
+    if missing := sorted(set(wanted) - set(found)):
+        raise CheckpointError(
+            f"{files.weights[0].parent}: {len(missing)} tensors of the T5 encoder are missing, "
+            f"the first is {missing[0]}"
+        )
+    return found
+
+
+def _tensors(paths: Collection[Path], wanted: Collection[str]) -> Iterator[tuple[Path, str, Tensor]]:
+    """File, name and mapped tensor of what is wanted, or is an encoder's; a whole T5's decoder is not touched."""
+    flat = [path for path in paths if path.suffix == ".safetensors"]
+    if flat:
+        checkpoint = open_checkpoint(flat)
+        for name, stored in checkpoint.items():
+            if name in wanted or name.startswith("encoder."):
+                yield stored.file, name, checkpoint.tensor(name)
+    for path in paths:
+        if path in flat:
+            continue
+        state = load_pickle(path)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path} does not hold a table of named tensors")
+        for name, tensor in state.items():
+            if name in wanted or str(name).startswith("encoder."):
+                if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                    raise CheckpointError(f"{path}: {quoted(str(name))} is no plain tensor")
+                yield path, str(name), tensor
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    if dtype != FLOAT8:
+        assign(model, name, tensor.to(device=device, dtype=dtype))
+        return
+    values = torch.empty(tensor.shape, dtype=FLOAT8)
+    scale = torch.empty(tensor.shape[0], 1)
+    fill_float8(tensor, values, scale)
+    assign(model, name, values.to(device))
+    assign(model, name.removesuffix("weight") + SCALE, scale.to(device))
+
+
+def _stream_layers(layers: Blocks, mapped: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Let the layers' weights come from the mapped files, two layers at a time."""
+
+    def fill(index: int, tensors: Mapping[str, Tensor]) -> None:
+        for name, out in tensors.items():
+            if name.endswith(SCALE):
+                continue
+            stored = mapped[f"{_LAYERS}{index}.{name}"]
+            if out.dtype != FLOAT8:
+                out.copy_(stored)
+                continue
+            values, scale = torch.empty(out.shape, dtype=FLOAT8), torch.empty(out.shape[0], 1)
+            fill_float8(stored, values, scale)
+            out.copy_(values)
+            tensors[name.removesuffix("weight") + SCALE].copy_(scale)
+
+    def kind(layer: nn.Module, name: str) -> torch.dtype:
+        slot = layer.get_parameter(name).dtype
+        return slot if slot == FLOAT8 or name.endswith(SCALE) else dtype
+
+    images = [Image.of(layer, partial(kind, layer)) for layer in layers]
+    room = max(image.nbytes for image in images)
+    stream = Stream(FromFile(fill, images, device), images, device, room, again=False)
+    for i, layer in enumerate(layers):
+        bind(layer, stream.views(i))
+    layers.stream = stream
