@@ -74,7 +74,7 @@ def rules(source: Source) -> Rules:
 
 
 def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
-    """What is wrong with the image, the video and the strength. They are opened, but not read to their end."""
+    """What is wrong with the image, the video and the strength. They are read as far as they are used."""
     found = []
     image, video, strength = options["image"], options["video"], options["strength"]
     if image is not None and video is not None:
@@ -99,14 +99,11 @@ def _unreadable_image(path: Path) -> list[str]:
 
 
 def _short_video(path: Path, num_frames: int) -> list[str]:
-    import imageio_ffmpeg
-
-    from common.video import read_video
+    from common.video import read_frames
 
     try:
-        read_video(path, max_frames=1)
-        count, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
-    except (ValueError, RuntimeError) as error:
+        count = sum(1 for _ in read_frames(path, num_frames))
+    except ValueError as error:
         return [f"--video {error}"]
     if count >= num_frames:
         return []

@@ -195,20 +195,13 @@ class VAEConfig:
     scaling_factor: float = 1.15258426
     inverted: bool = False
 
-    def __post_init__(self) -> None:
-        if wrong := [width for width in self.channels if width % self.groups]:
-            raise ValueError(f"a width of {wrong[0]} channels does not split into norm_num_groups {self.groups}")
-        if len(self.channels) > 8:
-            raise ValueError(f"block_out_channels has {len(self.channels)} values; at most 8 make sense")
-        if self.time_compression & (self.time_compression - 1):
-            raise ValueError(f"temporal_compression_ratio is {self.time_compression}; it must be a power of two")
-
     @property
     def space_compression(self) -> int:
         """Pixels per latent pixel in each direction: 8."""
         return 2 ** (len(self.channels) - 1)
 
 
+_MAX_BLOCKS = 8
 _VAE = {
     "channels": "block_out_channels",
     "latent_channels": "latent_channels",
@@ -249,7 +242,17 @@ def transformer_config(
 def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """As `transformer_config`, for the autoencoder."""
     check_keys(raw, (*_VAE.values(), *_VAE_IGNORED), _VAE_FIXED, where)
-    return build(VAEConfig, _VAE, raw, where)
+    made = build(VAEConfig, _VAE, raw, where)
+    if wrong := [width for width in made.channels if width % made.groups]:
+        raise CheckpointError(f"{where}: a block of {wrong[0]} channels does not split into {made.groups} groups")
+    if len(made.channels) > _MAX_BLOCKS:
+        raise CheckpointError(
+            f"{where} says block_out_channels of {len(made.channels)}; at most {_MAX_BLOCKS} are read"
+        )
+    if made.time_compression & (made.time_compression - 1):
+        ratio = made.time_compression
+        raise CheckpointError(f"{where} says temporal_compression_ratio={ratio}; it must be a power of two")
+    return made
 
 
 def transformer_json(config: TransformerConfig) -> dict[str, Any]:

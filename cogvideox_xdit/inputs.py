@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.parallel import Mesh, broadcast_object, broadcast_tensors
-from common.video import read_image, read_video
+from common.video import as_rgb, read_frames, read_image
 
 Picture: TypeAlias = "str | Path | np.ndarray | Tensor | PIL.Image.Image"
 Clip: TypeAlias = "str | Path | np.ndarray | Tensor"
@@ -25,8 +25,8 @@ def image_frames(image: Picture, height: int, width: int) -> Tensor:
     """
     if isinstance(image, (str, Path)):
         image = read_image(image)
-    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
-    return _resized(array[None], "image", height, width)
+    array = as_rgb(image) if isinstance(image, PIL.Image.Image) else np.asarray(image)
+    return _resized([array], "image", height, width)
 
 
 def video_frames(video: Clip, height: int, width: int, num_frames: int) -> Tensor:
@@ -34,20 +34,27 @@ def video_frames(video: Clip, height: int, width: int, num_frames: int) -> Tenso
 
     video: a file, or (T, H, W, 3) uint8. Raises ValueError when it is neither or too short.
     """
-    array = read_video(video, num_frames)[0] if isinstance(video, (str, Path)) else np.asarray(video)[:num_frames]
-    if len(array) < num_frames:
-        what = video if isinstance(video, (str, Path)) else "the video"
-        raise ValueError(f"{what} has {len(array)} frames, fewer than the {num_frames} of num_frames")
-    return _resized(array, "video", height, width)
+    named = isinstance(video, (str, Path))
+    # Of a file each frame is stretched as it comes, so that memory does not grow with its size.
+    frames = read_frames(video, num_frames) if isinstance(video, (str, Path)) else np.asarray(video)[:num_frames]
+    resized = _resized(frames, "video", height, width)
+    if len(resized) < num_frames:
+        what = video if named else "the video"
+        raise ValueError(f"{what} has {len(resized)} frames, fewer than the {num_frames} of num_frames")
+    return resized
 
 
-def _resized(frames: np.ndarray, what: str, height: int, width: int) -> Tensor:
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        shape = "(H, W, 3)" if what == "image" else "(T, H, W, 3)"
-        raise ValueError(f"the {what} is {frames.dtype} of shape {list(frames.shape)}; expected uint8 {shape}")
-    # Stretched without regard to its shape, with the filter of the reference pipelines.
-    filtered = [PIL.Image.fromarray(frame).resize((width, height), PIL.Image.Resampling.LANCZOS) for frame in frames]
-    return torch.from_numpy(np.stack([np.asarray(frame) for frame in filtered]))
+def _resized(frames: Iterable[np.ndarray], what: str, height: int, width: int) -> Tensor:
+    """Stretched without regard to its shape, with the filter of the reference pipelines."""
+    filtered = []
+    for frame in frames:
+        if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8 or 0 in frame.shape:
+            each, shape = ("", "(H, W, 3)") if what == "image" else ("each frame of ", "(T, H, W, 3)")
+            said = f"{each}the {what} is {frame.dtype} of shape {list(frame.shape)}"
+            raise ValueError(f"{said}; expected uint8 {shape}")
+        picture = PIL.Image.fromarray(np.ascontiguousarray(frame))
+        filtered.append(np.asarray(picture.resize((width, height), PIL.Image.Resampling.LANCZOS)))
+    return torch.from_numpy(np.stack(filtered)) if filtered else torch.empty(0, height, width, 3, dtype=torch.uint8)
 
 
 def pixels(frames: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,8 +9,10 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,9 +21,18 @@ import numpy as np
 from common.checks import partial_name
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 CRF = 17  # x264's constant rate factor: visually without loss
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+VIDEO_FORMATS = (
+    *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v"),
+    *("flv", "gif", "apng", "ogg", "asf", "mxf", "nut", "ivf", "h264", "hevc", "av1", "obu", "yuv4mpegpipe"),
+)
+"""ffmpeg's names of the containers that are read: none of them names other files that ffmpeg would open."""
+MAX_PIXELS = 1 << 27
+"""Of a picture: more than the largest camera's, 400 MB as RGB."""
 MAX_TAG_BYTES = 60_000  # one command line argument may hold 128 KiB
 
 
@@ -160,53 +171,102 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """A picture file as (H, W, 3) uint8, upright as its EXIF data say. Raises ValueError when it cannot be read."""
-    from PIL import Image, ImageOps
+    """A picture file as (H, W, 3) uint8, upright as its EXIF data say, on white where it is transparent.
+
+    Raises ValueError when it cannot be read, is not of IMAGE_FORMATS, is too large, or holds floating point numbers.
+    """
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scale
-                return np.repeat((np.asarray(upright, dtype=np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(upright.convert("RGB"))
+        with warnings.catch_warnings(), Image.open(path, formats=_image_formats()) as image:
+            warnings.simplefilter("ignore")  # of damaged metadata, and of a size that is bounded here
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} million pixels")
+            return as_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is not a readable image (none of {', '.join(IMAGE_FORMATS)})") from None
+    except Exception as error:  # decoders raise whatever comes to them
         raise ValueError(f"{path} is not a readable image ({_one_line(error)})") from None
 
 
-def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndarray, float]:
-    """The first frames of a video file, (T, H, W, 3) uint8, and its frames per second.
+def _image_formats() -> list[str]:
+    from PIL import Image
 
-    Raises ValueError when the file is missing, is no video, or holds no frame.
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+
+
+def as_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image as (H, W, 3) uint8, upright, on white where it is transparent; ValueError for one in floats."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F":
+        raise ValueError("floating point numbers have no agreed white; save it in 8 or 16 bits")
+    if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scale
+        deep = np.asarray(upright).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 0xFFFF:
+            raise ValueError("more than 16 bits of grey; save it in 8 or 16 bits")
+        return np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if upright.has_transparency_data:
+        colours = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+    return np.asarray(upright.convert("RGB"))
+
+
+def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndarray, float]:
+    """The first frames of a video file, (T, H, W, 3) uint8, and its frames per second. Errors as of `read_frames`."""
+    with _decoder(Path(path)) as (fps, frames):
+        return np.stack(list(islice(frames, max_frames))), fps
+
+
+def read_frames(path: str | Path, max_frames: int | None = None) -> Iterator[np.ndarray]:
+    """The first frames of a video file, each (H, W, 3) uint8 when its turn comes: only one is in memory.
+
+    Raises ValueError when the file is missing, is no video of VIDEO_FORMATS, is too large, or holds no frame. The name
+    is that of a file, whatever it looks like, and no other file is opened that this one names.
     """
+    with _decoder(Path(path)) as (_, frames):
+        yield from islice(frames, max_frames)
+
+
+@contextmanager
+def _decoder(path: Path) -> Iterator[tuple[float, Iterator[np.ndarray]]]:
+    """A video's frames per second and its frames."""
     import imageio_ffmpeg
 
     _ffmpeg()
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"{path}: no such video file")
-    if Path(path).stat().st_size == 0:
+    if path.stat().st_size == 0:
         raise ValueError(f"{path} is not a readable video (the file is empty)")
-    frames: list[np.ndarray] = []
-    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    only = {"protocol_whitelist": "file", "format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(MAX_PIXELS)}
+    options = [word for name, value in only.items() for word in (f"-{name}", value)]
+    reader = imageio_ffmpeg.read_frames(f"file:{path}", pix_fmt="rgb24", input_params=options)
     try:
         info = next(reader)
         width, height = info["size"]
-        for data in reader:
-            frames.append(np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3))
-            if len(frames) == max_frames:
-                break
+        if width * height > MAX_PIXELS:
+            raise OSError(f"{width}x{height} is more than {MAX_PIXELS // 10**6} million pixels")
+        first = next(reader, None)
+        if first is None:
+            raise ValueError(f"{path} holds no video frames")
+        shape = (height, width, 3)
+        yield info["fps"], (np.frombuffer(data, np.uint8).reshape(shape) for data in chain((first,), reader))
     except (OSError, RuntimeError, StopIteration, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable video ({_one_line(error)[-200:]})") from None
+        said = _one_line(error)
+        if "not on whitelist" in said.lower():
+            said = "of a format that is not read here; mp4, mov, mkv, webm, avi and their like are"
+        raise ValueError(f"{path} is not a readable video ({said[-200:]})") from None
     finally:
         reader.close()
-    if not frames:
-        raise ValueError(f"{path} holds no video frames")
-    return np.stack(frames), float(info["fps"])
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(said.split()) or type(error).__name__
 
 
 def _ffmpeg() -> str:

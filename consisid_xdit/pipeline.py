@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cogvideox_xdit.inputs import Picture, image_frames
@@ -18,7 +19,7 @@ from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
 from common.placement import place
 from common.quantize import TransformerFiles
-from common.video import read_image
+from common.video import as_rgb, read_image
 from common.weights import find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.face import FaceReader, IdentityFeatures, identity_on_main, load_identity
@@ -122,10 +123,8 @@ def as_picture(image: Picture | None) -> np.ndarray:
     """A photograph as RGB (H, W, 3) uint8, upright. Raises ValueError when it is none."""
     if isinstance(image, (str, Path)):
         return read_image(image)
-    if hasattr(image, "convert"):
-        from PIL import ImageOps
-
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # type: ignore[arg-type]
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
     picture = np.asarray(image)
     if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8 or 0 in picture.shape:
         raise ValueError(f"the image is {picture.dtype} of shape {list(picture.shape)}; expected uint8 (H, W, 3)")

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cogvideox_xdit.config import read_json, vae_config
+from cogvideox_xdit.config import vae_config
 from cogvideox_xdit.demo import SHIPPED as COGVIDEOX
 from cogvideox_xdit.demo import trained_config as cogvideox_config
 from cogvideox_xdit.weights import load_decoder, load_encoder
 from cogvideox_xdit.weights import transformer_files as cogvideox_files
+from common.schema import read_object
 from common.weights import load
 from consisid_xdit.demo import SHIPPED as CONSISID
 from consisid_xdit.demo import trained_config as consisid_config
@@ -29,7 +30,7 @@ def take_up(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(COGVIDEOX / part, folder / part, dirs_exist_ok=True)
-    vae = vae_config(read_json(COGVIDEOX / "vae" / "config.json"))
+    vae = vae_config(read_object(COGVIDEOX / "vae" / "config.json"))
     write_atomically(folder / "cogvideox_vae_config.pt", dataclasses.asdict(vae))
     decoder = load_decoder(COGVIDEOX, vae, dtype=torch.float32)
     halves = nn.ModuleDict({"encoder": load_encoder(COGVIDEOX, vae, dtype=torch.float32), "decoder": decoder})
