@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a script: this folder's modules are not top-level names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.entry import begin
+
+    begin()
 
 import click
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from common.checks import (
     xfuser_problems,
 )
 from common.degrees import choose_layout
+from common.host import gpus_are_hidden
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
@@ -419,7 +421,7 @@ class _Reader:
             world = self.place.world_size
             if asked and asked != world:
                 self.problems.append(f"--gpus {asked}, but torchrun started {world} ranks; leave --gpus out")
-            if gpus and self.place.local_world_size > gpus:
+            if gpus > 1 and self.place.local_world_size > gpus:  # one: each rank may be shown its own
                 self.problems.append(f"{self.place.local_world_size} ranks on this machine, but {_visible(gpus)}")
             return Ranks(world, f"{world} are running")
         if asked and asked > 0:
@@ -434,7 +436,8 @@ class _Reader:
         return Ranks(alone, f"{alone} would run on the CPU")
 
     def _unusable_gpu(self) -> bool:
-        return self.values["device"] == "auto" and not self.gpus and launch.driver_present()
+        unseen = self.values["device"] == "auto" and not self.gpus and launch.driver_present()
+        return unseen and not gpus_are_hidden(os.environ)
 
     def _remarks(self) -> list[str]:
         remarks = []

@@ -28,19 +28,14 @@ from datetime import timedelta
 from typing import IO, Any, NoReturn
 
 from common.failure import NO_ANSWER, Failure, describe, verdict
+from common.host import allocator_default
+from common.stopping import SIGNALS, Stopped, is_ignored, stoppable
 
+KILL_SECONDS = 10.0  # for SIGKILL to end a rank: one that waits inside a driver may outlive it
 GRACE_SECONDS = 1.5  # after the first failure: time for the rank that caused it to be noticed
 _PR_SET_PDEATHSIG = 1
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REPORT, _LIFE, _STDERR, _PARENT = "XDIT_REPORT_FD", "XDIT_LIFE_FD", "XDIT_STDERR_FD", "XDIT_PARENT_PID"
 _REQUEST = "XDIT_REQUEST_FD"
-
-
-class Stopped(BaseException):
-    """A signal asked the run to end; `status` is the exit status, 128 + signal."""
-
-    def __init__(self, number: int) -> None:
-        self.status = 128 + number
 
 
 @dataclass(frozen=True)
@@ -135,32 +130,6 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise `Stopped` inside, so that what is half written is removed on the way out.
-
-    A signal that was ignored when the program began stays ignored: that is how `nohup`, and a shell's `&` in a script,
-    ask for a run that outlives its terminal.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in _SIGNALS if not _ignored(number)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
-
-
 # ---- in a rank
 
 
@@ -182,7 +151,7 @@ class Link:
         elif at.launcher == "torchrun":
             _die_with_parent()
             # At once, even while a collective waits: torchrun would kill us only 30 seconds later.
-            if not _ignored(signal.SIGINT):
+            if not is_ignored(signal.SIGINT):
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def _attach(self) -> None:
@@ -303,15 +272,15 @@ def supervise(
     clean_up: called when the run did not succeed, after the last rank is gone; what it returns ends the error line.
     """
     open_standard_streams()
-    status, reason = 1, ""
+    status, reason, left = 1, "", ""
     children: list[_Child] = []
-    with tempfile.TemporaryFile() as handed, _pipe() as (life, _), stoppable():
+    with _scratch() as handed, _pipe() as (life, _), stoppable():
         try:
             handed.write(request)
             handed.flush()
             common = _shared_environment(ranks, cpu) | {_LIFE: str(life), _REQUEST: str(handed.fileno())}
             for rank in range(ranks):
-                output = None if debug else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+                output = None if debug else _scratch()
                 children.append(_start(command, rank, common, output))
             status, reason = _watch(children)
         except Stopped as stopped:
@@ -319,13 +288,21 @@ def supervise(
         except OSError as error:
             reason = f"cannot start the ranks: {error}"
         finally:
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            _stop(children)
+            left = _stop(children)
             afterword = clean_up() if status else ""
-    if reason:
-        print(f"error: {reason}{afterword}", file=sys.stderr, flush=True)
+    if reason or left:
+        print(f"error: {reason or 'stopped'}{left}{afterword}", file=sys.stderr, flush=True)
     return status
+
+
+def _scratch() -> IO[bytes]:
+    """A file without a name; in memory where no folder for temporary files can be written."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return os.fdopen(os.memfd_create("xdit"), "w+b")
 
 
 @contextmanager
@@ -348,6 +325,8 @@ def _shared_environment(ranks: int, cpu: bool) -> dict[str, str]:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # one machine: independent of what its host name resolves to
     if cpu:
         defaults["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
+    else:
+        defaults |= allocator_default(os.environ)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return defaults | kept | {name: str(value) for name, value in world.items()}
@@ -425,16 +404,21 @@ def _explain(children: list[_Child]) -> tuple[int, str]:
     return verdict(failures, silent)
 
 
-def _stop(children: list[_Child]) -> None:
-    """SIGKILL: it also ends ranks that are stopped or stuck in a collective."""
+def _stop(children: list[_Child]) -> str:
+    """SIGKILL: it also ends ranks that are stopped or stuck in a collective. Returns the ranks that outlive it."""
     for child in children:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.process.pid, signal.SIGKILL)
+    deadline, left = time.monotonic() + KILL_SECONDS, ""
     for child in children:
-        child.process.wait()
+        try:
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            left += f"; rank {child.rank} (process {child.process.pid}) was killed and has not ended"
         os.close(child.report)
         if child.output is not None:
             child.output.close()
+    return left and f"{left}: its GPU's driver may hold it, and its memory, until the machine restarts"
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ A fork's cli.py is a `Program` and two lines:
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import time
@@ -21,8 +22,10 @@ import click
 
 from common import launch, quantize
 from common.cli import parse, version
+from common.host import allocator_default, bind_to_gpu
 from common.progress import StageRecord, Stages
 from common.request import Program, Request, Setup, WrongUse, draw_seeds, settings
+from common.stopping import Asked, Stopped, stoppable
 
 if TYPE_CHECKING:
     from common.parallel import Mesh
@@ -108,8 +111,8 @@ def run_rank(program: Program, request: Request, at: launch.Place, started: floa
 
     try:
         # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
-        with launch.stoppable() if at.world_size == 1 else nullcontext():
-            with _reporting(link, stages, after_failure, wrong_use=True):
+        with stoppable() if at.world_size == 1 else nullcontext(Asked()) as asked:
+            with _reporting(link, stages, after_failure, asked, wrong_use=True):
                 mesh = _connect(request.setup, at, stages)
                 _self_test(mesh, request.setup, stages, link)
                 setup = _with_demo(program, request.setup, mesh, at, stages)
@@ -118,12 +121,12 @@ def run_rank(program: Program, request: Request, at: launch.Place, started: floa
                     request = _as_placed(request, setup)
                     pipeline = program.pipeline(setup, mesh, stages)
                     program.check_weights(pipeline, setup, request.videos)
-            with _reporting(link, stages, after_failure):
+            with _reporting(link, stages, after_failure, asked):
                 make_videos(program, pipeline, request, mesh, stages)
                 _wait_for_all(mesh)
         if at.world_size > 1:
             link.leave(0)
-    except launch.Stopped as stopped:
+    except Stopped as stopped:
         after_failure()
         return stopped.status
     except KeyboardInterrupt:
@@ -141,15 +144,22 @@ class _Failed(Exception):
 
 @contextmanager
 def _reporting(
-    link: launch.Link, stages: Stages, after_failure: Callable[[], str], wrong_use: bool = False
+    link: launch.Link,
+    stages: Stages,
+    after_failure: Callable[[], str],
+    asked: Asked,
+    wrong_use: bool = False,
 ) -> Iterator[None]:
     """Tell the user of an exception once. With peers, leave at once: they would wait in a collective for us.
 
+    asked: a signal that came; an exception is then only what a library made of it, as imports do.
     wrong_use: a ValueError means the command asks for what this machine or checkpoint does not have (status 2).
     """
     try:
         yield
     except Exception as error:
+        if asked.number is not None:
+            raise Stopped(asked.number) from None
         status = 2 if wrong_use and type(error) is ValueError else 1
         link.failed(stages.where, error, status, after_failure())
         if link.place.world_size > 1:
@@ -159,6 +169,9 @@ def _reporting(
 
 def _connect(setup: Setup, at: launch.Place, stages: Stages) -> Mesh:
     with stages.stage("starting", quiet=True):
+        if not setup.on_cpu:  # before torch starts its threads and CUDA reads its settings
+            os.environ.update(allocator_default(os.environ))
+            bind_to_gpu(at.local_rank)
         from common.parallel import Layout, distributed
 
         if setup.on_cpu:
@@ -237,7 +250,7 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
         if mesh.is_main:
             count, height, width, _ = frames.shape  # decoded from a file, they need not be what the options say
             made = settings(request.setup, video) | {"width": width, "height": height, "num_frames": count}
-            with launch.stoppable(), VideoFile(video.output, video.fps, video.prompt, json.dumps(made)) as file:
+            with stoppable(), VideoFile(video.output, video.fps, video.prompt, json.dumps(made)) as file:
                 with stages.stage("writing"):
                     file.add(frames)
                     file.close()

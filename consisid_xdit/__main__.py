@@ -1,4 +1,12 @@
-from consisid_xdit.cli import main
+from common.entry import begin
+
+
+def main() -> None:
+    begin()
+    from consisid_xdit.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -154,6 +154,14 @@ def test_more_ranks_than_gpus(checkpoint, monkeypatch):
     assert "4 ranks on this machine, but 2 GPUs" in problems(*common, at=at)[0]
 
 
+def test_launchers_may_show_each_rank_one_gpu(checkpoint, monkeypatch):
+    """As srun --gpus-per-task=1 does: eight ranks of a machine, each with a GPU that it calls the first."""
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 1)
+    at = launch.Place(rank=3, world_size=8, local_rank=3, local_world_size=8, launcher="torchrun")
+    setup = read("--model-dir", checkpoint, "--prompt", "x", at=at).setup
+    assert setup.ranks == 8 and not setup.on_cpu
+
+
 def test_torchruns_world_decides(checkpoint):
     at = launch.Place(rank=1, world_size=6, local_rank=1, local_world_size=6, launcher="torchrun")
     common = ("--model-dir", checkpoint, "--prompt", "x")
@@ -177,8 +185,11 @@ def test_a_gpu_that_pytorch_cannot_use_is_mentioned(monkeypatch):
 def test_weights_that_were_meant_for_it_do_not_end_up_on_the_cpu(monkeypatch, checkpoint):
     monkeypatch.setattr(launch, "driver_present", lambda: True)
     given = ("--model-dir", checkpoint, "--prompt", "a")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [said for said in problems(*given) if "PyTorch sees no GPU" in said and "--device cpu" in said]
     assert read(*given, "--device", "cpu").setup.device == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert read(*given).setup.device == "cpu" and not read("--demo").remarks  # the user has hidden the GPUs
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "flash2", "flash3"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -339,3 +340,71 @@ def test_the_cause_is_told_and_not_its_echoes():
     later = Failure(1, "sampling", "tensor y", when=3.0, status=2)
     assert verdict([later, echo, cause], []) == (1, "rank 2, sampling: tensor x")
     assert verdict([echo], [(1, "loading")]) == (1, "rank 0, sampling: lost the connection")
+
+
+def test_a_rank_that_outlives_sigkill_is_named_beside_the_cause(tmp_path, capfd, monkeypatch):
+    """As one that waits inside a driver does; here it only seems to."""
+    wait = subprocess.Popen.wait
+
+    def late(process, timeout=None):
+        if timeout is not None and process.args == command:
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        return wait(process, timeout)
+
+    command = script(tmp_path, "fail(KeyError('x'))")
+    monkeypatch.setattr(subprocess.Popen, "wait", late)
+    assert launch.supervise(command, 1, cpu=True, clean_up=lambda: "; kept y") == 1
+    told = capfd.readouterr().err
+    assert told.startswith("error: rank 0, sampling step 3/8: KeyError: 'x'; rank 0 (process ")
+    assert told.endswith("; kept y\n") and "was killed and has not ended" in told
+    assert eventually(lambda: alive(tmp_path) == [])
+
+
+def test_ranks_start_without_a_folder_for_temporary_files(tmp_path, capfd, monkeypatch):
+    def none(*arguments, **options):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(launch.tempfile, "TemporaryFile", none)
+    body = "print(launch.handed_down().decode(), flush=True); print('broken', file=sys.stderr); os._exit(3)"
+    assert launch.supervise(script(tmp_path, body), 1, cpu=True, request=b"hello") == 1
+    told = capfd.readouterr()
+    assert told.out == "hello\n" and "its last words: broken" in told.err
+
+
+def test_cuda_ranks_get_an_allocator_setting_unless_the_user_has_one(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch._shared_environment(2, cpu=False)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in launch._shared_environment(2, cpu=True)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert "PYTORCH_ALLOC_CONF" not in launch._shared_environment(2, cpu=False)
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in launch._shared_environment(2, cpu=False)
+
+
+@pytest.mark.parametrize("module", ["mochi_xdit", "cogvideox_xdit", "consisid_xdit"])
+def test_an_interrupt_while_importing_is_quiet(tmp_path, module):
+    """The first import after the program began is one that waits to be interrupted."""
+    (tmp_path / "click.py").write_text("import os, time\nos.write(1, b'importing')\ntime.sleep(60)\n")
+    for command in (["-m", module], [str(ROOT / module / "cli.py")]):
+        settings = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        process = subprocess.Popen(
+            [sys.executable, *command], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout.read(9) == b"importing"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        assert (process.returncode, told) == (130, b"")
+
+
+def test_an_error_that_a_library_made_of_a_signal_is_no_error(tmp_path, capfd, monkeypatch):
+    def swallow(*arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except BaseException:
+            raise ImportError("could not import module") from None
+
+    monkeypatch.chdir(tmp_path)
+    fake = replace(FAKE, pipeline=swallow)
+    assert program.main(fake, ["--demo", "--device", "cpu", "--gpus", "1"]) == 143
+    assert "error" not in capfd.readouterr().err

@@ -1,0 +1,56 @@
+"""How a signal ends a run: as an exception that lets what is half written be removed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end; `status` is the exit status, 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+
+
+@dataclass
+class Asked:
+    """Which signal has asked the run to end, None as long as none has."""
+
+    number: int | None = None
+
+
+@contextmanager
+def stoppable() -> Iterator[Asked]:
+    """SIGINT, SIGTERM and SIGHUP raise `Stopped` inside, so that what is half written is removed on the way out.
+
+    The value tells afterwards that it was so, whatever error a library has made of the exception.
+
+    A signal that was ignored when the program began stays ignored: that is how `nohup`, and a shell's `&` in a script,
+    ask for a run that outlives its terminal.
+    """
+    asked = Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        asked.number = number
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS if not is_ignored(number)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
