@@ -22,6 +22,7 @@ import click
 
 from common import launch, quantize
 from common.cli import parse, version
+from common.failure import describe
 from common.host import allocator_default, bind_to_gpu
 from common.progress import StageRecord, Stages
 from common.request import Program, Request, Setup, WrongUse, draw_seeds, settings
@@ -78,9 +79,9 @@ def _dry_run(program: Program, request: Request, at: launch.Place) -> int:
 
     try:
         return dry_run.run(program, request)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        print(f"error: {describe(error, 0, 'dry run').message}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def clean_up(request: Request, since: float) -> str:

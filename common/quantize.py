@@ -77,9 +77,9 @@ def _command(program: Program) -> click.Command:
         from common.progress import Stages
 
         _check_folders(model_dir, output)
-        stages = Stages(Console(stderr=True))
-        with stages.loading("rounding") as progress:
-            before, after = quantize(program.transformer(model_dir), model_dir, output, progress)
+        files = program.transformer(model_dir)
+        with Stages(Console(stderr=True)).loading("rounding") as progress:
+            before, after = quantize(files, model_dir, output, progress)
         click.echo(f"{output}: transformer {before / 1e9:.2f} GB -> {after / 1e9:.2f} GB; use --model-dir {output}")
 
     names: dict[str, Any] = {"type": path, "required": True}

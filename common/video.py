@@ -178,11 +178,12 @@ def read_image(path: str | Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=_image_formats()) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of a size that is bounded here
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} million pixels")
-            return as_rgb(image)
+            with Image.open(path, formats=_image_formats()) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} million pixels")
+                return as_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image file") from None
     except Image.UnidentifiedImageError:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.attention import attention
+from common.schema import MAX_LAYERS, bounded
 from consisid_xdit.weights import load_pth
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,14 +27,16 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 class EvaConfig:
     """Numbers of the tower; the defaults are EVA02-CLIP-L-14-336."""
 
-    image_size: int = 336
-    patch_size: int = 14
+    image_size: int = bounded(336, 2048)
+    patch_size: int = bounded(14, 256, least=4)
     width: int = 1024
-    heads: int = 16
-    layers: int = 24
+    heads: int = bounded(16, 1024)
+    layers: int = bounded(24, MAX_LAYERS)
     hidden: int = 2730
     output: int = 768
-    taps: tuple[int, ...] = (4, 8, 12, 16, 20)  # hidden states are what enters these blocks
+    taps: tuple[int, ...] = bounded(
+        (4, 8, 12, 16, 20), MAX_LAYERS, least=0
+    )  # hidden states are what enters these blocks
     rope_grid: int = 16  # positions are stretched to the 224 px grid of the pre-training
     eps: float = 1e-6
 

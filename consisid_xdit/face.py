@@ -9,9 +9,8 @@ Needs the extra `face` and the checkpoint's folder `face_encoder`; `--id-embeddi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, open_checkpoint, write_file
 from common.parallel import Mesh, broadcast_object, broadcast_tensors
+from common.schema import build, check_keys, read_object, shown
+from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.eva import EvaConfig, EvaTower, load_eva
 from consisid_xdit.face_detect import (
     ArcFace,
@@ -80,8 +81,11 @@ def save_identity(path: Path | str, identity: IdentityFeatures) -> None:
     write_file(Path(path), views, {"format": "pt", "kind": "consisid identity"})
 
 
-def load_identity(path: Path | str) -> IdentityFeatures:
-    """What `save_identity` wrote. ValueError says what else the file is."""
+def load_identity(path: Path | str, config: ConsisIDConfig | None = None) -> IdentityFeatures:
+    """What `save_identity` wrote: one person, finite, of the widths that a model with `config` takes.
+
+    CheckpointError says what else the file is.
+    """
     checkpoint = open_checkpoint(path)
     names = set(checkpoint)
     hidden = {name for name in names if name.startswith(f"{HIDDEN}.")}
@@ -91,10 +95,30 @@ def load_identity(path: Path | str) -> IdentityFeatures:
             "make such a file with --save-id-embeddings"
         )
     identity = IdentityFeatures.from_tensors({name: checkpoint.tensor(name).clone() for name in names})
-    shapes = (identity.id_cond.ndim, identity.image.ndim, identity.image.shape[-1:], tuple(identity.face_kps.shape))
-    if shapes != (2, 3, (3,), (5, 2)) or identity.image.dtype != torch.uint8 or not hidden:
-        raise CheckpointError(f"{path}: identity features of a wrong shape or kind; make the file again")
+    if problem := _problem(identity, config):
+        raise CheckpointError(f"{path}: identity features of a wrong shape or kind ({problem}); make the file again")
     return identity
+
+
+def _problem(identity: IdentityFeatures, config: ConsisIDConfig | None) -> str | None:
+    """What is wrong with features from a file."""
+    person, hidden, image, kps = identity.id_cond, identity.id_vit_hidden, identity.image, identity.face_kps
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != torch.uint8 or not image.numel():
+        return f"image is {list(image.shape)}, not (H, W, 3) of bytes"
+    if tuple(kps.shape) != (5, 2):
+        return f"face_kps is {list(kps.shape)}, not (5, 2)"
+    width = person.shape[-1] if config is None or person.ndim != 2 else config.id_dim
+    if tuple(person.shape) != (1, width):
+        return f"id_cond is {list(person.shape)}, not (1, {width})"
+    if not hidden or any(h.ndim != 3 or h.shape != hidden[0].shape or len(h) != 1 or not h.numel() for h in hidden):
+        return f"{HIDDEN} are not several of one shape (1, tokens, width)"
+    if config is not None and (len(hidden), hidden[0].shape[-1]) != (config.scales, config.vit_dim):
+        have = f"{len(hidden)} {HIDDEN} of width {hidden[0].shape[-1]}"
+        return f"{have}, the model takes {config.scales} of {config.vit_dim}"
+    for name, tensor in identity.tensors().items():
+        if name != "image" and not (tensor.is_floating_point() and bool(torch.isfinite(tensor.float()).all())):
+            return f"{name} is not of finite numbers"
+    return None
 
 
 @dataclass(frozen=True)
@@ -112,13 +136,13 @@ class FaceConfig:
         path = folder / CONFIG
         if not path.is_file():
             return cls()
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            tower: dict[str, Any] = raw.pop("tower", {})
-            tower = {name: tuple(v) if isinstance(v, list) else v for name, v in tower.items()}
-            return cls(EvaConfig(**tower), **raw)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} does not describe face models: {error}") from None
+        raw, own = read_object(path), {one.name: one.name for one in fields(cls) if one.name != "tower"}
+        check_keys(raw, (*own, "tower"), {}, f"{path}, which should describe face models,")
+        if not isinstance(tower := raw.get("tower", {}), dict):
+            raise CheckpointError(f"{path} says tower={shown(tower)}; it must be an object")
+        names = {one.name: one.name for one in fields(EvaConfig)}
+        check_keys(tower, names, {}, f"{path} (tower)")
+        return build(cls, own, raw, str(path), tower=build(EvaConfig, names, tower, f"{path} (tower)"))
 
 
 class FaceReader:

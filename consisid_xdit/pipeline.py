@@ -75,7 +75,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
 
         def make() -> tuple[IdentityFeatures, list[str]]:
             if file is not None:
-                return load_identity(file), []
+                return load_identity(file, self.config), []
             picture = as_picture(image)
             return self._load_face_models().read(picture)
 

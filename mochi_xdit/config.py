@@ -126,7 +126,8 @@ class MochiVAEConfig:
             ("std", made.latent_channels),
         ):
             if (have := len(getattr(made, name))) != count:
-                raise CheckpointError(f"{where}: {_VAE[name]} has {have} values; the others ask for {count}")
+                basis = _VAE["latent_channels" if name in ("mean", "std") else "temporal"]
+                raise CheckpointError(f"{where}: {_VAE[name]} has {have} values; {basis} asks for {count}")
         if made.spatial_ratio * made.temporal_ratio > _MAX_RATIO:
             raise CheckpointError(f"{where}: temporal_expansions and spatial_expansions are impossibly large")
         return made

@@ -15,13 +15,17 @@ import pytest
 import torch
 
 from cogvideox_xdit import config as cogvideox
+from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
 from cogvideox_xdit.config import CONFIGS, read_checkpoint, transformer_json, vae_json
 from cogvideox_xdit.demo import model_index, scheduler_json
+from common import program
 from common.checkpoint import CheckpointError, load_pickle, open_checkpoint, read_index
 from common.headers import read_header
 from common.schema import read_object
 from consisid_xdit.config import PREVIEW, consisid_json, read_consisid
+from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.config import read_config
+from tests import cogvideox as tiny_cogvideox
 from tests import mochi
 from tests.fuzz.documents import absurd, mutated
 from tests.fuzz.headers import joined, mutated_file
@@ -261,3 +265,45 @@ def test_pickles_of_the_old_format_load_and_damaged_ones_do_not(tmp_path):
         for cut in (0, 3, 20, len(whole) // 2, len(whole) - 3):
             path.write_bytes(whole[:cut])
             assert refused(lambda: load_pickle(path), path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "key", "value"),
+    [
+        ("mochi", "transformer/config.json", "num_layers", "4"),
+        ("mochi", "transformer/config.json", "in_channels", []),
+        ("mochi", "transformer/config.json", "num_attention_heads", 10**30),
+        ("mochi", "vae/config.json", "temporal_expansions", [1]),
+        ("cogvideox", "transformer/config.json", "max_text_seq_length", 10**11),
+        ("cogvideox", "transformer/config.json", "num_layers", 10**9),
+    ],
+)
+def test_dry_runs_and_quantize_say_the_same_line(tmp_path, capsys, kind, name, key, value):
+    known, write = (MOCHI, mochi_checkpoint) if kind == "mochi" else (COGVIDEOX, cogvideox_checkpoint)
+    folder = write(tmp_path / "m")
+    raw = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(raw | {key: value}))
+    where = ["--model-dir", str(folder)]
+    run = [*where, "--prompt", "x", "--device", "cpu", "--gpus", "1", "--output", str(tmp_path / "a.mp4"), "--dry-run"]
+    for command in (run, ["quantize", *where, "--output", str(tmp_path / "q")]):
+        assert program.main(known, command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1, said
+        assert str(folder / name) in said and key in said
+
+
+def mochi_checkpoint(folder: Path) -> Path:
+    return mochi.write_checkpoint(folder, "diffusers")
+
+
+def cogvideox_checkpoint(folder: Path) -> Path:
+    return tiny_cogvideox.write_checkpoint(folder, "5b")
+
+
+def test_an_unforeseen_error_of_a_dry_run_is_one_line(tmp_path, capsys, monkeypatch):
+    def fails(*args: object) -> int:
+        raise OverflowError("int too big to convert")
+
+    monkeypatch.setattr("common.dry_run.run", fails)
+    assert program.main(MOCHI, ["--dry-run", "--device", "cpu", "--gpus", "1"]) == 1
+    assert capsys.readouterr().err == "error: int too big to convert\n"

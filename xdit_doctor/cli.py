@@ -150,7 +150,8 @@ def machine() -> dict[str, Any]:
 
 def checkpoint(folder: Path) -> dict[str, Any]:
     """Reads every safetensors header under a checkpoint folder: files, GB, and what is damaged or missing."""
-    from common.checkpoint import CheckpointError, open_checkpoint
+    from common.checkpoint import open_checkpoint
+    from common.schema import CheckpointError, read_object
 
     if not folder.is_dir():
         return {"folder": str(folder), "problems": [f"{folder} is not a directory"]}
@@ -171,9 +172,9 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     kind = "native"
     if index.is_file():
         try:
-            kind = str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
-        except ValueError as error:
-            problems.append(f"{index} is not readable JSON: {error}")
+            kind = str(read_object(index).get("_class_name"))[:200]
+        except CheckpointError as error:
+            problems.append(str(error))
     return {"folder": str(folder), "kind": kind, "gb": parts, "problems": problems}
 
 
