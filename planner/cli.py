@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from common.registry import get_model, model_names
-from planner.hardware import describe, get_profile, names
+from planner.hardware import SCHEMES, describe, get_profile, names
 from planner.layouts import Plan, plan, replicas
-from planner.model import SCHEMES, Prediction
+from planner.model import Prediction
 
 
 @click.command(

@@ -16,6 +16,7 @@ from typing import Any
 
 DATA = Path(__file__).with_name("hardware.json")
 GIGA = 1e9
+SCHEMES = ("ours", "reference")
 
 
 @dataclass(frozen=True)
@@ -91,29 +92,79 @@ def table() -> Mapping[str, Any]:
     return _table()
 
 
-_PROFILE = {f.name for f in fields(Profile)}
 _LINKS = {f.name for f in fields(Links)}
+
+
+# What a profile's numbers must lie between, both included; a bare default suits what is a factor, a time or a count.
+_ANY, _ABOVE_0 = (0.0, 1e6), (1e-6, 1e6)
+_BOUNDS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("tflops", "hbm_gbs", "memory_gb", "gbs", "node_gbs"), _ABOVE_0),
+    **dict.fromkeys(("matmul", "attention", "convolution", "across", "ring_gain", "fsdp_across"), _ABOVE_0),
+    **dict.fromkeys(("single_gpu", "speed"), _ABOVE_0),
+    **dict.fromkeys(("gpus_per_socket", "gpus_per_node"), (1.0, 1e6)),
+    "exposed": (0.0, 1.0),
+}
+_LONGEST_FILE = 1 << 20
 
 
 def read_profile(path: Path) -> Profile:
     """A profile that xdit-doctor or benchmarks/calibrate.py wrote. ValueError says what is wrong with the file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            raw = json.loads(file.read(_LONGEST_FILE))
     except OSError as error:
         raise ValueError(f"hardware profile {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"hardware profile {path} is not readable JSON: {error}") from None
     raw = raw.get("profile", raw) if isinstance(raw, dict) else raw
     if not isinstance(raw, dict) or not {"gpu", "tflops", "hbm_gbs", "memory_gb"} <= raw.keys():
         raise ValueError(f"hardware profile {path} lacks gpu, tflops, hbm_gbs or memory_gb; xdit-doctor writes one")
-    return make_profile(raw.get("name", path.stem), raw)
+    try:
+        return make_profile(raw.get("name", path.stem), raw)
+    except ValueError as error:
+        raise ValueError(f"hardware profile {path}: {error}; xdit-doctor writes one anew") from None
 
 
 def make_profile(name: str, raw: Mapping[str, Any]) -> Profile:
-    """From the flat fields of a profile and its `links`; unknown fields are notes."""
-    links = Links(**{k: v for k, v in raw.get("links", {}).items() if k in _LINKS})
-    own = {k: v for k, v in raw.items() if k in _PROFILE and k not in ("links", "name")}
-    return Profile(name=name, links=links, **own)
+    """From the flat fields of a profile and its `links`; unknown fields are notes.
+
+    Raises ValueError, with the field, for a value of the wrong kind or out of bounds.
+    """
+    links = raw.get("links", {})
+    if not isinstance(links, Mapping):
+        raise ValueError(f"links is {_shown(links)}, not a table")
+    own = _checked(Profile, {"name": name, **{k: v for k, v in raw.items() if k not in ("links", "name")}})
+    profile = Profile(links=Links(**_checked(Links, links, "links.")), **own)
+    if profile.scheme not in SCHEMES:
+        raise ValueError(f"scheme is {_shown(profile.scheme)}; it must be one of {', '.join(SCHEMES)}")
+    return profile
+
+
+def _checked(kind: type[Profile] | type[Links], raw: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """The values of the fields of `kind` that are given, each of the field's type and within its bounds."""
+    found = {}
+    for one in fields(kind):
+        if one.name in raw and one.name != "links":
+            value, low_high = raw[one.name], _BOUNDS.get(one.name, _ANY)
+            if problem := _problem(str(one.type), value, *low_high):
+                raise ValueError(f"{within}{one.name} is {_shown(value)}; it must be {problem}")
+            found[one.name] = value
+    return found
+
+
+def _problem(kind: str, value: object, low: float, high: float) -> str | None:
+    """What a value should be instead; kind: its field's type. NaN lies within no bounds."""
+    if kind in ("str", "bool"):
+        return None if type(value).__name__ == kind else {"str": "a text", "bool": "true or false"}[kind]
+    numbers = int if kind == "int" else (int, float)
+    if isinstance(value, numbers) and not isinstance(value, bool) and low <= value <= high:
+        return None
+    return f"{'a whole number' if kind == 'int' else 'a number'} from {low:g} to {high:g}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def names() -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,16 @@ from common.registry import Model, Size, get_model
 from planner.hardware import Profile, get_profile, names, read_profile
 from planner.model import Prediction, memory_gb, predict
 
-LOCAL_PROFILE = Path.home() / ".config" / "xdit-zoo" / "hardware.json"
-"""Where xdit-doctor puts this machine's profile."""
+MOST_RANKS, MOST_PIXELS, MOST_FRAMES, MOST_STEPS = 512, 65_536, 1_000_000, 1_000_000
+"""Beyond what any machine holds; a plan looks at every layout of every smaller number of GPUs."""
+
+
+def local_profile_path() -> Path | None:
+    """Where xdit-doctor puts this machine's profile; None for a user without a home directory."""
+    try:
+        return Path.home() / ".config" / "xdit-zoo" / "hardware.json"
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,16 @@ def _reference_refusal(model: Model, size: Size, layout: Layout) -> str | None:
     return None
 
 
+def beyond(size: Size, ranks: int) -> list[str]:
+    """What is more than any machine holds, or a number of GPUs below 1."""
+    given = (
+        *(("--gpus", ranks, MOST_RANKS), ("--width", size.width, MOST_PIXELS), ("--height", size.height, MOST_PIXELS)),
+        *(("--num-frames", size.num_frames, MOST_FRAMES), ("--num-steps", size.num_steps, MOST_STEPS)),
+    )
+    found = [f"{name} {value} is too large; at most {most}" for name, value, most in given if value > most]
+    return found if ranks > 0 else [*found, f"--gpus {ranks} is not a positive number"]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every layout of a number of GPUs on a machine, fastest first."""
@@ -78,10 +97,8 @@ def plan(
 ) -> Plan:
     """All layouts of `ranks` GPUs. Raises ValueError for a size the model cannot make, and when no layout is left."""
     scheme = scheme or profile.scheme
-    nodes = nodes or -(-ranks // profile.links.gpus_per_node)
-    problems = model.problems(size) if scheme == "ours" else []
-    if ranks < 1:
-        problems.append(f"--gpus {ranks} is not a positive number")
+    nodes = nodes if nodes is not None else max(1, -(-ranks // profile.links.gpus_per_node))
+    problems = model.problems(size) + beyond(size, ranks)
     if not 1 <= nodes <= max(ranks, 1):
         problems.append(f"--nodes {nodes} is not between 1 and the {ranks} GPUs")
     if problems:
@@ -136,9 +153,10 @@ def recognise(gpu: str) -> str | None:
 
 def local_profile() -> Profile | None:
     """This machine's: what xdit-doctor wrote, else by the name of its first GPU; None without either."""
-    if LOCAL_PROFILE.is_file():
+    path = local_profile_path()
+    if path is not None and os.path.isfile(path):  # False, and no error, where the folder may not be read
         try:
-            return read_profile(LOCAL_PROFILE)
+            return read_profile(path)
         except ValueError:
             return None  # an old or damaged file must not stop a run that does not need it
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -197,6 +215,8 @@ def choose_layout(
     model = get_model(model_name)
     size = size or model.default_size
     asked = (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
+    if not 1 <= ranks <= MOST_RANKS:
+        raise ValueError(f"{ranks} ranks are none, or more than any machine holds ({MOST_RANKS})")
     fitting = [d for d in layouts_of(ranks) if all(want in (None, getattr(d, name)) for name, want in asked)]
     reasons = {d: refusal(model, size, d, "ours") for d in fitting}
     allowed = [d for d in fitting if reasons[d] is None]

@@ -33,7 +33,6 @@ CROWD_OF_THREE = 0.06
 SHARING = 0.5
 """Rings across sockets share what is between them: n of them slow each other down by n to this power."""
 KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
-SCHEMES = ("ours", "reference")
 TEXT_SECONDS = 0.2
 """Tokenizer and launches of the text encoder."""
 GB_RUNTIME = 1.0

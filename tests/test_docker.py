@@ -79,6 +79,20 @@ def test_dependencies_come_before_the_source_and_from_the_lock():
     assert set(wanted) <= pinned
 
 
+def test_the_base_has_the_cuda_of_the_wheel():
+    """PyTorch 2.13 comes from PyPI for CUDA 13.0; the base's own CUDA decides which drivers the container accepts."""
+    pinned = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    base = re.search(r"^ARG BASE=nvidia/cuda:(\d+\.\d+)\.\d+-base", TEXT, re.M)
+    assert pinned and base and (pinned[1], base[1]) == ("2.13.0", "13.0")
+    assert base[0].removeprefix("ARG BASE=") in (ROOT / "docker" / "README.md").read_text()
+
+
+def test_the_image_can_compile():
+    """Triton builds its launchers with a C compiler and Python's headers when a kernel first runs."""
+    (line,) = [line for line in stages()["python"] if "apt-get install" in line]
+    assert {"gcc", "libc6-dev", "python3-dev"} <= set(line.split())
+
+
 def ignored(path: str) -> bool:
     """As Docker reads the file: the last pattern that matches, of the path or a folder above it, decides."""
     parts = path.split("/")

@@ -17,7 +17,7 @@ from benchmarks.published import Row, excluded, rows
 from common import degrees
 from common.layout import Layout, layouts_of
 from common.registry import Size, model_names
-from planner import choose_layout, get_model, get_profile, plan, predict
+from planner import choose_layout, get_model, get_profile, layouts, plan, predict
 from planner.cli import command
 from planner.hardware import names
 from planner.layouts import recognise, refusal, replicas
@@ -241,6 +241,14 @@ def test_the_table_names_the_best_and_what_is_refused() -> None:
         (["--model", "mochi", "--gpu", "l40", "--link", "wire"], "nvlink"),
         (["--model", "mochi", "--gpu", "l40", "--gpus", "2", "--nodes", "3"], "--nodes 3"),
         (["--model", "mochi", "--gpu", "nowhere.json"], "cannot be read"),
+        (["--model", "mochi", "--gpu", "mochi-l40-e2e", "--width", "0"], "--width 0"),
+        (["--model", "mochi", "--gpu", "mochi-l40-e2e", "--num-frames", "-3"], "--num-frames -3"),
+        (["--model", "mochi", "--gpu", "mochi-l40-e2e", "--num-steps", "-5"], "--num-steps -5"),
+        (["--model", "mochi", "--gpu", "l40", "--gpus", "99999999999999999999"], "at most 512"),
+        (["--model", "mochi", "--gpu", "l40", "--gpus", "0"], "--gpus 0 is not"),
+        (["--model", "mochi", "--gpu", "l40", "--gpus", "2", "--nodes", "0"], "--nodes 0"),
+        (["--model", "mochi", "--gpu", "l40", "--width", "16000000000"], "--width 16000000000 is too large"),
+        (["--model", "mochi", "--gpu", "l40", "--num-steps", "9" * 30], "is too large"),
     ],
 )
 def test_wrong_use_says_what_would_be_right(arguments: list[str], told: str) -> None:
@@ -308,3 +316,50 @@ def test_a_profile_file_takes_the_place_of_a_name(tmp_path: Path) -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, planner.cli; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+SHEET = {"gpu": "x", "tflops": 100, "hbm_gbs": 1000, "memory_gb": 48}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        *(
+            ({"tflops": value}, "tflops is")
+            for value in (0, "abc", None, -5, float("nan"), float("inf"), True, 10**400)
+        ),
+        ({"memory_gb": [1]}, "memory_gb is [1]; it must be a number"),
+        ({"gpu": 4090}, "gpu is 4090; it must be a text"),
+        ({"fsdp": 1}, "fsdp is 1; it must be true or false"),
+        ({"exposed": 2}, "exposed is 2; it must be a number from 0 to 1"),
+        ({"links": []}, "links is []"),
+        ({"links": {"gbs": 0}}, "links.gbs is 0"),
+        ({"links": {"gbs": -4}}, "links.gbs is -4"),
+        ({"links": {"gpus_per_node": 0}}, "links.gpus_per_node is 0"),
+        ({"links": {"gpus_per_socket": 1.5}}, "links.gpus_per_socket is 1.5; it must be a whole number"),
+        ({"scheme": "foo"}, "scheme is 'foo'; it must be one of ours, reference"),
+        ({"name": {}}, "name is {}"),
+    ],
+)
+def test_a_profile_files_values_are_checked(tmp_path: Path, wrong: dict, told: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(SHEET | wrong))
+    with pytest.raises(ValueError) as error:
+        get_profile(str(path))
+    assert str(path) in str(error.value) and told in str(error.value) and len(str(error.value)) < 300 + len(str(path))
+
+
+def test_a_profile_file_without_end_or_bottom(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    for text in ("[" * 100_000, json.dumps(SHEET | {"note": "x" * (2 << 20)})):
+        path.write_text(text)
+        assert "is not readable JSON" in ask("--model", "mochi", "--gpu", str(path), expect=2).output
+
+
+def test_a_user_without_a_home_directory_has_no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setenv("PATH", "")
+    assert layouts.local_profile_path() is None and layouts.local_profile() is None

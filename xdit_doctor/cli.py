@@ -24,7 +24,7 @@ import click
 
 from common import launch
 from planner.hardware import get_profile
-from planner.layouts import LOCAL_PROFILE, recognise
+from planner.layouts import local_profile_path, recognise
 from xdit_doctor.links import Job
 
 TESTED: Mapping[str, tuple[str, str]] = {
@@ -356,7 +356,7 @@ def _show_checkpoint(found: Mapping[str, Any], say: Callable[[str], None]) -> No
     "--profile",
     "profile_path",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=LOCAL_PROFILE,
+    default=local_profile_path,
     help="Where to write the hardware profile for the planner and the programs. [default: in ~/.config/xdit-zoo]",
 )
 @click.option("--no-profile", is_flag=True, help="Write no profile.")
@@ -366,7 +366,7 @@ def command(
     device: str,
     ranks: int | None,
     model_dir: Path | None,
-    profile_path: Path,
+    profile_path: Path | None,
     no_profile: bool,
     quick: bool,
     as_json: bool,
@@ -378,13 +378,17 @@ def command(
             raise click.UsageError("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         if ranks and ranks > visible:
             raise click.UsageError(f"--ranks {ranks}: only {visible} GPUs are visible")
+    if profile_path is None and not no_profile:
+        raise click.UsageError(
+            "there is no home directory for the profile; name a file with --profile, or --no-profile"
+        )
     found = examine(device, ranks, model_dir, quick)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         show(found, click.echo)
     healthy = found["links"].get("self_test") == "passed"
-    if healthy and not no_profile:
+    if healthy and profile_path is not None and not no_profile:
         made = profile(found)
         profile_path.parent.mkdir(parents=True, exist_ok=True)
         profile_path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
