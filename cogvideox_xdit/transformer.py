@@ -111,6 +111,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention over all tokens, then a feed-forward, each between a modulated norm and a gate."""
 
+    regions = ("before_attention", "after_attention")
+
     def __init__(self, config: TransformerConfig, sp: SequenceParallel) -> None:
         super().__init__()
         width = config.width
@@ -128,9 +130,26 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor, cond: Condition) -> Tensor:
         """h: (B, n, W) this rank's text and video tokens; c: (B or 1, time_dim), the activated time embedding."""
+        q, k, v, gate = self.before_attention(h, c, cond)
+        out = self.sp.attention(q, k, v, cond.lengths)
+        del q, k, v  # the feed-forward needs their memory
+        return self.after_attention(h, out, gate, c, cond)
+
+    def before_attention(self, h: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, ...]:
+        """q, k, v (B, n, H, D) and the gate of what will be attended to (B, 2, W)."""
         shift, scale, gate = self._modulation(self.mod1, c)
-        branch = self.attend(modulate(self.norm1(h), shift, scale, cond.n_text), cond)
-        h = add_gated(h, branch, gate, cond.n_text)
+        h = modulate(self.norm1(h), shift, scale, cond.n_text)
+        # Head by head in memory, as attention reads it; the norms would copy q and k anyway.
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = qkv.unbind(0)  # (B, H, n, D) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cond.rope is not None:
+            q, k = rotate(q, cond.rope), rotate(k, cond.rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), gate
+
+    def after_attention(self, h: Tensor, out: Tensor, gate: Tensor, c: Tensor, cond: Condition) -> Tensor:
+        """h after both residual branches; out (B, n, H, D) is what was attended to."""
+        h = add_gated(h, self.out(out.flatten(2)), gate, cond.n_text)
         shift, scale, gate = self._modulation(self.mod2, c)
         branch = self.feed(modulate(self.norm2(h), shift, scale, cond.n_text))
         return add_gated(h, branch, gate, cond.n_text)
@@ -140,16 +159,6 @@ class Block(nn.Module):
         """Shift, scale and gate, each (B, 2, W): for video and for text."""
         shift, scale, gate = linear(c).unflatten(-1, (2, 3, -1)).unbind(-2)
         return shift, scale, gate
-
-    def attend(self, h: Tensor, cond: Condition) -> Tensor:
-        # Head by head in memory, as attention reads it; the norms would copy q and k anyway.
-        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
-        q, k, v = qkv.unbind(0)  # (B, H, n, D) each
-        q, k = self.q_norm(q), self.k_norm(k)
-        if cond.rope is not None:
-            q, k = rotate(q, cond.rope), rotate(k, cond.rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return self.out(self.sp.attention(q, k, v, cond.lengths).flatten(2))
 
     def feed(self, h: Tensor) -> Tensor:
         # In place: this is the largest activation of all.

@@ -1,8 +1,12 @@
-"""`--compile`: every transformer block through torch.compile, with its collectives inside the graph.
+"""`--compile`: every transformer block through torch.compile, its attention and the exchanges of it left as they are.
 
 Blocks are compiled one by one (regional compilation): they share their code, so one graph serves all blocks of a
 model, and the time it takes does not grow with their number. Nothing around them is compiled, which leaves the loop
 over blocks free to bring their weights (`common.blocks`).
+
+A block names its regions, what it does before attention and after it, and each is compiled whole. Attention between
+them runs as it always does: a compiler that had the exchanges in its graph would wait for each where it is posted,
+and nothing would travel behind the work that is there to hide it.
 
 What makes a new graph: another dtype or layout, the last block where it has other parts, and a rank whose share of the
 text is empty. With `dynamic` (the default) the number of tokens does not; without it every other video size, prompt
@@ -11,7 +15,7 @@ length (Mochi drops padding) and guidance branch of another length compiles agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +30,7 @@ from common.decode import VideoDecoder
 @dataclass(frozen=True)
 class Compile:
     """blocks, vae: what is compiled. mode: of `torch.compile`. dynamic: one graph for all sizes. fullgraph: a graph
-    break is an error. backend: torch.compile's, for tests.
+    break inside a region is an error. backend: torch.compile's, for tests.
 
     ValueError for an unknown mode.
     """
@@ -42,24 +46,25 @@ class Compile:
         if self.mode not in COMPILE_MODES:
             raise ValueError(f"compile mode is {self.mode!r}; choose one of {', '.join(COMPILE_MODES)}")
 
-    def apply(self, modules: Iterable[nn.Module]) -> None:
-        """Compile these modules at their first call."""
+    def _options(self) -> dict[str, Any]:
+        """What `torch.compile` is given."""
         if self.dynamic:
             # Shares of the ranks that happen to be equally long would otherwise be taken for one number, and the
             # graph be made anew for every pattern of longer and shorter ones. Read when a graph is made, so it has to
             # stay set; in a process that compiles other things too it costs them a little generality-checking only.
             torch.fx.experimental._config.use_duck_shape = False
-        for module in modules:
-            options = {"mode": self.mode} if self.backend == "inductor" else {}
-            module.compile(backend=self.backend, dynamic=self.dynamic, fullgraph=self.fullgraph, **options)
+        options: dict[str, Any] = {"mode": self.mode} if self.backend == "inductor" else {}
+        return options | {"backend": self.backend, "dynamic": self.dynamic, "fullgraph": self.fullgraph}
 
     def transformer(self, model: nn.Module) -> None:
-        """Compile a transformer's blocks, if that was asked for."""
+        """Compile the regions of a transformer's blocks, if that was asked for."""
         if self.blocks:
             for part in model.modules():
-                if isinstance(part, Blocks):
-                    # Not by iterating, which would fetch the weights of streamed blocks.
-                    self.apply(part.children())
+                # Not by iterating, which would fetch the weights of streamed blocks.
+                for block in part.children() if isinstance(part, Blocks) else ():
+                    for name in block.regions:  # type: ignore[union-attr]
+                        # As `nn.Module.compile` puts the compiled call beside the module's own.
+                        setattr(block, name, torch.compile(getattr(block, name), **self._options()))
 
     def decoder(self, decoder: VideoDecoder) -> None:
         """Compile the parts of a decoder that keep nothing between chunks, if that was asked for.
@@ -69,5 +74,7 @@ class Compile:
         limit the rest runs as it is.
         """
         if self.vae:
-            parts = [part for part in decoder.modules() if isinstance(part, decoder.compiled_parts)]
-            replace(self, fullgraph=False).apply(parts)
+            options = replace(self, fullgraph=False)._options()
+            for part in decoder.modules():
+                if isinstance(part, decoder.compiled_parts):
+                    part.compile(**options)

@@ -125,11 +125,11 @@ class FeedForward(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Attention of both streams over both streams."""
+    """The parameters of attention of both streams over both streams: what makes its heads, and what joins them."""
 
-    def __init__(self, config: MochiConfig, sp: SequenceParallel, last: bool) -> None:
+    def __init__(self, config: MochiConfig, last: bool) -> None:
         super().__init__()
-        self.sp, self.heads = sp, config.heads
+        self.heads = config.heads
         self.qkv_x = nn.Linear(config.hidden_x, 3 * config.hidden_x, bias=False)
         self.qkv_y = nn.Linear(config.hidden_y, 3 * config.hidden_x, bias=False)
         self.q_norm_x = nn.RMSNorm(config.head_dim, QK_NORM_EPS)
@@ -139,15 +139,17 @@ class JointAttention(nn.Module):
         self.proj_x = nn.Linear(config.hidden_x, config.hidden_x)
         self.proj_y = None if last else nn.Linear(config.hidden_x, config.hidden_y)
 
-    def forward(self, x: Tensor, y: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
-        """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to the branch's output for each."""
+    def heads_of(self, x: Tensor, y: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to q, k and v of both (B, n + m, H, D)."""
         qk, v = self._split(self.qkv_x(x), self.q_norm_x, self.k_norm_x)
         qk_y, v_y = self._split(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
-        q, k = _join(_rotate(qk, cond.rope).to(x.dtype), qk_y.to(y.dtype)).unbind(2)  # (B, n + m, H, D)
-        v = _join(v, v_y)
-        out = self.sp.attention(q, k, v, cond.lengths).flatten(2)
-        x, y = self.proj_x(out[:, : x.shape[1]]), out[:, x.shape[1] :]
-        return x, y if self.proj_y is None else self.proj_y(y)
+        q, k = _join(_rotate(qk, rope).to(x.dtype), qk_y.to(y.dtype)).unbind(2)
+        return q, k, _join(v, v_y)
+
+    def project(self, out: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """What was attended to (B, n + m, H, D), back to the widths of x and y."""
+        x, y = out.flatten(2).split((n, out.shape[1] - n), dim=1)
+        return self.proj_x(x), y if self.proj_y is None else self.proj_y(y)
 
     def _split(self, qkv: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
         """qkv (B, n, 3 * H * D) to wide q and k (B, n, 2, H, D), RMS-normalised per head, and v (B, n, H, D)."""
@@ -160,28 +162,41 @@ class JointAttention(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normed before and after, and gated. The last one drops the text."""
 
+    regions = ("before_attention", "after_attention")
+
     def __init__(self, config: MochiConfig, sp: SequenceParallel, last: bool) -> None:
         super().__init__()
-        self.last = last
+        self.sp = sp
         self.mod_x = nn.Linear(config.hidden_x, 4 * config.hidden_x)
         self.mod_y = nn.Linear(config.hidden_x, config.hidden_y if last else 4 * config.hidden_y)
-        self.attn = JointAttention(config, sp, last)
+        self.attn = JointAttention(config, last)
         self.mlp_x = FeedForward(config.hidden_x, config.mlp_x)
         self.mlp_y = None if last else FeedForward(config.hidden_y, config.mlp_y)
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
         """x (B, n, hidden_x), y (B, m, hidden_y), c (B, hidden_x) activated conditioning. Returns x and y."""
+        q, k, v, mod_x, mod_y = self.before_attention(x, y, c, cond.rope)
+        out = self.sp.attention(q, k, v, cond.lengths)
+        del q, k, v  # the feed-forward needs their memory
+        return self.after_attention(x, y, out, mod_x, mod_y)
+
+    def before_attention(self, x: Tensor, y: Tensor, c: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v of both streams (B, n + m, H, D), and both streams' modulation, wide."""
         wide = _wide(x.dtype)
-        scale_x, gate_x, mlp_scale_x, mlp_gate_x = self.mod_x(c)[:, None].to(wide).chunk(4, dim=-1)
-        mod_y = self.mod_y(c)[:, None].to(wide)
-        scale_y = mod_y[..., : y.shape[-1]]
-        dx, dy = self.attn(_modulated(x, scale_x), _modulated(y, scale_y), cond)
-        x = _gated(x, dx, gate_x)
-        x = _gated(x, self.mlp_x(_modulated(x, mlp_scale_x)), mlp_gate_x)
+        mod_x, mod_y = self.mod_x(c)[:, None].to(wide), self.mod_y(c)[:, None].to(wide)
+        x, y = _modulated(x, mod_x[..., : x.shape[-1]]), _modulated(y, mod_y[..., : y.shape[-1]])
+        return *self.attn.heads_of(x, y, rope), mod_x, mod_y
+
+    def after_attention(self, x: Tensor, y: Tensor, out: Tensor, mod_x: Tensor, mod_y: Tensor) -> tuple[Tensor, Tensor]:
+        """x and y after both residual branches; out (B, n + m, H, D) is what was attended to."""
+        dx, dy = self.attn.project(out, x.shape[1])
+        _, gate, mlp_scale, mlp_gate = mod_x.chunk(4, dim=-1)
+        x = _gated(x, dx, gate)
+        x = _gated(x, self.mlp_x(_modulated(x, mlp_scale)), mlp_gate)
         if self.mlp_y is not None:
-            _, gate_y, mlp_scale_y, mlp_gate_y = mod_y.chunk(4, dim=-1)
-            y = _gated(y, dy, gate_y)
-            y = _gated(y, self.mlp_y(_modulated(y, mlp_scale_y)), mlp_gate_y)
+            _, gate, mlp_scale, mlp_gate = mod_y.chunk(4, dim=-1)
+            y = _gated(y, dy, gate)
+            y = _gated(y, self.mlp_y(_modulated(y, mlp_scale)), mlp_gate)
         return x, y
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.compile import Compile
 from common.parallel import Layout, distributed
 from common.usp import SequenceParallel
 from common.weights import CheckpointError, Concat, Rename, Swap, load, on_meta, open_checkpoint, save
@@ -268,11 +269,10 @@ def test_pack_orders_rows_columns_channels() -> None:
     assert torch.equal(unpack(tokens, (2, 4, 6)), z)
 
 
-def test_block_is_one_graph(folder: Path) -> None:
+def test_a_block_is_one_graph_before_attention_and_one_after(folder: Path) -> None:
     model, given = load_transformer(folder), inputs((1, 6, 10))
     want = actual(model, given)
-    for block in model.blocks:
-        block.compile(backend="eager", fullgraph=True)
+    Compile(blocks=True, backend="eager").transformer(model)
     torch.testing.assert_close(actual(model, given), want, atol=1e-12, rtol=0)
 
 
