@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py                                           # small models on the CPU, 1 and 2 ranks
     python benchmarks/decode.py --device cuda --narrow 1 --height 480 --width 848 --frames 163 --ranks 1 2 4 8
-    python benchmarks/decode.py --model cogvideox --frames 49 --ranks 1 2 --peer
+    python benchmarks/decode.py --model cogvideox-5b --frames 49 --ranks 1 2 --peer
 
 Random weights, which decode as fast as trained ones. Every line is a set of fresh processes. The peak is what decoding
 adds to the process that needs most: on the CPU resident memory (Linux), on a GPU what PyTorch allocated. `estimate` is
@@ -28,47 +28,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from cogvideox_xdit.config import VAEConfig
-from cogvideox_xdit.vae import CogVideoXDecoder
+from benchmarks import forks
 from common.decode import DecodePlan, VideoDecoder, decode_frames, decode_memory
 from common.parallel import Layout, Mesh, distributed
+from common.registry import get_model, model_names
 from common.vae import TimeSplit
-from mochi_xdit.config import MochiVAEConfig
-from mochi_xdit.vae import MochiDecoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def narrowed(channels: tuple[int, ...], by: int) -> tuple[int, ...]:
-    return tuple(max(32, c // by // 32 * 32) for c in channels)
 
 
 def build(options: argparse.Namespace, device: torch.device) -> tuple[VideoDecoder, tuple[int, int, int, int]]:
     """The decoder and its latents' (C, T, h, w)."""
     torch.manual_seed(0)
-    size = (options.height // 8, options.width // 8)
-    if options.model == "mochi":
-        mochi = MochiVAEConfig()
-        mochi = replace(mochi, decoder_channels=narrowed(mochi.decoder_channels, options.narrow))
-        model: VideoDecoder = MochiDecoder(mochi)
-        shape = (12, (options.frames - 1) // 6 + 1, *size)
-    else:
-        cog = VAEConfig()
-        model = CogVideoXDecoder(replace(cog, channels=narrowed(cog.channels, options.narrow)))
-        shape = (16, (options.frames - 1) // 4 + 1, *size)
-    return model.to(device, DTYPES[options.dtype]).eval(), shape
+    known = get_model(options.model)
+    size = replace(known.default_size, width=options.width, height=options.height, num_frames=options.frames)
+    model: VideoDecoder = forks.function(known, "decoder")(options.narrow)
+    return model.to(device, DTYPES[options.dtype]).eval(), (known.latents.channels, *known.latents.decoded(size))
 
 
 def build_peer(options: argparse.Namespace, device: torch.device) -> Callable[[torch.Tensor], Any]:
-    if options.model == "mochi":
-        from diffusers import AutoencoderKLMochi
-
-        widths = narrowed(MochiVAEConfig().decoder_channels, options.narrow)
-        model: Any = AutoencoderKLMochi(decoder_block_out_channels=widths)
-    else:
-        from diffusers import AutoencoderKLCogVideoX
-
-        model = AutoencoderKLCogVideoX(block_out_channels=narrowed(VAEConfig().channels, options.narrow))
+    model = forks.function(get_model(options.model), "their_decoder")(options.narrow)
     model.encoder = None
     model = model.to(device, DTYPES[options.dtype]).eval()
     return lambda z: model.decode(z).sample
@@ -171,14 +150,14 @@ def start(how: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("mochi", "cogvideox"), default="mochi")
+    parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--height", type=int, default=96)
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--narrow", type=int, default=4, help="divide the model's channels; 1 is the real model")
-    parser.add_argument("--chunk", type=int, default=1, help="latent frames at a time (CogVideoX has its own)")
+    parser.add_argument("--chunk", type=int, default=1, help="latent frames at a time, where the model leaves a choice")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
@@ -188,7 +167,7 @@ def main() -> None:
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
 
     cases = [("streamed", ranks) for ranks in options.ranks]
-    if options.model == "mochi":  # CogVideoX's chunks are part of the model
+    if not forks.function(get_model(options.model), "decoder")(options.narrow).chunks_fixed:
         cases.append(("whole", 1))
     if options.peer:
         cases.append(("peer", 1))

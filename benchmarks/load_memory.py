@@ -2,8 +2,8 @@
 
     python benchmarks/load_memory.py --gigabytes 1.2 --ranks 1 4
 
-Writes a checkpoint of that size in Mochi's native layout (random weights, fp32) and the same in the diffusers layout,
-lets plain processes load it on the CPU at the same time and read every weight once, and prints what
+Writes a checkpoint of that size in the model's native layout (random weights, fp32) and the same in the diffusers
+layout, lets plain processes load it on the CPU at the same time and read every weight once, and prints what
 /proc/self/smaps_rollup says has come on top of a process without weights, for the rank that takes most:
 
     copied   anonymous memory, all that is not the file itself; and the most of it seen while loading
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 from multiprocessing.synchronize import Barrier
@@ -29,10 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common.weights import on_meta, save
-from mochi_xdit.config import MochiConfig
-from mochi_xdit.transformer import MochiTransformer
-from mochi_xdit.weights import DIFFUSERS_STEM, load_transformer, transformer_rename
+from benchmarks import forks
+from common.registry import get_model, model_names
 
 GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,25 +49,7 @@ def memory() -> dict[str, int]:
     }
 
 
-def write(folder: Path, gigabytes: float) -> tuple[int, MochiConfig]:
-    """Both layouts of a transformer of at least that size; returns bytes and numbers."""
-    numbers = {"num_attention_heads": 8, "pooled_projection_dim": 512, "text_embed_dim": 1024}
-    blocks = on_meta(MochiTransformer, MochiConfig.from_diffusers(numbers)).blocks
-    numbers["num_layers"] = 1 + int(gigabytes * GB / (4 * sum(p.numel() for p in blocks[0].parameters())))
-    config = MochiConfig.from_diffusers(numbers)
-    model = MochiTransformer(config)
-    for layout, table in (("native", None), ("diffusers", transformer_rename(config))):
-        target = folder / layout / ("transformer" if table else "")
-        target.mkdir(parents=True)
-        name = f"{DIFFUSERS_STEM}.safetensors" if table else "dit.safetensors"
-        save(model.state_dict(), target / name, table)
-        with open(target / name, "rb+") as file:
-            os.fsync(file.fileno())  # pages that wait for the disk would count as private
-    (folder / "diffusers" / "transformer" / "config.json").write_text(json.dumps(numbers))
-    return sum(p.numel() for p in model.parameters()) * 4, config
-
-
-def rank(folder: Path, dtype: str, barrier: Barrier, results: multiprocessing.Queue) -> None:
+def rank(model: str, folder: Path, dtype: str, barrier: Barrier, results: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
     torch.zeros(1) + 1
     barrier.wait()
@@ -82,18 +61,19 @@ def rank(folder: Path, dtype: str, barrier: Barrier, results: multiprocessing.Qu
         if peak[1] % 10 == 0:
             peak[0] = max(peak[0], memory()["copied"] - before["copied"])
 
-    model = load_transformer(folder, dtype=DTYPES[dtype], progress=sample)
-    checksum = sum(p.sum(dtype=torch.float32).item() for p in model.parameters())
+    load = forks.function(get_model(model), "load_transformer")
+    loaded = load(folder, dtype=DTYPES[dtype], progress=sample)
+    checksum = sum(p.sum(dtype=torch.float32).item() for p in loaded.parameters())
     barrier.wait()
     after = memory()
     barrier.wait()
     results.put({name: after[name] - before[name] for name in after} | {"peak": peak[0], "checksum": checksum})
 
 
-def measure(folder: Path, ranks: int, dtype: str) -> list[dict[str, float]]:
+def measure(model: str, folder: Path, ranks: int, dtype: str) -> list[dict[str, float]]:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(ranks), context.Queue()
-    processes = [context.Process(target=rank, args=(folder, dtype, barrier, results)) for _ in range(ranks)]
+    processes = [context.Process(target=rank, args=(model, folder, dtype, barrier, results)) for _ in range(ranks)]
     for process in processes:
         process.start()
     rows = [results.get() for _ in processes]
@@ -105,18 +85,19 @@ def measure(folder: Path, ranks: int, dtype: str) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=forks.named, default=model_names()[0])
     parser.add_argument("--gigabytes", type=float, default=1.2)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     table = []
     with tempfile.TemporaryDirectory() as place:
-        size, config = write(Path(place), args.gigabytes)
-        print(f"checkpoint: {size / GB:.2f} GB in fp32, {config.depth} blocks; GB on top of a process without weights")
+        size, depth = forks.function(get_model(args.model), "write_layouts")(Path(place), args.gigabytes)
+        print(f"checkpoint: {size / GB:.2f} GB in fp32, {depth} blocks; GB on top of a process without weights")
         print("layout     to    ranks  copied  while loading  private  shared  together")
         for layout, dtype in (("native", "fp32"), ("native", "bf16"), ("diffusers", "fp32")):
             for ranks in args.ranks:
-                rows = measure(Path(place) / layout, ranks, dtype)
+                rows = measure(args.model, Path(place) / layout, ranks, dtype)
                 most = {name: max(row[name] for row in rows) / GB for name in ("copied", "peak", "private", "shared")}
                 most["together"] = sum(row["proportional"] for row in rows) / GB
                 table.append({"layout": layout, "dtype": dtype, "ranks": ranks, "checkpoint": size / GB} | most)

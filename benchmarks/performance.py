@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ if __package__ in (None, ""):
 import click
 
 from benchmarks.plots import profile_of, seconds_of
-from benchmarks.published import HERE, Row, excluded, rows
-from common.registry import Size, get_model, model_names
+from benchmarks.published import HERE, Row, excluded, rows, shown
+from common.registry import get_model, model_names
 from planner.hardware import get_profile
 from planner.layouts import plan, replicas
 from planner.model import predict
@@ -182,7 +183,8 @@ def ours() -> list[str]:
 
 
 def scaling() -> list[str]:
-    model, size = get_model("cogvideox-1.5-5b"), Size(1360, 768, 161, 50)
+    model, frames = get_model(shown()["scaling"]["model"]), shown()["scaling"]["num_frames"]
+    size = replace(model.default_size, num_frames=frames)
     lines = []
     for nodes in (1, 2, 4, 8):
         for link in (25.0, 200.0):
@@ -207,7 +209,7 @@ def scaling() -> list[str]:
     heads = ("H100 on machines", "GB/s a machine", "best cfg x ring x ulysses", "predicted s", "speed-up", "efficiency")
     return [
         "## Beyond one machine",
-        "`xdit-plan --model cogvideox-1.5-5b --num-frames 161 --gpu h100 --gpus 64 --nodes 8 --node-link 25`. The "
+        f"`xdit-plan --model {model.name} --num-frames {frames} --gpu h100 --gpus 64 --nodes 8 --node-link 25`. The "
         "guidance branches go to different machines first, which costs one exchange of a shard a step. Beyond that the "
         "tokens are split across machines: messages share each machine's network, and text, decoding in chunks and a "
         "layer's launches do not shrink. The last column is what makes most videos an hour.",

@@ -2,10 +2,10 @@
 
     python benchmarks/placement.py --depth 6 --json benchmarks/results/placement.json
 
-A Mochi transformer of the true width and `--depth` blocks (6: 2.7 GB in bf16), zeros in a sparse file since values do
-not matter, predicts once for 160 tokens in a fresh process for each row. Figures: the process's peak resident memory
-above what it was before loading (Linux, /proc/self/status; pages of mapped files count), and bytes that the ranks
-gather in one prediction. Ranks are CPU processes.
+A transformer of the true width and `--depth` blocks (6 of Mochi's: 2.7 GB in bf16), zeros in a sparse file since
+values do not matter, predicts once for 160 tokens in a fresh process for each row. Figures: the process's peak resident
+memory above what it was before loading (Linux, /proc/self/status; pages of mapped files count), and bytes that the
+ranks gather in one prediction. Ranks are CPU processes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.true_size import hollow
+from benchmarks import forks
 from common.blocks import FromShares
 from common.parallel import Layout, distributed
 from common.placement import Placement, resident_bytes
+from common.registry import get_model, model_names
 from common.usp import SequenceParallel
-from common.weights import on_meta
-from mochi_xdit.config import MochiConfig
-from mochi_xdit.transformer import MochiTransformer
-from mochi_xdit.weights import load_transformer
 
 ROWS = [(1, "stage", False, False), (1, "block", False, False), (1, "disk", False, False)]
 ROWS += [(1, "stage", False, True), (1, "disk", False, True)]
@@ -46,7 +43,7 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def rank(folder: Path, place: tuple[Any, ...], number: int, port: int, results: Any) -> None:
+def rank(name: str, folder: Path, place: tuple[Any, ...], number: int, port: int, results: Any) -> None:
     ranks, offload, shard, float8 = place
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks)}
@@ -55,7 +52,7 @@ def rank(folder: Path, place: tuple[Any, ...], number: int, port: int, results: 
     with distributed(Layout(ring=ranks)) as mesh, torch.inference_mode():
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        model = load_transformer(
+        model = forks.function(get_model(name), "load_transformer")(
             folder,
             SequenceParallel(mesh),
             "cpu",
@@ -65,8 +62,7 @@ def rank(folder: Path, place: tuple[Any, ...], number: int, port: int, results: 
         )
         loaded = resident("VmHWM") - before
         Path("/proc/self/clear_refs").write_text("5")
-        latents = torch.zeros(1, model.config.channels, 2, 16, 20)
-        model.denoise(latents, torch.tensor([500.0]), torch.zeros(1, 8, model.config.text_dim))
+        forks.function(get_model(name), "predict")(model)
         gathered = 0
         stream = model.blocks.stream
         if stream is not None and isinstance(stream.source, FromShares):
@@ -75,40 +71,39 @@ def rank(folder: Path, place: tuple[Any, ...], number: int, port: int, results: 
         results.put(found | {"gathered": gathered})
 
 
-def measure(folder: Path, place: tuple[Any, ...]) -> dict[str, Any]:
+def measure(name: str, folder: Path, place: tuple[Any, ...]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = context.Queue()
-    processes = [context.Process(target=rank, args=(folder, place, i, port, results)) for i in range(place[0])]
+    processes = [context.Process(target=rank, args=(name, folder, place, i, port, results)) for i in range(place[0])]
     for process in processes:
         process.start()
     rows = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
-    return {name: max(row[name] for row in rows) for name in rows[0]}
+    return {field: max(row[field] for row in rows) for field in rows[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=forks.named, default=model_names()[0])
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
-    config = MochiConfig(depth=arguments.depth)
-    meta = on_meta(MochiTransformer, config)
-    block = 2 * sum(p.numel() for p in meta.blocks[0].parameters())
-    total = 2 * sum(p.numel() for p in meta.parameters())
+    write = forks.function(get_model(arguments.model), "write_blocks")
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        state = {name: tensor.to(torch.bfloat16) for name, tensor in meta.state_dict().items()}
-        hollow(Path(folder) / "dit.safetensors", state)
+        meta = write(Path(folder), arguments.depth)
+        block = 2 * sum(p.numel() for p in meta.blocks[0].parameters())
+        total = 2 * sum(p.numel() for p in meta.parameters())
         print(
             f"{total / 1e9:.2f} GB in bf16, {arguments.depth} blocks of {block / 1e6:.0f} MB; GB above an empty process"
         )
         print("ranks  offload  sharded  float8    peak  in blocks  held  gathered")
         for place in ROWS:
-            row = measure(Path(folder), place)
+            row = measure(arguments.model, Path(folder), place)
             table.append(dict(zip(("ranks", "offload", "shard", "float8"), place)) | row)
             figures = f"{row['peak'] / 1e9:6.2f}  {row['peak'] / block:9.2f}  {row['held'] / 1e9:4.2f}"
             figures += f"  {row['gathered'] / 1e9:8.2f}"

@@ -12,7 +12,7 @@ if __package__ in (None, ""):
 
 import click
 
-from benchmarks.published import Row, excluded, rows
+from benchmarks.published import Row, excluded, rows, shown
 from common.registry import get_model
 from planner.hardware import get_profile
 from planner.layouts import plan
@@ -87,7 +87,7 @@ def agreement(path: Path) -> None:
 
 def speedups(path: Path) -> None:
     """Best speed-up at each number of GPUs: published, predicted for the published scheme, predicted for ours."""
-    names = ("mochi-l40-e2e", "cogvideox1.5-l40", "consisid-h100")
+    names = shown()["speedups"]
     figure, every = _axes(11, 3.7, len(names))
     from matplotlib import pyplot as plt
 
@@ -133,7 +133,7 @@ def _best(model: Any, size: Any, counts: Sequence[int], profile: Any, scheme: st
 
 def breakdown(path: Path) -> None:
     """Where the seconds go, our scheme on H100, 1 to 8 GPUs, predicted."""
-    names, counts = ("mochi", "cogvideox-5b", "cogvideox-1.5-5b", "consisid"), (1, 2, 4, 8)
+    names, counts = shown()["breakdown"], (1, 2, 4, 8)
     figure, every = _axes(11, 3.7, len(names))
     from matplotlib import pyplot as plt
 

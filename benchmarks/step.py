@@ -34,10 +34,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.step_models import NAMES, Case, Model, make
+from benchmarks import forks
+from benchmarks.step_models import Case, Model
 from common.compile import Compile
 from common.guidance import Guidance
 from common.parallel import Layout, Mesh, distributed
+from common.registry import get_model, model_names
 from common.usp import SequenceParallel
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -48,7 +50,7 @@ SCALE = 4.5
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=NAMES, default="mochi")
+    parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--ring", type=int, default=1)
@@ -56,8 +58,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--overlap-groups", type=int, default=1)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 4000, 8000])
-    parser.add_argument("--words", type=int, default=256, help="of 256 text tokens, valid in Mochi's prompt")
-    parser.add_argument("--heads", type=int, default=12, help="of Mochi's 24 (128 wide) or CogVideoX's 48 (64 wide)")
+    parser.add_argument("--words", type=int, default=256, help="text tokens of a prompt, for models that drop padding")
+    parser.add_argument("--heads", type=int, default=12, help="of the model's own")
     parser.add_argument("--depth", type=int, default=2, help="blocks")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -194,7 +196,11 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
-    model = make(args.model, args.heads, args.depth, args.words)
+    registered = get_model(args.model)
+    try:
+        model: Model = forks.function(registered, "step")(registered, args.heads, args.depth, args.words)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if args.ranks > 1 and "RANK" not in os.environ:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
         with tempfile.TemporaryDirectory() as folder:

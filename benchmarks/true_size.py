@@ -10,19 +10,20 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import forks
 from common.checkpoint import DTYPE_NAMES
 from common.demo import t5_config, train_tokenizer
 from common.registry import Model
 from common.t5 import new_t5
-from common.weights import Rename, _source, _writes, on_meta
+from common.weights import Rename, _source, _writes
 
-STEM = "diffusion_pytorch_model"
 T5_XXL = {"d_model": 4096, "layers": 24, "heads": 64, "d_kv": 64, "d_ff": 10240}
 T5_VOCABULARY = 32128
 CAPTIONS = [
@@ -56,7 +57,7 @@ def _json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _state(module: nn.Module, prefix: str = "", exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def bf16(module: nn.Module, prefix: str = "", exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The module's tensors as bf16, but for the names that stay fp32."""
     return {prefix + n: t if n in exact else t.to(torch.bfloat16) for n, t in module.state_dict().items()}
 
@@ -78,79 +79,34 @@ def write_text_encoder(folder: Path, limit: int) -> None:
     hollow(folder / "text_encoder" / "model.safetensors", named)
 
 
+@dataclass(frozen=True)
+class Hollow:
+    """A checkpoint folder without weights, as a fork's benchmarks describe it.
+
+    weights: for each file its tensors (on the meta device) and rename table. jsons: by file name. index: of
+    model_index.json. text_tokens: the longest prompt.
+    """
+
+    weights: Mapping[str, tuple[Mapping[str, Tensor], Rename | None]]
+    jsons: Mapping[str, Mapping[str, Any]]
+    index: Mapping[str, Any]
+    text_tokens: int
+
+
 def make(model: Model, folder: Path) -> Path:
     """A folder in the diffusers layout for this model; an existing one is used again."""
     if (folder / "model_index.json").is_file():
         return folder
-    index = _mochi(model, folder) if model.name == "mochi" else _cogvideox(model, folder)
+    made: Hollow = forks.function(model, "true_size")(model)
+    for name, (state, rename) in made.weights.items():
+        hollow(folder / name, state, rename)
+    for name, value in made.jsons.items():
+        _json(folder / name, value)
+    write_text_encoder(folder, made.text_tokens)
     partial = folder / f"model_index.json.{os.getpid()}"
-    _json(partial, index)  # last, and at once: its presence means that the folder is complete
+    _json(partial, made.index)  # last, and at once: its presence means that the folder is complete
     os.replace(partial, folder / "model_index.json")
     return folder
-
-
-def _mochi(model: Model, folder: Path) -> dict[str, Any]:
-    from mochi_xdit import demo, weights
-    from mochi_xdit.transformer import MochiTransformer
-    from mochi_xdit.vae import MochiDecoder, MochiEncoder
-
-    config = model.config
-    state = _state(on_meta(MochiTransformer, config), exact=weights.EXACT)
-    hollow(folder / "transformer" / f"{STEM}.safetensors", state, weights.transformer_rename(config))
-    _json(folder / "transformer" / "config.json", demo._transformer_json(config))
-    parts = {"encoder.": on_meta(MochiEncoder, config.vae), "decoder.": on_meta(MochiDecoder, config.vae)}
-    tables = {"encoder.": weights.encoder_rename(config.vae), "decoder.": weights.decoder_rename(config.vae)}
-    vae = {name: t for prefix, part in parts.items() for name, t in _state(part, prefix).items()}
-    table = {prefix + ours: theirs for prefix, rename in tables.items() for ours, theirs in rename.items()}
-    hollow(folder / "vae" / f"{STEM}.safetensors", vae, table)
-    _json(folder / "vae" / "config.json", demo._vae_json(config.vae))
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True, "num_train_timesteps": 1000}
-    _json(folder / "scheduler" / "scheduler_config.json", scheduler | {"shift": 1.0})
-    write_text_encoder(folder, config.text_tokens)
-    return {
-        "_class_name": "MochiPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "T5Tokenizer"],
-        "transformer": ["diffusers", "MochiTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLMochi"],
-    }
-
-
-def _cogvideox(model: Model, folder: Path) -> dict[str, Any]:
-    from cogvideox_xdit import demo, weights
-    from cogvideox_xdit.config import VAEConfig, transformer_json, vae_json
-    from cogvideox_xdit.transformer import CogVideoXTransformer
-    from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
-
-    config, consisid = model.config, model.name == "consisid"
-    assert model.demo is not None
-    variant = "5b-i2v" if consisid else model.demo.name
-    if consisid:
-        from consisid_xdit.config import consisid_json
-        from consisid_xdit.transformer import ConsisIDTransformer
-        from consisid_xdit.weights import rename_table
-
-        state, rename = _state(on_meta(ConsisIDTransformer, config)), rename_table(config)
-        described = consisid_json(config)
-    else:
-        state, rename = _state(on_meta(CogVideoXTransformer, config)), weights.rename_table(config)
-        described = transformer_json(config)
-    hollow(folder / "transformer" / f"{STEM}.safetensors", state, rename)
-    _json(folder / "transformer" / "config.json", described)
-    vae = VAEConfig(**demo.scaling(variant))
-    parts = _state(on_meta(CogVideoXEncoder, vae), "encoder.") | _state(on_meta(CogVideoXDecoder, vae), "decoder.")
-    hollow(folder / "vae" / f"{STEM}.safetensors", parts)
-    _json(folder / "vae" / "config.json", vae_json(vae))
-    _json(
-        folder / "scheduler" / "scheduler_config.json",
-        demo.scheduler_json(variant),
-    )
-    write_text_encoder(folder, config.text_length)
-    if consisid:
-        return demo.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")
-    pipeline = "CogVideoXImageToVideoPipeline" if config.image_channels else "CogVideoXPipeline"
-    return demo.model_index(pipeline, "CogVideoXTransformer3DModel")
 
 
 @torch.no_grad()

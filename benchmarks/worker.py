@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ if __package__ in (None, ""):
 import torch
 import torch.distributed as dist
 
+from benchmarks import forks
 from common import launch
 from common.generation import parse_dtype
 from common.parallel import Layout, Mesh, distributed
@@ -111,7 +112,7 @@ def pipeline(job: Job, mesh: Mesh, stages: Stages) -> Callable[[int, int], Any]:
         for name in ("_load_transformer", "_load_decoder", "_load_encoder"):
             if hasattr(made, name):
                 setattr(made, name, _drawn(getattr(made, name)))
-    extra = inputs(model, made.config, job.size)
+    extra = inputs(replace(model, config=made.config), job.size)
     size = {"height": job.size.height, "width": job.size.width, "num_frames": job.size.num_frames}
     scale = 4.5 if job.size.guided else 1.0
 
@@ -127,21 +128,10 @@ def _drawn(load: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]
     return lambda: draw(load())
 
 
-def inputs(model: Model, config: Any, size: Size) -> dict[str, Any]:
-    """A grey picture, or random identity features, for models that start from one."""
-    if model.name == "consisid":
-        from consisid_xdit.face import IdentityFeatures
-
-        generator = torch.Generator().manual_seed(0)
-        hidden = tuple(torch.randn(1, 577, config.vit_dim, generator=generator) for _ in range(config.scales))
-        face = torch.full((512, 512, 3), 128, dtype=torch.uint8)
-        known = torch.randn(1, config.id_dim, generator=generator)
-        return {"identity": IdentityFeatures(known, hidden, face, torch.zeros(5, 2))}
-    if getattr(config, "image_channels", 0):
-        import numpy as np
-
-        return {"image": np.full((size.height, size.width, 3), 128, dtype=np.uint8)}
-    return {}
+def inputs(model: Model, size: Size) -> dict[str, Any]:
+    """What a model starts from beside a prompt."""
+    make = getattr(forks.of(model), "inputs", None)
+    return {} if make is None else make(model, size)
 
 
 def peer(job: Job) -> dict[str, Any]:
@@ -149,7 +139,7 @@ def peer(job: Job) -> dict[str, Any]:
     import diffusers
 
     model = get_model(job.model)
-    if model.name == "consisid" or getattr(model.config, "image_channels", 0):
+    if inputs(model, job.size):
         raise ValueError(f"the peer {job.program} is measured for text to video models only, not for {model.name}")
     device = torch.device("cuda" if job.device == "cuda" else "cpu")
     pipe = diffusers.DiffusionPipeline.from_pretrained(job.model_dir, torch_dtype=parse_dtype(job.dtype)).to(device)

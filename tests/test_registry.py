@@ -60,7 +60,7 @@ def test_only_the_run_code_asks_the_planner() -> None:
             assert not above.intersection(name.split(".")[0] for name in imports(path)), path
 
 
-@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download"])
+@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download", "benchmarks"])
 def test_shared_code_imports_no_fork(folder: str) -> None:
     packages = {fork.package for fork in forks()}
     for path in files(folder):
@@ -80,7 +80,7 @@ def words(path: Path) -> Iterator[str]:
             yield token.string.lower()
 
 
-@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download"])
+@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download", "benchmarks"])
 def test_shared_code_names_no_model(folder: str) -> None:
     for path in files(folder):
         allowed = registry.HERE if path.name == "registry.py" else ()

@@ -108,6 +108,12 @@ def groups() -> dict[str, Any]:
 
 
 @cache
+def shown() -> dict[str, Any]:
+    """shown.json."""
+    return json.loads((HERE / "shown.json").read_text(encoding="utf-8"))
+
+
+@cache
 def special_priors() -> dict[tuple[str, str], tuple[float, float]]:
     """Priors of a machine's or a program's own constants: (median, standard deviation of the logarithm)."""
     return {
