@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common import launch
 from common.checks import folder_problem, reason
 from common.failure import describe
 from common.request import Program
+from common.stopping import Asked, Stopped, stoppable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,18 +50,19 @@ class TransformerFiles:
 
 def run(program: Program, arguments: Sequence[str]) -> int:
     """The subcommand; returns its exit status: 0 done, 1 failed, 2 wrong use, 128 + signal when it was stopped."""
-    command = _command(program)
+    command, asked = _command(program), Asked()
     try:
-        with launch.stoppable():
+        with stoppable() as asked:
             command.main(args=list(arguments), prog_name=f"{program.name} quantize", standalone_mode=False)
     except click.UsageError as wrong:
         print(f"error: {wrong.format_message()}", file=sys.stderr)
         return 2
     except Exception as error:
-        status = 2 if isinstance(error, ValueError) else 1
+        if asked.number is not None:  # what a library has made of the signal's exception
+            return 128 + asked.number
         print(f"error: {describe(error, 0, 'quantize').message}", file=sys.stderr)
-        return status
-    except launch.Stopped as stopped:
+        return 2 if isinstance(error, ValueError) else 1
+    except Stopped as stopped:
         return stopped.status
     except (click.Abort, KeyboardInterrupt):
         return 130
@@ -150,7 +151,10 @@ def _appearing(output: Path) -> Iterator[Path]:
                 raise FileExistsError(error.errno, "another run has made it meanwhile", str(output)) from None
             raise
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+        try:
+            shutil.rmtree(hidden, ignore_errors=True)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)  # again, should a second signal have come into the first
         raise
 
 

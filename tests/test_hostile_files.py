@@ -29,6 +29,7 @@ from tests import cogvideox as tiny_cogvideox
 from tests import mochi
 from tests.fuzz.documents import absurd, mutated
 from tests.fuzz.headers import joined, mutated_file
+from xdit_doctor.cli import checkpoint
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
 """Random cases of each kind; set it higher for a longer search."""
@@ -307,3 +308,13 @@ def test_an_unforeseen_error_of_a_dry_run_is_one_line(tmp_path, capsys, monkeypa
     monkeypatch.setattr("common.dry_run.run", fails)
     assert program.main(MOCHI, ["--dry-run", "--device", "cpu", "--gpus", "1"]) == 1
     assert capsys.readouterr().err == "error: int too big to convert\n"
+
+
+def test_the_doctor_names_what_is_wrong_with_a_folder(tmp_path):
+    tiny_file(tmp_path / "good.safetensors")
+    bad = (tmp_path / "a.safetensors", tmp_path / "m.safetensors.index.json", tmp_path / "model_index.json")
+    bad[0].write_bytes(joined(b'{"__metadata__":[1]}', b""))
+    bad[1].write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    bad[2].write_text("[" * 100_000)
+    problems = checkpoint(tmp_path)["problems"]
+    assert len(problems) == 3 and all(any(str(path) in said for said in problems) for path in bad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -168,6 +169,22 @@ def test_an_empty_folder_is_taken_and_another_runs_copy_is_not(tmp_path, capsys,
     assert quantize(source, later) == 1
     assert f"{later}: another run has made it meanwhile" in capsys.readouterr().err
     assert os.listdir(later) == ["theirs"] and sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+def test_a_second_signal_while_the_first_is_obeyed_leaves_nothing(tmp_path, monkeypatch):
+    source, removed = mochi.write_checkpoint(tmp_path / "a", "native"), []
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, **options: bool) -> None:
+        removed.append(path)
+        if len(removed) == 1:
+            signal.raise_signal(signal.SIGINT)
+        remove(path, **options)
+
+    monkeypatch.setattr("common.quantize._link", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("shutil.rmtree", interrupted)
+    assert quantize(source, tmp_path / "b") == 130
+    assert os.listdir(tmp_path) == ["a"] and len(removed) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
