@@ -6,6 +6,7 @@ Everything is read from Linux's /proc and /sys; what is not there, as in some co
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,18 @@ def allocator_default(env: Mapping[str, str]) -> dict[str, str]:
     """The setting of PyTorch's CUDA allocator where the user has made none, under its old name or its new one."""
     chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys()
     return {} if chosen else {"PYTORCH_ALLOC_CONF": ALLOCATOR}
+
+
+def ensure_temporary_folder(fallback: Path) -> None:
+    """Name a folder for temporary files, for this process and those it starts, where the usual ones cannot be written.
+
+    PyTorch and transformers want one when imported. fallback: a folder that can be written; memory comes before it.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        shared = Path("/dev/shm")
+        os.environ["TMPDIR"] = str(shared if os.access(shared, os.W_OK) else fallback.absolute())
 
 
 def gpus_are_hidden(env: Mapping[str, str]) -> bool:

@@ -23,7 +23,7 @@ import click
 from common import launch, quantize
 from common.cli import parse, version
 from common.failure import describe
-from common.host import allocator_default, bind_to_gpu
+from common.host import allocator_default, bind_to_gpu, ensure_temporary_folder
 from common.progress import StageRecord, Stages
 from common.request import Program, Request, Setup, WrongUse, draw_seeds, settings
 from common.stopping import Asked, Stopped, stoppable
@@ -60,6 +60,7 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     setup = request.setup
+    ensure_temporary_folder(request.output.parent)
     if request.dry_run:
         return _dry_run(program, request, at)
     if at.launcher is None and setup.ranks > 1:

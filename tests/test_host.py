@@ -71,3 +71,20 @@ def test_a_process_is_bound_within_the_cores_it_may_use(tmp_path, monkeypatch):
     (tmp_path / "sys/bus/pci/devices" / ADDRESSES[0] / "local_cpulist").write_text("0-x")
     host.bind_to_gpu(0, tmp_path)
     assert len(bound) == 2
+
+
+def test_a_folder_for_temporary_files_is_found_where_the_usual_ones_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "as it was")
+    host.ensure_temporary_folder(tmp_path)
+    assert os.environ["TMPDIR"] == "as it was"
+
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(host.tempfile, "gettempdir", none)
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    host.ensure_temporary_folder(tmp_path)
+    assert os.environ["TMPDIR"] == "/dev/shm"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    host.ensure_temporary_folder(tmp_path)
+    assert os.environ["TMPDIR"] == str(tmp_path)
