@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.checks import Degrees, choose_degrees
-from planner import layouts
 
 
 def choose_layout(
@@ -21,6 +20,8 @@ def choose_layout(
 
     Raises ValueError as `common.checks.choose_degrees` does.
     """
+    from planner import layouts  # not needed for --help
+
     planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses)
     if planned is not None:
         return planned.cfg, planned.ring, planned.ulysses

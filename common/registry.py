@@ -110,7 +110,8 @@ class Stream:
     rest: int = 0
     """FLOPs of a token outside of the blocks; negative where the last block leaves some of its products out."""
     sampled: int = 0
-    """Numbers of a token that guidance combines and the solver steps: those of the latents; 0 for text."""
+    """Numbers of a token that guidance combines and the solver steps: those of the latents, in one of the stacks that
+    they go through; 0 for text."""
 
 
 @dataclass(frozen=True)

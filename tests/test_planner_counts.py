@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.decode import DecodePlan, PeakMemory, VideoDecoder, decode_memory
 from common.dry_run import official_workload
-from common.estimate import FUSED, Traffic, Workload, imagined
+from common.estimate import FUSED, T5_XXL, Traffic, Workload, imagined
 from common.guidance import Guidance
 from common.layout import Coordinates, Layout
 from common.parallel import Mesh
-from common.registry import Model, Size, Stack, forks, get_model, model_names
+from common.registry import T5_XXL_PARAMETERS, Model, Size, Stack, forks, get_model, model_names
+from common.t5 import new_t5
 from common.usp import SequenceParallel
 from common.vae import CausalStream, LocalLink, spans
 from planner import cost
@@ -194,3 +195,7 @@ def test_parameters_are_those_of_the_transformer(name: str) -> None:
     work = official_workload(model, model.default_size, Mesh())
     assert sum(p.numel() for p in work.transformer.parameters()) == model.parameters
     assert max(stack.heads for stack in model.stacks) == model.heads
+
+
+def test_parameters_are_those_of_the_text_encoder() -> None:
+    assert sum(p.numel() for p in new_t5(T5_XXL).parameters()) == T5_XXL_PARAMETERS
