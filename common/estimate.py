@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from common.blocks import Blocks, FromShares, Image
 from common.decode import DecodePlan, PeakMemory, VideoDecoder, decode_memory, decode_plans, plan_decode
-from common.fp8 import Float8Linear, use_float8
+from common.fp8 import Float8Linear, plans_float8_matmul, use_float8
 from common.parallel import Axis, Layout, Mesh
 from common.placement import Placement
 from common.t5 import FLOAT8_LAYERS, EncoderFiles, new_t5
@@ -174,7 +174,8 @@ class Estimator:
     ) -> None:
         self.work, self.mesh, self.device = work, mesh, device
         self.precision = precision = precision or Precision()
-        self.model = typed(work.transformer, precision.dtype, work.exact, precision.float8)
+        self.multiplies = plans_float8_matmul(device)
+        self.model = typed(work.transformer, precision.dtype, work.exact, precision.float8, self.multiplies)
         self.images = block_images(self.model)
         self.outer = _nbytes(self.model, without="blocks.")
         self.text = self._text() if mesh.is_main else None
@@ -226,7 +227,7 @@ class Estimator:
         t5.encoder.embed_tokens.weight = t5.shared.weight  # type: ignore[union-attr]
         layers = t5.encoder.block = Blocks(t5.encoder.block)  # type: ignore[union-attr,arg-type]
         for layer in layers if self.precision.text_float8 else ():
-            use_float8(layer, FLOAT8_LAYERS)
+            use_float8(layer, FLOAT8_LAYERS, self.multiplies)
         with PeakMemory() as memory:
             t5(input_ids=torch.zeros(1, self.work.tokens, dtype=torch.long, device="meta"))
         images = [Image.of(layer, partial(_kind, layer)) for layer in layers]
@@ -253,8 +254,17 @@ class Estimator:
         return self.peaks[plan]
 
 
-def typed(model: nn.Module, dtype: torch.dtype, exact: tuple[str, ...] = (), float8: bool = False) -> nn.Module:
-    """A model on the meta device with the dtypes that its weights get when they are loaded; changed in place."""
+def typed(
+    model: nn.Module,
+    dtype: torch.dtype,
+    exact: tuple[str, ...] = (),
+    float8: bool = False,
+    multiplies: bool = False,
+) -> nn.Module:
+    """A model on the meta device with the dtypes that its weights get when they are loaded; changed in place.
+
+    multiplies: as for `common.fp8.Float8Linear`.
+    """
     model.to(dtype).requires_grad_(False)
     for name in exact:
         slot = model.get_parameter(name)
@@ -262,7 +272,7 @@ def typed(model: nn.Module, dtype: torch.dtype, exact: tuple[str, ...] = (), flo
     blocks = model.blocks
     assert isinstance(blocks, Blocks)
     for block in blocks if float8 else ():
-        use_float8(block, model.matmuls)  # type: ignore[arg-type]
+        use_float8(block, model.matmuls, multiplies)  # type: ignore[arg-type]
         for layer in block.modules():
             if isinstance(layer, Float8Linear) and layer.bias is not None:
                 assign(layer, "bias", torch.empty_like(layer.bias, dtype=dtype))

@@ -21,56 +21,95 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SCALE = "weight_scale"
 """Name of the scales beside `weight`, in the module as in files."""
-_ROWS = 1 << 22
+_ELEMENTS = 1 << 22
+"""Of a weight that are rounded at a time, to save memory."""
+_ACTIVATIONS = 1 << 26
+"""The same of activations: many, since each piece costs a launch of two kernels."""
 _ALIGNMENT = 16
+_SMALLEST = -126
+"""The exponent of the smallest scale: of fp32's and bf16's smallest normal number."""
 
 
-def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., n) as e4m3 and the fp32 scale (..., 1) of each row, a power of two; a row of zeros has scale 1."""
-    peak = x.abs().amax(-1, keepdim=True).float()
-    mantissa, exponent = torch.frexp(peak / LARGEST)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    scale = torch.where(peak > 0, torch.ldexp(torch.ones_like(peak), exponent), 1.0)
-    return (x.float() / scale).to(FLOAT8), scale
+def to_float8(x: Tensor, elements: int = _ACTIVATIONS) -> tuple[Tensor, Tensor]:
+    """x (..., n) as e4m3 and the fp32 scale (..., 1) of each row, a power of two; a row of zeros has scale 1.
+
+    elements: how many are widened at a time. A compiler fuses everything into one pass and widens none in memory.
+    """
+    if torch.compiler.is_compiling():
+        scale = _scales(x)
+        return (x.float() / scale).to(FLOAT8), scale
+    rows = x.reshape(-1, x.shape[-1])
+    values = torch.empty(rows.shape, dtype=FLOAT8, device=x.device)
+    scale = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
+    fill_float8(rows, values, scale, elements)
+    return values.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def fill_float8(weight: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Round weight (out, in) into values (out, in) e4m3 and scale (out, 1); a few rows at a time, to save memory."""
-    rows = max(1, _ROWS // max(1, weight.shape[1]))
-    for at in range(0, weight.shape[0], rows):
+def fill_float8(x: Tensor, values: Tensor, scale: Tensor, elements: int = _ELEMENTS) -> None:
+    """Round x (m, n) into values (m, n) e4m3 and scale (m, 1), about `elements` at a time.
+
+    Three passes over x: its peaks, the division, which is exact, and the rounding. bf16 has fp32's exponents and is not
+    widened for it.
+    """
+    scale.copy_(_scales(x))
+    wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+    rows = max(1, elements // max(1, x.shape[1]))
+    for at in range(0, x.shape[0], rows):
         part = slice(at, at + rows)
-        rounded, scales = to_float8(weight[part])
-        values[part].copy_(rounded)
-        scale[part].copy_(scales)
+        values[part].copy_(x[part].to(wide) / scale[part].to(wide))
+
+
+def _scales(x: Tensor) -> Tensor:
+    """(..., 1) fp32: the smallest power of two, no less than 2^-126, by which no element of a row exceeds LARGEST."""
+    peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).float()
+    mantissa, exponent = torch.frexp(peak / LARGEST)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=_SMALLEST)
+    return torch.where(peak > 0, torch.ldexp(torch.ones_like(peak), exponent), 1.0)
 
 
 class Float8Linear(nn.Module):
-    """As `nn.Linear`, with `weight` (out, in) in e4m3 and `weight_scale` (out, 1) in fp32. No gradients."""
+    """As `nn.Linear`, with `weight` (out, in) in e4m3 and `weight_scale` (out, 1) in fp32. No gradients.
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, device: torch.device | str | None = None) -> None:
+    multiplies: whether bf16 inputs are rounded as well and multiplied in fp8, see `has_float8_matmul`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        multiplies: bool = False,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=FLOAT8, device=device), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(outputs, 1, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs, device=device), requires_grad=False) if bias else None
+        self.multiplies = multiplies and not (inputs % _ALIGNMENT or outputs % _ALIGNMENT)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.numel() and x.dtype == torch.bfloat16 and self._multiplies_float8(x.device):
+        if self.multiplies and x.numel() and x.dtype == torch.bfloat16:
             return self.scaled_matmul(x)
         return F.linear(x, self.weight.to(x.dtype) * self.weight_scale.to(x.dtype), self.bias)
 
-    def _multiplies_float8(self, device: torch.device) -> bool:
-        aligned = not any(size % _ALIGNMENT for size in self.weight.shape)
-        return aligned and has_float8_matmul(device)
-
     def scaled_matmul(self, x: Tensor) -> Tensor:
-        """x (..., in) bf16 rounded to fp8 by rows, times the weight in fp8; sums in fp32, result (..., out) bf16."""
-        from torchao.float8.inference import addmm_float8_unwrapped_inference
+        """x (..., in) bf16 rounded to fp8 by rows, times the weight in fp8; result (..., out) bf16.
 
+        Sums are kept in fp32: the faster way of the hardware, which carries fewer bits of them, is not asked for.
+        """
         values, scale = to_float8(x.flatten(0, -2))
-        out = addmm_float8_unwrapped_inference(
-            values, scale, self.weight.t(), self.weight_scale.t(), x.dtype, bias=self.bias, use_fast_accum=True
-        )
+        out = _multiply(values, scale, self.weight.t(), self.weight_scale.t(), x.dtype, self.bias)
         return out.unflatten(0, x.shape[:-1])
+
+
+def _multiply(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
+    if a.is_meta:  # to count: the op below torchao's function, which may not be there where a plan is made
+        return torch._scaled_mm(a, b, a_scale, b_scale, bias, out_dtype=dtype)
+    from torchao.float8.inference import addmm_float8_unwrapped_inference
+
+    return addmm_float8_unwrapped_inference(a, a_scale, b, b_scale, dtype, bias=bias, use_fast_accum=False)
 
 
 def has_float8_matmul(device: torch.device) -> bool:
@@ -80,10 +119,17 @@ def has_float8_matmul(device: torch.device) -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
-def use_float8(module: nn.Module, names: Iterable[str]) -> None:
+def plans_float8_matmul(device: torch.device | str) -> bool:
+    """`has_float8_matmul` of this machine's GPU; of one that is only planned for, that it would."""
+    device = torch.device(device)
+    return device.type == "cuda" and (not torch.cuda.is_available() or has_float8_matmul(device))
+
+
+def use_float8(module: nn.Module, names: Iterable[str], multiplies: bool = False) -> None:
     """Put a `Float8Linear` into the place of each linear layer named; their weights are not taken over.
 
-    names: paths inside `module`; those it has not are skipped (the last block of some models has fewer).
+    names: paths inside `module`; those it has not are skipped (the last block of some models has fewer). multiplies:
+    as for `Float8Linear`, on the device where the module will run.
     """
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -96,4 +142,5 @@ def use_float8(module: nn.Module, names: Iterable[str]) -> None:
             continue
         assert isinstance(linear, nn.Linear), f"{name} is no linear layer"
         device = linear.weight.device
-        setattr(owner, leaf, Float8Linear(linear.in_features, linear.out_features, linear.bias is not None, device))
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+        setattr(owner, leaf, Float8Linear(*sizes, device, multiplies))

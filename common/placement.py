@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.blocks import Blocks, FromFile, FromHost, FromShares, Image, Source, Stream, bind
 from common.checkpoint import Checkpoint
 from common.checks import OFFLOADS
-from common.fp8 import use_float8
+from common.fp8 import has_float8_matmul, use_float8
 from common.parallel import Axis
 from common.weights import Progress, Rename, WeightReader, check, load
 
@@ -89,7 +89,7 @@ def place(
     assert isinstance(blocks, Blocks)
     if placement.float8 or has_float8(checkpoint):
         for block in blocks:
-            use_float8(block, model.matmuls)  # type: ignore[arg-type]
+            use_float8(block, model.matmuls, has_float8_matmul(device))  # type: ignore[arg-type]
     if placement.offload in ("none", "stage") and not (placement.shard and world.size > 1):
         return load(model, checkpoint, rename, device, dtype, exact, progress=progress)
     on_device = WeightReader(model, checkpoint, rename, device, dtype, exact)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.blocks import Blocks, FromFile, Image, Stream, bind
 from common.checkpoint import DTYPE_NAMES, is_zip, load_pickle, open_checkpoint, read_index
-from common.fp8 import FLOAT8, SCALE, fill_float8, use_float8
+from common.fp8 import FLOAT8, SCALE, fill_float8, has_float8_matmul, use_float8
 from common.schema import MAX_LAYERS, CheckpointError, bounded, build, one_of, quoted, read_object, shown
 from common.weights import CASTABLE, assign
 
@@ -157,7 +157,7 @@ def load_t5(
     mapped = _mapped(files, _shapes(model))
     layers = model.encoder.block = Blocks(model.encoder.block)  # type: ignore[arg-type]
     for layer in layers if float8 else ():
-        use_float8(layer, FLOAT8_LAYERS)
+        use_float8(layer, FLOAT8_LAYERS, has_float8_matmul(torch.device(device)))
     for name in list(mapped):
         if not (stream and name.startswith(_LAYERS)):
             kind = model.get_parameter(name).dtype if float8 else dtype

@@ -23,6 +23,7 @@ from cogvideox_xdit.workload import workload as cogvideox_workload
 from common.choice import GIB, WORKSPACE, Choice, Room, candidates, choose_placement
 from common.decode import MARGIN, SPARE, DecodePlan
 from common.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
+from common.fp8 import Float8Linear
 from common.layout import Coordinates
 from common.parallel import Layout, Mesh, distributed
 from common.placement import Placement, resident_bytes
@@ -147,6 +148,15 @@ def small_official(name: str, mesh: Mesh) -> Workload:
     if name == "mochi":
         return mochi_workload(None, mesh, *size, negative=True)
     return cogvideox_workload(replace(CONFIGS["5b"], layers=2), VAEConfig(), mesh, *size)
+
+
+def test_float8_is_counted_on_the_path_that_a_gpu_takes():
+    """Rounded activations beside the wide ones; the same products."""
+    mesh = Mesh()
+    on = {d: Estimator(small_official("mochi", mesh), mesh, Precision(float8=True), d) for d in ("cpu", "cuda")}
+    assert on["cpu"].flops == on["cuda"].flops
+    assert any(layer.multiplies for layer in on["cuda"].model.modules() if isinstance(layer, Float8Linear))
+    assert on["cuda"].activations > on["cpu"].activations + 64 * 2**20
 
 
 def small_model(name: str) -> Model:

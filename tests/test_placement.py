@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from common.blocks import Blocks, FromHost, FromShares, Image, Stream, bind
+from common.decode import PeakMemory
 from common.fp8 import FLOAT8, LARGEST, Float8Linear, fill_float8, has_float8_matmul, to_float8, use_float8
 from common.parallel import Layout, Mesh, distributed
 from common.placement import Placement, place, resident_bytes
@@ -214,6 +217,53 @@ def test_rounding_by_pieces_is_rounding_at_once():
     fill_float8(weight, values, scale)
     whole, scales = to_float8(weight)
     assert torch.equal(values.view(torch.uint8), whole.view(torch.uint8)) and torch.equal(scale, scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("elements", [70, 1 << 26])
+def test_rounding_without_widening_is_rounding_in_fp32(dtype, elements):
+    """bf16 is divided as it is: by a power of two, which loses nothing."""
+    x = (torch.randn(64, 33) * torch.logspace(-6, 4, 64)[:, None]).to(dtype)
+    values, scale = to_float8(x.view(8, 8, 33), elements)
+    assert values.shape == (8, 8, 33) and scale.shape == (8, 8, 1)
+    want = (x.float() / scale.view(64, 1)).to(FLOAT8)
+    assert torch.equal(values.view(torch.uint8).view(64, 33), want.view(torch.uint8))
+    compiled, scales = torch.compile(to_float8, backend="eager", fullgraph=True)(x)
+    assert torch.equal(compiled.view(torch.uint8), want.view(torch.uint8)) and torch.equal(scales, scale.view(64, 1))
+
+
+def test_what_a_gpu_holds_to_multiply_in_eight_bits_is_counted():
+    """The rounded inputs and one piece on its way, not two fp32 copies; and not the widened weight of other devices."""
+    tokens, inputs, outputs = 1 << 16, 4096, 1024
+    x = torch.empty(1, tokens, inputs, dtype=torch.bfloat16, device="meta")
+    peaks = {}
+    for multiplies in (False, True):
+        layer = Float8Linear(inputs, outputs, bias=False, device="meta", multiplies=multiplies)
+        with torch.inference_mode(), PeakMemory() as memory:
+            assert layer(x).shape == (1, tokens, outputs)
+        peaks[multiplies] = memory.peak
+    # 2^26 elements on their way: a quarter of them all, in bf16.
+    rounded, piece, product = tokens * inputs, (1 << 26) * 2, tokens * outputs * 2
+    assert rounded + max(piece, product) <= peaks[True] <= (rounded + max(piece, product)) * 1.01
+    assert peaks[False] < peaks[True], "what the estimate for a GPU counted before"
+
+
+def test_sums_are_not_asked_to_be_kept_in_fewer_bits(monkeypatch):
+    asked = {}
+
+    def multiply(a, *_, **options):
+        asked.update(options)
+        return torch.zeros(a.shape[0], 32, dtype=torch.bfloat16)
+
+    module = ModuleType("torchao.float8.inference")
+    module.addmm_float8_unwrapped_inference = multiply
+    for name in ("torchao", "torchao.float8"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "torchao.float8.inference", module)
+    layer = Float8Linear(64, 32, bias=False, multiplies=True)
+    fill_float8(torch.randn(32, 64), layer.weight, layer.weight_scale)
+    assert layer(torch.randn(2, 7, 64).to(torch.bfloat16)).shape == (2, 7, 32)
+    assert asked["use_fast_accum"] is False
 
 
 @pytest.mark.parametrize("bias", [False, True])
