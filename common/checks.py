@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.layout import guidance_first, layouts_of
+from common.layout import Layout, guidance_first, layouts_of
 
-Degrees = tuple[int, int, int]  # cfg, ring, ulysses: the order of common.layout.Layout
 ENGINES = ("native", "xfuser")
 DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
@@ -86,7 +85,7 @@ def choose_degrees(
     cfg: int | None = None,
     ring: int | None = None,
     ulysses: int | None = None,
-) -> Degrees:
+) -> Layout:
     """Fill in the degrees that are None so that cfg * ring * ulysses == ranks, by `common.layout.guidance_first`.
 
     Raises ValueError, with the nearest layouts that fit, when there is no such product.
@@ -96,29 +95,28 @@ def choose_degrees(
         layout
         for layout in layouts_of(ranks)
         if layout.ulysses <= heads
-        and all(want in (None, have) for want, have in zip(asked, (layout.cfg, layout.ring, layout.ulysses)))
+        and all(want in (None, have) for want, have in zip(asked, layout.degrees))
         # Without guidance there is no second branch to compute.
         and (guided or layout.cfg == 1 or cfg == 2)
     ]
     if not fitting:
         raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, asked)}")
-    best = min(fitting, key=guidance_first(guided))
-    return best.cfg, best.ring, best.ulysses
+    return min(fitting, key=guidance_first(guided))
 
 
 def near_layouts(ranks: int, heads: int, asked: tuple[int | None, ...], count: int = 3) -> str:
     """The layouts of `ranks` nearest to what was asked, as options one can type."""
 
-    def distance(layout: Degrees) -> float:
-        return sum(abs(math.log(have / want)) for have, want in zip(layout, asked) if want)
+    def distance(layout: Layout) -> float:
+        return sum(abs(math.log(have / want)) for have, want in zip(layout.degrees, asked) if want)
 
-    layouts = [(d.cfg, d.ring, d.ulysses) for d in layouts_of(ranks) if d.ulysses <= heads]
+    layouts = [layout for layout in layouts_of(ranks) if layout.ulysses <= heads]
     return "; ".join(as_options(layout) for layout in sorted(layouts, key=distance)[:count])
 
 
-def as_options(layout: Degrees) -> str:
-    cfg, ring, ulysses = layout
-    return f"--ulysses-degree {ulysses} --ring-degree {ring}{' --cfg-parallel' if cfg == 2 else ''}"
+def as_options(layout: Layout) -> str:
+    cfg = " --cfg-parallel" if layout.cfg == 2 else ""
+    return f"--ulysses-degree {layout.ulysses} --ring-degree {layout.ring}{cfg}"
 
 
 def _ranks(count: int) -> str:

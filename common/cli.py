@@ -24,7 +24,6 @@ from common.checks import (
     DTYPES,
     ENGINES,
     OFFLOADS,
-    Degrees,
     Ranks,
     Rules,
     dry_run_problems,
@@ -36,6 +35,7 @@ from common.checks import (
 )
 from common.degrees import choose_layout
 from common.host import gpus_are_hidden
+from common.layout import Layout
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
@@ -139,9 +139,7 @@ def _options(program: Program) -> list[click.Parameter]:
             "disk: they are read from the checkpoint in every step. Default: what fits.",
         ),
         option("--shard-weights", is_flag=True, help="Every rank keeps a part of each block; a gather makes it whole."),
-        option(
-            "--text-dtype", type=choice(["bf16", "fp16", "fp32", "fp64", "fp8"]), help="Precision of the T5 encoder."
-        ),
+        option("--text-dtype", type=choice(DTYPES), help="Precision of the T5 encoder."),
         option("--text-cache", type=path, help="Directory that keeps text features, so that known prompts skip T5."),
         option("--compile", is_flag=True, help="Compile the transformer's blocks; pays from the second step on."),
         option("--compile-vae", is_flag=True, help="Compile the decoder's parts that keep nothing between chunks."),
@@ -263,18 +261,18 @@ class _Reader:
         self._placement()
         extra = {option.name: self.values[option.name] for option in self.program.options}
         self.problems += self.program.check(extra, videos)
-        ranks, degrees, chosen = self._layout(rules)
+        ranks, layout, chosen = self._layout(rules)
         if self.values["engine"] == "xfuser":
             dtype = self.values["dtype"] or rules.dtype
             device, kernel = "cuda" if self.gpus else "cpu", self.values["attention"]
-            self.problems += xfuser_problems(device, kernel, dtype, rules.heads, degrees[2])
+            self.problems += xfuser_problems(device, kernel, dtype, rules.heads, layout.ulysses)
         if self.problems:
             raise WrongUse(list(dict.fromkeys(self.problems)))
         taken = {name: self.values[name] for name in AS_GIVEN} | {"device": "cuda" if self.gpus else "cpu"}
         kept = {"none": True, None: len(videos) > 1}.get(self.values["offload"], False)
         taken["keep_loaded"] = self._value("keep_loaded", kept)
         dtype = self.values["dtype"] or rules.dtype
-        setup = Setup(source, rules, ranks, degrees, chosen, dtype=dtype, extra=extra, **taken)
+        setup = Setup(source, rules, ranks, layout, chosen, dtype=dtype, extra=extra, **taken)
         return Request(setup, self.output, tuple(videos), tuple(self._remarks()), self.dry)
 
     def _source(self) -> tuple[Source, Rules]:
@@ -398,7 +396,7 @@ class _Reader:
             self.problems.append(f"--output: {problem}")
         return output
 
-    def _layout(self, rules: Rules) -> tuple[int, Degrees, bool]:
+    def _layout(self, rules: Rules) -> tuple[int, Layout, bool]:
         ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
         cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
         self._positive("gpus")
@@ -411,9 +409,9 @@ class _Reader:
         wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong
         if wrong:
-            return ranks.count, (1, 1, 1), False
-        degrees = choose_layout(self.program.models, ranks.count, rules.heads, guided, cfg, ring, ulysses)
-        return ranks.count, degrees, None in (cfg, ring, ulysses) and ranks.count > 1
+            return ranks.count, Layout(), False
+        layout = choose_layout(self.program.models, ranks.count, rules.heads, guided, cfg, ring, ulysses)
+        return ranks.count, layout, None in (cfg, ring, ulysses) and ranks.count > 1
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
         asked, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.checks import Degrees, choose_degrees
+from common.checks import choose_degrees
+from common.layout import Layout
 
 
 def choose_layout(
@@ -15,7 +16,7 @@ def choose_layout(
     cfg: int | None = None,
     ring: int | None = None,
     ulysses: int | None = None,
-) -> Degrees:
+) -> Layout:
     """The degrees that were not given: the planner's for one of these models on this machine, else the rule of thumb.
 
     Raises ValueError as `common.checks.choose_degrees` does.
@@ -23,6 +24,4 @@ def choose_layout(
     from planner import layouts  # not needed for --help
 
     planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses)
-    if planned is not None:
-        return planned.cfg, planned.ring, planned.ulysses
-    return choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
+    return planned or choose_degrees(ranks, heads, guided, cfg, ring, ulysses)

@@ -33,7 +33,7 @@ def run(program: Program, request: Request) -> int:
     if setup.source.demo is not None:
         folder = program.make_demo(setup.source.demo)
         setup = replace(setup, source=replace(setup.source, model_dir=folder))
-    layout = Layout(*setup.degrees)
+    layout = setup.layout
     _head(program, setup, video, layout)
     counted: dict[int, Estimator] = {}
     for rank in dict.fromkeys((0, layout.ranks - 1)):
@@ -50,9 +50,8 @@ def run(program: Program, request: Request) -> int:
 def official_workload(model: Model, size: Size, mesh: Mesh) -> Workload:
     """What a rank runs for one video of a registered model, by the model's own program and its official numbers."""
     program = fork_of(model).module("cli").PROGRAM
-    degrees = (mesh.layout.cfg, mesh.layout.ring, mesh.layout.ulysses)
     extra = {option.name: option.default for option in program.options}
-    setup = Setup(Source(official=model.name), model.rules, mesh.layout.ranks, degrees, chosen=False, extra=extra)
+    setup = Setup(Source(official=model.name), model.rules, mesh.layout.ranks, mesh.layout, chosen=False, extra=extra)
     scale = model.rules.cfg_scale if size.guided else 1.0
     numbers = (size.width, size.height, size.num_frames, size.num_steps, scale, model.rules.fps)
     return program.workload(setup, Video("", "", *numbers, Path()), mesh)

@@ -37,6 +37,11 @@ class Layout:
     def ranks(self) -> int:
         return self.cfg * self.sequence
 
+    @property
+    def degrees(self) -> tuple[int, int, int]:
+        """cfg, ring, ulysses: from the outermost axis to the innermost."""
+        return self.cfg, self.ring, self.ulysses
+
     def __str__(self) -> str:
         return f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
 

@@ -174,15 +174,14 @@ def _connect(setup: Setup, at: launch.Place, stages: Stages) -> Mesh:
         if not setup.on_cpu:  # before torch starts its threads and CUDA reads its settings
             os.environ.update(allocator_default(os.environ))
             bind_to_gpu(at.local_rank)
-        from common.parallel import Layout, distributed
+        from common.parallel import distributed
 
         if setup.on_cpu:
             launch.split_cores(at)
-        layout = Layout(*setup.degrees)
-        mesh = distributed(layout, "cpu" if setup.on_cpu else setup.device, setup.timeout)
+        mesh = distributed(setup.layout, "cpu" if setup.on_cpu else setup.device, setup.timeout)
     stages.device = mesh.device
     ranks = "1 rank" if setup.ranks == 1 else f"{setup.ranks} ranks"
-    stages.note(f"{ranks} on {mesh.device.type}: {layout}{' (chosen)' if setup.chosen else ''}")
+    stages.note(f"{ranks} on {mesh.device.type}: {setup.layout}{' (chosen)' if setup.chosen else ''}")
     return mesh
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from common.checks import Degrees, Rules, partial_name
+from common.checks import Rules, partial_name
+from common.layout import Layout
 
 
 class WrongUse(Exception):
@@ -75,7 +76,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the videos of one command are made. degrees: cfg, ring, ulysses; chosen: whether the program chose any.
+    """How the videos of one command are made. chosen: whether the program chose a degree of the layout.
 
     device: cpu or cuda. vae_tile: height, width in pixels. offload None: what fits is chosen, see `common.choice`.
     max_memory: GiB a device may use, None for what is free. extra: the fork's own options by name.
@@ -84,7 +85,7 @@ class Setup:
     source: Source
     rules: Rules
     ranks: int
-    degrees: Degrees
+    layout: Layout
     chosen: bool
     device: str = "cpu"
     dtype: str = "bf16"
@@ -197,10 +198,9 @@ def draw_seeds(videos: Sequence[Video]) -> list[Video]:
 
 def settings(setup: Setup, video: Video) -> dict[str, Any]:
     """Every setting of one video, plain values for the json."""
-    cfg, ring, ulysses = setup.degrees
     flat = asdict(setup) | asdict(video) | dict(setup.extra)
-    for name in ("source", "rules", "degrees", "chosen", "extra", "debug", "take"):
+    for name in ("source", "rules", "layout", "chosen", "extra", "debug", "take"):
         flat.pop(name)
     flat |= {"model_dir": setup.source.model_dir, "demo": setup.source.demo}
-    flat["layout"] = {"cfg": cfg, "ring": ring, "ulysses": ulysses, "ranks": setup.ranks}
+    flat["layout"] = asdict(setup.layout) | {"ranks": setup.ranks}
     return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(flat.items())}

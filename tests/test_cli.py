@@ -43,7 +43,7 @@ def problems(*arguments: str, at: launch.Place | None = None) -> list[str]:
 
 def test_published_single_gpu_command(checkpoint):
     request = read("--model_dir", checkpoint, "--prompt", "a prompt")
-    assert request.setup.ranks == 1 and request.setup.degrees == (1, 1, 1)
+    assert request.setup.ranks == 1 and request.setup.layout.degrees == (1, 1, 1)
     video = request.videos[0]
     assert (video.width, video.height, video.num_frames, video.num_steps, video.cfg_scale) == (848, 480, 49, 64, 4.5)
     assert video.output.parent == Path("outputs") and video.output.suffix == ".mp4"
@@ -59,17 +59,17 @@ def test_published_single_gpu_command(checkpoint):
 def test_published_multi_gpu_commands(checkpoint, monkeypatch, degrees, ranks, layout):
     monkeypatch.setattr(launch, "visible_gpus", lambda: ranks)
     request = read("--model_dir", checkpoint, "--prompt", "prompt", "--use_xdit", *degrees)
-    assert (request.setup.ranks, request.setup.degrees, request.setup.device) == (ranks, layout, "cuda")
+    assert (request.setup.ranks, request.setup.layout.degrees, request.setup.device) == (ranks, layout, "cuda")
     assert any("--use-xdit" in remark for remark in request.remarks)
 
 
 def test_degrees_fill_the_gpus_that_are_asked_for(checkpoint, monkeypatch):
     monkeypatch.setattr(launch, "visible_gpus", lambda: 8)
     common = ("--model-dir", checkpoint, "--prompt", "x", "--ulysses-degree", "2", "--ring-degree", "2")
-    assert read(*common, "--gpus", "8").setup.degrees == (2, 2, 2)
+    assert read(*common, "--gpus", "8").setup.layout.degrees == (2, 2, 2)
     assert read(*common).setup.ranks == 4
-    assert read("--model-dir", checkpoint, "--prompt", "x").setup.degrees == (2, 4, 1)
-    assert read("--model-dir", checkpoint, "--prompt", "x", "--cfg-scale", "1").setup.degrees == (1, 8, 1)
+    assert read("--model-dir", checkpoint, "--prompt", "x").setup.layout.degrees == (2, 4, 1)
+    assert read("--model-dir", checkpoint, "--prompt", "x", "--cfg-scale", "1").setup.layout.degrees == (1, 8, 1)
 
 
 def test_a_users_command_is_answered_in_full(checkpoint):
@@ -165,8 +165,8 @@ def test_launchers_may_show_each_rank_one_gpu(checkpoint, monkeypatch):
 def test_torchruns_world_decides(checkpoint):
     at = launch.Place(rank=1, world_size=6, local_rank=1, local_world_size=6, launcher="torchrun")
     common = ("--model-dir", checkpoint, "--prompt", "x")
-    assert read(*common, at=at).setup.degrees == (2, 3, 1)
-    assert read(*common, "--ulysses-degree", "3", at=at).setup.degrees == (2, 1, 3)
+    assert read(*common, at=at).setup.layout.degrees == (2, 3, 1)
+    assert read(*common, "--ulysses-degree", "3", at=at).setup.layout.degrees == (2, 1, 3)
     assert "6 are running" in problems(*common, "--ring-degree", "4", at=at)[0]
     assert "torchrun started 6" in problems(*common, "--gpus", "4", at=at)[0]
 
@@ -227,7 +227,7 @@ def test_settings_are_plain_values(checkpoint):
 def test_choose_degrees_always_multiplies_to_the_ranks(heads):
     for ranks in range(1, 25):
         for guided in (True, False):
-            cfg, ring, ulysses = choose_degrees(ranks, heads, guided)
+            cfg, ring, ulysses = choose_degrees(ranks, heads, guided).degrees
             assert cfg * ring * ulysses == ranks and ulysses <= heads
             assert cfg == (2 if guided and ranks % 2 == 0 else 1)
 
@@ -239,7 +239,7 @@ def test_layout_problems_agree_with_choose_degrees():
                 for ulysses in (None, 1, 2, 5):
                     wrong = layout_problems(Ranks(ranks, "x"), 4, True, cfg, ring, ulysses)
                     if not wrong:
-                        c, r, u = choose_degrees(ranks, 4, True, cfg, ring, ulysses)
+                        c, r, u = choose_degrees(ranks, 4, True, cfg, ring, ulysses).degrees
                         assert c * r * u == ranks and u <= 4
                         assert all(want in (None, have) for want, have in zip((cfg, ring, ulysses), (c, r, u)))
 

@@ -63,7 +63,7 @@ def test_sizes_without_a_published_limit_and_the_one_that_has_it(tmp_path: Path)
     folder = folder_of("2b", tmp_path / "2b")
     given = ("--prompt", "x", "--gpus", 7, "--ulysses-degree", 7)
     request = read("--model-dir", folder, *given, "--width", 496, "--height", 272, "--num-frames", 16)
-    assert request.setup.degrees == (1, 1, 7)
+    assert request.setup.layout.degrees == (1, 1, 7)
     assert problems("--model-dir", folder, *given, "--num-frames", 21)[0].endswith("nearest: 17 or 24")
     image = folder_of("5b-i2v", tmp_path / "5b-i2v")
     assert "720 x 480 pixels only" in problems("--model-dir", image, *given, "--width", 480, "--height", 720)[0]

@@ -80,7 +80,7 @@ def test_published_layouts_are_accepted(checkpoint: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch, "visible_gpus", lambda: 6)
     base = ("--model_dir", checkpoint, "--prompt", "x", "--id_embeddings", "who.safetensors")
     found = read(*base, "--ring_degree", "3", "--ulysses_degree", "1", "--cfg_parallel").setup
-    assert found.degrees == (2, 3, 1) and found.ranks == 6
+    assert found.layout.degrees == (2, 3, 1) and found.ranks == 6
     assert "heads" in problems(*base, "--gpus", "1", "--ulysses-degree", "49")[0]
 
 

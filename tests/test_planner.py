@@ -284,12 +284,12 @@ def test_the_rule_decides_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch
 def test_a_programs_chooser_asks_the_planner_only_where_it_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planner.layouts.local_profile", lambda: get_profile("h100"))
     choose = partial(degrees.choose_layout, ("mochi",))
-    assert choose(1, 24, True) == (1, 1, 1)
-    assert choose(8, 24, True, ring=2)[1] == 2
+    assert choose(1, 24, True) == Layout()
+    assert choose(8, 24, True, ring=2).ring == 2
     best = choose_layout("mochi", None, 8, "h100")[0]
-    assert choose(8, 24, True) == (best.cfg, best.ring, best.ulysses)
-    assert choose(6, 4, True) == (2, 3, 1)  # a demo's heads: the rule
-    assert choose(4, 24, False)[0] == 1
+    assert choose(8, 24, True) == best
+    assert choose(6, 4, True) == Layout(2, 3, 1)  # a demo's heads: the rule
+    assert choose(4, 24, False).cfg == 1
     with pytest.raises(ValueError, match="layouts of 6 ranks"):
         choose(6, 24, True, ring=4)
 
