@@ -104,8 +104,8 @@ class CausalStream:
         self.link = link or LocalLink()
         self.first, self.last = first, last
 
-    def before(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
-        """The `frames` frames before `x` (B, C, T, H, W): copies of its first frame where the video begins.
+    def before(self, key: Hashable, x: Tensor, frames: int, zeros: bool = False) -> Tensor:
+        """The `frames` frames before `x` (B, C, T, H, W): copies of its first frame where the video begins, or zeros.
 
         `key` names the layer. The chunk's own last frames are handed on before anything is awaited, unless the chunk
         is so short that they reach into the chunk before.
@@ -115,7 +115,12 @@ class CausalStream:
         enough = x.shape[2] >= frames
         if enough and not self.last:
             self.link.send(key, x[:, :, -frames:])
-        before = x[:, :, :1].expand(-1, -1, frames, -1, -1) if self.first else self.link.receive(key, x, frames)
+        if not self.first:
+            before = self.link.receive(key, x, frames)
+        elif zeros:
+            before = x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
+        else:
+            before = x[:, :, :1].expand(-1, -1, frames, -1, -1)
         if not enough and not self.last:
             self.link.send(key, torch.cat([before, x], dim=2)[:, :, -frames:])
         return before
@@ -135,7 +140,10 @@ def silu(x: Tensor) -> Tensor:
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3D convolution that sees no later frame; padding in space is half the kernel, in the given mode."""
+    """A 3D convolution that sees no later frame; padding in space is half the kernel, in the given mode.
+
+    zeros_before: what stands before the video's first frame is zeros, instead of copies of it.
+    """
 
     def __init__(
         self,
@@ -144,13 +152,15 @@ class CausalConv3d(nn.Conv3d):
         kernel: int | tuple[int, int, int],
         padding_mode: Literal["zeros", "replicate"] = "zeros",
         stride: int | tuple[int, int, int] = 1,
+        zeros_before: bool = False,
     ) -> None:
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         padding = (0, (kernel[1] - 1) // 2, (kernel[2] - 1) // 2)
         super().__init__(channels_in, channels_out, kernel, stride, padding, padding_mode=padding_mode)
+        self.zeros_before = zeros_before
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:  # type: ignore[override]
-        before = stream.before(self, x, self.kernel_size[0] - 1)
+        before = stream.before(self, x, self.kernel_size[0] - 1, self.zeros_before)
         cuts = self._cuts(before.shape[2] + x.shape[2], x[:, :, 0].numel())
         if len(cuts) == 1:
             # Rebound, so that the unpadded copy does not live beside the padded one while they are convolved.

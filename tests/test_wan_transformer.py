@@ -45,7 +45,7 @@ def denoise(model, latents, text, t, beside=None, image=None, keep=True):
 def golden(name):
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
-        return config, {key: file.get_tensor(key) for key in file.keys()}
+        return config, {key: file.get_tensor(key) for key in list(file.keys())}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -192,7 +192,16 @@ class WanTransformer(nn.Module):
     Raises ValueError when `sp` has more Ulysses ranks than the model has heads.
     """
 
-    matmuls = ("attention.qkv", "attention.out", "cross.q", "cross.kv", "cross.image_kv", "cross.out", "ff_in", "ff_out")
+    matmuls = (
+        "attention.qkv",
+        "attention.out",
+        "cross.q",
+        "cross.kv",
+        "cross.image_kv",
+        "cross.out",
+        "ff_in",
+        "ff_out",
+    )
 
     def __init__(
         self, config: TransformerConfig, sp: SequenceParallel | None = None, residual: torch.dtype | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.weights import Concat, Rename
-from wan_xdit.config import TransformerConfig
+from wan_xdit.config import TransformerConfig, VAEConfig
 
 _ORIGINAL_TOP = {
     "patch.proj": "patch_embedding",
@@ -104,3 +104,39 @@ def rename_table(config: TransformerConfig, layout: str) -> Rename:
             full = tuple(f"blocks.{i}.{name}" for name in names)
             table[f"blocks.{i}.{ours}"] = full[0] if isinstance(theirs, str) else Concat(full)
     return table
+
+
+def vae_tables(config: VAEConfig) -> tuple[Rename, Rename]:
+    """Our decoder's and encoder's modules -> the names of the original `.pth`, which holds both."""
+    decoder: dict[str, str] = {"latents": "conv2"} | _vae_ends("decoder")
+    encoder: dict[str, str] = {"moments": "conv1"} | _vae_ends("encoder")
+    # 2.1 counts all blocks of a direction through; 2.2 has a list inside each stage.
+    for table, name, depth in (
+        (decoder, "decoder.upsamples", config.depth + 1),
+        (encoder, "encoder.downsamples", config.depth),
+    ):
+        count, leaf = 0, name.split(".")[1]
+        for stage in range(len(config.temporal) + 1):
+            for block in range(depth + 1):
+                where = f"{name}.{stage}.{leaf}.{block}" if config.shortcuts else f"{name}.{count}"
+                if block < depth:
+                    table |= _res_block(f"stages.{stage}.blocks.{block}", where)
+                elif stage < len(config.temporal):
+                    table |= {
+                        f"stages.{stage}.resize.space": f"{where}.resample.1",
+                        f"stages.{stage}.resize.time": f"{where}.time_conv",
+                    }
+                count += block < depth or stage < len(config.temporal)
+    return decoder, encoder
+
+
+def _vae_ends(half: str) -> dict[str, str]:
+    table = {"conv_in": f"{half}.conv1", "norm": f"{half}.head.0", "conv_out": f"{half}.head.2"}
+    table |= _res_block("middle.first", f"{half}.middle.0") | _res_block("middle.last", f"{half}.middle.2")
+    attention = {"norm": "norm", "qkv": "to_qkv", "out": "proj"}
+    return table | {f"middle.attention.{ours}": f"{half}.middle.1.{theirs}" for ours, theirs in attention.items()}
+
+
+def _res_block(ours: str, theirs: str) -> dict[str, str]:
+    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    return {f"{ours}.{name}": f"{theirs}.{part}" for name, part in (parts | {"shortcut": "shortcut"}).items()}
