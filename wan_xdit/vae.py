@@ -22,15 +22,14 @@ def conv(channels_in: int, channels_out: int, kernel: int = 3) -> CausalConv3d:
 
 
 class ChannelNorm(nn.Module):
-    """Each place's channels scaled to length sqrt(C), times gamma; (B, C, T, H, W)."""
+    """Each place's channels scaled to length sqrt(C), times gamma; (B, C, T, H, W), or (B, C, H, W) with `dims` 2."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dims: int = 3) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels))
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        gamma = self.gamma.view(-1, 1, 1, 1) * self.gamma.shape[0] ** 0.5
-        return F.normalize(x, dim=1) * gamma
+        return F.normalize(x, dim=1) * self.gamma.shape[0] ** 0.5 * self.gamma
 
 
 class ResBlock(nn.Module):
@@ -49,19 +48,18 @@ class ResBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Every place of a frame attends to all places of it, with one head."""
+    """Every place of a frame attends to all places of it, with one head; (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = ChannelNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
+        self.norm = ChannelNorm(channels, dims=2)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, stream: CausalStream) -> Tensor:
-        tokens = self.norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # b t (h w) c
-        q, k, v = self.qkv(tokens).chunk(3, dim=-1)
-        h = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + h.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # b (h w) 3c
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        return x + self.out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 def each_frame(layer: nn.Module, x: Tensor) -> Tensor:
@@ -164,7 +162,7 @@ class Middle(nn.Module):
         self.last = ResBlock(channels, channels)
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:
-        return self.last(self.attention(self.first(x, stream), stream), stream)
+        return self.last(each_frame(self.attention, self.first(x, stream)), stream)
 
 
 class WanDecoder(VideoDecoder):

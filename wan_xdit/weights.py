@@ -106,37 +106,63 @@ def rename_table(config: TransformerConfig, layout: str) -> Rename:
     return table
 
 
-def vae_tables(config: VAEConfig) -> tuple[Rename, Rename]:
-    """Our decoder's and encoder's modules -> the names of the original `.pth`, which holds both."""
-    decoder: dict[str, str] = {"latents": "conv2"} | _vae_ends("decoder")
-    encoder: dict[str, str] = {"moments": "conv1"} | _vae_ends("encoder")
-    # 2.1 counts all blocks of a direction through; 2.2 has a list inside each stage.
-    for table, name, depth in (
-        (decoder, "decoder.upsamples", config.depth + 1),
-        (encoder, "encoder.downsamples", config.depth),
-    ):
-        count, leaf = 0, name.split(".")[1]
-        for stage in range(len(config.temporal) + 1):
-            for block in range(depth + 1):
-                where = f"{name}.{stage}.{leaf}.{block}" if config.shortcuts else f"{name}.{count}"
-                if block < depth:
-                    table |= _res_block(f"stages.{stage}.blocks.{block}", where)
-                elif stage < len(config.temporal):
-                    table |= {
-                        f"stages.{stage}.resize.space": f"{where}.resample.1",
-                        f"stages.{stage}.resize.time": f"{where}.time_conv",
-                    }
-                count += block < depth or stage < len(config.temporal)
-    return decoder, encoder
+_VAE = {
+    # Ours, the original's, diffusers'.
+    "norm1": ("residual.0", "norm1"),
+    "conv1": ("residual.2", "conv1"),
+    "norm2": ("residual.3", "norm2"),
+    "conv2": ("residual.6", "conv2"),
+    "shortcut": ("shortcut", "conv_shortcut"),
+}
+_VAE_ENDS = {
+    "conv_in": ("conv1", "conv_in"),
+    "norm": ("head.0", "norm_out"),
+    "conv_out": ("head.2", "conv_out"),
+    "middle.attention.norm": ("middle.1.norm", "mid_block.attentions.0.norm"),
+    "middle.attention.qkv": ("middle.1.to_qkv", "mid_block.attentions.0.to_qkv"),
+    "middle.attention.out": ("middle.1.proj", "mid_block.attentions.0.proj"),
+}
+_VAE_MIDDLE = {"middle.first": ("middle.0", "mid_block.resnets.0"), "middle.last": ("middle.2", "mid_block.resnets.1")}
 
 
-def _vae_ends(half: str) -> dict[str, str]:
-    table = {"conv_in": f"{half}.conv1", "norm": f"{half}.head.0", "conv_out": f"{half}.head.2"}
-    table |= _res_block("middle.first", f"{half}.middle.0") | _res_block("middle.last", f"{half}.middle.2")
-    attention = {"norm": "norm", "qkv": "to_qkv", "out": "proj"}
-    return table | {f"middle.attention.{ours}": f"{half}.middle.1.{theirs}" for ours, theirs in attention.items()}
+def decoder_table(config: VAEConfig, layout: str) -> Rename:
+    """Our decoder's modules -> the names of a layout; its files hold the encoder as well."""
+    return {"latents": "conv2" if layout == "original" else "post_quant_conv"} | _half("decoder", config, layout)
 
 
-def _res_block(ours: str, theirs: str) -> dict[str, str]:
-    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
-    return {f"{ours}.{name}": f"{theirs}.{part}" for name, part in (parts | {"shortcut": "shortcut"}).items()}
+def encoder_table(config: VAEConfig, layout: str) -> Rename:
+    """Our encoder's modules -> the names of a layout; its files hold the decoder as well."""
+    return {"moments": "conv1" if layout == "original" else "quant_conv"} | _half("encoder", config, layout)
+
+
+def _half(half: str, config: VAEConfig, layout: str) -> dict[str, str]:
+    column = LAYOUTS.index(layout)
+    table = {ours: f"{half}.{names[column]}" for ours, names in _VAE_ENDS.items()}
+    blocks = {ours: f"{half}.{names[column]}" for ours, names in _VAE_MIDDLE.items()}
+    depth = config.depth + (half == "decoder")
+    places = _original_places if layout == "original" else _diffusers_places
+    for stage in range(len(config.temporal) + 1):
+        inside, resize = places(half, config, stage, depth)
+        blocks |= {f"stages.{stage}.blocks.{k}": f"{half}.{name}" for k, name in enumerate(inside)}
+        table[f"stages.{stage}.resize.space"] = f"{half}.{resize}.resample.1"
+        table[f"stages.{stage}.resize.time"] = f"{half}.{resize}.time_conv"
+    return table | {
+        f"{ours}.{part}": f"{theirs}.{names[column]}" for ours, theirs in blocks.items() for part, names in _VAE.items()
+    }
+
+
+def _original_places(half: str, config: VAEConfig, stage: int, depth: int) -> tuple[list[str], str]:
+    """A stage's residual blocks and its change of size. 2.1 counts both through; 2.2 has a list in each stage."""
+    name = "upsamples" if half == "decoder" else "downsamples"
+    start, prefix = (0, f"{name}.{stage}.{name}") if config.shortcuts else (stage * (depth + 1), name)
+    return [f"{prefix}.{start + k}" for k in range(depth)], f"{prefix}.{start + depth}"
+
+
+def _diffusers_places(half: str, config: VAEConfig, stage: int, depth: int) -> tuple[list[str], str]:
+    if half == "encoder" and not config.shortcuts:
+        return [
+            f"down_blocks.{stage * (depth + 1) + k}" for k in range(depth)
+        ], f"down_blocks.{stage * (depth + 1) + depth}"
+    outer, resize = ("up_blocks", "upsampler") if half == "decoder" else ("down_blocks", "downsampler")
+    resize = resize if config.shortcuts else f"{resize}s.0"
+    return [f"{outer}.{stage}.resnets.{k}" for k in range(depth)], f"{outer}.{stage}.{resize}"
