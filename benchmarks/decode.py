@@ -114,11 +114,10 @@ def one_rank(pipe: Connection, rank: int, ranks: int, port: int, how: str, optio
                 result = measure(lambda: decode(z).shape[2], mesh, options.repeat)
         else:
             plan = DecodePlan("exact", shape[1] if how == "whole" else options.chunk)
-            split = TimeSplit(mesh.world, mesh.device)
+            split = TimeSplit(mesh.world)
             pieces = lambda: sum(len(p) for p in decode_frames(decoder, z, plan, split) if p is not None)  # noqa: E731
             result = measure(pieces, mesh, options.repeat)
             result["estimate"] = decode_memory(decoder, shape, plan)
-            split.close()
         pipe.send(result)
 
 

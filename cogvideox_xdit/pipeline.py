@@ -196,12 +196,9 @@ class CogVideoXPipeline(Pipeline):
     def _encode_frames(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """A sample of the autoencoder's latents of frames (T, H, W, 3): (1, C, t, h, w) on the CPU, unscaled."""
         wide = latent_dtype(self.dtype)
-        split = TimeSplit(self.mesh.world, self.device)
-        try:
-            with self.models.use("encoder", self._load_encoder) as encoder, self.stages.stage("encoding video"):
-                mean, logvar = (x.to("cpu", wide) for x in encode(encoder, pixels(frames, wide), split))
-        finally:
-            split.close()
+        with self.models.use("encoder", self._load_encoder) as encoder, self.stages.stage("encoding video"):
+            split = TimeSplit(self.mesh.world)
+            mean, logvar = (x.to("cpu", wide) for x in encode(encoder, pixels(frames, wide), split))
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
         return mean + torch.exp(logvar / 2) * noise
 
@@ -254,7 +251,7 @@ class CogVideoXPipeline(Pipeline):
 
     def _load_transformer(self) -> CogVideoXTransformer:
         with self.stages.loading("loading transformer") as progress:
-            options = (self.device, self.dtype, progress, self.placement, self.mesh.world)
+            options = (self.device, self.dtype, progress, self.placement, self.mesh.weights)
             return load_transformer(self.model_dir, self.config, self.sp, *options)
 
     def _load_encoder(self) -> CogVideoXEncoder:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from common.blocks import Blocks, FromShares, Image
 from common.decode import DecodePlan, PeakMemory, VideoDecoder, decode_memory, decode_plans, plan_decode
 from common.fp8 import Float8Linear, plans_float8_matmul, use_float8
-from common.parallel import Axis, Layout, Mesh
+from common.parallel import Axis, Layout, Mesh, build_mesh
 from common.placement import Placement
 from common.t5 import FLOAT8_LAYERS, EncoderFiles, new_t5
 from common.weights import assign
@@ -148,13 +148,7 @@ def imagined(layout: Layout, rank: int = 0) -> Mesh:
     if layout.ranks == 1:
         return Mesh(layout=layout)
     dist.init_process_group("fake", rank=rank, world_size=layout.ranks, store=FakeStore())
-    names = ("cfg", "ring", "ulysses")
-    grid = dist.init_device_mesh("cpu", tuple(getattr(layout, n) for n in names), mesh_dim_names=names)
-    parts = {name: grid[name] for name in names} | {"sequence": grid["ring", "ulysses"]._flatten("sequence")}
-    axes: dict[str, Any] = {
-        n: Axis(m.size(), m.get_local_rank(), m.get_group()) if m.size() > 1 else Axis() for n, m in parts.items()
-    }
-    return Mesh(layout=layout, world=Axis(layout.ranks, rank, dist.group.WORLD), **axes)
+    return build_mesh(layout, torch.device("cpu"))
 
 
 class Estimator:

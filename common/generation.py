@@ -169,24 +169,19 @@ def decode_video(
     plans = plan_decode(decoder, size, free_memory(mesh, room), plans)
     if mesh.world.size > 1 and mesh.device.type == "cuda":
         plans = (agree(plans, lambda plan: probe(decoder, size, plan), mesh.world, mesh.device),)
-    split = TimeSplit(mesh.world, mesh.device)
-    try:
-        for i, plan in enumerate(plans):
-            stages.note(f"decode: {plan}")
-            if mode == "auto" and plan.mode == "tiled" and tile is None:
-                stages.warn(
-                    "the exact decode does not fit into memory; seams of tiles are blended (see docs/fidelity.md)"
-                )
-            try:
-                return _collect(decode(plan, split), len(decoder.chunks(frames, plan.chunk)), stages)
-            except (torch.OutOfMemoryError, MemoryError):
-                if mesh.world.size > 1 or i == len(plans) - 1:
-                    raise
-                stages.warn(f"out of memory decoding ({plan}); trying a smaller way")
-            release_memory()
-        raise AssertionError("there is always a plan")
-    finally:
-        split.close()
+    split = TimeSplit(mesh.world)
+    for i, plan in enumerate(plans):
+        stages.note(f"decode: {plan}")
+        if mode == "auto" and plan.mode == "tiled" and tile is None:
+            stages.warn("the exact decode does not fit into memory; seams of tiles are blended (see docs/fidelity.md)")
+        try:
+            return _collect(decode(plan, split), len(decoder.chunks(frames, plan.chunk)), stages)
+        except (torch.OutOfMemoryError, MemoryError):
+            if mesh.world.size > 1 or i == len(plans) - 1:
+                raise
+            stages.warn(f"out of memory decoding ({plan}); trying a smaller way")
+        release_memory()
+    raise AssertionError("there is always a plan")
 
 
 def _collect(pieces: Iterator[Tensor | None], chunks: int, stages: Stages) -> Tensor | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from common.request import Program, Request, Setup, WrongUse, draw_seeds, settin
 from common.stopping import Asked, Stopped, stoppable
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from common.parallel import Mesh
 
 SELF_TEST_SECONDS = 60.0
@@ -69,7 +72,7 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
         return launch.supervise(
             command, setup.ranks, setup.on_cpu, handed, setup.debug, lambda: clean_up(request, started)
         )
-    return run_rank(program, request, at, started)
+    return run_rank(program, request, at, started, arguments)
 
 
 def _dry_run(program: Program, request: Request, at: launch.Place) -> int:
@@ -96,8 +99,13 @@ def clean_up(request: Request, since: float) -> str:
     return f"; finished latents are kept, decode them with --from-latents {kept[-1]}" if kept else ""
 
 
-def run_rank(program: Program, request: Request, at: launch.Place, started: float) -> int:
-    """One rank's whole life; returns its exit status, or ends the process when peers may still be waiting for it."""
+def run_rank(
+    program: Program, request: Request, at: launch.Place, started: float, arguments: Sequence[str] = ()
+) -> int:
+    """One rank's whole life; returns its exit status, or ends the process when peers may still be waiting for it.
+
+    arguments: the command line that the request was read from, where every rank has read its own.
+    """
     link = launch.Link(at, request.setup.debug)
     console = None
     if at.rank == 0:
@@ -115,7 +123,7 @@ def run_rank(program: Program, request: Request, at: launch.Place, started: floa
         # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
         with stoppable() if at.world_size == 1 else nullcontext(Asked()) as asked:
             with _reporting(link, stages, after_failure, asked, wrong_use=True):
-                mesh = _connect(request.setup, at, stages)
+                request, mesh = _connect(request, at, stages, arguments)
                 _self_test(mesh, request.setup, stages, link)
                 setup = _with_demo(program, request.setup, mesh, at, stages)
                 with stages.stage("opening the checkpoint", quiet=True):
@@ -169,20 +177,41 @@ def _reporting(
         raise _Failed(status) from None
 
 
-def _connect(setup: Setup, at: launch.Place, stages: Stages) -> Mesh:
+def _connect(request: Request, at: launch.Place, stages: Stages, arguments: Sequence[str]) -> tuple[Request, Mesh]:
+    """The request that all ranks run, and this rank's mesh. Collective."""
     with stages.stage("starting", quiet=True):
-        if not setup.on_cpu:  # before torch starts its threads and CUDA reads its settings
+        if not request.setup.on_cpu:  # before torch starts its threads and CUDA reads its settings
             os.environ.update(allocator_default(os.environ))
             bind_to_gpu(at.local_rank)
-        from common.parallel import distributed
+        from common.parallel import distributed, meet
 
+        store = meet(request.setup.timeout)
+        if at.launcher == "torchrun" and store is not None:
+            request = _of_rank_0(request, at, store, arguments)
+        setup = request.setup
         if setup.on_cpu:
             launch.split_cores(at)
-        mesh = distributed(setup.layout, "cpu" if setup.on_cpu else setup.device, setup.timeout)
+        mesh = distributed(setup.layout, "cpu" if setup.on_cpu else setup.device, setup.timeout, store)
     stages.device = mesh.device
     ranks = "1 rank" if setup.ranks == 1 else f"{setup.ranks} ranks"
     stages.note(f"{ranks} on {mesh.device.type}: {setup.layout}{' (chosen)' if setup.chosen else ''}")
-    return mesh
+    return request, mesh
+
+
+def _of_rank_0(request: Request, at: launch.Place, store: Store, arguments: Sequence[str]) -> Request:
+    """Rank 0's request, on every rank: what was chosen by looking at the machine (layout, device) must be one choice.
+
+    Before any process group exists, for groups of different layouts would wait for each other without end. Raises
+    ValueError on a rank whose command line is another.
+    """
+    if at.rank == 0:
+        store.set("request", pickle.dumps((list(arguments), request)).hex())
+        return request
+    theirs, request = pickle.loads(bytes.fromhex(store.get("request").decode()))
+    if list(arguments) != theirs:
+        mine = shlex.join(arguments)
+        raise ValueError(f"this rank was started with `{mine}`, rank 0 with `{shlex.join(theirs)}`; give all the same")
+    return request
 
 
 def _self_test(mesh: Mesh, setup: Setup, stages: Stages, link: launch.Link) -> None:

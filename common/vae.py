@@ -74,20 +74,30 @@ class PairLink:
     Both ends go through (chunk, layer) in the same order, so the order of the messages says what they are. A send is
     waited for only when the same layer sends again, one round later: by then its receiver, which depends on nothing
     this rank has still to do, has taken it. At most one tail a layer is on its way.
+
+    Each layer has one buffer to send from and one to receive into, for the whole video. Fresh tensors would not be
+    reused on a GPU: the allocator gives out memory that a message has used only after the message is known to be done,
+    and the host queues a whole chunk ahead. Reuse is safe there since NCCL's stream first waits for all that the
+    computing stream had queued when the message was posted, the last use of what was received before among it; and
+    waiting for a message makes the computing stream, not the host, wait, so that a buffer is filled again only after
+    its send is done.
     """
 
     def __init__(self, before: dist.ProcessGroup, after: dist.ProcessGroup) -> None:
         self.before, self.after = before, after
         self.sending: dict[Hashable, Sent] = {}
+        self.received: dict[Hashable, Tensor] = {}
 
     def send(self, key: Hashable, tail: Tensor) -> None:
-        _wait(self.sending.pop(key, None))
-        tail = tail.clone(memory_format=torch.contiguous_format)
-        work = dist.isend(tail, group=self.after, group_dst=1 - dist.get_rank(self.after))
-        self.sending[key] = (work, tail)
+        sent = self.sending.pop(key, None)
+        _wait(sent)
+        buffer = _like(tail, tail.shape, sent and sent[1]).copy_(tail)
+        self.sending[key] = (dist.isend(buffer, group=self.after, group_dst=1 - dist.get_rank(self.after)), buffer)
 
     def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
-        tail = x.new_empty(*x.shape[:2], frames, *x.shape[3:])
+        """See `Link`. What is returned holds until the same layer receives again."""
+        shape = torch.Size((*x.shape[:2], frames, *x.shape[3:]))
+        self.received[key] = tail = _like(x, shape, self.received.get(key))
         _wait((dist.irecv(tail, group=self.before, group_src=1 - dist.get_rank(self.before)), tail))
         return tail
 
@@ -95,6 +105,13 @@ class PairLink:
         for sent in self.sending.values():
             _wait(sent)
         self.sending.clear()
+        self.received.clear()
+
+
+def _like(x: Tensor, shape: torch.Size, kept: Tensor | None) -> Tensor:
+    """`kept` where it has the shape, and dtype and device of `x`; else a new tensor that has."""
+    fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (shape, x.dtype, x.device)
+    return kept if fits and kept is not None else x.new_empty(shape)
 
 
 class CausalStream:
@@ -203,53 +220,15 @@ class CausalConv3d(nn.Conv3d):
 
 
 class TimeSplit:
-    """The ranks of an axis as a ring along which tails travel. Construction and `close` are collective.
+    """The ranks of an axis as a ring along which tails travel. The axis has `edges` where it has several ranks."""
 
-    One process group per directed edge p -> p + 1, so that with two ranks the two directions do not queue behind
-    each other (NCCL gives a group one stream). NCCL also connects at the first message and blocks until the other
-    side does the same; around a ring of sends that would never end, so the edges are connected here, in one order.
-    """
-
-    def __init__(self, axis: Axis | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(self, axis: Axis | None = None) -> None:
         self.axis = axis or Axis()
-        self.edges: list[dist.ProcessGroup] = []
-        whole = self.axis.group
-        if whole is None:
-            return
-        device = torch.device(device)
-        ranks = dist.get_process_group_ranks(whole)
-        # Left alone, a new group would wait for half an hour, whatever the other groups were told.
-        timeout = whole._get_backend(device).options._timeout
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        is_world = len(ranks) == dist.get_world_size()
-        for p in range(len(ranks)):
-            pair = [ranks[p], ranks[(p + 1) % len(ranks)]]
-            member = dist.get_rank() in pair
-            if member or is_world:
-                group = dist.new_group(pair, timeout, backend, use_local_synchronization=not is_world)
-            if member:
-                self._connect(group, pair, device)
-                self.edges.append(group)
-        # The edges in the order of this rank's life: from the rank before, to the rank after.
-        first, second = self.edges
-        self.edges = [second, first] if self.axis.rank == 0 else [first, second]
-
-    @staticmethod
-    def _connect(group: dist.ProcessGroup, pair: list[int], device: torch.device) -> None:
-        token = torch.zeros(1, device=device)
-        if dist.get_rank() == pair[0]:
-            dist.send(token, dst=pair[1], group=group)
-        else:
-            dist.recv(token, src=pair[0], group=group)
+        assert self.axis.group is None or self.axis.edges is not None, "this axis was made without edges"
 
     def link(self) -> Link:
         """A fresh link for one video."""
-        return PairLink(*self.edges) if self.edges else LocalLink()
-
-    def close(self) -> None:
-        for group in self.edges:
-            dist.destroy_process_group(group)
-        self.edges = []
+        return PairLink(*self.axis.edges) if self.axis.edges else LocalLink()
 
 
 def deal(

@@ -115,7 +115,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
         with self.stages.loading("loading transformer") as progress:
             checkpoint = open_checkpoint(find_files(self.model_dir / "transformer", STEM, self.dtype))
             model, table = on_meta(ConsisIDTransformer, self.config, self.sp), rename_table(self.config)
-            where = (self.placement, self.mesh.world)
+            where = (self.placement, self.mesh.weights)
             return place(model, checkpoint, table, self.device, self.dtype, (), *where, progress)
 
 

@@ -198,7 +198,7 @@ class MochiPipeline(Pipeline):
     def _load_transformer(self) -> MochiTransformer:
         with self.stages.loading("loading transformer") as progress:
             return load_transformer(
-                self.model_dir, self.sp, self.device, self.dtype, progress, self.placement, self.mesh.world
+                self.model_dir, self.sp, self.device, self.dtype, progress, self.placement, self.mesh.weights
             )
 
     def _load_decoder(self) -> MochiDecoder:

@@ -36,44 +36,48 @@ def _worker(pipe: Connection) -> None:
             result = (True, fn(*args))
         except BaseException:
             result = (False, traceback.format_exc())
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
         pipe.send(result)
+        # After the answer: on GPUs it waits for the other ranks.
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class RankPool:
-    """Runs a module-level function on n ranks and returns what each of them returned."""
+    """Runs a module-level function on n ranks and returns what each of them returned. seconds: its time limit."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("spawn")
-        self.store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-        )
+        self.store: dist.TCPStore | None = None
         self.workers: list[tuple[Any, Connection]] = []
 
-    def __call__(self, world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    def __call__(self, world_size: int, fn: Callable[..., Any], *args: Any, seconds: float = JOB_SECONDS) -> list[Any]:
+        return self._collect(self.start(world_size, fn, *args), seconds)
+
+    def start(self, world_size: int, fn: Callable[..., Any], *args: Any) -> list[Connection]:
+        """Begin; each rank's pipe will bring whether it returned, and what."""
         while len(self.workers) < world_size:
             mine, theirs = self.context.Pipe()
             process = self.context.Process(target=_worker, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.workers.append((process, mine))
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self.store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
         pipes = [pipe for _, pipe in self.workers[:world_size]]
         for rank, pipe in enumerate(pipes):
-            pipe.send((store.port, rank, world_size, fn, args))
-        return self._collect(pipes)
+            pipe.send((self.store.port, rank, world_size, fn, args))
+        return pipes
 
-    def _collect(self, pipes: list[Connection]) -> list[Any]:
+    def _collect(self, pipes: list[Connection], seconds: float) -> list[Any]:
         """One failed rank leaves the others waiting in a collective: report it and start the pool anew."""
         results: dict[int, Any] = {}
         while len(results) < len(pipes):
             waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-            ready = multiprocessing.connection.wait(list(waiting), timeout=JOB_SECONDS)
+            ready = multiprocessing.connection.wait(list(waiting), timeout=seconds)
             if not ready:
                 self.close()
-                raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish within {JOB_SECONDS} s")
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish within {seconds:.0f} s")
             for pipe in ready:
                 try:
                     ok, value = pipe.recv()
@@ -97,6 +101,11 @@ def run_ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    """Skips a test where fewer GPUs are visible."""
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} CUDA GPUs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

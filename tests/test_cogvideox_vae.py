@@ -128,7 +128,6 @@ def dealt(ranks: int) -> list[tuple[dict[int, Tensor], Tensor | None]]:
         hook.remove()
         mine = {mesh.world.rank + i * ranks: out for i, out in enumerate(kept)}
         results.append((mine, torch.cat(pieces) if mesh.is_main else None))
-    split.close()
     return results
 
 

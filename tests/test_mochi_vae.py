@@ -112,7 +112,6 @@ def dealt(ranks: int, cases: list[tuple[int, int]]) -> list[tuple[list[tuple[int
         hook.remove()
         mine = [(mesh.world.rank + i * ranks, out) for i, out in enumerate(kept)]
         results.append((mine, torch.cat(pieces) if mesh.is_main else None))
-    split.close()
     return results
 
 
