@@ -12,6 +12,8 @@ good, so nothing is assigned while the model runs and a compiled block sees the 
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +28,6 @@ from common.parallel import Axis
 from common.weights import assign
 
 ALIGNMENT = 256
-_PINNED_BYTES = 64 << 20
 
 Wait = Callable[[], None]
 Fill = Callable[[int, Mapping[str, Tensor]], None]
@@ -160,18 +161,41 @@ def _nothing() -> None:
     return None
 
 
+class Pinned:
+    """Memory (n,) uint8 of this process that a GPU reads by itself, for as long as it is not released.
+
+    PyTorch's own pinned memory would stay with its allocator, locked, when the tensors are gone.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        # Pages of its own: none may be registered twice.
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0))
+        # Also when it is dropped without a word; not at the end of the process, which gives everything back.
+        self.release = weakref.finalize(self, _unregister, self.bytes)
+        self.release.atexit = False
+
+
+def _unregister(memory: Tensor) -> None:
+    torch.cuda.synchronize()  # copies out of it may be under way
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+
+
 class FromHost:
     """Blocks, or a rank's shares of them, in host memory; pinned, in front of a GPU, so that copies need no help."""
 
     def __init__(self, device: torch.device) -> None:
         self.copies, self.pinned = _Copies(device), device.type == "cuda"
-        self.parts: list[list[Tensor]] = []
+        self.parts: list[Tensor] = []
+        self.held: list[Pinned] = []
 
     def add(self, part: Tensor) -> None:
         """Keep a copy of the next block's bytes (n,)."""
-        # In pieces of a power of two: that is what the allocator of pinned memory rounds up to.
-        pieces = part.split(_PINNED_BYTES)
-        self.parts.append([torch.empty_like(p, pin_memory=self.pinned).copy_(p) for p in pieces])
+        if self.pinned:
+            self.held.append(Pinned(part.numel()))
+        memory = self.held[-1].bytes if self.pinned else torch.empty_like(part)
+        self.parts.append(memory.copy_(part))
 
     def fetch(self, index: int, out: Tensor) -> Wait:
         with self.copies.begin():
@@ -179,10 +203,15 @@ class FromHost:
         return self.copies.wait()
 
     def copy(self, index: int, out: Tensor) -> None:
-        at = 0
-        for piece in self.parts[index]:
-            out[at : at + piece.numel()].copy_(piece, non_blocking=True)
-            at += piece.numel()
+        part = self.parts[index]
+        out[: part.numel()].copy_(part, non_blocking=True)
+
+    def release(self) -> None:
+        """Unlock the memory; nothing is fetched any more."""
+        self.parts.clear()
+        for pinned in self.held:
+            pinned.release()
+        self.held.clear()
 
 
 class FromFile:
@@ -190,7 +219,9 @@ class FromFile:
 
     def __init__(self, fill: Fill, images: Sequence[Image], device: torch.device) -> None:
         self.fill, self.images, self.copies = fill, images, _Copies(device)
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        # A thread begins on GPU 0, where it would open a context of its own.
+        start = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self.reader = ThreadPoolExecutor(1, "weights", *start)
 
     def fetch(self, index: int, out: Tensor) -> Wait:
         # Entered and left here for its wait on the work so far; the thread has a current stream of its own.
@@ -247,7 +278,7 @@ class FromShares:
                 share = self.shares[index]
             else:
                 assert self.share is not None
-                share = self.share[: sum(piece.numel() for piece in self.host.parts[index])]
+                share = self.share[: self.host.parts[index].numel()]
                 self.host.copy(index, share)
             whole = out[: self.axis.size * share.numel()]
             work = dist.all_gather_single(whole, share, group=self.axis.group, async_op=True)
@@ -261,7 +292,11 @@ def bind(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def finish(model: nn.Module) -> None:
-    """Wait for weights that are still on their way to a model that is about to be dropped."""
+    """Wait for weights that are still on their way to a model that is about to be dropped; unlock host memory."""
     for module in model.modules():
         if isinstance(module, Blocks) and module.stream is not None:
             module.stream.finish()
+            source = module.stream.source
+            host = source.host if isinstance(source, FromShares) else source
+            if isinstance(host, FromHost):
+                host.release()

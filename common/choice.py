@@ -25,7 +25,8 @@ GIB = 2**30
 SLACK = 1.25
 """Free memory wanted for each byte of activations: allocators round, and kernels take workspaces."""
 WORKSPACE = 512 * 2**20
-"""Free memory wanted beside that on a GPU: the matrix library's workspace and NCCL's buffers."""
+"""Free memory wanted beside that on a GPU, by arithmetic, not measured: cuBLAS's workspace (32 MiB on Hopper, 8 MiB
+elsewhere, for each stream that multiplies), cuDNN's, and what NCCL connects only after free memory was asked for."""
 
 Count = Callable[[Placement, bool], Estimate]
 """(placement, whether models stay between stages) -> what one rank needs."""

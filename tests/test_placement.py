@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.blocks import Blocks, FromHost, FromShares, Image, Stream, bind
+from common import blocks
+from common.blocks import Blocks, FromFile, FromHost, FromShares, Image, Stream, bind, finish
 from common.decode import PeakMemory
 from common.fp8 import FLOAT8, LARGEST, Float8Linear, fill_float8, has_float8_matmul, to_float8, use_float8
 from common.parallel import Layout, Mesh, distributed
@@ -21,7 +24,7 @@ from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.weights import find_transformer, load_transformer
 from tests.mochi import TINY, write_checkpoint
 
-CPU = torch.device("cpu")
+CPU, GPU_3 = torch.device("cpu"), torch.device("cuda", 3)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,73 @@ def test_combinations_that_make_no_sense_are_refused():
         Placement("cpu")
 
 
+class Locks:
+    """Stands for CUDA's registration of host memory: which addresses are locked now, and for how many bytes."""
+
+    def __init__(self) -> None:
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        pages = {at // 4096 for start, size in self.locked.items() for at in range(start, start + size, 4096)}
+        assert address % 4096 == 0 and address // 4096 not in pages, "a page may be registered once"
+        self.locked[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+
+@pytest.fixture
+def locks(monkeypatch) -> Locks:
+    """A CUDA that registers memory and copies at once."""
+    found = Locks()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    copies = blocks._Copies(CPU)
+    monkeypatch.setattr(blocks, "_Copies", lambda device: copies)
+    return found
+
+
+def test_pinned_blocks_are_unlocked_when_their_model_leaves(locks):
+    parts = [torch.arange(n, dtype=torch.uint8) for n in (100, 7, 200)]
+    host = FromHost(torch.device("cuda", 1))
+    for part in parts:
+        host.add(part)
+    assert sorted(locks.locked.values()) == [7, 100, 200], "what is locked is what was asked for"
+    out = torch.zeros(200, dtype=torch.uint8)
+    for i, part in enumerate(parts):
+        host.fetch(i, out)()
+        assert torch.equal(out[: part.numel()], part)
+    model = nn.Module()
+    model.blocks = Blocks()
+    model.blocks.stream = Stream(host, [Image({}, 200)] * 3, CPU, 200, again=True)
+    finish(model)
+    assert not locks.locked
+
+
+def test_pinned_blocks_are_unlocked_when_they_are_only_dropped(locks):
+    host = FromHost(torch.device("cuda", 1))
+    host.add(torch.ones(5000, dtype=torch.uint8))
+    assert locks.locked
+    del host
+    gc.collect()
+    assert not locks.locked
+
+
+def test_the_reading_thread_works_on_its_ranks_gpu(monkeypatch):
+    """A thread begins on GPU 0, and would open a context there."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append((device, threading.get_ident())))
+    copies = blocks._Copies(CPU)
+    monkeypatch.setattr(blocks, "_Copies", lambda device: copies)
+    source = FromFile(lambda index, tensors: found.append((None, threading.get_ident())), [Image({}, 8)], GPU_3)
+    source.fetch(0, torch.empty(8, dtype=torch.uint8))()
+    (device, starter), (_, reader) = found
+    assert device == GPU_3 and starter == reader != threading.get_ident()
+
+
 # Eight bits
 
 
@@ -345,13 +415,13 @@ def test_shares_are_padded_apart():
             assert share % 256 == 0 and nbytes <= share * ranks < nbytes + ranks * 256 + 1
 
 
-def test_host_memory_takes_blocks_larger_than_a_piece():
-    block = nn.Linear(3000, 9000, bias=False).requires_grad_(False)  # 108 MB: two pieces
+def test_host_memory_takes_large_blocks():
+    block = nn.Linear(3000, 9000, bias=False).requires_grad_(False)  # 108 MB
     image = Image.of(block, lambda name: torch.float32)
     source, memory = FromHost(CPU), torch.empty(image.nbytes, dtype=torch.uint8)
     image.views(memory)["weight"].copy_(block.weight)
     source.add(memory)
-    assert len(source.parts[0]) == 2
+    assert source.parts[0].numel() == image.nbytes
     stream = Stream(source, [image], CPU, image.nbytes, again=True)
     other = nn.Linear(3000, 9000, bias=False, device="meta")
     bind(other, stream.views(0))
