@@ -152,6 +152,9 @@ def test_more_ranks_than_gpus(checkpoint, monkeypatch):
     assert "4 ranks, but 2 GPUs are visible" in problems(*common, "--ring-degree", "4")[0]
     at = launch.Place(rank=0, world_size=4, local_rank=0, local_world_size=4, launcher="torchrun")
     assert "4 ranks on this machine, but 2 GPUs" in problems(*common, at=at)[0]
+    # Schedulers may show every rank one GPU, its own.
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 1)
+    assert read(*common, at=at).setup.ranks == 4
 
 
 def test_launchers_may_show_each_rank_one_gpu(checkpoint, monkeypatch):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.decode import (
@@ -223,6 +225,34 @@ def test_no_rank_waits_for_a_whole_chunk_of_another(run_ranks, ranks, frames, ch
     assert all(later - earlier <= 1 for k, (earlier, later) in enumerate(pairwise(done)) if (k + 1) % ranks)
     assert done[-1] <= -(-chunks // ranks) * LAYERS + ranks - 1
     assert done[-1] < worked / 2 + LAYERS
+
+
+def buffers(ranks: int, frames: int) -> tuple[int, int]:
+    """How many memories tails are sent from, and received into, over a whole video."""
+    mesh = distributed(Layout(ulysses=ranks))
+    split, sent, received = TimeSplit(mesh.world), [], []
+    link = split.link()
+    send, receive = dist.isend, dist.irecv
+
+    def sending(tensor: Tensor, **more):
+        sent.append(tensor)
+        return send(tensor, **more)
+
+    def receiving(tensor: Tensor, **more):
+        received.append(tensor)
+        return receive(tensor, **more)
+
+    with mock.patch.object(dist, "isend", sending), mock.patch.object(dist, "irecv", receiving), torch.no_grad():
+        model, z = net(layers=LAYERS), latents(frames)
+        for k in range(mesh.world.rank, frames, ranks):
+            model(z[:, :, k : k + 1], CausalStream(link, k == 0, k == frames - 1))
+        link.close()
+    return tuple(len({tensor.data_ptr() for tensor in tensors}) for tensors in (sent, received))
+
+
+def test_tails_travel_in_one_buffer_a_layer(run_ranks):
+    """The lists keep every tensor alive, so that an address counts once only if it is the same memory."""
+    assert run_ranks(2, buffers, 2, 9) == [(LAYERS, LAYERS)] * 2
 
 
 def moments(ranks: int, lengths: list[int]) -> Tensor:
