@@ -4,9 +4,9 @@ Blocks are compiled one by one (regional compilation): they share their code, so
 model, and the time it takes does not grow with their number. Nothing around them is compiled, which leaves the loop
 over blocks free to bring their weights (`common.blocks`).
 
-A block names its regions, what it does before attention and after it, and each is compiled whole. Attention between
-them runs as it always does: a compiler that had the exchanges in its graph would wait for each where it is posted,
-and nothing would travel behind the work that is there to hide it.
+A block names methods of its own as its `regions`: what it does before attention and after it. Each is compiled whole.
+Attention between them runs as it always does: a compiler that had the exchanges in its graph would wait for each where
+it is posted, and nothing would travel behind the work that is there to hide it.
 
 What makes a new graph: another dtype or layout, the last block where it has other parts, and a rank whose share of the
 text is empty. With `dynamic` (the default) the number of tokens does not; without it every other video size, prompt

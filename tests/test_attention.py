@@ -5,13 +5,24 @@ No GPU is needed: its abilities are pretended, and nothing is computed on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import attention as kernels
 from common.attention import Kernel, check_kernel, choose_kernel
-from common.parallel import Mesh
+from common.compile import Compile
+from common.parallel import Axis, Layout, Mesh
 from common.usp import SequenceParallel
+from common.weights import assign, on_meta
+from mochi_xdit.config import MochiConfig
+from mochi_xdit.transformer import MochiTransformer
+from tests.rehearsal.fake_cuda import fake_cuda
 
 GPU = torch.device("cuda:0")
 HALF = (torch.bfloat16, torch.float16)
@@ -121,3 +132,46 @@ def test_an_old_cudnn_is_named(card):
     card((9, 0), cudnn=91000)
     with pytest.raises(ValueError, match=r"cuDNN 9\.15\.1 or newer"):
         check_kernel("cudnn", GPU)
+
+
+@pytest.fixture
+def ring() -> Iterator[Axis]:
+    """Rank 0's place in a ring of two, whose other rank answers nothing and is never asked."""
+    torch._dynamo.reset()
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield Axis(2, 0, dist.group.WORLD)
+    dist.destroy_process_group()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [((8, 0), "flash"), ((8, 6), "flash"), ((8, 9), "flash"), ((9, 0), "cudnn"), ((10, 0), "cudnn")],
+)
+@pytest.mark.slow
+def test_a_compiled_ring_runs_on_every_card(monkeypatch, ring, capability, kernel):
+    """A block of Mochi's on fake CUDA tensors: both regions trace whole, attention is this card's, twice around."""
+    ran: list[str] = []
+
+    def named(*given):
+        ran.append(found := chosen(*given).__name__)
+        return getattr(kernels, found)
+
+    chosen = kernels._with_lse
+    monkeypatch.setattr(kernels, "_with_lse", named)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    counter = CompileCounterWithBackend("eager")
+    with fake_cuda(capability), torch.inference_mode():
+        sp = SequenceParallel(Mesh(Layout(ring=2), GPU, ring, sequence=ring, ring=ring))
+        config = MochiConfig(depth=2, heads=2, head_dim=64, hidden_y=64)
+        model = on_meta(MochiTransformer, config, sp)
+        for name, slot in list(model.state_dict(keep_vars=True).items()):
+            assign(model, name, torch.empty(slot.shape, dtype=torch.bfloat16, device=GPU))
+        Compile(blocks=True, backend=counter).transformer(model)
+        # Else dynamo would save and restore a CUDA that this PyTorch may not have.
+        with mock.patch.object(torch.cuda, "is_available", lambda: False):
+            cond = model.prepare((1, 6, 10), torch.randn(1, 5, config.text_dim, device=GPU))
+            x = sp.shard(torch.randn(1, 15, config.patch_dim, device=GPU))
+            model(x, torch.zeros(1, device=GPU), cond)
+    assert ran == [f"_cuda_{kernel}"] * 4 and counter.frame_count == 4
