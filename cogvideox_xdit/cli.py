@@ -20,7 +20,7 @@ from cogvideox_xdit.config import CONFIGS, FRAME_OFFSETS, FRAME_STEP, VAEConfig,
 from cogvideox_xdit.fork import FORK
 from common import program
 from common.checks import Rules, nearest
-from common.cli import Option
+from common.options import Option
 from common.request import Program, Setup, Source, Video, sampling_options
 
 if TYPE_CHECKING:

@@ -125,7 +125,7 @@ class CogVideoXPipeline(Pipeline):
             scales = [dynamic_scale(cfg_scale, t, len(solver)) for t in solver.timesteps]
         final = self._sample(start, text, solver, scales)[:, :, padding:]
         if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed})
+            save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed}, self.stages.warn)
         if output == "latent":
             return final
         return self.decode(final, vae, vae_chunk, vae_tile)

@@ -5,14 +5,10 @@ Nothing here imports torch: a mistake on the command line is told in a fraction 
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.layout import Layout, guidance_first, layouts_of
 
@@ -201,33 +197,3 @@ def dry_run_problems(name: str, weights: object, models: Sequence[str]) -> list[
     if name and weights:
         return [f"--dry-run {name} and {weights} exclude each other; leave one of them out"]
     return []
-
-
-def folder_problem(path: Path) -> str | None:
-    """Why `path`, a file to be, cannot be written; None when it can. Leaves nothing behind."""
-    folder = path.parent
-    if path.is_dir():
-        return f"{path} is a directory; name a file, such as {path / 'video.mp4'}"
-    if not folder.exists():
-        return f"the folder {folder} does not exist; create it first (mkdir -p {folder})"
-    if not folder.is_dir():
-        return f"{folder} is not a folder"
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(65536))
-            probe.flush()
-    except OSError as error:
-        return f"the folder {folder} cannot be written: {reason(error)}"
-    return None
-
-
-def reason(error: OSError) -> str:
-    """An OSError in words, without number and file name."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space is left on the disk"
-    return (os.strerror(error.errno) if error.errno else str(error)).lower()
-
-
-def partial_name(path: Path) -> Path:
-    """The name under which a file grows until it is complete: hidden, beside it, of the same kind."""
-    return path.with_name(f".{path.stem}.partial{path.suffix}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,25 @@ import click
 
 from common import launch
 from common.checks import (
-    COMPILE_MODES,
-    DTYPES,
-    ENGINES,
-    OFFLOADS,
     Ranks,
     Rules,
     dry_run_problems,
-    folder_problem,
     kernel_problems,
     layout_problems,
-    reason,
     xfuser_problems,
 )
 from common.degrees import choose_layout
+from common.files import absence, reason, resolved, shown, taken_problem, text_problem, writing_problem
 from common.host import gpus_are_hidden
 from common.layout import Layout
+from common.options import MOST, options
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
+MAX_SCALE = 1000.0
+MAX_MEMORY = 1_000_000  # GiB
+MAX_PROMPT_FILE = 64 << 20
 MAX_TIMEOUT = 10_000_000
-MIN_TILE = 32
 UNUSABLE_GPU = "there is a GPU driver, but PyTorch sees no GPU (a CPU build, or a driver older than its CUDA?)"
 AS_GIVEN = (
     *("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug"),
@@ -49,148 +47,11 @@ AS_GIVEN = (
 )
 
 
-class Option(click.Option):
-    """An option that notes what is wrong with its value in `ctx.meta` and lets the others be read."""
-
-    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> Any:
-        try:
-            return super().handle_parse_result(ctx, opts, args)
-        except click.UsageError as error:
-            ctx.meta.setdefault("problems", []).append(error.format_message())
-            ctx.params[self.name] = None
-            return None, args
-
-
-class TileSize(click.ParamType):
-    """`256` or `320x240` (width x height), as (height, width)."""
-
-    name = "N|WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        sides = str(value).lower().split("x")
-        if len(sides) > 2 or not all(side.isdigit() and int(side) >= MIN_TILE for side in sides):
-            self.fail(f"{value!r} is no tile size; write 256 or 320x240, at least {MIN_TILE} pixels a side", param, ctx)
-        return int(sides[-1]), int(sides[0])
-
-
-def _options(program: Program) -> list[click.Parameter]:
-    def option(name: str, *, type: Any = None, default: Any = None, help: str, **more: Any) -> Option:
-        if more.get("is_flag"):
-            default = False
-        return Option([name], type=type, default=default, help=help, **more)
-
-    path = click.Path(path_type=Path)
-    choice = click.Choice
-    unlisted = {"hidden": True, "is_flag": True}
-    return [
-        option("--model-dir", type=path, help="Checkpoint directory."),
-        option(
-            "--demo",
-            is_flag=False,
-            flag_value=program.demos[0],
-            type=choice(program.demos),
-            help="Use a small checkpoint that is made on first use.",
-        ),
-        option("--text-encoder-dir", type=path, help="T5 directory, where it is not in the checkpoint's."),
-        option("--prompt", help="What the video shows."),
-        option("--prompt-file", type=path, help="A text file, one prompt a line: one loading, many videos."),
-        option("--num-videos", type=int, default=1, help="Videos per prompt, each with the next seed."),
-        option("--negative-prompt", default="", help="What it should not show."),
-        option("--width", type=int, help="Pixels."),
-        option("--height", type=int, help="Pixels."),
-        option("--num-frames", type=int, help="Frames of the video."),
-        option("--num-steps", type=int, help="Sampling steps."),
-        option("--cfg-scale", type=float, help="Strength of classifier-free guidance; 1 turns it off."),
-        option("--seed", type=int, help="Without it one is drawn and printed."),
-        option("--output", type=path, help="The mp4 to write; a json with every setting lies beside it."),
-        option("--fps", type=int, help="Frames per second of the mp4."),
-        option("--from-latents", type=path, help="Only decode a latents file that an earlier run left."),
-        option("--device", type=choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
-        option("--dtype", type=choice(DTYPES), help="Precision of the blocks; fp8: their weights, in bf16."),
-        option("--gpus", type=int, help="Processes to start, one per GPU (with --device cpu: CPU ranks)."),
-        option("--ulysses-degree", type=int, help="Ranks that split the heads."),
-        option("--ring-degree", type=int, help="Ranks that pass keys and values around."),
-        Option(["--cfg-parallel/--no-cfg-parallel"], default=None, help="The two guidance branches on two halves."),
-        option(
-            "--attention",
-            type=choice(["auto", "sdpa", "cudnn", "flash2", "flash3"]),
-            default="auto",
-            help="Attention kernel.",
-        ),
-        option(
-            "--engine",
-            type=choice(ENGINES),
-            default="native",
-            help="Who runs attention over several ranks: this program, or the package xfuser.",
-        ),
-        option(
-            "--overlap-groups",
-            type=int,
-            default=1,
-            help="Groups of heads that travel apart between ulysses ranks, one under the attention of another.",
-        ),
-        option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
-        option("--vae-chunk", type=int, help="Latent frames decoded at once."),
-        option("--vae-tile", type=TileSize(), help="Largest tile in pixels: 256, or 320x240 (width x height)."),
-        option(
-            "--offload",
-            type=choice(OFFLOADS),
-            help="none: keep every stage on the device; stage: one at a time; block: blocks wait in host memory; "
-            "disk: they are read from the checkpoint in every step. Default: what fits.",
-        ),
-        option("--shard-weights", is_flag=True, help="Every rank keeps a part of each block; a gather makes it whole."),
-        option("--text-dtype", type=choice(DTYPES), help="Precision of the T5 encoder."),
-        option("--text-cache", type=path, help="Directory that keeps text features, so that known prompts skip T5."),
-        option("--compile", is_flag=True, help="Compile the transformer's blocks; pays from the second step on."),
-        option("--compile-vae", is_flag=True, help="Compile the decoder's parts that keep nothing between chunks."),
-        option("--compile-mode", type=choice(COMPILE_MODES), default="default", help="As for torch.compile."),
-        Option(
-            ["--compile-dynamic/--no-compile-dynamic"], default=True, help="One graph for all sizes and prompt lengths."
-        ),
-        Option(["--compile-fullgraph/--no-compile-fullgraph"], default=True, help="Stop at a graph break."),
-        Option(
-            ["--keep-loaded/--no-keep-loaded"],
-            default=None,
-            help="Keep every stage in memory between videos. Default: when there are several.",
-        ),
-        option("--max-memory", type=float, help="GiB a device may use, when weights are placed. Default: all free."),
-        option(
-            "--dry-run",
-            is_flag=False,
-            flag_value="",
-            metavar="[MODEL]",
-            help=f"Print layout, memory, bytes and what is chosen; without weights for {', '.join(program.models)}.",
-        ),
-        option("--timeout", type=float, default=1800.0, help="Seconds after which a hung collective ends the run."),
-        option("--debug", is_flag=True, help="Show tracebacks and the libraries' own output."),
-        Option(
-            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it."
-        ),
-        option("--use-xdit", help="Accepted; no effect.", **unlisted),
-        option("--use-fsdp", help="Accepted; no effect.", **unlisted),
-        option("--cpu-offload", help="Accepted; no effect.", **unlisted),
-        *program.options,
-    ]
-
-
-def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        click.echo(f"{context.info_name} {version()}")
-        context.exit()
-
-
-def version() -> str:
-    try:
-        return metadata.version("xdit-zoo")
-    except metadata.PackageNotFoundError:
-        return "0 (not installed)"
-
-
 def command(program: Program) -> click.Command:
     """The click command; `parse` reads with it, documentation can be made from it."""
     return click.Command(
         program.name,
-        params=_options(program),
+        params=options(program),
         help="Make a video from a prompt, on one GPU, many, or none. Also runs under torchrun. "
         f"`{program.name} quantize --help`: write a checkpoint in eight bits.",
         context_settings={
@@ -237,7 +98,7 @@ class _Reader:
 
     def __init__(self, program: Program, values: Mapping[str, Any], problems: list[str], at: launch.Place) -> None:
         self.program, self.values, self.problems, self.place = program, values, problems, at
-        self.output = Path()
+        self.output, self.probe = Path(), True  # probe: whether the output is still to be tried
         self.gpus = 0 if values["device"] == "cpu" else launch.visible_gpus()
         self.dry = values["dry_run"] is not None
         if self.dry and values["device"] == "cuda" and not self.gpus:
@@ -250,10 +111,10 @@ class _Reader:
         self._positive("overlap_groups")
         if self.values["vae"] == "exact" and self.values["vae_tile"]:
             self.problems.append("--vae exact does not cut the picture; leave --vae-tile out, or use --vae tiled")
-        if (folder := self.values["text_encoder_dir"]) is not None and not folder.is_dir():
-            self.problems.append(f"--text-encoder-dir {folder} is not a directory")
-        if (room := self.values["max_memory"]) is not None and not 0 < room < math.inf:
-            self.problems.append(f"--max-memory {room} is not a number of GiB above 0")
+        if (folder := self.values["text_encoder_dir"]) is not None and (problem := absence(folder, "folder")):
+            self.problems.append(f"--text-encoder-dir {problem}")
+        if (room := self.values["max_memory"]) is not None and not 0 < room <= MAX_MEMORY:
+            self.problems.append(f"--max-memory {room} is not a number of GiB above 0 and up to {MAX_MEMORY}")
         if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
             self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
         if self._unusable_gpu() and source.model_dir is not None and not self.dry:
@@ -284,9 +145,8 @@ class _Reader:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
         elif model_dir is None and demo is None:
             self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
-        elif model_dir is not None and not model_dir.is_dir():
-            what = "is not a directory" if model_dir.exists() else "does not exist"
-            self.problems.append(f"--model-dir {model_dir} {what}")
+        elif model_dir is not None and (problem := absence(model_dir, "folder")):
+            self.problems.append(f"--model-dir {problem}")
         else:
             source = Source(model_dir, demo)
             try:
@@ -308,18 +168,29 @@ class _Reader:
     def _positive(self, *names: str) -> None:
         for name in names:
             value = self.values[name]
+            option = f"--{name.replace('_', '-')} {value}"
             if value is not None and value < 1:
-                self.problems.append(f"--{name.replace('_', '-')} {value} is not a positive number; at least 1")
+                self.problems.append(f"{option} is not a positive number; at least 1")
+            elif value is not None and value > MOST[name]:
+                self.problems.append(f"{option} is more than any machine makes; at most {MOST[name]}")
+
+    def _sizes(self, rules: Rules) -> tuple[int, int, int]:
+        """Width, height and frames; where they are absurd, the official ones, so that nothing else trips over them."""
+        sizes = {name: self._value(name, getattr(rules, name)) for name in ("width", "height", "num_frames")}
+        absurd = [name for name, value in sizes.items() if value > MOST[name]]
+        if absurd:
+            self._positive(*absurd)
+            return rules.width, rules.height, rules.num_frames
+        self.problems += rules.problems(*sizes.values())
+        return sizes["width"], sizes["height"], sizes["num_frames"]
 
     def _videos(self, source: Source, rules: Rules) -> list[Video]:
         self._positive("num_steps", "fps", "num_videos")
-        width, height = self._value("width", rules.width), self._value("height", rules.height)
-        num_frames = self._value("num_frames", rules.num_frames)
-        self.problems += rules.problems(width, height, num_frames)
+        width, height, num_frames = self._sizes(rules)
         scale = self._value("cfg_scale", rules.cfg_scale)
-        if not (math.isfinite(scale) and scale >= 0):
-            self.problems.append(f"--cfg-scale {scale} is not a number of at least 0")
-        seed, count = self.values["seed"], max(1, self._value("num_videos", 1))
+        if not 0 <= scale <= MAX_SCALE:
+            self.problems.append(f"--cfg-scale {scale} is not a number from 0 to {MAX_SCALE}")
+        seed, count = self.values["seed"], min(max(1, self._value("num_videos", 1)), MOST["num_videos"])
         if seed is not None and not 0 <= seed <= MAX_SEED - count:
             self.problems.append(f"--seed {seed} is outside 0 .. {MAX_SEED - count}")
         self.output = self._output(source)
@@ -336,7 +207,23 @@ class _Reader:
             seed=seed,
             latents=self._latents(),
         )
-        return _numbered(base, self._prompts(rules), count)
+        prompts = self._prompts(rules)
+        for name in ("prompt", "negative_prompt"):
+            if (problem := text_problem(self._value(name, ""))) is not None:
+                self.problems.append(f"--{name.replace('_', '-')}: {problem}")
+        if len(prompts) * count > MOST["num_videos"]:
+            self.problems.append(f"{len(prompts)} prompts x {count} videos are more than {MOST['num_videos']}")
+            count = 1
+        return self._writable(_numbered(base, prompts, count))
+
+    def _writable(self, videos: list[Video]) -> list[Video]:
+        """The videos, after a look at every file that they will leave, by the longest name that it has on the way."""
+        if self.place.rank == 0 and self.probe:
+            longest = max(videos, key=lambda video: len(str(video.output)))
+            problems = [writing_problem(path) for path in longest.files]
+            problems += [taken_problem(path) for video in videos if video is not longest for path in video.files]
+            self.problems += [f"--output: {problem}" for problem in dict.fromkeys(problems) if problem][:5]
+        return videos
 
     def _placement(self) -> None:
         offload, kept, cache = self.values["offload"], self.values["keep_loaded"], self.values["text_cache"]
@@ -347,14 +234,13 @@ class _Reader:
         if (offload, kept) in (("none", False), ("stage", True)):
             flag = "--keep-loaded" if kept else "--no-keep-loaded"
             self.problems.append(f"--offload {offload} and {flag} say the opposite; give one of them")
-        if cache is not None and cache.exists() and not cache.is_dir():
-            self.problems.append(f"--text-cache {cache} is not a directory")
+        if cache is not None and (problem := absence(cache, "folder")) and not problem.endswith("does not exist"):
+            self.problems.append(f"--text-cache {problem}")
 
     def _latents(self) -> Path | None:
         path = self.values["from_latents"]
-        if path is not None and not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            self.problems.append(f"--from-latents {path} {what}")
+        if path is not None and (problem := absence(path, "file")):
+            self.problems.append(f"--from-latents {problem}")
         if path is not None and (self.values["prompt_file"] or (self.values["num_videos"] or 1) > 1):
             self.problems.append("--from-latents decodes one video; leave --prompt-file and --num-videos out")
         return path
@@ -364,42 +250,76 @@ class _Reader:
         if prompt is not None and file is not None:
             self.problems.append("--prompt and --prompt-file exclude each other; give one of them")
         elif file is not None:
-            try:
-                prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            except OSError as error:
-                self.problems.append(f"--prompt-file {file} cannot be read: {reason(error)}")
-            except UnicodeDecodeError as error:
-                self.problems.append(f"--prompt-file {file} is not UTF-8 text (byte {error.start})")
-            else:
-                if not prompts:
-                    self.problems.append(f"--prompt-file {file} holds no prompt; write one a line")
-                return prompts or [""]
+            return self._prompts_of(file) or [""]
         elif prompt is None and self.values["from_latents"] is None:
             if rules.default_prompt is None and not self.dry:
                 self.problems.append("--prompt is missing; say what the video shows")
             return [rules.default_prompt or ""]
         return [prompt or ""]
 
+    def _prompts_of(self, file: Path) -> list[str]:
+        name = f"--prompt-file {shown(file)}"
+        try:
+            with file.open("rb") as stream:
+                content = stream.read(MAX_PROMPT_FILE + 1)
+            lines = content.decode("utf-8-sig").split("\n")
+        except OSError as error:
+            self.problems.append(f"{name} cannot be read: {reason(error)}")
+            return []
+        except (UnicodeDecodeError, ValueError) as error:
+            where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+            self.problems.append(f"{name} is not UTF-8 text{where}")
+            return []
+        if len(content) > MAX_PROMPT_FILE:
+            self.problems.append(f"{name} is larger than {MAX_PROMPT_FILE >> 20} MiB; split it")
+            return []
+        for number, line in enumerate(lines, 1):
+            if (problem := text_problem(line)) is not None:
+                self.problems.append(f"{name}, line {number}: {problem}")
+                return []
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            self.problems.append(f"{name} holds no prompt; write one a line")
+        return prompts
+
     def _output(self, source: Source) -> Path:
         output = self.values["output"]
         if output is None and source.demo is not None:
             output = Path("demo.mp4")
         elif output is None:
-            # The folder is made when the run begins; here it only has to be possible.
-            output = Path("outputs", f"{self.program.name.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}.mp4")
-            problem = None if output.parent.exists() else folder_problem(Path(output.name))
-            self.problems += [f"--output: {problem}"] if problem else []
+            return self._default_output()
+        try:
+            output = resolved(output)
+        except ValueError as error:
+            self.problems.append(f"--output {error}")
+            self.probe = False
             return output
-        if output.suffix != ".mp4" and not output.is_dir():
-            self.problems.append(f"--output {output} must end in .mp4, such as {output.with_suffix('.mp4').name}")
-        if self.place.rank == 0 and (problem := folder_problem(output)):
-            self.problems.append(f"--output: {problem}")
+        if (taken := taken_problem(output)) is not None:
+            self.problems += [f"--output: {taken}"] if self.place.rank == 0 else []
+            self.probe = False
+        elif output.suffix != ".mp4":
+            name = f"{output.stem or 'video'}.mp4"
+            self.problems.append(f"--output {shown(output)} must end in .mp4, such as {shown(name)}")
         return output
+
+    def _default_output(self) -> Path:
+        """A name of this run's own: several may begin within one second."""
+        name = f"{self.program.name.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.mp4"
+        folder = Path("outputs")
+        # A folder that is missing is made when the run begins; here it only has to be possible.
+        self.probe = folder.exists()
+        if not self.probe and self.place.rank == 0 and (problem := writing_problem(Path(name))):
+            self.problems.append(f"--output: {problem}")
+        return folder / name
 
     def _layout(self, rules: Rules) -> tuple[int, Layout, bool]:
         ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
         cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
         self._positive("gpus")
+        absurd = [name for name in ("gpus", "ulysses_degree", "ring_degree") if (self.values[name] or 0) > MOST[name]]
+        if absurd:
+            self._positive(*(name for name in absurd if name != "gpus"))
+            return 1, Layout(), False
         if self.values["device"] == "cuda" and not self.gpus:
             self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         dtype = self.values["dtype"] or rules.dtype

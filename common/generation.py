@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.blocks import finish
 from common.decode import DecodePlan, VideoDecoder, agree, decode_plans, plan_decode, probe
+from common.files import Partial, reason, shown, spare_file
 from common.parallel import Mesh
 from common.progress import Stages
 from common.vae import TimeSplit
@@ -109,20 +112,39 @@ def host_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def save_latents(path: str | Path, latents: Tensor, settings: Mapping[str, Any]) -> None:
-    """Write latents (1, C, T, h, w) as safetensors, whole or not at all; `settings` become its metadata."""
-    from safetensors.torch import save_file
+def save_latents(
+    path: str | Path, latents: Tensor, settings: Mapping[str, Any], warn: Callable[[str], None] | None = None
+) -> None:
+    """Write latents (1, C, T, h, w) as safetensors, whole or not at all; `settings` become its metadata.
 
+    warn: told when they had to go to `spare_file`, or nowhere; the decode may still succeed. Without it that raises.
+    """
     path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    save_file({"latents": latents.cpu().contiguous()}, partial, metadata={k: str(v) for k, v in settings.items()})
-    partial.replace(path)
+    try:
+        _write_latents(path, latents, settings)
+    except OSError as error:
+        if warn is None:
+            raise
+        spare, why = spare_file(path), reason(error)
+        try:
+            _write_latents(spare, latents, settings)
+            warn(f"the finished latents are kept in {shown(spare)}, since {shown(path)} cannot be written: {why}")
+        except OSError:
+            warn(f"the finished latents cannot be kept: {shown(path)}: {why}; going on with the decode")
+
+
+def _write_latents(path: Path, latents: Tensor, settings: Mapping[str, Any]) -> None:
+    with Partial(path) as partial:
+        metadata = {name: str(value) for name, value in settings.items()}
+        try:
+            save_file({"latents": latents.cpu().contiguous()}, partial.name, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {shown(path)}: {error}") from None
+        partial.commit()
 
 
 def load_latents(path: str | Path, channels: int) -> Tensor:
     """Latents (1, C, T, h, w) from a file of `save_latents`. ValueError says what the file is instead."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), "pt") as file:
             if "latents" not in file.keys():  # noqa: SIM118 (not a mapping)

@@ -28,6 +28,7 @@ from datetime import timedelta
 from typing import IO, Any, NoReturn
 
 from common.failure import NO_ANSWER, Failure, describe, verdict
+from common.files import shown
 from common.host import allocator_default
 from common.stopping import SIGNALS, Stopped, is_ignored, stoppable
 
@@ -179,9 +180,9 @@ class Link:
             os.set_blocking(self._pipe, True)
             self._send({"failure": failure.as_dict()})
         elif self.place.world_size == 1:
-            print(f"error: {failure.text(with_rank=False)}{afterword}", file=self.stderr, flush=True)
+            print(f"error: {shown(failure.text(with_rank=False))}{afterword}", file=self.stderr, flush=True)
         elif _first_to_fail():
-            print(f"error: {failure.text()}{afterword}", file=self.stderr, flush=True)
+            print(f"error: {shown(failure.text())}{afterword}", file=self.stderr, flush=True)
 
     def leave(self, status: int) -> NoReturn:
         """End this process without tearing down process groups: their threads may wait for a peer, or abort at exit."""
@@ -293,7 +294,7 @@ def supervise(
             left = _stop(children)
             afterword = clean_up() if status else ""
     if reason or left:
-        print(f"error: {reason or 'stopped'}{left}{afterword}", file=sys.stderr, flush=True)
+        print(f"error: {shown(reason or 'stopped')}{left}{afterword}", file=sys.stderr, flush=True)
     return status
 
 

@@ -15,16 +15,18 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from common import launch, quantize
-from common.cli import parse, version
+from common.cli import parse
 from common.failure import describe
+from common.files import claimed, lenient_streams, remove_partial, shown, tell
 from common.host import allocator_default, bind_to_gpu, ensure_temporary_folder
+from common.options import version
 from common.progress import StageRecord, Stages
 from common.request import Program, Request, Setup, WrongUse, draw_seeds, settings
 from common.stopping import Asked, Stopped, stoppable
@@ -40,6 +42,7 @@ SELF_TEST_SECONDS = 60.0
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     launch.open_standard_streams()
+    lenient_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["quantize"]:
         return quantize.run(program, arguments[1:])
@@ -56,16 +59,28 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     except WrongUse as wrong:
         if at.local_rank == 0:
             for problem in wrong.problems:
-                print(f"error: {problem}", file=sys.stderr)
+                print(f"error: {shown(problem)}", file=sys.stderr)
         return 2
     except click.exceptions.Exit as done:
         return done.exit_code
     except KeyboardInterrupt:
         return 130
-    setup = request.setup
     ensure_temporary_folder(request.output.parent)
     if request.dry_run:
         return _dry_run(program, request, at)
+    with suppress(OSError):
+        request.output.parent.mkdir(exist_ok=True)  # missing only when it is our own default
+    try:
+        with claimed([video.output for video in request.videos] if at.rank == 0 else []):
+            return _run(program, request, at, arguments, started)
+    except ValueError as taken:
+        print(f"error: {taken}", file=sys.stderr)
+        return 2
+
+
+def _run(program: Program, request: Request, at: launch.Place, arguments: Sequence[str], started: float) -> int:
+    """Start the ranks, or be one."""
+    setup = request.setup
     if at.launcher is None and setup.ranks > 1:
         command = [sys.executable, program.script, *arguments]  # arguments: for whoever looks at the process list
         handed = pickle.dumps(request)
@@ -92,10 +107,12 @@ def clean_up(request: Request, since: float) -> str:
     """After a failure: remove what is half written; name the latents this run has finished, for `--from-latents`."""
     kept = []
     for video in request.videos:
-        for path in video.partial_files:
-            path.unlink(missing_ok=True)
-        if video.latents_file.exists() and video.latents_file.stat().st_mtime >= since:
-            kept.append(str(video.latents_file))
+        for path in (*video.files, video.spare_latents_file):
+            remove_partial(path)
+        for path in (video.latents_file, video.spare_latents_file):
+            with suppress(OSError):
+                if path.stat().st_mtime >= since:
+                    kept.append(shown(path))
     return f"; finished latents are kept, decode them with --from-latents {kept[-1]}" if kept else ""
 
 
@@ -264,8 +281,6 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
     from common.parallel import broadcast_object
     from common.video import VideoFile
 
-    if mesh.is_main:
-        request.output.parent.mkdir(exist_ok=True)  # missing only when it is our own default
     videos = broadcast_object(mesh.world, draw_seeds(request.videos), mesh.device)
     for number, video in enumerate(videos, 1):
         if len(videos) > 1:
@@ -288,8 +303,10 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
                 cost = {"seconds": seconds, "stages": _costs(stages.records[first:], of_peers)}
                 file.finish(video.sidecar, {"program": program.name, "settings": made} | cost | _surroundings(mesh))
             if video.latents is None:
-                video.latents_file.unlink(missing_ok=True)
-            print(video.output, flush=True)
+                for path in (video.latents_file, video.spare_latents_file):
+                    with suppress(OSError):
+                        path.unlink()
+            tell(shown(video.output))
 
 
 def _gather(mesh: Mesh, records: list[StageRecord]) -> list[list[StageRecord]]:

@@ -178,13 +178,17 @@ class Stages:
 
     def note(self, text: str) -> None:
         """A line for the user; rank 0 only."""
-        if self.console is not None:
-            self.console.print(escape(text), highlight=False, soft_wrap=True)
+        self._say(escape(text))
 
     def warn(self, text: str) -> None:
         """A line for the user that begins with "warning:"; rank 0 only."""
+        self._say(f"[yellow]warning:[/yellow] {escape(text)}")
+
+    def _say(self, markup: str) -> None:
+        """A screen that has gone, or a log file on a full disk, stops nothing: the line is dropped."""
         if self.console is not None:
-            self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self.console.print(markup, highlight=False, soft_wrap=True)
 
     def _tell(self, where: str) -> None:
         if self._report is not None:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.checks import folder_problem, reason
 from common.failure import describe
+from common.files import reason, writing_problem
 from common.request import Program
 from common.stopping import Asked, Stopped, stoppable
 
@@ -107,7 +107,7 @@ def _check_folders(model_dir: Path, output: Path) -> None:
             raise click.UsageError(f"--output {output} exists and is not an empty directory; name a new one")
         if output.resolve().is_relative_to(model_dir.resolve()):
             raise click.UsageError(f"--output {output} lies inside --model-dir; name a directory outside")
-        if problem := folder_problem(_hidden(output)):
+        if problem := writing_problem(_hidden(output)):
             raise click.UsageError(f"--output: {problem}")
     except OSError as error:
         raise click.UsageError(f"{error.filename}: {reason(error)}") from None

@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from common.checks import Rules, partial_name
+from common.checks import Rules
+from common.files import spare_file
 from common.layout import Layout
 
 
@@ -68,10 +69,14 @@ class Video:
         return self.output.with_suffix(".json")
 
     @property
-    def partial_files(self) -> tuple[Path, ...]:
-        """The temporary names under which the files of this video grow."""
-        latents = self.latents_file
-        return partial_name(self.output), partial_name(self.sidecar), latents.with_name(f"{latents.name}.part")
+    def files(self) -> tuple[Path, ...]:
+        """All that is written of this video."""
+        return self.output, self.sidecar, self.latents_file
+
+    @property
+    def spare_latents_file(self) -> Path:
+        """Where the latents go when the output's folder does not take them."""
+        return spare_file(self.latents_file)
 
 
 @dataclass(frozen=True)

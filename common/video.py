@@ -6,7 +6,6 @@ ffmpeg comes with imageio-ffmpeg; nothing has to be installed on the system.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 import warnings
@@ -18,12 +17,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.checks import partial_name
+from common.files import Partial, as_argument, shown
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+OUTPUT = "file:output"
 CRF = 17  # x264's constant rate factor: visually without loss
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 VIDEO_FORMATS = (
@@ -50,7 +50,7 @@ class VideoFile:
     def __init__(self, path: str | Path, fps: float, title: str = "", comment: str = "") -> None:
         self.path, self.fps = Path(path), fps
         self.tags = {"title": title, "comment": comment}
-        self.partial = partial_name(self.path)
+        self.partial = Partial(self.path)
         self.process: subprocess.Popen[bytes] | None = None
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the file is left
         self.size: tuple[int, ...] = ()
@@ -67,7 +67,7 @@ class VideoFile:
                 if self.process.stdin:
                     self.process.stdin.close()
         self.log.close()
-        self.partial.unlink(missing_ok=True)
+        self.partial.__exit__(None, None, None)
 
     def add(self, frames: np.ndarray | Tensor) -> None:
         pictures = np.asarray(frames)
@@ -98,7 +98,6 @@ class VideoFile:
             raise self._failure() from None
         if self.process.wait() != 0:
             raise self._failure()
-        _flush_to_disk(self.partial)
 
     def finish(self, sidecar: str | Path | None = None, report: dict[str, Any] | None = None) -> None:
         """Complete the mp4, and the json `sidecar` with it; both get their names now."""
@@ -106,20 +105,20 @@ class VideoFile:
             self.close()
         if sidecar is not None:
             write_json(Path(sidecar), report or {})
-        os.replace(self.partial, self.path)
+        self.partial.commit()
 
     def _start(self, height: int, width: int) -> subprocess.Popen[bytes]:
         import ffmpeg
 
         tags = {
-            f"metadata:g:{i}": f"{key}={text.encode()[:MAX_TAG_BYTES].decode(errors='ignore')}"
+            f"metadata:g:{i}": f"{key}={text.encode(errors='backslashreplace')[:MAX_TAG_BYTES].decode(errors='ignore')}"
             for i, (key, text) in enumerate(self.tags.items())
             if text
         }
         source = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=self.fps)
         # Untagged video is guessed to be BT.601 or BT.709 by its size; say which it is.
         stream = source.output(
-            f"file:{self.partial}",
+            OUTPUT,
             format="mp4",
             vcodec="libx264",
             pix_fmt="yuv420p",
@@ -132,6 +131,8 @@ class VideoFile:
             **tags,
         )
         command = stream.global_args("-loglevel", "error").overwrite_output().compile(cmd=_ffmpeg())
+        # Put in here, since ffmpeg-python takes no path with bytes outside UTF-8.
+        command = [as_argument(f"file:{self.partial.name}" if word == OUTPUT else word) for word in command]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log)
 
     def _failure(self) -> OSError:
@@ -140,8 +141,10 @@ class VideoFile:
         self.log.seek(0)
         said = " ".join(self.log.read().decode(errors="replace").split())
         if "no space left" in said.lower():
-            return OSError(f"cannot write {self.path}: no space left on the disk")
-        return OSError(f"cannot write {self.path}: ffmpeg ended with status {self.process.returncode}: {said[-300:]}")
+            return OSError(f"cannot write {shown(self.path)}: no space left on the disk")
+        return OSError(
+            f"cannot write {shown(self.path)}: ffmpeg ended with status {self.process.returncode}: {said[-300:]}"
+        )
 
 
 def write_video(path: str | Path, frames: np.ndarray | Tensor | Iterable[np.ndarray | Tensor], fps: float) -> None:
@@ -154,20 +157,11 @@ def write_video(path: str | Path, frames: np.ndarray | Tensor | Iterable[np.ndar
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a json file, whole or not at all."""
-    partial = partial_name(path)
-    try:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _flush_to_disk(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """A disk may find out only now that it is full."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Write a json file, whole or not at all. A path's bytes outside UTF-8 become json's own escapes."""
+    with Partial(path) as partial:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        partial.name.write_bytes(text.encode("utf-8", "backslashreplace"))
+        partial.commit()
 
 
 def read_image(path: str | Path) -> np.ndarray:

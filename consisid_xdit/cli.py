@@ -21,8 +21,9 @@ import click
 from cogvideox_xdit import cli as cogvideox
 from cogvideox_xdit.config import official_rules
 from common import program
-from common.checks import Rules, folder_problem
-from common.cli import Option
+from common.checks import Rules
+from common.files import absence, writing_problem
+from common.options import Option
 from common.request import Program, Setup, Source, Video, sampling_options
 from consisid_xdit.config import PREVIEW, read_consisid
 from consisid_xdit.fork import FORK
@@ -78,9 +79,9 @@ def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
             f"--image needs {' and '.join(missing)}: pip install 'xdit-zoo[face]'; or make the features elsewhere "
             "with --save-id-embeddings and pass them with --id-embeddings"
         )
-    if file is not None and not file.is_file():
-        found.append(f"--id-embeddings {file} {'is not a file' if file.exists() else 'does not exist'}")
-    if save is not None and (problem := folder_problem(save)):
+    if file is not None and (problem := absence(file, "file")):
+        found.append(f"--id-embeddings {problem}")
+    if save is not None and (problem := writing_problem(save)):
         found.append(f"--save-id-embeddings: {problem}")
     return found
 

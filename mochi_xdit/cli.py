@@ -18,8 +18,8 @@ import click
 
 from common import program
 from common.checks import Rules
-from common.cli import Option
 from common.headers import read_header
+from common.options import Option
 from common.request import Program, Setup, Source, Video, sampling_options
 from mochi_xdit.config import FAST, OFFICIAL, read_config
 from mochi_xdit.fork import FORK

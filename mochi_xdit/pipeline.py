@@ -134,7 +134,7 @@ class MochiPipeline(Pipeline):
         sigmas = linear_quadratic_sigmas(num_steps, threshold_noise, linear_steps)
         final = self._sample(latents, text, sigmas, scales)
         if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed})
+            save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed}, self.stages.warn)
         if output == "latent":
             return final
         return self.decode(final, vae, vae_chunk, vae_tile)

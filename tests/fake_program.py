@@ -16,7 +16,7 @@ if __package__ in (None, ""):
 
 from common import program
 from common.checks import Rules
-from common.cli import Option
+from common.options import Option
 from common.request import Program
 
 RULES = Rules(heads=4, width=32, height=32, num_frames=7, num_steps=8, cfg_scale=4.5, fps=8, default_prompt="a test")

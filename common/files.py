@@ -1,0 +1,285 @@
+"""Files that a run writes: names that fit and that one run holds at a time, files that are whole or absent.
+
+Everything here looks at names and folders alone; no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where files are not locked
+    fcntl = None  # type: ignore[assignment]
+
+PROBE_BYTES = 65536
+MOST_CLAIMED = 64
+"""Of a command's outputs so many are locked at once: each takes a file descriptor."""
+
+
+class Partial:
+    """A file that grows under a hidden name of its own and gets its name when it is complete.
+
+        with Partial(path) as partial:
+            ... write to partial.name ...
+            partial.commit()
+
+    The hidden name is created exclusively and locked while it is written, so that nobody else writes to it and
+    `remove_partial` can tell it from one that a dead run left. Leaving without `commit` removes it. Raises OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            made = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
+        except OSError as error:
+            raise _about(path, error) from None
+        descriptor, name = made
+        self.name, self._descriptor = Path(name), descriptor
+        _lock(descriptor)
+        mask = os.umask(0)
+        os.umask(mask)
+        with suppress(OSError):
+            os.fchmod(descriptor, 0o666 & ~mask)  # mkstemp's files are for their owner's eyes only
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with suppress(OSError):
+            self.name.unlink()
+        with suppress(OSError):
+            os.close(self._descriptor)
+
+    def commit(self) -> None:
+        """Flush the file to the disk, which may find out only now that it is full, and give it its name."""
+        try:
+            with self.name.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(self.name, self.path)
+        except OSError as error:
+            raise _about(self.path, error) from None
+
+
+def _about(path: Path, error: OSError) -> OSError:
+    """The error with the name that the user knows, not the hidden one."""
+    told = OSError(f"cannot write {shown(path)}: {error.strerror or error}")
+    told.errno = error.errno
+    return told
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what dead runs left of a file that was to be `path`; never raises, and leaves live runs' files alone."""
+    with suppress(OSError):
+        names = [
+            n
+            for n in os.listdir(path.parent)
+            if n.startswith(f".{path.stem}.") and n.endswith(f".partial{path.suffix}")
+        ]
+        for name in names:
+            with suppress(OSError):
+                descriptor = os.open(path.parent / name, os.O_RDWR)
+                try:
+                    if _lock(descriptor):
+                        os.unlink(path.parent / name)
+                finally:
+                    os.close(descriptor)
+
+
+@contextmanager
+def claimed(outputs: Sequence[Path]) -> Iterator[None]:
+    """Hold these names against other runs, on this machine or on a shared disk that knows locks.
+
+    A run that ends in any way gives its names back. Raises ValueError, with what to do, for a name that another run
+    holds. Of many outputs the first and the last are held.
+    """
+    if len(outputs) > MOST_CLAIMED:
+        outputs = [*outputs[: MOST_CLAIMED - 1], outputs[-1]]
+    with ExitStack() as held:
+        for output in outputs:
+            held.enter_context(_claimed(output))
+        yield
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    lock = output.with_name(f".{output.stem}.lock")
+    try:
+        descriptor = _open_locked(lock)
+    except OSError:
+        # A folder that takes no further file says so when the output itself is probed.
+        yield
+        return
+    if descriptor is None:
+        raise ValueError(f"--output {shown(output)}: another run is writing it; wait for that, or give another name")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()  # while it is still locked: whoever opens it meanwhile sees that it is gone
+        os.close(descriptor)
+
+
+def _open_locked(lock: Path) -> int | None:
+    """A descriptor that holds `lock`; None when another run does."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _lock(descriptor):
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                return descriptor
+        os.close(descriptor)  # its last holder has just removed it: take the next one
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file; False when another run has. Where the file system has no locks, everything may be taken."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def reason(error: OSError) -> str:
+    """An OSError in words, without number and file name."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space is left on the disk"
+    return (os.strerror(error.errno) if error.errno else str(error)).lower()
+
+
+def shown(text: object) -> str:
+    """A user's string, such as a path, as a terminal takes it: what it would obey or cannot show is escaped."""
+    return "".join(c if c.isprintable() or c == "\t" else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte outside of UTF-8, as Python carries it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def as_argument(text: str) -> bytes:
+    """A string as another program's argument: UTF-8 whatever the locale, a path's odd bytes as they were."""
+    return text.replace("\0", "").encode("utf-8", "surrogateescape")
+
+
+def text_problem(text: str) -> str | None:
+    """Why a prompt cannot be used: control characters (but tabs and new lines), or bytes outside UTF-8."""
+    for position, character in enumerate(text, 1):
+        if "\ud800" <= character <= "\udfff":
+            return f"character {position} is no UTF-8 text"
+        if unicodedata.category(character) == "Cc" and character not in "\t\n\r":
+            return f"character {position} is the control character U+{ord(character):04X}; leave it out"
+    return None
+
+
+def kind_of(path: Path) -> str | None:
+    """`file`, `folder`, or `other` (a device, a pipe); None where nothing is. OSError in words as ValueError.
+
+    Links are followed, to nothing as well.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {reason(error)}") from None
+    except ValueError:
+        raise ValueError(f"{shown(path)} is no file name") from None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def absence(path: Path, wanted: str) -> str | None:
+    """Why `path` is no readable `file` or `folder`, in words that follow the option's name; None when it is one."""
+    try:
+        kind = kind_of(path)
+    except ValueError as error:
+        return str(error)
+    if kind == wanted:
+        return None
+    article = {"file": "a file", "folder": "a directory"}[wanted]
+    return f"{shown(path)} {'does not exist' if kind is None else f'is not {article}'}"
+
+
+def taken_problem(path: Path) -> str | None:
+    """Why no file can have this name: a folder, a device or a pipe has it. None when nothing or a file has."""
+    try:
+        kind = kind_of(path)
+    except ValueError as error:
+        return str(error)
+    if kind == "folder":
+        return f"{shown(path)} is a directory; name a file, such as {shown(path / 'video')}{path.suffix or '.mp4'}"
+    return f"{shown(path)} is a device or a pipe; name a file" if kind == "other" else None
+
+
+def writing_problem(path: Path) -> str | None:
+    """Why `path`, a file to be, cannot be written; None when it can. Leaves nothing behind.
+
+    The longest name that is derived from it while it is written is tried as well.
+    """
+    if problem := taken_problem(path):
+        return problem
+    folder = path.parent
+    try:
+        kind = kind_of(folder)
+    except ValueError as error:
+        return str(error)
+    if kind is None:
+        return f"the folder {shown(folder)} does not exist; create it first (mkdir -p {shown(folder)})"
+    if kind != "folder":
+        return f"{shown(folder)} is not a folder"
+    try:
+        with Partial(path) as partial:
+            partial.name.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return f"the name {shown(path.name)[:60]}... is too long to be written safely; use one of fewer letters"
+        return f"the folder {shown(folder)} cannot be written: {reason(error)}"
+    return None
+
+
+def resolved(path: Path) -> Path:
+    """The file behind a link, which is what gets replaced; other paths as they are. ValueError for a loop of links."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{shown(path)}: {reason(error) if isinstance(error, OSError) else 'a loop of links'}"
+        ) from None
+
+
+def spare_file(path: Path) -> Path:
+    """Where a file goes when its own folder does not take it."""
+    return Path(tempfile.gettempdir(), f"{os.getuid()}-{path.name}")
+
+
+def tell(text: str) -> None:
+    """Print a line on stdout. A reader that has left, or a full disk behind it, stops nothing: the line is dropped."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        # Python flushes once more at its end, and would complain.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def lenient_streams() -> None:
+    """What stdout and stderr cannot encode is escaped, in whatever locale: a name must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
