@@ -1,1 +1,1 @@
-"""Mutators for files that others wrote: each a seeded, endless source of damaged or malicious variants."""
+"""Hostile input, seeded: commands, files, names, environments. `python -m tests.fuzz --cases 5000`."""
