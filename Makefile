@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast lint format bench clean
+.PHONY: setup demo test test-fast fuzz lint format bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -27,6 +27,10 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"
+
+# Hostile commands, files, names and environments, seeded: other ones by SEED, more by CASES.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),5000) --seed $(or $(SEED),0)
 
 lint: setup
 	$(BIN)/ruff check .

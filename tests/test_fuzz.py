@@ -10,8 +10,8 @@ import pytest
 
 from tests.fuzz.cases import AREAS
 
-CASES = {"arguments": 24, "prompts": 8, "names": 16, "environments": 12, "profiles": 30, "configs": 16}
-REST = 10
+CASES = {"arguments": 30, "prompts": 10, "names": 20, "environments": 5, "profiles": 40, "configs": 12}
+REST = 5
 
 RUN = """
 import json, sys
