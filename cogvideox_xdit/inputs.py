@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 
-from common.parallel import Mesh, broadcast_object, broadcast_tensors
 from common.video import as_rgb, read_frames, read_image
 
 Picture: TypeAlias = "str | Path | np.ndarray | Tensor | PIL.Image.Image"
@@ -60,18 +59,3 @@ def _resized(frames: Iterable[np.ndarray], what: str, height: int, width: int) -
 def pixels(frames: Tensor, dtype: torch.dtype) -> Tensor:
     """Frames (T, H, W, 3) uint8 -> (1, 3, T, H, W) in [-1, 1]."""
     return (frames.to(dtype) / 255 * 2 - 1).permute(3, 0, 1, 2)[None]
-
-
-def read_on_main(mesh: Mesh, read: Callable[[], Tensor]) -> Tensor:
-    """What rank 0 reads, on every rank's device: only rank 0 needs the file, and all raise its ValueError."""
-    frames: dict[str, Tensor] | None = None
-    failure: Any = None
-    if mesh.is_main:
-        try:
-            frames = {"frames": read()}
-        except (ValueError, OSError) as error:
-            failure = str(error)
-    failure = broadcast_object(mesh.world, failure)
-    if failure is not None:
-        raise ValueError(failure)
-    return broadcast_tensors(mesh.world, frames, mesh.device)["frames"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit.config import FRAME_STEP, CheckpointConfig, read_checkpoint
-from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, read_on_main, video_frames
+from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, video_frames
 from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size, pack, unpack
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, decode, encode
@@ -19,7 +19,7 @@ from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_t
 from common.decode import DecodePlan, VideoDecoder
 from common.generation import check_latents, latent_dtype, require_finite, save_latents
 from common.guidance import NEGATIVE, POSITIVE
-from common.parallel import Mesh
+from common.parallel import Mesh, on_main
 from common.pipeline import Pipeline
 from common.quantize import TransformerFiles
 from common.vae import TimeSplit
@@ -115,9 +115,9 @@ class CogVideoXPipeline(Pipeline):
         solver = Solver(self.checkpoint.scheduler, num_steps, self.scheduler, 1.0 if video is None else strength)
         frames: Tensor | None = None
         if image is not None:
-            frames = read_on_main(self.mesh, lambda: image_frames(image, height, width))
+            frames = on_main(self.mesh, lambda: image_frames(image, height, width))
         elif video is not None:
-            frames = read_on_main(self.mesh, lambda: video_frames(video, height, width, num_frames))
+            frames = on_main(self.mesh, lambda: video_frames(video, height, width, num_frames))
         text = self._encode(prompt, negative_prompt if cfg_scale > 1 or self.mesh.cfg.size > 1 else None)
         start = self._start(size, padding, seed, latents, frames, solver)
         scales = [cfg_scale if cfg_scale > 1 else 1.0] * len(solver)

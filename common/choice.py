@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
 from common.estimate import Estimate, Estimator, Precision, Workload
 from common.generation import free_memory, host_memory, parse_dtype
-from common.parallel import Mesh, broadcast_object
+from common.parallel import Mesh, all_min, on_main
 from common.placement import Placement
 
 if TYPE_CHECKING:
@@ -135,10 +132,7 @@ def estimator(work: Workload, setup: Setup, mesh: Mesh) -> Estimator:
 def room_on(mesh: Mesh, setup: Setup, local_ranks: int) -> Room:
     """What the rank with least has, no more than `--max-memory`. Collective."""
     free = free_memory(mesh, None if setup.max_memory is None else int(setup.max_memory * GIB))
-    least = torch.tensor([host_memory() // local_ranks], device=mesh.device)
-    if mesh.world.group is not None:
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.world.group)
-    return Room(free, int(least.item()), setup.device)
+    return Room(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), setup.device)
 
 
 def settle(program: Program, setup: Setup, video: Video, mesh: Mesh, local_ranks: int) -> tuple[Setup, str | None]:
@@ -149,18 +143,15 @@ def settle(program: Program, setup: Setup, video: Video, mesh: Mesh, local_ranks
     """
     if setup.offload is not None or setup.shard_weights or program.workload is None or video.latents is not None:
         return setup, None
+    count_work = program.workload
     room = room_on(mesh, setup, local_ranks)
-    found: tuple[Choice | None, ValueError | None] = (None, None)
-    if mesh.is_main:
+
+    def choose() -> Choice:
         # Rank 0 has most of everything: T5, the largest shard, the branch with the longer text.
-        try:
-            counted = estimator(program.workload(setup, video, mesh), setup, mesh)
-            found = choose_placement(_count(counted, room), room, mesh.world.size, setup.keep_loaded), None
-        except ValueError as error:
-            found = None, error
-    choice, problem = broadcast_object(mesh.world, found, mesh.device)
-    if problem is not None:
-        raise problem
+        counted = estimator(count_work(setup, video, mesh), setup, mesh)
+        return choose_placement(_count(counted, room), room, mesh.world.size, setup.keep_loaded)
+
+    choice = on_main(mesh, choose)
     return placed(setup, choice), choice.why
 
 

@@ -7,10 +7,12 @@ different orders wait for each other without end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ import torch.distributed as dist
 from common.interface import choose_interface
 from common.launch import place
 from common.layout import Layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -241,3 +245,70 @@ def broadcast_tensors(
             dist.broadcast(tensor, group=axis.group, group_src=0)
         received[name] = tensor
     return received
+
+
+def all_min(axis: Axis, value: int, device: torch.device) -> int:
+    """The smallest value of the axis' ranks, on all of them. Collective. device: of this rank."""
+    if axis.group is None:
+        return value
+    least = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=axis.group)
+    return int(least.item())
+
+
+def on_main(mesh: Mesh, make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank: `make` runs there alone, all get its value or its error. Collective.
+
+    The value may be anything picklable, with tensors anywhere inside: they are broadcast as tensors and lie on
+    `mesh.device` on every rank. An error is raised on rank 0 as it is, on the others as the same kind of exception with
+    the same message; what cannot be pickled becomes the nearest of Python's own.
+    """
+    made: bytes | None = None
+    failure: Exception | None = None
+    tensors: dict[str, torch.Tensor] = {}
+    if mesh.is_main:
+        try:
+            made, tensors = _take_apart(make())
+        except Exception as error:  # told to every rank before it goes on
+            failure = error
+    # Without mesh.device: after an error of the device's memory the message must not need any.
+    made, told = broadcast_object(mesh.world, (made, failure and _picklable(failure)))
+    if made is None:
+        raise failure or told
+    return _put_together(made, broadcast_tensors(mesh.world, tensors if mesh.is_main else None, mesh.device))
+
+
+def _take_apart(value: Any) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """A value pickled without its tensors, and the tensors by the names that stand in their places."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: Any) -> str | None:
+            if not isinstance(part, torch.Tensor):
+                return None
+            tensors[name := str(len(tensors))] = part
+            return name
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(value)
+    return buffer.getvalue(), tensors
+
+
+def _put_together(pickled: bytes, tensors: dict[str, torch.Tensor]) -> Any:
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, name: str) -> torch.Tensor:
+            return tensors[name]
+
+    return Unpickler(io.BytesIO(pickled)).load()
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error, or one of Python's own kinds with its message where a copy of it would not survive the way."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    except Exception:  # whatever an exception's own pickling raises
+        pass
+    kinds = (ValueError, MemoryError, OSError, ArithmeticError, ImportError, TypeError, LookupError, RuntimeError)
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)(str(error))

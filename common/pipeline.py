@@ -13,11 +13,11 @@ from common.compile import Compile
 from common.decode import DecodePlan, VideoDecoder
 from common.generation import Models, decode_video, parse_dtype
 from common.guidance import Guidance
-from common.parallel import Mesh, resolve_device
+from common.parallel import Mesh, on_main, resolve_device
 from common.placement import Placement, check_model, resident_bytes
 from common.progress import Stages
 from common.t5 import EncoderFiles, check_t5
-from common.text import TextEncoder, encode_on_main
+from common.text import TextEncoder, TextFeatures
 from common.vae import TimeSplit
 from common.xfuser_engine import sequence_parallel
 
@@ -111,8 +111,13 @@ class Pipeline:
 
         limit: tokens, longer prompts are cut with a warning. use_mask: whether padding is kept from T5 too. Collective.
         """
-        with self.models.use("text encoder", self._load_text_encoder) as encoder, self.stages.stage("encoding"):
-            found = encode_on_main(self.mesh, list(prompts.values()), encoder, limit, use_mask)
+
+        def encode() -> TextFeatures:
+            with self.models.use("text encoder", self._load_text_encoder) as encoder, self.stages.stage("encoding"):
+                return encoder.encode(list(prompts.values()), limit, use_mask)
+
+        with self.stages.stage("text features", quiet=True):
+            found = on_main(self.mesh, encode)
         text = {}
         for i, (branch, said) in enumerate(prompts.items()):
             text[branch] = (found.features[i : i + 1], found.mask[i : i + 1])
@@ -121,9 +126,7 @@ class Pipeline:
                 self.stages.warn(f"the prompt {said[:40]!r}... is too long; this was cut off: {found.cut[i]!r}")
         return text
 
-    def _load_text_encoder(self) -> TextEncoder | None:
-        if not self.mesh.is_main:
-            return None
+    def _load_text_encoder(self) -> TextEncoder:
         with self.stages.stage("loading text encoder"):
             return TextEncoder(
                 self.text_folder(),

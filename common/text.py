@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import open_checkpoint
-from common.parallel import Mesh, broadcast_object, broadcast_tensors
 from common.t5 import EncoderFiles, load_t5
 
 EOS, PAD = 1, 0
@@ -208,26 +207,3 @@ def encode(
     """Load, encode, free. See TextEncoder.encode."""
     with TextEncoder(directory, device, dtype, cache_dir) as encoder:
         return encoder.encode(prompts, max_length, use_mask)
-
-
-def encode_on_main(
-    mesh: Mesh, prompts: Sequence[str], encoder: TextEncoder | None, max_length: int, use_mask: bool
-) -> TextFeatures:
-    """Rank 0 encodes with its `encoder`, every rank receives the features on `mesh.device`.
-
-    Ranks other than 0 pass None. What goes wrong on rank 0 is raised as ValueError on all.
-    """
-    result, failure = None, None
-    if mesh.is_main:
-        assert encoder is not None
-        try:
-            result = encoder.encode(prompts, max_length, use_mask)
-        except Exception as error:  # told to every rank before it goes on
-            failure = error
-    plain = (result.used, result.cut) if result else None
-    plain, reason = broadcast_object(mesh.world, (plain, failure and f"{failure}"))
-    if plain is None:
-        raise failure or ValueError(reason)
-    tensors = {"features": result.features, "mask": result.mask} if result else None
-    tensors = broadcast_tensors(mesh.world, tensors, mesh.device)
-    return TextFeatures(tensors["features"], tensors["mask"].bool(), *plain)

@@ -9,17 +9,14 @@ Needs the extra `face` and the checkpoint's folder `face_encoder`; `--id-embeddi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, open_checkpoint, write_file
-from common.parallel import Mesh, broadcast_object, broadcast_tensors
 from common.schema import build, check_keys, read_object, shown
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.eva import EvaConfig, EvaTower, load_eva
@@ -275,25 +272,3 @@ def warnings(found: Faces, landmarks: Faces, target: Faces) -> list[str]:
     if not len(found):
         said.append("the first detector found no face; the person is recognised from the aligned crop instead")
     return said
-
-
-def identity_on_main(
-    mesh: Mesh, make: Callable[[], tuple[IdentityFeatures, list[str]]]
-) -> tuple[IdentityFeatures, list[str]]:
-    """Rank 0 calls `make`; every rank receives the features on `mesh.device` and the warnings. Collective.
-
-    What goes wrong on rank 0 is raised there as it is, on the others as ValueError.
-    """
-    made: tuple[IdentityFeatures, list[str]] | None = None
-    failure: Exception | None = None
-    if mesh.is_main:
-        try:
-            made = make()
-        except Exception as error:  # told to every rank before it goes on
-            failure = error
-    said: Any = (made[1], None) if made else (None, f"{failure}")
-    said, reason = broadcast_object(mesh.world, said, mesh.device)
-    if said is None:
-        raise failure or ValueError(reason)
-    named = broadcast_tensors(mesh.world, made[0].tensors() if made else None, mesh.device)
-    return IdentityFeatures.from_tensors(named), said

@@ -17,12 +17,13 @@ from cogvideox_xdit.inputs import Picture, image_frames
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
+from common.parallel import on_main
 from common.placement import place
 from common.quantize import TransformerFiles
 from common.video import as_rgb, read_image
 from common.weights import find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig, read_consisid
-from consisid_xdit.face import FaceReader, IdentityFeatures, identity_on_main, load_identity
+from consisid_xdit.face import FaceReader, IdentityFeatures, load_identity
 from consisid_xdit.keypoints import draw_keypoints
 from consisid_xdit.transformer import ConsisIDTransformer, Face, FaceCondition
 from consisid_xdit.weights import rename_table, transformer_files
@@ -80,7 +81,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
             return self._load_face_models().read(picture)
 
         with self.stages.stage("reading the face"):
-            identity, said = identity_on_main(self.mesh, make)
+            identity, said = on_main(self.mesh, make)
         for text in said:
             self.stages.warn(text)
         return identity

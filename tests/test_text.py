@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.demo import write_text_encoder
-from common.parallel import Layout, distributed
-from common.text import EncoderFiles, TextEncoder, Tokenizer, encode, encode_on_main
+from common.parallel import Layout, distributed, on_main
+from common.text import EncoderFiles, TextEncoder, Tokenizer, encode
 
 CAPTIONS = [f"A {c} {s} moves {d}." for c in ("red", "blue") for s in ("circle", "square") for d in ("left", "up")]
 PROMPTS = ["A red circle moves left.", "blue", ""]
@@ -197,9 +197,8 @@ def test_cache_returns_the_same_and_knows_its_encoder(folder, copy, tmp_path, mo
 
 def encode_everywhere(folder, prompts):
     mesh = distributed(Layout(cfg=2), "cpu")
-    encoder = TextEncoder(folder, dtype=torch.float32) if mesh.is_main else None
     try:
-        out = encode_on_main(mesh, prompts, encoder, 16, True)
+        out = on_main(mesh, lambda: encode(prompts, folder, 16, dtype=torch.float32))
     except ValueError as error:
         return str(error)
     return out.features, out.mask, out.used

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.attention import attention, attention_with_lse, check_kernel
+from common.checkpoint import CheckpointError
 from common.guidance import Guidance
 from common.layout import split_evenly
-from common.parallel import Layout, Mesh, broadcast_object, broadcast_tensors, distributed
+from common.parallel import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
 from common.usp import SequenceParallel, head_groups
 from tests.counting import as_rank, count_attention
 
@@ -261,6 +263,53 @@ def test_broadcasts_reach_every_rank(run_ranks):
     for value, tensors in run_ranks(3, broadcasts):
         assert value == {"seed": 7}
         assert torch.equal(tensors["a"], torch.arange(3.0)) and tensors["none"].shape == (0, 2)
+
+
+class Features(NamedTuple):
+    mask: Tensor
+    said: str
+
+
+class Unpicklable(OSError):
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+
+
+def made_on_main(error: Exception | None) -> object:
+    mesh = distributed(Layout(ring=3))
+    seen = []
+
+    def make() -> dict[str, object]:
+        seen.append(mesh.world.rank)
+        if error is not None:
+            # One that cannot be pickled cannot come as an argument either.
+            raise error if error.args else Unpicklable("a", "is missing")
+        return {"shape": (2, 3), "parts": [torch.arange(6.0).view(2, 3).T, Features(torch.tensor([True]), "it")]}
+
+    try:
+        made = on_main(mesh, make)
+    except Exception as caught:
+        made = type(caught), str(caught)
+    return made, seen, all_min(mesh.world, 5 - mesh.world.rank, mesh.device)
+
+
+def test_all_ranks_get_what_rank_0_makes(run_ranks):
+    for rank, (made, seen, least) in enumerate(run_ranks(3, made_on_main, None)):
+        assert made["shape"] == (2, 3) and torch.equal(made["parts"][0], torch.tensor([[0.0, 3], [1, 4], [2, 5]]))
+        assert made["parts"][1].mask.dtype == torch.bool and made["parts"][1].said == "it"
+        assert seen == ([0] if rank == 0 else []) and least == 3
+
+
+@pytest.mark.parametrize("error", [CheckpointError("cut"), FileNotFoundError(2, "gone", "a.pt"), MemoryError("full")])
+def test_all_ranks_raise_what_rank_0_raises(run_ranks, error):
+    for made, *_ in run_ranks(3, made_on_main, error):
+        assert made == (type(error), str(error))
+
+
+def test_an_error_that_cannot_travel_keeps_its_nearest_kind_and_its_message(run_ranks):
+    (main, *_), *others = run_ranks(3, made_on_main, OSError())
+    assert main == (Unpicklable, "a: is missing")
+    assert [made for made, *_ in others] == [(OSError, "a: is missing")] * 2
 
 
 def lonely_exchange() -> float:
