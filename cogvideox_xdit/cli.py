@@ -190,10 +190,8 @@ def generate(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages
 
 
 def decode(pipe: CogVideoXPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
-    from common.generation import load_latents
-
     assert video.latents is not None
-    latents = load_latents(video.latents, pipe.config.out_channels)
+    latents = program.read_latents(video.latents, pipe.config.out_channels)
     return pipe.decode(latents, **setup.decode_options())
 
 

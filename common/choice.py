@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from common.estimate import Estimate, Estimator, Precision, Workload
-from common.generation import free_memory, host_memory, parse_dtype
+from common.generation import parse_dtype
+from common.memory import free_memory, host_memory
 from common.parallel import Mesh, all_min, on_main
 from common.placement import Placement
 

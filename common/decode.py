@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.parallel import Axis
+from common.failure import is_out_of_memory
+from common.memory import release_memory
+from common.parallel import Axis, all_min
 from common.tiles import tiles
 from common.vae import CausalStream, Link, LocalLink, TimeSplit, deal, spans
 
@@ -25,6 +26,13 @@ OVERLAP = 8
 # on a GPU.
 MARGIN = 1.5
 SPARE = 512 * 2**20
+
+
+# A plan is not tried out where this many times its count are free (`MARGIN` asks for less).
+AMPLE = 2.0
+
+DecodeSize = tuple[int, int, int, int]
+"""Of latents: (C, T, h, w)."""
 
 
 class VideoDecoder(nn.Module):
@@ -69,6 +77,10 @@ class DecodePlan:
         where = f", tiles of {self.tile[0]}x{self.tile[1]} latent pixels" if self.tile else ""
         frames = "1 latent frame" if self.chunk == 1 else f"{self.chunk} latent frames"
         return f"{self.mode}, {frames} at a time{where}"
+
+
+AgreedPlans = dict[tuple[DecodeSize, DecodePlan], DecodePlan]
+"""By size and the plan that would be tried first: the plan that several ranks found to fit."""
 
 
 def to_uint8(pixels: Tensor, rounding: str = "truncate") -> Tensor:
@@ -232,9 +244,9 @@ class PeakMemory(TorchDispatchMode):
 
 
 def decode_memory(
-    decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan, device: str | None = None
+    decoder: VideoDecoder, latents: DecodeSize, plan: DecodePlan, device: str | None = None, ranks: int = 1
 ) -> int:
-    """Bytes at the peak of decoding (C, T, h, w) latents by `plan` on one rank.
+    """Bytes at the peak of decoding (C, T, h, w) latents by `plan` on one of `ranks` ranks.
 
     Counted by running the decoder's first two chunks without data, in the dtype of its weights, which are not
     included, nor the workspaces of the kernels (`MARGIN` and `SPARE` are for those). device: the type of the device on
@@ -249,6 +261,8 @@ def decode_memory(
         _two_chunks(lambda *args: functional_call(decoder, weights, args), decoder, latents, plan, link, "meta")
     # Beside a GPU the waiting tiles' tails lie in host memory; on the CPU they lie where the work is done.
     waiting = len(parts) - 1 if device == "cpu" else 0
+    # Between ranks a tail that is received lies beside the one that is being sent.
+    waiting += plan.mode == "exact" and ranks > 1
     tails = sum(tail.nbytes for queue in link.kept.values() for tail in queue)
     return counter.peak + waiting * tails
 
@@ -256,7 +270,7 @@ def decode_memory(
 def _two_chunks(
     run: Callable[[Tensor, CausalStream], Tensor],
     decoder: VideoDecoder,
-    latents: tuple[int, int, int, int],
+    latents: DecodeSize,
     plan: DecodePlan,
     link: LocalLink,
     device: torch.device | str,
@@ -275,7 +289,7 @@ def _two_chunks(
 
 def decode_plans(
     decoder: VideoDecoder,
-    latents: tuple[int, int, int, int],
+    latents: DecodeSize,
     ranks: int = 1,
     mode: str = "auto",
     chunk: int | None = None,
@@ -331,7 +345,7 @@ def _tile_limits(height: int, width: int, smallest: int = 12) -> list[tuple[int,
 
 def plan_decode(
     decoder: VideoDecoder,
-    latents: tuple[int, int, int, int],
+    latents: DecodeSize,
     free_bytes: float,
     plans: tuple[DecodePlan, ...],
     count: Callable[[DecodePlan], int] | None = None,
@@ -349,13 +363,20 @@ def plan_decode(
     return plans[-1:]
 
 
-def probe(decoder: VideoDecoder, latents: tuple[int, int, int, int], plan: DecodePlan) -> bool:
-    """Whether this rank can decode two chunks of zeros by `plan`; False after an out-of-memory error."""
+def probe(decoder: VideoDecoder, latents: DecodeSize, plan: DecodePlan) -> bool:
+    """Whether this rank can decode two chunks of zeros by `plan`; False after an out-of-memory error.
+
+    Leaves the device as it was: what it took would be missing to who allocates outside of PyTorch, as NCCL does.
+    """
     try:
         _two_chunks(decoder, decoder, latents, plan, LocalLink(), next(decoder.parameters()).device)
-    except torch.OutOfMemoryError:
-        return False
-    return True
+        return True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    finally:
+        release_memory()
+    return False
 
 
 def agree(
@@ -367,9 +388,30 @@ def agree(
     with several ranks the plan is tried out (`probe`) before it is used. Raises MemoryError when none fits.
     """
     for plan in plans:
-        mine = torch.tensor([int(fits(plan))], device=device)
-        if axis.group is not None:
-            dist.all_reduce(mine, dist.ReduceOp.MIN, group=axis.group)
-        if mine.item():
+        if all_min(axis, int(fits(plan)), device):
             return plan
     raise MemoryError(f"even the smallest way to decode ({plans[-1]}) does not fit into memory")
+
+
+def plan_for_all(
+    decoder: VideoDecoder,
+    latents: DecodeSize,
+    plans: tuple[DecodePlan, ...],
+    free_bytes: float,
+    count: Callable[[DecodePlan], int],
+    axis: Axis,
+    device: torch.device,
+    agreed: AgreedPlans,
+) -> DecodePlan:
+    """The first of `plans` that every rank of the axis can take; collective.
+
+    Tried out (`agree`, `probe`) only where less than `AMPLE` times the first one's need is free, since that costs the
+    time of two chunks, and once: `agreed` keeps what was found. free_bytes, count: as for `plan_decode`, the same on
+    every rank, as `agreed` is.
+    """
+    first = plans[0]
+    if count(first) * AMPLE + SPARE <= free_bytes:
+        return first
+    if (latents, first) not in agreed:
+        agreed[latents, first] = agree(plans, lambda plan: probe(decoder, latents, plan), axis, device)
+    return agreed[latents, first]

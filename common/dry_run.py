@@ -14,7 +14,7 @@ import torch
 
 from common.choice import GIB, Room, candidates, choose_placement, estimator, gib
 from common.estimate import STAGES, Estimate, Estimator, imagined
-from common.generation import host_memory
+from common.memory import host_memory
 from common.parallel import Layout
 from common.placement import Placement
 from common.registry import Model, Size, fork_of

@@ -244,7 +244,7 @@ class Estimator:
 
     def _plan_bytes(self, plan: DecodePlan) -> int:
         if plan not in self.peaks:
-            self.peaks[plan] = decode_memory(self.decoder, self.work.latents, plan, self.device)
+            self.peaks[plan] = decode_memory(self.decoder, self.work.latents, plan, self.device, self.mesh.world.size)
         return self.peaks[plan]
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.blocks import finish
-from common.decode import DecodePlan, VideoDecoder, agree, decode_plans, plan_decode, probe
+from common.decode import (
+    AgreedPlans,
+    DecodePlan,
+    VideoDecoder,
+    decode_memory,
+    decode_plans,
+    plan_decode,
+    plan_for_all,
+)
+from common.failure import is_out_of_memory
 from common.files import Partial, reason, shown, spare_file
+from common.memory import free_memory, release_memory
 from common.parallel import Mesh
 from common.progress import Stages
 from common.vae import TimeSplit
@@ -78,40 +87,6 @@ class Models:
                 del self.loaded[name]
 
 
-def release_memory() -> None:
-    """Give back what freed models held."""
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-def free_memory(mesh: Mesh, most: int | None = None) -> int:
-    """Bytes that every rank can still allocate on its device: the smallest figure of them all. Collective.
-
-    most: no more than this, where a rank has been given a limit.
-    """
-    if mesh.device.type == "cuda":
-        free = torch.cuda.mem_get_info(mesh.device)[0]
-        free += torch.cuda.memory_reserved(mesh.device) - torch.cuda.memory_allocated(mesh.device)
-    else:
-        free = host_memory() // mesh.world.size
-    free = free if most is None else min(free, most)
-    if mesh.world.group is None:
-        return free
-    smallest = torch.tensor([free], dtype=torch.int64, device=mesh.device)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=mesh.world.group)
-    return int(smallest.item())
-
-
-def host_memory() -> int:
-    """Available host memory in bytes, from Linux's meminfo; elsewhere a cautious 4 GiB."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 4 << 30
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
 def save_latents(
     path: str | Path, latents: Tensor, settings: Mapping[str, Any], warn: Callable[[str], None] | None = None
 ) -> None:
@@ -144,7 +119,10 @@ def _write_latents(path: Path, latents: Tensor, settings: Mapping[str, Any]) -> 
 
 
 def load_latents(path: str | Path, channels: int) -> Tensor:
-    """Latents (1, C, T, h, w) from a file of `save_latents`. ValueError says what the file is instead."""
+    """Latents (1, C, T, h, w) from a file of `save_latents`, of a dtype of DTYPES, every number finite.
+
+    Raises ValueError, which says what the file holds instead.
+    """
     try:
         with safe_open(str(path), "pt") as file:
             if "latents" not in file.keys():  # noqa: SIM118 (not a mapping)
@@ -154,8 +132,13 @@ def load_latents(path: str | Path, channels: int) -> Tensor:
         raise ValueError(f"{path}: no such latents file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable latents file ({error})") from None
-    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[1] != channels:
-        raise ValueError(f"{path} holds latents of shape {tuple(latents.shape)}; expected (1, {channels}, T, h, w)")
+    shape = tuple(latents.shape)
+    if len(shape) != 5 or shape[:2] != (1, channels) or not all(shape):
+        raise ValueError(f"{path} holds latents of shape {shape}; expected (1, {channels}, T, h, w), none of them 0")
+    if latents.dtype not in DTYPES.values():
+        raise ValueError(f"{path} holds latents of {latents.dtype}; expected one of {', '.join(DTYPES)}")
+    if not bool(latents.isfinite().all()):
+        raise ValueError(f"{path} holds latents with NaN or infinity; no video can be made of them")
     return latents
 
 
@@ -175,22 +158,26 @@ def decode_video(
     chunk: int | None = None,
     tile: tuple[int, int] | None = None,
     room: int | None = None,
+    agreed: AgreedPlans | None = None,
 ) -> Tensor | None:
     """All frames (T, H, W, 3) uint8 on rank 0, None elsewhere, by the best plan that fits into free memory.
 
     decode: runs one plan over the ranks (see `common.decode.decode_frames`). latents: (1, C, T, h, w).
     mode, chunk, tile: as for `decode_plans`. room: bytes that the decode may take here; default: all that are free.
-    One process falls back to the next smaller plan when memory runs out after all; several try the plan on zeros
-    first, on a GPU, since a rank that fails leaves the others waiting.
-    Raises MemoryError when nothing fits.
+    agreed: what several ranks have found out, kept by the caller for its next videos.
+    One process falls back to the next smaller plan when memory runs out after all; several try a plan that just fits
+    on zeros first, on a GPU, since a rank that fails leaves the others waiting. Raises MemoryError when nothing fits.
     """
     assert isinstance(decoder, nn.Module)
     _, channels, frames, height, width = latents.shape
     size = (channels, frames, height, width)
     plans = decode_plans(decoder, size, mesh.world.size, mode, chunk, tile)
-    plans = plan_decode(decoder, size, free_memory(mesh, room), plans)
+    free = free_memory(mesh, room)
+    counted = cache(lambda plan: decode_memory(decoder, size, plan, ranks=mesh.world.size))
+    plans = plan_decode(decoder, size, free, plans, counted)
     if mesh.world.size > 1 and mesh.device.type == "cuda":
-        plans = (agree(plans, lambda plan: probe(decoder, size, plan), mesh.world, mesh.device),)
+        agreed = {} if agreed is None else agreed
+        plans = (plan_for_all(decoder, size, plans, free, counted, mesh.world, mesh.device, agreed),)
     split = TimeSplit(mesh.world)
     for i, plan in enumerate(plans):
         stages.note(f"decode: {plan}")
@@ -198,8 +185,8 @@ def decode_video(
             stages.warn("the exact decode does not fit into memory; seams of tiles are blended (see docs/fidelity.md)")
         try:
             return _collect(decode(plan, split), len(decoder.chunks(frames, plan.chunk)), stages)
-        except (torch.OutOfMemoryError, MemoryError):
-            if mesh.world.size > 1 or i == len(plans) - 1:
+        except Exception as error:
+            if not is_out_of_memory(error) or mesh.world.size > 1 or i == len(plans) - 1:
                 raise
             stages.warn(f"out of memory decoding ({plan}); trying a smaller way")
         release_memory()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.compile import Compile
-from common.decode import DecodePlan, VideoDecoder
+from common.decode import AgreedPlans, DecodePlan, VideoDecoder
 from common.generation import Models, decode_video, parse_dtype
 from common.guidance import Guidance
 from common.parallel import Mesh, on_main, resolve_device
@@ -79,6 +79,7 @@ class Pipeline:
         self.sp = sequence_parallel(mesh, attention, engine, overlap_groups, self.dtype)
         self.guidance = Guidance(mesh.cfg)
         self.models = Models(keep_loaded or offload == "none")
+        self.agreed_plans: AgreedPlans = {}
         self.max_memory = None if max_memory is None else int(max_memory * GIB)
 
     def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
@@ -164,6 +165,7 @@ class Pipeline:
                 vae_chunk,
                 tile,
                 None if self.max_memory is None else self.max_memory - self._held(),
+                self.agreed_plans,
             )
 
     def _held(self) -> int:

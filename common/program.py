@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,6 +33,7 @@ from common.request import Program, Request, Setup, WrongUse, draw_seeds, settin
 from common.stopping import Asked, Stopped, stoppable
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import Store
 
     from common.parallel import Mesh
@@ -180,14 +182,15 @@ def _reporting(
     """Tell the user of an exception once. With peers, leave at once: they would wait in a collective for us.
 
     asked: a signal that came; an exception is then only what a library made of it, as imports do.
-    wrong_use: a ValueError means the command asks for what this machine or checkpoint does not have (status 2).
+    WrongUse is status 2. wrong_use: so is a plain ValueError, which means that the command asks for what this machine
+    or checkpoint does not have.
     """
     try:
         yield
     except Exception as error:
         if asked.number is not None:
             raise Stopped(asked.number) from None
-        status = 2 if wrong_use and type(error) is ValueError else 1
+        status = 2 if isinstance(error, WrongUse) or (wrong_use and type(error) is ValueError) else 1
         link.failed(stages.where, error, status, after_failure())
         if link.place.world_size > 1:
             link.leave(status)
@@ -307,6 +310,16 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
                     with suppress(OSError):
                         path.unlink()
             tell(shown(video.output))
+
+
+def read_latents(path: Path, channels: int) -> Tensor:
+    """The latents (1, C, T, h, w) of --from-latents; WrongUse says what the file holds instead."""
+    from common.generation import load_latents
+
+    try:
+        return load_latents(path, channels)
+    except ValueError as error:
+        raise WrongUse([f"--from-latents {error}"]) from None
 
 
 def _gather(mesh: Mesh, records: list[StageRecord]) -> list[list[StageRecord]]:

@@ -18,7 +18,7 @@ from common.files import spare_file
 from common.layout import Layout
 
 
-class WrongUse(Exception):
+class WrongUse(ValueError):
     """A command that cannot run: exit status 2, one line per problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -154,10 +154,8 @@ def generate(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) ->
 
 
 def decode(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
-    from common.generation import load_latents
-
     assert video.latents is not None
-    latents = load_latents(video.latents, pipe.config.channels)
+    latents = program.read_latents(video.latents, pipe.config.channels)
     return pipe.decode(latents, **setup.decode_options())
 
 

@@ -347,7 +347,30 @@ def test_a_decoder_that_overflows_gives_no_video_and_keeps_the_latents(checkpoin
 def test_latents_that_are_none(demo, folder, capsys):
     Path("text.safetensors").write_text("hello")
     status, (line,) = call(MOCHI, capsys, "--demo", "--gpus", "1", "--from-latents", "text.safetensors")
-    assert status == 1 and "text.safetensors" in line
+    assert status == 2 and "text.safetensors" in line
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        (torch.full((1, 12, 2, 4, 4), torch.nan), "NaN or infinity"),
+        (torch.full((1, 12, 2, 4, 4), -torch.inf, dtype=torch.float16), "NaN or infinity"),
+        (torch.zeros(1, 12, 2, 4, 4, dtype=torch.complex64), "torch.complex64; expected one of bf16, fp16"),
+        (torch.zeros(1, 12, 2, 4, 4, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(1, 12, 2, 4, 4, dtype=torch.bool), "torch.bool"),
+        (torch.zeros(1, 12, 2, 4, 4).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (torch.zeros(1, 12, 0, 4, 4), "(1, 12, 0, 4, 4); expected (1, 12, T, h, w)"),
+        (torch.zeros(1, 12, 2, 0, 4), "(1, 12, 2, 0, 4)"),
+        (torch.zeros(1, 16, 2, 4, 4), "(1, 16, 2, 4, 4)"),
+        (torch.zeros(12, 2, 4, 4), "(12, 2, 4, 4)"),
+    ],
+)
+def test_latents_that_no_decoder_takes(demo, folder, capsys, bad, said):
+    save_file({"latents": bad}, "bad.safetensors")
+    arguments = ("--demo", "--gpus", "1", "--from-latents", "bad.safetensors", "--output", "out.mp4")
+    status, (line,) = call(MOCHI, capsys, *arguments)
+    assert status == 2 and "--from-latents bad.safetensors holds latents" in line and said in line
+    assert os.listdir(folder) == ["bad.safetensors"]
 
 
 @pytest.mark.slow

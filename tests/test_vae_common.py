@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from unittest import mock
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.decode import (
+    AMPLE,
     MARGIN,
     SPARE,
     DecodePlan,
@@ -23,6 +25,7 @@ from common.decode import (
     decode_memory,
     decode_plans,
     plan_decode,
+    plan_for_all,
     probe,
     to_uint8,
 )
@@ -455,6 +458,53 @@ def agreed(ranks: int, hungry_rank: int) -> str:
     model = Starved() if mesh.world.rank == hungry_rank else Net()
     plans = decode_plans(model, shape, ranks=mesh.world.size)
     return str(agree(plans, lambda plan: probe(model, shape, plan), mesh.world, mesh.device))
+
+
+def tried(ranks: int) -> list[tuple[str, int]]:
+    """The plan for all, and how often the decoder ran to find it: short of memory twice, then with plenty."""
+    mesh = distributed(Layout(ulysses=ranks))
+    shape, runs, agreed, found = (2, 6, 20, 40), [], {}, []
+    model = Starved() if mesh.world.rank == 1 else Net()
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    plans = decode_plans(model, shape, ranks)
+    count = cache(lambda plan: decode_memory(Net(), shape, plan, "cpu", ranks))
+    need = count(plans[0])
+    for free in (need * MARGIN + SPARE, need * MARGIN + SPARE, need * AMPLE + SPARE):
+        runs.clear()
+        plan = plan_for_all(model, shape, plans, free, count, mesh.world, mesh.device, agreed)
+        found.append((plan.mode, len(runs)))
+    return found
+
+
+def test_a_plan_is_tried_out_once_and_only_where_memory_is_short(run_ranks):
+    for first, again, ample in run_ranks(2, tried, 2):
+        assert first[0] == "tiled" and first[1] >= 4
+        assert again == ("tiled", 0) and ample == ("exact", 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("GET was unable to find an engine to execute this")],
+)
+def test_a_probe_sees_memory_run_out_whoever_says_it(monkeypatch, error):
+    given_back = []
+    monkeypatch.setattr("common.decode.release_memory", lambda: given_back.append(1))
+    model = net(torch.float32)
+    assert probe(model, (2, 4, 3, 5), DecodePlan()) and len(given_back) == 1
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
+    assert not probe(model, (2, 4, 3, 5), DecodePlan()) and len(given_back) == 2
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("a defect")), prepend=True)
+    with pytest.raises(RuntimeError, match="a defect"):
+        probe(model, (2, 4, 3, 5), DecodePlan())
+
+
+def test_tails_that_arrive_from_another_rank_are_counted():
+    model, shape, plan = net(channels=8), (2, 12, 9, 8), DecodePlan("exact", 2)
+    tails = 8 * 2 * (2 + 3 * 8) * 18 * 16  # two frames before each layer of 2 and 8 channels
+    alone = decode_memory(model, shape, plan)
+    assert decode_memory(model, shape, plan, ranks=2) == alone + tails
+    tiles = DecodePlan("tiled", 2, (8, 8))
+    assert decode_memory(model, shape, tiles, "cuda", ranks=2) == decode_memory(model, shape, tiles, "cuda")
 
 
 def test_ranks_agree_on_a_plan_that_fits_them_all(run_ranks):
