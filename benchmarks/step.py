@@ -103,7 +103,9 @@ class Ours:
         return self.x + 0.02 * self.guided()
 
     def guided(self) -> Tensor:
-        return self.guide(lambda branch: self.case.forward(self.model, self.x, self.conds[branch]), SCALE)
+        wanted = self.guide.branches(SCALE)
+        predictions = {branch: self.case.forward(self.model, self.x, self.conds[branch]) for branch in wanted}
+        return self.guide.combine(predictions, SCALE)
 
     def prediction(self) -> Tensor:
         """Guided, on full latents. Collective."""

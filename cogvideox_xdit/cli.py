@@ -154,7 +154,7 @@ def check_weights(pipe: CogVideoXPipeline, setup: Setup, videos: Sequence[Video]
 
 
 def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
-    from cogvideox_xdit.workload import workload
+    from cogvideox_xdit.sampling import workload
     from common.choice import precision
 
     source = setup.source

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from cogvideox_xdit.config import FRAME_STEP, CheckpointConfig, read_checkpoint
 from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, video_frames
+from cogvideox_xdit.sampling import Start, draw, sample
 from cogvideox_xdit.solver import Solver, dynamic_scale
-from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size, pack, unpack
+from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, decode, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
 from common.decode import DecodePlan, VideoDecoder
-from common.generation import check_latents, latent_dtype, require_finite, save_latents
+from common.generation import check_latents, latent_dtype, save_latents
 from common.guidance import NEGATIVE, POSITIVE
 from common.parallel import Mesh, on_main
 from common.pipeline import Pipeline
@@ -25,15 +25,6 @@ from common.quantize import TransformerFiles
 from common.vae import TimeSplit
 
 STEPS, SCALE, STRENGTH = 50, 6.0, 0.8
-
-
-@dataclass(frozen=True)
-class Start:
-    """What sampling starts from: latents (1, C, T, h, w), T with padding, image latents beside them, and the draws."""
-
-    latents: Tensor
-    image: Tensor | None
-    generator: torch.Generator
 
 
 class CogVideoXPipeline(Pipeline):
@@ -211,29 +202,10 @@ class CogVideoXPipeline(Pipeline):
         return torch.cat((scaled, zeros), dim=2)
 
     def _sample(self, start: Start, text: dict[int, Tensor], solver: Solver, scales: list[float]) -> Tensor:
-        """All steps on this rank's tokens; the full final latents (1, C, T, h, w) on every rank."""
-        _, channels, *rest = start.latents.shape
-        size = (rest[0], rest[1], rest[2])
-        patch, kept = self.config.patch, latent_dtype(self.dtype)
-
-        def local(z: Tensor) -> Tensor:
-            return self.sp.shard(pack(z, patch)).to(self.device, kept)
-
-        def noise() -> Tensor:
-            return local(draw(size, channels, start.generator))
-
+        size = (start.latents.shape[2], start.latents.shape[3], start.latents.shape[4])
         with self.models.use("transformer", self._compiled_transformer) as model:
-            wanted = [branch for branch in self.guidance.branches if branch in text]
-            conds = {b: self.condition(model, text[b], size, start.image) for b in wanted}
-            z = local(start.latents)
-            with self.stages.stage("sampling", total=len(solver)) as step:
-                for i, (t, scale) in enumerate(zip(solver.timesteps, scales)):
-                    v = self.guidance(lambda b, z=z, t=t: model(z, t, conds[b]), scale)  # type: ignore[misc]
-                    z = solver.step(i, z, v, noise)
-                    require_finite(z, f"sampling step {i + 1} of {len(solver)}")
-                    step()
-            tokens = size[0] * size[1] * size[2] // self.config.patch_volume
-            return unpack(self.sp.gather(z, self.sp.lengths(tokens)), size, patch)
+            conds = {b: self.condition(model, text[b], size, start.image) for b in self.guidance.branches(*scales)}
+            return sample(model, start, conds, solver, scales, self.guidance, self.stages)
 
     def check_vae(self, frames: bool) -> None:
         check_vae(self.model_dir, self.vae_config, self.dtype, frames)
@@ -261,9 +233,3 @@ class CogVideoXPipeline(Pipeline):
     def _load_decoder(self) -> CogVideoXDecoder:
         with self.stages.stage("loading decoder"):
             return load_decoder(self.model_dir, self.vae_config, self.device, self.dtype)
-
-
-def draw(size: Size, channels: int, generator: torch.Generator) -> Tensor:
-    """Standard normal fp32 latents (1, channels, T, h, w), drawn frame by frame in the reference's order."""
-    frames, rows, columns = size
-    return torch.randn(1, frames, channels, rows, columns, generator=generator).transpose(1, 2)

@@ -1,8 +1,14 @@
-"""Classifier-free guidance over one axis of the mesh (Ho and Salimans 2022, arXiv 2207.12598)."""
+"""Classifier-free guidance over one axis of the mesh (Ho and Salimans 2022, arXiv 2207.12598).
+
+conds = {b: model.prepare(text[b]) for b in guidance.branches(*scales)}
+for t, scale in zip(times, scales):
+    predictions = {b: model(z, t, conds[b]) for b in guidance.branches(scale)}
+    z = step(z, guidance.combine(predictions, scale))
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 import torch.distributed._functional_collectives as collectives
@@ -20,29 +26,25 @@ class Guidance:
     def __init__(self, axis: Axis | None = None) -> None:
         self.axis = axis or Axis()
 
-    @property
-    def branches(self) -> tuple[int, ...]:
-        """The branches this rank computes: prepare text for these and no others."""
-        return (POSITIVE, NEGATIVE) if self.axis.size == 1 else (self.axis.rank,)
+    def branches(self, *scales: float) -> tuple[int, ...]:
+        """The branches that this rank computes at these scales: on one rank a scale of 1 needs no negative one."""
+        if self.axis.size > 1:
+            return (self.axis.rank,)
+        return (POSITIVE, NEGATIVE) if any(scale != 1 for scale in scales) else (POSITIVE,)
 
-    def __call__(self, predict: Callable[[int], Tensor], scale: float) -> Tensor:
+    def combine(self, predictions: Mapping[int, Tensor], scale: float) -> Tensor:
         """uncond + scale * (cond - uncond), in at least fp32.
 
-        predict: maps a branch to this rank's shard of the model's output. On one rank a scale of 1
-        needs no negative branch, and it is not computed. On two, each sends its shard to the other once.
+        predictions: this rank's shard of the model's output for each of `branches(scale)`. Two ranks send each other
+        theirs, once.
         """
-        if self.axis.size == 1:
-            cond = _at_least_fp32(predict(POSITIVE))
-            if scale == 1:
-                return cond
-            uncond = _at_least_fp32(predict(NEGATIVE))
-        else:
-            own = _at_least_fp32(predict(self.axis.rank))
-            other = self._swap(own)
-            cond, uncond = (own, other) if self.axis.rank == POSITIVE else (other, own)
-            if scale == 1:
-                return cond
-        return uncond + scale * (cond - uncond)
+        wide = {branch: _at_least_fp32(prediction) for branch, prediction in predictions.items()}
+        if self.axis.size > 1:
+            (own,) = wide.values()
+            wide[1 - self.axis.rank] = self._swap(own)
+        if scale == 1:
+            return wide[POSITIVE]
+        return wide[NEGATIVE] + scale * (wide[POSITIVE] - wide[NEGATIVE])
 
     def _swap(self, own: Tensor) -> Tensor:
         rows = own.numel()

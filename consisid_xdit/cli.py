@@ -145,7 +145,7 @@ def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
     from cogvideox_xdit.config import VAEConfig
     from common.choice import precision
     from consisid_xdit.config import ConsisIDConfig
-    from consisid_xdit.workload import workload
+    from consisid_xdit.sampling import workload
 
     config, vae, folder = PREVIEW, VAEConfig(), setup.source.model_dir
     if folder is not None:

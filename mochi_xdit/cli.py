@@ -119,7 +119,7 @@ def check_weights(pipe: MochiPipeline, setup: Setup, videos: Sequence[Video]) ->
 def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
     from common.choice import precision
     from mochi_xdit.pipeline import find_text_encoder
-    from mochi_xdit.workload import workload
+    from mochi_xdit.sampling import workload
 
     folder = setup.source.model_dir
     given = setup.extra["t5_model_path"] or setup.text_encoder_dir

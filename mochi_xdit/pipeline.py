@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +10,21 @@ import torch
 from torch import Tensor
 
 from common.decode import DecodePlan, VideoDecoder
-from common.generation import check_latents, draw_noise, latent_dtype, require_finite, save_latents
+from common.generation import check_latents, draw_noise, save_latents
 from common.guidance import NEGATIVE, POSITIVE
 from common.parallel import Mesh
 from common.pipeline import Pipeline
 from common.quantize import TransformerFiles
 from common.vae import TimeSplit
 from common.weights import load, on_meta
-from mochi_xdit.transformer import MochiTransformer, pack, unpack
+from mochi_xdit.sampling import linear_quadratic_sigmas, sample
+from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder, decode
 from mochi_xdit.weights import check_decoder, find_decoder, find_transformer, load_transformer, transformer_files
 
-TIME_SCALE = 1000
 T5_REPO = "google/t5-v1_1-xxl"
 Text = tuple[Tensor | None, Tensor | None]
 """T5 features (1, L, D) with their mask (1, L); Nones for the empty prompt."""
-
-
-def linear_quadratic_sigmas(num_steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> list[float]:
-    """Noise levels from 1 (pure noise) to 0, num_steps + 1 of them: linear at first, then quadratic.
-
-    The first `linear_steps` (default: half) steps leave the noise by `threshold` in all; the rest continue with the
-    same slope and end at 0. From Mochi's reference sampler (facts: i * th / L, then a i^2 + b i + k).
-    """
-    if num_steps == 1:
-        return [1.0, 0.0]
-    linear = num_steps // 2 if linear_steps is None else linear_steps
-    quadratic = num_steps - linear
-    slope = threshold / linear
-    excess = linear - threshold * num_steps
-    a = excess / (linear * quadratic**2)
-    b = slope - 2 * excess / quadratic**2
-    done = [slope * i for i in range(linear)]
-    done += [a * i**2 + b * i + a * linear**2 for i in range(linear, num_steps)]
-    return [1.0 - value for value in done] + [0.0]
 
 
 def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:
@@ -174,26 +154,10 @@ class MochiPipeline(Pipeline):
     def _sample(
         self, latents: Tensor, text: dict[int, Text], sigmas: Sequence[float], scales: Sequence[float]
     ) -> Tensor:
-        """Euler steps on this rank's tokens; the full final latents (1, 12, T, h, w) on every rank."""
         size = (latents.shape[2], latents.shape[3], latents.shape[4])
-        kept = latent_dtype(self.dtype)
         with self.models.use("transformer", self._compiled_transformer) as model:
-            branches = {b: model.prepare(size, *text[b]) for b in self.guidance.branches}
-            tokens = pack(latents.to(self.device, kept), self.config.patch)
-            lengths = self.sp.lengths(tokens.shape[1])
-            z = self.sp.shard(tokens)
-
-            def predict(branch: int, z: Tensor, t: Tensor) -> Tensor:
-                return model(z, t, branches[branch])
-
-            times = torch.tensor([TIME_SCALE * (1.0 - sigma) for sigma in sigmas], dtype=kept, device=self.device)
-            with self.stages.stage("sampling", total=len(scales)) as step:
-                for i, scale in enumerate(scales):
-                    velocity = self.guidance(partial(predict, z=z, t=times[i : i + 1]), scale)
-                    z = z + (sigmas[i] - sigmas[i + 1]) * velocity
-                    require_finite(z, f"sampling step {i + 1} of {len(scales)}")
-                    step()
-            return unpack(self.sp.gather(z, lengths), size, self.config.patch)
+            conds = {b: model.prepare(size, *text[b]) for b in self.guidance.branches(*scales)}
+            return sample(model, latents, conds, sigmas, scales, self.guidance, self.stages)
 
     def _load_transformer(self) -> MochiTransformer:
         with self.stages.loading("loading transformer") as progress:

@@ -18,15 +18,15 @@ import torch
 
 from cogvideox_xdit.config import read_checkpoint
 from cogvideox_xdit.pipeline import CogVideoXPipeline
+from cogvideox_xdit.sampling import workload as cogvideox_workload
 from cogvideox_xdit.solver import Solver
-from cogvideox_xdit.workload import workload as cogvideox_workload
 from common.estimate import Estimator, Precision
 from common.generation import draw_noise
 from common.parallel import Mesh
 from common.placement import Placement
 from common.progress import Stages
 from mochi_xdit.pipeline import MochiPipeline
-from mochi_xdit.workload import workload as mochi_workload
+from mochi_xdit.sampling import workload as mochi_workload
 
 # The text encoder in the dtype of its file: of one that is converted, the file's pages count as resident too.
 PRECISION = Precision(torch.float32, text=torch.bfloat16)

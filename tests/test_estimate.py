@@ -19,7 +19,7 @@ from cogvideox_xdit.demo import demo_config as cogvideox_config
 from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
 from cogvideox_xdit.fork import checkpoint as cogvideox_model
-from cogvideox_xdit.workload import workload as cogvideox_workload
+from cogvideox_xdit.sampling import workload as cogvideox_workload
 from common.choice import GIB, WORKSPACE, Choice, Room, candidates, choose_placement
 from common.decode import MARGIN, SPARE, DecodePlan
 from common.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
@@ -33,14 +33,14 @@ from common.usp import SequenceParallel
 from consisid_xdit.cli import PROGRAM as CONSISID
 from consisid_xdit.config import PREVIEW
 from consisid_xdit.fork import face_attention
-from consisid_xdit.workload import workload as consisid_workload
+from consisid_xdit.sampling import workload as consisid_workload
 from mochi_xdit import MochiPipeline
 from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.demo import random_checkpoint as mochi_checkpoint
 from mochi_xdit.fork import stack as mochi_stack
+from mochi_xdit.sampling import workload as mochi_workload
 from mochi_xdit.weights import load_transformer
-from mochi_xdit.workload import workload as mochi_workload
 from planner import cost, get_model
 from tests.mochi import write_checkpoint
 

@@ -12,7 +12,7 @@ from common.decode import DecodePlan
 from common.generation import draw_noise, load_latents
 from common.parallel import Layout, Mesh, distributed
 from mochi_xdit import MochiPipeline
-from mochi_xdit.pipeline import linear_quadratic_sigmas
+from mochi_xdit.sampling import linear_quadratic_sigmas
 from tests.mochi import TINY, write_checkpoint
 
 PROMPT = "a red ball moves to the left"

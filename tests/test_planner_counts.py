@@ -127,7 +127,8 @@ def test_guidance_and_the_last_gather_send_what_is_said(name: str) -> None:
     shard = torch.empty(1, lengths[sp.rank], model.latents.token_channels, device="meta")
     with counting() as counts:
         register(counts, mesh)
-        Guidance(mesh.cfg)(lambda branch: shard, 4.5)
+        guidance = Guidance(mesh.cfg)
+        guidance.combine(dict.fromkeys(guidance.branches(4.5), shard), 4.5)
         sp.gather(shard, lengths)
     sent = cost.sent(model, replace(size, num_steps=1), Coordinates(layout, rank))
     assert sent.cfg == counts.bytes["cfg"]

@@ -210,13 +210,9 @@ def predict(branch: int) -> Tensor:
 
 def guided(scale: float, cfg: int) -> tuple[Tensor, tuple[int, ...], list[int]]:
     guidance = Guidance(distributed(Layout(cfg=cfg)).cfg)
-    called: list[int] = []
-
-    def run(branch: int) -> Tensor:
-        called.append(branch)
-        return predict(branch)
-
-    return guidance(run, scale), guidance.branches, called
+    computed = list(guidance.branches(scale))
+    combined = guidance.combine({branch: predict(branch) for branch in computed}, scale)
+    return combined, guidance.branches(4.5, 1.0), computed
 
 
 @pytest.mark.parametrize("scale", [4.5, 1.0])
@@ -231,7 +227,8 @@ def test_guidance_is_the_same_on_one_and_two_ranks(run_ranks, scale):
 
 
 def empty_guided() -> int:
-    return Guidance(distributed(Layout(cfg=2)).cfg)(lambda branch: torch.zeros(1, 0, 4), 3.0).shape[1]
+    guidance = Guidance(distributed(Layout(cfg=2)).cfg)
+    return guidance.combine({branch: torch.zeros(1, 0, 4) for branch in guidance.branches(3.0)}, 3.0).shape[1]
 
 
 def test_guidance_of_an_empty_shard(run_ranks):

@@ -1,4 +1,4 @@
-"""What one rank runs for one video, for `common.estimate`."""
+"""What one rank runs for one video, for `common.estimate`. The loop is CogVideoX's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit.config import VAEConfig
+from cogvideox_xdit.sampling import workload as cogvideox
 from cogvideox_xdit.transformer import Condition, Size
-from cogvideox_xdit.workload import workload as cogvideox
 from common.estimate import Workload
 from common.parallel import Mesh
 from consisid_xdit.config import ConsisIDConfig

@@ -1,0 +1,110 @@
+"""From noise to latents: the schedule and the loop. The pipeline runs it, and for one step on meta the estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.estimate import Workload
+from common.generation import latent_dtype, require_finite
+from common.guidance import NEGATIVE, POSITIVE, Guidance
+from common.parallel import Mesh
+from common.progress import Stages
+from common.usp import SequenceParallel
+from common.weights import on_meta
+from mochi_xdit.config import MochiConfig
+from mochi_xdit.transformer import MochiCondition, MochiTransformer, pack, unpack
+from mochi_xdit.vae import MochiDecoder
+from mochi_xdit.weights import EXACT, find_decoder, find_transformer
+
+TIME_SCALE = 1000
+
+
+def linear_quadratic_sigmas(num_steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> list[float]:
+    """Noise levels from 1 (pure noise) to 0, num_steps + 1 of them: linear at first, then quadratic.
+
+    The first `linear_steps` (default: half) steps leave the noise by `threshold` in all; the rest continue with the
+    same slope and end at 0. From Mochi's reference sampler (facts: i * th / L, then a i^2 + b i + k).
+    """
+    if num_steps == 1:
+        return [1.0, 0.0]
+    linear = num_steps // 2 if linear_steps is None else linear_steps
+    quadratic = num_steps - linear
+    slope = threshold / linear
+    excess = linear - threshold * num_steps
+    a = excess / (linear * quadratic**2)
+    b = slope - 2 * excess / quadratic**2
+    done = [slope * i for i in range(linear)]
+    done += [a * i**2 + b * i + a * linear**2 for i in range(linear, num_steps)]
+    return [1.0 - value for value in done] + [0.0]
+
+
+def sample(
+    model: MochiTransformer,
+    latents: Tensor,
+    conds: Mapping[int, MochiCondition],
+    sigmas: Sequence[float],
+    scales: Sequence[float],
+    guidance: Guidance,
+    stages: Stages,
+) -> Tensor:
+    """Euler steps on this rank's tokens.
+
+    latents: (1, 12, T, h, w) full noise, the same on every rank. conds: of `guidance.branches(*scales)`.
+    sigmas: len(scales) + 1 noise levels. Returns the full final latents on every rank, at least fp32.
+    """
+    size, patch, sp = (latents.shape[2], latents.shape[3], latents.shape[4]), model.config.patch, model.sp
+    tokens = pack(latents.to(model.device, latent_dtype(model.dtype)), patch)
+    z = sp.shard(tokens)
+    times = torch.tensor([TIME_SCALE * (1.0 - sigma) for sigma in sigmas], dtype=z.dtype, device=z.device)
+    with stages.stage("sampling", total=len(scales)) as step:
+        for i, scale in enumerate(scales):
+            predictions = {b: model(z, times[i : i + 1], conds[b]) for b in guidance.branches(scale)}
+            z = z + (sigmas[i] - sigmas[i + 1]) * guidance.combine(predictions, scale)
+            require_finite(z, f"sampling step {i + 1} of {len(scales)}")
+            step()
+    return unpack(sp.gather(z, sp.lengths(tokens.shape[1])), size, patch)
+
+
+def workload(
+    model_dir: Path | None,
+    mesh: Mesh,
+    height: int,
+    width: int,
+    num_frames: int,
+    guided: bool = True,
+    negative: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Workload:
+    """What one rank runs for one video, for `common.estimate`: one sampling step.
+
+    model_dir: None stands for the official model. guided: two branches. negative: the second one has a prompt.
+    Prompts count with as many tokens as fit. Errors as of `find_transformer`.
+    """
+    if model_dir is None:
+        config, vae = MochiConfig(), MochiConfig().vae
+    else:
+        config, vae = find_transformer(model_dir, dtype).config, find_decoder(model_dir, dtype).config
+    frames = (num_frames - 1) // vae.temporal_ratio + 1
+    size = (frames, height // vae.spatial_ratio, width // vae.spatial_ratio)
+    sp, guidance, scale = SequenceParallel(mesh), Guidance(mesh.cfg), 2.0 if guided else 1.0
+
+    def step(model: MochiTransformer) -> Tensor:
+        features = torch.empty(1, config.text_tokens, config.text_dim, device="meta")
+        text = {POSITIVE: features, NEGATIVE: features if negative else None}
+        conds = {b: model.prepare(size, text[b]) for b in guidance.branches(scale)}
+        latents = torch.empty(1, config.channels, *size, dtype=latent_dtype(dtype), device="meta")
+        return sample(model, latents, conds, [1.0, 0.0], [scale], guidance, Stages())
+
+    return Workload(
+        on_meta(MochiTransformer, config, sp),
+        step,
+        on_meta(MochiDecoder, vae),
+        (config.channels, *size),
+        (num_frames, height, width),
+        config.text_tokens,
+        exact=EXACT,
+    )
