@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, video_fra
 from cogvideox_xdit.sampling import Start, draw, sample
 from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size
-from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, decode, encode
+from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
-from common.decode import DecodePlan, VideoDecoder
 from common.generation import check_latents, latent_dtype, save_latents
 from common.guidance import NEGATIVE, POSITIVE
 from common.parallel import Mesh, on_main
@@ -120,12 +118,6 @@ class CogVideoXPipeline(Pipeline):
         if output == "latent":
             return final
         return self.decode(final, vae, vae_chunk, vae_tile)
-
-    def frames(
-        self, decoder: VideoDecoder, latents: Tensor, plan: DecodePlan, split: TimeSplit
-    ) -> Iterator[Tensor | None]:
-        assert isinstance(decoder, CogVideoXDecoder)
-        return decode(decoder, latents, plan, split)
 
     def latent_size(self, height: int, width: int, num_frames: int) -> tuple[Size, int]:
         """Latent frames (padding included), rows and columns; and how many padding frames stand in front.

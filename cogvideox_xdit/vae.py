@@ -8,14 +8,14 @@ first) are part of the model: one full decode is something else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvideox_xdit.config import VAEConfig
-from common.decode import DecodePlan, VideoDecoder, decode_frames
+from common.decode import VideoDecoder
 from common.vae import CausalConv3d, CausalStream, TimeSplit, encode_moments, silu
 
 LATENT_CHUNK = 2
@@ -183,6 +183,7 @@ class CogVideoXDecoder(VideoDecoder):
     chunk_choices = (LATENT_CHUNK,)
     compiled_parts = (SpatialNorm,)
     chunks_fixed = True
+    rounding = "nearest"  # the reference pipelines' frames go through images
 
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
@@ -210,6 +211,10 @@ class CogVideoXDecoder(VideoDecoder):
         )
         self.norm_out = norm(widths[-1])
         self.conv_out = Conv(widths[-1], 3)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """From the transformer's space to the autoencoder's, (B, 16, t, h, w)."""
+        return latents / self.config.scaling_factor
 
     def chunks(self, latents: int, chunk: int = LATENT_CHUNK) -> list[int]:
         """The reference's chunks: 13 latent frames are 3, 2, 2, 2, 2, 2. `chunk` is the model's, whatever is given."""
@@ -276,18 +281,6 @@ def _chunks(frames: int, size: int) -> list[int]:
     """Chunks of `size`; what is left over joins the first."""
     count = max(frames // size, 1)
     return [frames - size * (count - 1)] + [size] * (count - 1)
-
-
-def decode(
-    decoder: CogVideoXDecoder, latents: Tensor, plan: DecodePlan | None = None, split: TimeSplit | None = None
-) -> Iterator[Tensor | None]:
-    """The transformer's latents (1, 16, t, h, w), full on every rank, as uint8 frames: see `decode_frames`.
-
-    The reference pipelines' frames go through images, so values are rounded to the nearest.
-    """
-    weight = decoder.conv_out.conv.weight
-    z = (latents / decoder.config.scaling_factor).to(weight.device, weight.dtype)
-    yield from decode_frames(decoder, z, plan, split, rounding="nearest")
 
 
 def encode(encoder: CogVideoXEncoder, video: Tensor, split: TimeSplit | None = None) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,12 @@ class VideoDecoder(nn.Module):
     chunk_choices: tuple[int, ...]
     compiled_parts: tuple[type[nn.Module], ...] = ()
     chunks_fixed = False
+    rounding: str = "truncate"
+    """Of pixels to grey levels, as the reference's: see `to_uint8`."""
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """From the transformer's space to the decoder's own, (B, C, t, h, w). Here: they are one."""
+        return latents
 
     def chunks(self, latents: int, chunk: int) -> list[int]:
         """The lengths of the chunks that `latents` frames are decoded in, at most about `chunk` at a time."""
@@ -110,24 +116,24 @@ def require_finite_pixels(pixels: Tensor, frames: range) -> None:
 
 def decode_frames(
     decoder: VideoDecoder,
-    z: Tensor,
+    latents: Tensor,
     plan: DecodePlan | None = None,
     split: TimeSplit | None = None,
-    rounding: str = "truncate",
 ) -> Iterator[Tensor | None]:
     """Decode a video, yielding its frames in order as they become ready.
 
-    z: (1, C, T, h, w) as the decoder takes it, the same on every rank, on the decoder's device.
+    latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
     split: the ranks that share the work; collective over its axis. Default: this process alone.
     Yields on rank 0 uint8 CPU tensors (t, h * scale, w * scale, 3), one per chunk, together all frames; on the other
     ranks None, now and then. Every rank must run it to its end: one that stops early leaves the others waiting.
     Raises ValueError for more than one video, and on the rank that computed them FloatingPointError for frames that
     are not finite.
     """
-    if z.ndim != 5 or z.shape[0] != 1:
-        raise ValueError(f"latents have shape {tuple(z.shape)}; one video is decoded at a time: (1, C, T, h, w)")
+    if latents.ndim != 5 or latents.shape[0] != 1:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; one video is decoded at a time: (1, C, T, h, w)")
     plan, split = plan or DecodePlan(), split or TimeSplit()
-    run = _Decode(decoder, z, plan, split, rounding)
+    weight = next(decoder.parameters())
+    run = _Decode(decoder, decoder.denormalize(latents).to(weight.device, weight.dtype), plan, split)
     yield from run.tiled() if plan.mode == "tiled" else run.exact()
 
 
@@ -135,8 +141,8 @@ class _Decode:
     """One run of `decode_frames`. Inference mode is entered where something is computed: it must not leak to the
     caller while a generator rests."""
 
-    def __init__(self, decoder: VideoDecoder, z: Tensor, plan: DecodePlan, split: TimeSplit, rounding: str) -> None:
-        self.decoder, self.z, self.split, self.rounding = decoder, z, split, rounding
+    def __init__(self, decoder: VideoDecoder, z: Tensor, plan: DecodePlan, split: TimeSplit) -> None:
+        self.decoder, self.z, self.split = decoder, z, split
         lengths = decoder.chunks(z.shape[2], plan.chunk)
         self.times = spans(lengths)
         self.frames = [decoder.frames(n, first=k == 0) for k, n in enumerate(lengths)]
@@ -155,7 +161,7 @@ class _Decode:
         def work(k: int) -> Tensor:
             pixels = self.decoder(self.z[:, :, self.times[k]], self.stream(k, link))
             require_finite_pixels(pixels, self.shown[k])
-            return to_uint8(pixels[0], self.rounding)
+            return to_uint8(pixels[0], self.decoder.rounding)
 
         def blank(k: int) -> Tensor:
             return torch.empty(self.frames[k], self.height * scale, self.width * scale, 3, dtype=torch.uint8)
@@ -195,7 +201,7 @@ class _Decode:
                 piece = next(pieces)
                 assert piece is not None
                 tile.blend(canvas, piece, self.decoder.scale)
-            yield to_uint8(canvas, self.rounding)
+            yield to_uint8(canvas, self.decoder.rounding)
 
     def canvas(self, frames: int) -> Tensor:
         dtype = torch.float64 if self.z.dtype == torch.float64 else torch.float32

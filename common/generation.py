@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from common.blocks import finish
 from common.decode import (
     AgreedPlans,
-    DecodePlan,
     VideoDecoder,
+    decode_frames,
     decode_memory,
     decode_plans,
     plan_decode,
@@ -149,7 +149,6 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def decode_video(
-    decode: Callable[[DecodePlan, TimeSplit], Iterator[Tensor | None]],
     decoder: VideoDecoder,
     latents: Tensor,
     mesh: Mesh,
@@ -162,13 +161,12 @@ def decode_video(
 ) -> Tensor | None:
     """All frames (T, H, W, 3) uint8 on rank 0, None elsewhere, by the best plan that fits into free memory.
 
-    decode: runs one plan over the ranks (see `common.decode.decode_frames`). latents: (1, C, T, h, w).
+    latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
     mode, chunk, tile: as for `decode_plans`. room: bytes that the decode may take here; default: all that are free.
     agreed: what several ranks have found out, kept by the caller for its next videos.
     One process falls back to the next smaller plan when memory runs out after all; several try a plan that just fits
     on zeros first, on a GPU, since a rank that fails leaves the others waiting. Raises MemoryError when nothing fits.
     """
-    assert isinstance(decoder, nn.Module)
     _, channels, frames, height, width = latents.shape
     size = (channels, frames, height, width)
     plans = decode_plans(decoder, size, mesh.world.size, mode, chunk, tile)
@@ -184,7 +182,9 @@ def decode_video(
         if mode == "auto" and plan.mode == "tiled" and tile is None:
             stages.warn("the exact decode does not fit into memory; seams of tiles are blended (see docs/fidelity.md)")
         try:
-            return _collect(decode(plan, split), len(decoder.chunks(frames, plan.chunk)), stages)
+            return _collect(
+                decode_frames(decoder, latents, plan, split), len(decoder.chunks(frames, plan.chunk)), stages
+            )
         except Exception as error:
             if not is_out_of_memory(error) or mesh.world.size > 1 or i == len(plans) - 1:
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.compile import Compile
-from common.decode import AgreedPlans, DecodePlan, VideoDecoder
+from common.decode import AgreedPlans, VideoDecoder
 from common.generation import Models, decode_video, parse_dtype
 from common.guidance import Guidance
 from common.parallel import Mesh, on_main, resolve_device
@@ -18,7 +18,6 @@ from common.placement import Placement, check_model, resident_bytes
 from common.progress import Stages
 from common.t5 import EncoderFiles, check_t5
 from common.text import TextEncoder, TextFeatures
-from common.vae import TimeSplit
 from common.xfuser_engine import sequence_parallel
 
 if TYPE_CHECKING:
@@ -156,7 +155,6 @@ class Pipeline:
                 height, width = (vae_tile, vae_tile) if isinstance(vae_tile, int) else vae_tile
                 tile = (height // decoder.scale, width // decoder.scale)
             return decode_video(
-                lambda plan, split: self.frames(decoder, latents, plan, split),
                 decoder,
                 latents,
                 self.mesh,
@@ -172,12 +170,6 @@ class Pipeline:
         """Bytes of the weights that are loaded here now."""
         loaded = [m.model if isinstance(m, TextEncoder) else m for m in self.models.loaded.values()]
         return sum(resident_bytes(model) for model in loaded if isinstance(model, nn.Module))
-
-    def frames(
-        self, decoder: VideoDecoder, latents: Tensor, plan: DecodePlan, split: TimeSplit
-    ) -> Iterator[Tensor | None]:
-        """One run of a plan, on every rank of the split: see `common.decode.decode_frames`."""
-        raise NotImplementedError
 
     def _load_decoder(self) -> VideoDecoder:
         raise NotImplementedError

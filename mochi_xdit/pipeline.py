@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.decode import DecodePlan, VideoDecoder
 from common.generation import check_latents, draw_noise, save_latents
 from common.guidance import NEGATIVE, POSITIVE
 from common.parallel import Mesh
 from common.pipeline import Pipeline
 from common.quantize import TransformerFiles
-from common.vae import TimeSplit
 from common.weights import load, on_meta
 from mochi_xdit.sampling import linear_quadratic_sigmas, sample
 from mochi_xdit.transformer import MochiTransformer
-from mochi_xdit.vae import MochiDecoder, decode
+from mochi_xdit.vae import MochiDecoder
 from mochi_xdit.weights import check_decoder, find_decoder, find_transformer, load_transformer, transformer_files
 
 T5_REPO = "google/t5-v1_1-xxl"
@@ -118,12 +116,6 @@ class MochiPipeline(Pipeline):
         if output == "latent":
             return final
         return self.decode(final, vae, vae_chunk, vae_tile)
-
-    def frames(
-        self, decoder: VideoDecoder, latents: Tensor, plan: DecodePlan, split: TimeSplit
-    ) -> Iterator[Tensor | None]:
-        assert isinstance(decoder, MochiDecoder)
-        return decode(decoder, latents, plan, split)
 
     def check_vae(self, frames: bool) -> None:
         check_decoder(self.model_dir, self.dtype)

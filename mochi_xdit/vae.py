@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.decode import DecodePlan, VideoDecoder, decode_frames
-from common.vae import CausalConv3d, CausalStream, TimeSplit, silu
+from common.decode import VideoDecoder
+from common.vae import CausalConv3d, CausalStream, silu
 from mochi_xdit.config import MochiVAEConfig
 
 # The encoder also sees sin and cos of 2 pi 2^k x.
@@ -158,6 +157,11 @@ class MochiDecoder(VideoDecoder):
         )
         self.output_proj = nn.Linear(widths[-1], config.out_channels)
 
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """From the transformer's space (unit variance) to the autoencoder's, (B, 12, t, h, w)."""
+        mean, std = _stats(self.config, latents)
+        return latents * std + mean
+
     def chunks(self, latents: int, chunk: int) -> list[int]:
         """`latents` frames in as few chunks as needed, as even as can be, the longer ones first."""
         count = -(-latents // chunk)
@@ -228,22 +232,7 @@ def _stats(config: MochiVAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor(config.std, dtype=like.dtype, device=like.device).view(shape) / config.scaling_factor
 
 
-def denormalize(latents: Tensor, config: MochiVAEConfig) -> Tensor:
-    """From the transformer's space (unit variance) to the autoencoder's, (B, 12, t, h, w)."""
-    mean, std = _stats(config, latents)
-    return latents * std + mean
-
-
 def normalize(latents: Tensor, config: MochiVAEConfig) -> Tensor:
     """From the autoencoder's space to the transformer's, (B, 12, t, h, w)."""
     mean, std = _stats(config, latents)
     return (latents - mean) / std
-
-
-def decode(
-    decoder: MochiDecoder, latents: Tensor, plan: DecodePlan | None = None, split: TimeSplit | None = None
-) -> Iterator[Tensor | None]:
-    """The transformer's latents (1, 12, t, h, w), full on every rank, as uint8 frames: see `decode_frames`."""
-    weight = decoder.output_proj.weight
-    z = denormalize(latents, decoder.config).to(weight.device, weight.dtype)
-    yield from decode_frames(decoder, z, plan, split, rounding="truncate")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit.config import VAEConfig
-from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, decode, encode
+from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from common.decode import DecodePlan, PeakMemory, decode_frames, decode_memory, decode_plans, to_uint8
 from common.parallel import Layout, distributed
 from common.vae import CausalStream, LocalLink, TimeSplit, spans
@@ -90,7 +90,7 @@ def test_frames_are_those_of_the_reference_pipeline():
         pixels = reference(torch.float32).decode(z / SMALL.scaling_factor).sample
     images = VideoProcessor(vae_scale_factor=8).postprocess_video(pixels, output_type="pil")[0]
     theirs = torch.stack([torch.tensor(list(image.tobytes())).view(24, 40, 3) for image in images])
-    ours = torch.cat(list(decode(copied("decoder", torch.float32), z)))
+    ours = torch.cat(list(decode_frames(copied("decoder", torch.float32), z)))
     assert ours.shape == (9, 24, 40, 3)
     assert (ours.int() - theirs).abs().max() <= 1 and (ours.int() != theirs).float().mean() < 1e-3
 
@@ -163,10 +163,10 @@ def test_encode_over_ranks_equals_one_process_on_every_rank(run_ranks, ranks):
 @pytest.mark.slow
 def test_tiles_fit_every_size(size):
     model, z = small("decoder", torch.float32), latents(3, *size, torch.float32)
-    exact = torch.cat(list(decode(model, z)))
+    exact = torch.cat(list(decode_frames(model, z)))
     assert exact.shape == (9, 8 * size[0], 8 * size[1], 3)
-    ours = torch.cat(list(decode(model, z, DecodePlan("tiled", 2, (6, 6), 2))))
-    alone = torch.cat(list(decode(model, z, DecodePlan("tiled", 2, (13, 11), 2))))
+    ours = torch.cat(list(decode_frames(model, z, DecodePlan("tiled", 2, (6, 6), 2))))
+    alone = torch.cat(list(decode_frames(model, z, DecodePlan("tiled", 2, (13, 11), 2))))
     assert ours.shape == exact.shape and (alone.int() - exact.int()).abs().max() <= 1
     assert (ours.float() - exact.float()).abs().mean() < 0.3 * exact.float().std()
 
@@ -174,10 +174,10 @@ def test_tiles_fit_every_size(size):
 @pytest.mark.slow
 def test_tiles_come_closer_with_their_size_and_overlap():
     model, z = small("decoder", torch.float32), latents(3, 24, 24, torch.float32)
-    exact = torch.cat(list(decode(model, z))).float()
+    exact = torch.cat(list(decode_frames(model, z))).float()
     errors = []
     for limit, overlap in (((12, 12), 0), ((12, 12), 4), ((18, 18), 4)):
-        ours = torch.cat(list(decode(model, z, DecodePlan("tiled", 2, limit, overlap)))).float()
+        ours = torch.cat(list(decode_frames(model, z, DecodePlan("tiled", 2, limit, overlap)))).float()
         errors.append((ours - exact).abs().mean().item() / exact.std().item())
     assert errors[1] < 0.7 * errors[0] and errors[2] < 0.8 * errors[1] and errors[2] < 0.1
 
@@ -185,12 +185,12 @@ def test_tiles_come_closer_with_their_size_and_overlap():
 def tiled(ranks: int) -> Tensor:
     mesh = distributed(Layout(ulysses=ranks))
     plan = DecodePlan("tiled", 2, (6, 6), 2)
-    pieces = list(decode(small("decoder"), latents(5, 7, 11), plan, TimeSplit(mesh.world)))
+    pieces = list(decode_frames(small("decoder"), latents(5, 7, 11), plan, TimeSplit(mesh.world)))
     return torch.cat(pieces) if mesh.is_main else torch.empty(0)
 
 
 def test_tiles_over_ranks_are_the_same_to_the_bit(run_ranks):
-    alone = torch.cat(list(decode(small("decoder"), latents(5, 7, 11), DecodePlan("tiled", 2, (6, 6), 2))))
+    alone = torch.cat(list(decode_frames(small("decoder"), latents(5, 7, 11), DecodePlan("tiled", 2, (6, 6), 2))))
     assert torch.equal(run_ranks(3, tiled, 3)[0], alone)
 
 

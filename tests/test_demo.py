@@ -6,11 +6,12 @@ import threading
 import pytest
 import torch
 
+from common.decode import decode_frames
 from common.demo import cache_home, made_once, write_text_encoder
 from common.text import encode
 from common.weights import load, on_meta
 from mochi_xdit.demo import SHIPPED, demo_checkpoint, demo_config, random_checkpoint
-from mochi_xdit.vae import MochiDecoder, MochiEncoder, decode
+from mochi_xdit.vae import MochiDecoder, MochiEncoder
 from mochi_xdit.weights import find_decoder, find_encoder, load_transformer
 
 CAPTIONS = [f"A {c} {s}." for c in ("red", "green", "blue") for s in ("circle", "square")]
@@ -86,7 +87,7 @@ def test_mochis_random_checkpoint_loads_strictly_and_runs(tmp_path):
 
     part = find_decoder(folder)
     decoder = load(on_meta(MochiDecoder, part.config), part.open(), part.rename, "cpu", torch.float32)
-    frames = torch.cat([f for f in decode(decoder, latents) if f is not None])
+    frames = torch.cat([f for f in decode_frames(decoder, latents) if f is not None])
     assert frames.shape == (7, 64, 64, 3) and frames.float().std() > 1
     part = find_encoder(folder)
     encoder = load(on_meta(MochiEncoder, part.config), part.open(), part.rename, "cpu", torch.float32)

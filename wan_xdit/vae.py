@@ -170,6 +170,7 @@ class WanDecoder(VideoDecoder):
 
     chunk_choices = (4, 3, 2, 1)
     compiled_parts = (ChannelNorm, FrameAttention)
+    rounding = "nearest"
 
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
@@ -198,6 +199,11 @@ class WanDecoder(VideoDecoder):
                 around = Repeats(given, inside[-1], 1 + time, 2) if config.shortcuts else None
             stages.append(Stage(blocks, resize, around))
         return stages
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """From the transformer's space to the autoencoder's, (B, C, t, h, w)."""
+        mean, std = _stats(self.config, latents)
+        return latents * std + mean
 
     def chunks(self, latents: int, chunk: int) -> list[int]:
         """`latents` frames in as few chunks as needed, as even as can be, the longer ones first."""
@@ -277,12 +283,6 @@ def _stats(config: VAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
         torch.tensor(v, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1) for v in (config.mean, config.std)
     )
     return mean, std
-
-
-def denormalize(latents: Tensor, config: VAEConfig) -> Tensor:
-    """From the transformer's space to the autoencoder's, (B, C, t, h, w)."""
-    mean, std = _stats(config, latents)
-    return latents * std + mean
 
 
 def normalize(latents: Tensor, config: VAEConfig) -> Tensor:
