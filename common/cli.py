@@ -293,11 +293,12 @@ class _Reader:
         except ValueError as error:
             self.problems.append(f"--output {error}")
             self.probe = False
-            return output
+            return Path("video.mp4")
         if (taken := taken_problem(output)) is not None:
             self.problems += [f"--output: {taken}"] if self.place.rank == 0 else []
             self.probe = False
-        elif output.suffix != ".mp4":
+            return Path("video.mp4")
+        if output.suffix != ".mp4":
             name = f"{output.stem or 'video'}.mp4"
             self.problems.append(f"--output {shown(output)} must end in .mp4, such as {shown(name)}")
         return output

@@ -113,7 +113,7 @@ def _verdict(counted: Mapping[int, Estimator], setup: Setup, ranks: int, room: R
             )
         except ValueError as error:
             print(f"refused     {error}")
-            return 2
+            raise
         placement, keep = choice.placement, choice.keep
         print(f"chosen      {choice.why}")
     for rank, one in counted.items():

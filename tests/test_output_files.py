@@ -142,6 +142,10 @@ def test_a_name_without_room_for_the_derived_ones(tmp_path, length):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_empty_name_is_a_folder():
+    assert any("is a directory" in line for line in problems("--output=", "--num-videos", "3"))
+
+
 @pytest.mark.parametrize("taken", ["u.json", "u.latents.safetensors", "u.mp4", "u-2.json"])
 def test_a_derived_name_that_is_taken(tmp_path, taken):
     (tmp_path / taken).mkdir()
