@@ -83,7 +83,7 @@ class Velocity(nn.Module):
         out = _attend(q, k, v, seen).transpose(1, 2).flatten(2)
         x = x + _rms(attn.proj_x(out[:, :n])) * torch.tanh(gate_x)
         x = x + _rms(_ffn(block.mlp_x, _rms(x) * (1 + mlp_scale_x))) * torch.tanh(mlp_gate_x)
-        if not block.last:
+        if block.mlp_y is not None:
             _, gate_y, mlp_scale_y, mlp_gate_y = mod_y.chunk(4, dim=-1)
             y = y + _rms(attn.proj_y(out[:, n:])) * torch.tanh(gate_y)
             y = y + _rms(_ffn(block.mlp_y, _rms(y) * (1 + mlp_scale_y))) * torch.tanh(mlp_gate_y)
