@@ -16,8 +16,8 @@ from common.guidance import Guidance
 from common.parallel import Mesh, on_main, resolve_device
 from common.placement import Placement, check_model, resident_bytes
 from common.progress import Stages
-from common.t5 import EncoderFiles, check_t5
-from common.text import TextEncoder, TextFeatures
+from common.t5 import EncoderFiles
+from common.text import Encoder, TextEncoder, TextFeatures
 from common.xfuser_engine import sequence_parallel
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Pipeline:
         files = self.transformer_files()
         check_model(files.module, files.checkpoint, files.rename)
         if text and self.mesh.is_main:
-            check_t5(EncoderFiles.find(self.text_folder()), self.config.text_dim)
+            self.text_files().check(self.config.text_dim)
 
     def check_vae(self, frames: bool) -> None:
         """The autoencoder's part of `check_weights`: the decoder, and for frames the encoder."""
@@ -105,6 +105,10 @@ class Pipeline:
     def text_folder(self) -> Path:
         """Where the T5 encoder lies; ValueError when it is nowhere."""
         return Path(self.text_encoder_dir) if self.text_encoder_dir else self.model_dir
+
+    def text_files(self) -> Encoder:
+        """The encoder that the model's text comes from, its files found; ValueError says what is missing."""
+        return EncoderFiles.find(self.text_folder())
 
     def encode_text(self, prompts: Mapping[int, str], limit: int, use_mask: bool) -> dict[int, TextBranch]:
         """Features of each branch's prompt, on every rank. T5 runs on rank 0 alone and is gone before this returns.
@@ -129,7 +133,7 @@ class Pipeline:
     def _load_text_encoder(self) -> TextEncoder:
         with self.stages.stage("loading text encoder"):
             return TextEncoder(
-                self.text_folder(),
+                self.text_files(),
                 self.device,
                 self.text_dtype,
                 self.text_cache,

@@ -1,9 +1,4 @@
-"""T5: prompts -> features, loaded and freed inside.
-
-Token ids are those of the sentencepiece model followed by `</s>` (id 1) and padded with 0, which is
-what upstream's slow T5 tokenizer with `legacy=False` gives; no tokenizer of another library stands
-between, so ids do not change with its version.
-"""
+"""Prompts -> features by an encoder that a model hands over as a value; loaded and freed inside."""
 
 from __future__ import annotations
 
@@ -12,26 +7,57 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from common.checkpoint import open_checkpoint
-from common.t5 import EncoderFiles, load_t5
 
-EOS, PAD = 1, 0
-Codec = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
+
+class Encoder(Protocol):
+    """A text encoder whose files were found and not read: `common.t5.EncoderFiles` is one.
+
+    What it does is its own affair; who calls it, caches what comes out and tells the ranks is this module's.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short and of letters, digits and hyphens: cache files begin with it."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of one token's features."""
+
+    @property
+    def pad(self) -> int:
+        """The id that fills a prompt up where the encoder is to see padding."""
+
+    def tokenize(self, prompt: str, limit: int) -> tuple[list[int], str]:
+        """At most `limit` ids, those that end a prompt included, and the text that was cut off."""
+
+    def fingerprint(self) -> str:
+        """A hash that changes with everything that features depend on."""
+
+    def check(self, width: int | None = None) -> None:
+        """Raise what `load` would raise, from headers alone. width: of the features that the model takes."""
+
+    def load(self, device: torch.device, dtype: torch.dtype, float8: bool, stream: bool) -> nn.Module:
+        """The model. float8: in eight bits where it can be; stream: through the device layer by layer."""
+
+    def run(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Features (B, L, D) of ids (B, L), every one of which the model attends to."""
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What T5 makes of B prompts.
+    """What an encoder makes of B prompts.
 
     features: (B, L, D) fp32, L = the token limit; rows of masked padding are zero
-    mask: (B, L) bool, True where a token of the prompt (its `</s>` included) stands
+    mask: (B, L) bool, True where a token of the prompt (its end mark included) stands
     used: tokens of each prompt, at most L
     cut: the end of each prompt that did not fit, "" where everything did
     """
@@ -46,68 +72,28 @@ class TextFeatures:
         return self.features.shape[1]
 
 
-class Tokenizer:
-    """Prompt -> token ids, from `spiece.model` or `tokenizer.json`, without network."""
-
-    def __init__(self, path: Path) -> None:
-        read = _sentencepiece if path.suffix == ".model" else _tokenizer_json
-        self._encode, self._decode = read(path)
-
-    def __call__(self, prompt: str, limit: int) -> tuple[list[int], str]:
-        """Ids ending in `</s>`, at most `limit` of them, and the text that was cut off."""
-        if limit < 1:
-            raise ValueError(f"the token limit must be at least 1, not {limit}")
-        ids = self._encode(prompt)
-        cut = self._decode(ids[limit - 1 :]) if len(ids) >= limit else ""
-        return [*ids[: limit - 1], EOS], cut
-
-
-def _sentencepiece(path: Path) -> Codec:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is no sentencepiece model: {error}") from None
-    return model.encode, model.decode
-
-
-def _tokenizer_json(path: Path) -> Codec:
-    from tokenizers import Tokenizer as Fast
-
-    try:
-        model = Fast.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is no tokenizer.json: {error}") from None
-    model.no_truncation()
-    model.no_padding()
-    return lambda text: model.encode(text, add_special_tokens=False).ids, model.decode
-
-
 class TextEncoder:
-    """A T5 encoder that loads at the first prompt it has to run and is freed by `free`.
+    """An encoder that loads at the first prompt it has to run and is freed by `free`.
 
     dtype is that of the weights and of the arithmetic; features come out in fp32.
     cache_dir keeps features by hash of prompt and encoder, so that a known prompt loads nothing.
-    float8, stream: see `load_t5`.
+    float8, stream: see `Encoder.load`.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        encoder: Encoder,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         cache_dir: str | Path | None = None,
         float8: bool = False,
         stream: bool = False,
     ) -> None:
-        self.files = EncoderFiles.find(directory)
-        self.tokenizer = Tokenizer(self.files.tokenizer)
+        self.encoder = encoder
         self.device, self.dtype = torch.device(device), dtype
-        self.width = self.files.numbers().d_model
-        self.options = {"float8": float8, "stream": stream}
+        self.float8, self.stream = float8, stream
         kind = f"{dtype} float8" if float8 else str(dtype)
-        self._cache = None if cache_dir is None else FeatureCache(cache_dir, self.files, kind, self.width)
+        self._cache = None if cache_dir is None else FeatureCache(cache_dir, encoder, kind)
         self.model: nn.Module | None = None
 
     def __enter__(self) -> TextEncoder:
@@ -126,18 +112,18 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], max_length: int, use_mask: bool) -> TextFeatures:
         """Features of every prompt, cut to `max_length` tokens.
 
-        use_mask: T5 sees the prompt's own tokens only (Mochi). Otherwise the prompt is padded to
-        `max_length` and T5 attends to the padding as to any token (CogVideoX).
+        use_mask: the encoder sees the prompt's own tokens only (Mochi). Otherwise the prompt is padded to
+        `max_length` and the encoder attends to the padding as to any token (CogVideoX).
         One prompt at a time, so that a prompt's features do not depend on its neighbours.
         """
-        features = torch.zeros(len(prompts), max_length, self.width)
+        features = torch.zeros(len(prompts), max_length, self.encoder.width)
         mask = torch.zeros(len(prompts), max_length, dtype=torch.bool)
         cuts = []
         for b, prompt in enumerate(prompts):
-            ids, cut = self.tokenizer(prompt, max_length)
+            ids, cut = self.encoder.tokenize(prompt, max_length)
             mask[b, : len(ids)] = True
             cuts.append(cut)
-            padded = ids if use_mask else ids + [PAD] * (max_length - len(ids))
+            padded = ids if use_mask else ids + [self.encoder.pad] * (max_length - len(ids))
             known = self._cache.get(padded) if self._cache else None
             rows = self._run(padded) if known is None else known
             if self._cache and known is None:
@@ -149,10 +135,10 @@ class TextEncoder:
     @torch.no_grad()
     def _run(self, ids: list[int]) -> Tensor:
         if self.model is None:
-            self.model = load_t5(self.files, self.device, self.dtype, **self.options)
-        # The ids are exactly the tokens T5 may attend to, so no mask is needed: masked padding
+            self.model = self.encoder.load(self.device, self.dtype, self.float8, self.stream)
+        # The ids are exactly the tokens that may be attended to, so no mask is needed: masked padding
         # has weight zero in every softmax and leaves no trace in the other rows.
-        out = self.model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
+        out = self.encoder.run(self.model, torch.tensor([ids], device=self.device))
         return out[0].to("cpu", torch.float32)
 
 
@@ -163,13 +149,13 @@ class FeatureCache:
     cache that cannot be written costs time, not the run.
     """
 
-    def __init__(self, directory: str | Path, files: EncoderFiles, dtype: str, width: int) -> None:
-        self.directory, self.width = Path(directory).expanduser(), width
-        self._base = f"{files.fingerprint()}:{dtype}".encode()
+    def __init__(self, directory: str | Path, encoder: Encoder, dtype: str) -> None:
+        self.directory, self.name, self.width = Path(directory).expanduser(), encoder.name, encoder.width
+        self._base = f"{encoder.fingerprint()}:{dtype}".encode()
 
     def _path(self, ids: Sequence[int]) -> Path:
         key = hashlib.sha256(self._base + struct.pack(f"<{len(ids)}q", *ids)).hexdigest()
-        return self.directory / f"t5-{key[:40]}.safetensors"
+        return self.directory / f"{self.name}-{key[:40]}.safetensors"
 
     def get(self, ids: Sequence[int]) -> Tensor | None:
         try:
@@ -197,7 +183,7 @@ class FeatureCache:
 
 def encode(
     prompts: Sequence[str],
-    directory: str | Path,
+    encoder: Encoder,
     max_length: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
@@ -205,5 +191,5 @@ def encode(
     cache_dir: str | Path | None = None,
 ) -> TextFeatures:
     """Load, encode, free. See TextEncoder.encode."""
-    with TextEncoder(directory, device, dtype, cache_dir) as encoder:
-        return encoder.encode(prompts, max_length, use_mask)
+    with TextEncoder(encoder, device, dtype, cache_dir) as loaded:
+        return loaded.encode(prompts, max_length, use_mask)

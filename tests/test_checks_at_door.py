@@ -111,11 +111,11 @@ def test_a_text_encoder_in_eight_bits_or_whole_numbers_is_refused(folders, tmp_p
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     save_file(state | {name: state[name].to(kind)}, path)
     with pytest.raises(CheckpointError, match=f"tensor {name} has dtype") as error:
-        encode(["a"], tmp_path / "m", 8)
+        encode(["a"], EncoderFiles.find(tmp_path / "m"), 8)
     assert str(path) in str(error.value)
     save_file(state | {f"{name.removesuffix('weight')}scale_weight": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="scale_weight is unknown to the T5 encoder"):
-        encode(["a"], tmp_path / "m", 8)
+        encode(["a"], EncoderFiles.find(tmp_path / "m"), 8)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,15 @@ def test_numbers_of_a_text_encoder(folders, tmp_path, key, value):
 
 
 def test_a_pickled_encoder_of_the_old_format_loads(folders, tmp_path):
-    shutil.copytree(folders["mochi"], tmp_path / "m")
-    path = tmp_path / "m" / "text_encoder" / "model.safetensors"
+    folder = tmp_path / "m"
+    shutil.copytree(folders["mochi"], folder)
+    path = folder / "text_encoder" / "model.safetensors"
     state = load_file(path)
-    expected = encode(["a red ball"], tmp_path / "m", 8, dtype=torch.float32).features
+    expected = encode(["a red ball"], EncoderFiles.find(folder), 8, dtype=torch.float32).features
     path.unlink()
     for zipped in (False, True):
         torch.save(state, path.with_name("pytorch_model.bin"), _use_new_zipfile_serialization=zipped)
-        assert torch.equal(encode(["a red ball"], tmp_path / "m", 8, dtype=torch.float32).features, expected)
+        assert torch.equal(encode(["a red ball"], EncoderFiles.find(folder), 8, dtype=torch.float32).features, expected)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_a_pickled_encoder_of_the_old_format_loads(folders, tmp_path):
     ],
 )
 def test_a_cached_file_of_anything_else_counts_as_unknown(folders, tmp_path, rows):
-    cache = FeatureCache(tmp_path, EncoderFiles.find(folders["mochi"]), "fp32", width=32)
+    cache = FeatureCache(tmp_path, EncoderFiles.find(folders["mochi"]), "fp32")
     good = torch.randn(2, 32)
     cache.put([5, 1], good)
     assert torch.equal(cache.get([5, 1]), good)

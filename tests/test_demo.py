@@ -8,6 +8,7 @@ import torch
 
 from common.decode import decode_frames
 from common.demo import cache_home, made_once, write_text_encoder
+from common.t5 import EncoderFiles
 from common.text import encode
 from common.weights import load, on_meta
 from mochi_xdit.demo import SHIPPED, demo_checkpoint, demo_config, random_checkpoint
@@ -78,7 +79,7 @@ def test_mochis_random_checkpoint_loads_strictly_and_runs(tmp_path):
     transformer = load_transformer(folder, dtype=torch.float32)
     config = demo_config()
     assert transformer.config == dataclasses.replace(config, vae=transformer.config.vae)
-    text = encode(["A red circle."], folder, 64)
+    text = encode(["A red circle."], EncoderFiles.find(folder), 64)
     latents = torch.randn(1, 12, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     out = transformer.denoise(latents, torch.tensor([500.0]), text.features, text.mask)
     assert out.shape == latents.shape and out.isfinite().all() and out.std() > 0.01

@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from common.demo import write_text_encoder
 from common.parallel import Layout, distributed, on_main
-from common.text import EncoderFiles, TextEncoder, Tokenizer, encode
+from common.t5 import EncoderFiles
+from common.text import TextEncoder, TextFeatures
+from common.text import encode as encode_by
+from common.tokenizer import Tokenizer
 
 CAPTIONS = [f"A {c} {s} moves {d}." for c in ("red", "blue") for s in ("circle", "square") for d in ("left", "up")]
 PROMPTS = ["A red circle moves left.", "blue", ""]
@@ -27,6 +30,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def encode(prompts: list[str], folder: Path, *args: object, **options: object) -> TextFeatures:
+    return encode_by(prompts, EncoderFiles.find(folder), *args, **options)
 
 
 def oracle(folder: Path, ids: list[list[int]], mask: torch.Tensor | None) -> torch.Tensor:
@@ -179,8 +186,8 @@ def test_cache_returns_the_same_and_knows_its_encoder(folder, copy, tmp_path, mo
     cache = tmp_path / "cache"
     first = encode(PROMPTS, folder, 16, cache_dir=cache)
     assert len(list(cache.iterdir())) == 3
-    with TextEncoder(folder, cache_dir=cache) as encoder:
-        monkeypatch.setattr("common.text.load_t5", None)
+    with TextEncoder(EncoderFiles.find(folder), cache_dir=cache) as encoder:
+        monkeypatch.setattr("common.t5.load_t5", None)
         again = encoder.encode(PROMPTS, 16, True)
     assert torch.equal(first.features, again.features) and first.used == again.used
     monkeypatch.undo()

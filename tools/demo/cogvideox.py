@@ -23,6 +23,7 @@ from cogvideox_xdit.demo import TRAINED_VAE, scheduler_json, trained_config, wri
 from cogvideox_xdit.solver import Solver
 from cogvideox_xdit.transformer import CogVideoXTransformer, Size, pack
 from common.demo import fill
+from common.t5 import EncoderFiles
 from common.text import TextEncoder
 from common.usp import SequenceParallel
 from tools.demo.cogvideox_vae import FRAMES, load_autoencoder
@@ -95,7 +96,7 @@ def pool(folder: Path, count: int, seed: int) -> tuple[Tensor, float]:
 
 def encoded(folder: Path, captions: Sequence[str]) -> Tensor:
     """T5 features (n, L, D) in bf16 of captions, padding attended to, as the product hands them to the model."""
-    with TextEncoder(folder, dtype=torch.float32) as encoder:
+    with TextEncoder(EncoderFiles.find(folder), dtype=torch.float32) as encoder:
         length = trained_config().text_length
         parts = [encoder.encode([text], length, use_mask=False).features.to(torch.bfloat16) for text in captions]
     return torch.cat(parts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.demo import fill
+from common.t5 import EncoderFiles
 from common.text import TextEncoder
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.demo import demo_config, write_checkpoint
@@ -215,7 +216,7 @@ def features(folder: Path, scenes: list[Scene], seed: int, wordings: int = 2) ->
     if not file.exists():
         rng = random.Random(f"captions {seed}")
         found = []
-        with TextEncoder(folder, dtype=torch.float32) as encoder:
+        with TextEncoder(EncoderFiles.find(folder), dtype=torch.float32) as encoder:
             for scene in scenes:
                 out = encoder.encode([caption(scene, rng) for _ in range(wordings)], 64, use_mask=True)
                 found.append([out.features[b, : out.used[b]].to(torch.bfloat16) for b in range(wordings)])
