@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast fuzz lint format bench clean
+.PHONY: setup demo test test-fast fuzz lint format bench gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -44,6 +44,16 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+# What is claimed of GPUs, measured on this machine's; PYTHON= takes an environment as it is, ARGS= see its --help.
+# Ended early or run again, it goes on with what is missing.
+ifeq ($(origin PYTHON),file)
+gpu-check: setup
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+else
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+endif
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

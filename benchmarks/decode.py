@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,16 @@ def one_rank(pipe: Connection, rank: int, ranks: int, port: int, how: str, optio
         pipe.send(result)
 
 
-def start(how: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table: the slowest rank's seconds, its processor time, the largest peak."""
+def start(how: str, ranks: int, options: argparse.Namespace, context: BaseContext | None = None) -> dict[str, Any]:
+    """One line of the table: the slowest rank's seconds, its processor time, the largest peak.
+
+    context: how the ranks' processes start; default: spawned. RuntimeError when one of them ends without a result.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context, results, processes = multiprocessing.get_context("spawn"), [], []
+    context = context or multiprocessing.get_context("spawn")
+    results, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe(duplex=False)
         process = context.Process(target=one_rank, args=(theirs, rank, ranks, port, how, options))
@@ -134,7 +139,12 @@ def start(how: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
         theirs.close()
         processes.append((process, mine))
     for process, pipe in processes:
-        results.append(pipe.recv())
+        try:
+            results.append(pipe.recv())
+        except EOFError:
+            for other, _ in processes:
+                other.kill()
+            raise RuntimeError(f"{how} on {ranks} ranks: one ended without a result; its error is above") from None
         process.join()
     return {
         "how": how,

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step import DTYPES, Timer
-from common.parallel import Layout, distributed
+from common.parallel import Layout, Mesh, distributed
 from common.usp import SequenceParallel
 
 
@@ -41,34 +41,37 @@ def parse() -> argparse.Namespace:
 
 
 @torch.no_grad()
+def measure(args: argparse.Namespace, mesh: Mesh) -> dict[int, dict[str, float]]:
+    """Median and least seconds of one attention call, on the slowest rank, for each number of groups. Collective."""
+    timer = Timer(mesh, "wall")
+    sides = {groups: SequenceParallel(mesh, groups=groups) for groups in args.groups}
+    lengths = sides[args.groups[0]].lengths(args.tokens)
+    shape = (3, 1, lengths[mesh.sequence.rank], args.heads, args.width)
+    q, k, v = torch.randn(shape, device=mesh.device, dtype=DTYPES[args.dtype])
+    seconds: dict[int, list[float]] = {groups: [] for groups in sides}
+    for _ in range(args.rounds + 1):
+        for groups, sp in sides.items():
+            taken = torch.tensor([timer(lambda sp=sp: sp.attention(q, k, v, lengths))], device=mesh.device)
+            if mesh.world.group is not None:
+                dist.all_reduce(taken, dist.ReduceOp.MAX)
+            seconds[groups].append(taken.item())
+    return {groups: {"median": statistics.median(t[1:]), "least": min(t[1:])} for groups, t in seconds.items()}
+
+
 def main() -> None:
     args = parse()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     with distributed(Layout(ring=args.ring, ulysses=ranks // args.ring), args.device) as mesh:
-        timer = Timer(mesh, "wall")
-        sides = {groups: SequenceParallel(mesh, groups=groups) for groups in args.groups}
-        lengths = sides[args.groups[0]].lengths(args.tokens)
-        shape = (3, 1, lengths[mesh.sequence.rank], args.heads, args.width)
-        q, k, v = torch.randn(shape, device=mesh.device, dtype=DTYPES[args.dtype])
-        seconds: dict[int, list[float]] = {groups: [] for groups in sides}
-        for _ in range(args.rounds + 1):
-            for groups, sp in sides.items():
-                taken = torch.tensor([timer(lambda sp=sp: sp.attention(q, k, v, lengths))], device=mesh.device)
-                dist.all_reduce(taken, dist.ReduceOp.MAX)
-                seconds[groups].append(taken.item())
-        if mesh.is_main:
-            medians = {groups: statistics.median(times[1:]) for groups, times in seconds.items()}
-            for groups, times in seconds.items():
-                print(f"{groups:3d} groups: median {medians[groups]:.4f} s, least {min(times[1:]):.4f} s")
-            if args.output is not None:
-                options = {name: value for name, value in vars(args).items() if name != "output"} | {"ranks": ranks}
-                found = {
-                    "options": options,
-                    "seconds": medians,
-                    "torch": torch.__version__,
-                    "date": time.strftime("%F"),
-                }
-                args.output.write_text(json.dumps(found, indent=1) + "\n")
+        found = measure(args, mesh)
+        if not mesh.is_main:
+            return
+        for groups, times in found.items():
+            print(f"{groups:3d} groups: median {times['median']:.4f} s, least {times['least']:.4f} s")
+        if args.output is not None:
+            options = {name: value for name, value in vars(args).items() if name != "output"} | {"ranks": ranks}
+            medians = {groups: times["median"] for groups, times in found.items()}
+            about = {"options": options, "seconds": medians, "torch": torch.__version__, "date": time.strftime("%F")}
+            args.output.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def bf16(module: nn.Module, prefix: str = "", exact: tuple[str, ...] = ()) -> di
     return {prefix + n: t if n in exact else t.to(torch.bfloat16) for n, t in module.state_dict().items()}
 
 
-def write_text_encoder(folder: Path, limit: int) -> None:
-    """T5 v1.1 XXL by its shapes; the tokenizer is a real one with a small vocabulary."""
+def write_text_encoder(folder: Path, limit: int, sizes: Mapping[str, int] = T5_XXL) -> None:
+    """T5 v1.1 XXL by its shapes, or a T5 of other sizes; the tokenizer is a real one with a small vocabulary."""
     with tempfile.TemporaryDirectory() as work:
         spiece = Path(work) / "spiece.model"
         train_tokenizer(CAPTIONS, spiece)
@@ -73,7 +73,7 @@ def write_text_encoder(folder: Path, limit: int) -> None:
     settings = {"tokenizer_class": "T5Tokenizer", "legacy": False, "model_max_length": limit, "extra_ids": 0}
     tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     _json(folder / "tokenizer" / "tokenizer_config.json", settings | tokens)
-    config = t5_config(T5_VOCABULARY, **T5_XXL)
+    config = t5_config(T5_VOCABULARY, **sizes)
     _json(folder / "text_encoder" / "config.json", config)
     named = {name: p.to(torch.bfloat16) for name, p in new_t5(config).named_parameters()}
     hollow(folder / "text_encoder" / "model.safetensors", named)
@@ -93,8 +93,8 @@ class Hollow:
     text_tokens: int
 
 
-def make(model: Model, folder: Path) -> Path:
-    """A folder in the diffusers layout for this model; an existing one is used again."""
+def make(model: Model, folder: Path, text: Mapping[str, int] = T5_XXL) -> Path:
+    """A folder in the diffusers layout for this model; an existing one is used again. text: sizes of its T5."""
     if (folder / "model_index.json").is_file():
         return folder
     made: Hollow = forks.function(model, "true_size")(model)
@@ -102,7 +102,7 @@ def make(model: Model, folder: Path) -> Path:
         hollow(folder / name, state, rename)
     for name, value in made.jsons.items():
         _json(folder / name, value)
-    write_text_encoder(folder, made.text_tokens)
+    write_text_encoder(folder, made.text_tokens, text)
     partial = folder / f"model_index.json.{os.getpid()}"
     _json(partial, made.index)  # last, and at once: its presence means that the folder is complete
     os.replace(partial, folder / "model_index.json")

@@ -39,6 +39,7 @@ TESTED: Mapping[str, tuple[str, str]] = {
     "imageio-ffmpeg": ("0.5", "0.8"),
 }
 OPTIONAL = ("flash-attn", "torchao", "xfuser", "onnxruntime", "opencv-python-headless", "matplotlib", "scipy")
+ROOT = Path(__file__).resolve().parents[1]
 SMI_FIELDS = ("name", "memory.total", "memory.used", "driver_version", "pcie.link.gen.current", "clocks.max.sm")
 NCCL_SWITCHES = (
     "NCCL_P2P_DISABLE",
@@ -343,6 +344,20 @@ def _show_checkpoint(found: Mapping[str, Any], say: Callable[[str], None]) -> No
         say(f"  {size:9.3f} GB  {name}")
 
 
+def gpu_check(mini: bool, root: Path = ROOT) -> int:
+    """Run `benchmarks/gpu_check` of the checkout that this program is in; returns its exit status.
+
+    mini: on the CPU, whatever there is. UsageError where there is no checkout: an installed package lacks it.
+    """
+    if not (root / "benchmarks" / "gpu_check" / "__main__.py").is_file():
+        raise click.UsageError(
+            "--verify runs from a checkout of the repository, and this is an installed package; clone it, then "
+            "make gpu-check PYTHON=python3"
+        )
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *(["--mini"] if mini else [])]
+    return subprocess.run(command, cwd=root, check=False).returncode
+
+
 @click.command(
     context_settings={
         "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -361,6 +376,9 @@ def _show_checkpoint(found: Mapping[str, Any], say: Callable[[str], None]) -> No
 )
 @click.option("--no-profile", is_flag=True, help="Write no profile.")
 @click.option("--quick", is_flag=True, help="Small messages: a functional test, not a measurement.")
+@click.option(
+    "--verify", is_flag=True, help="Measure what is claimed of GPUs, as make gpu-check does; from a checkout."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(
     device: str,
@@ -369,9 +387,12 @@ def command(
     profile_path: Path | None,
     no_profile: bool,
     quick: bool,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Report what this machine has, test that its ranks can talk, measure how fast, and write a hardware profile."""
+    if verify:
+        raise click.exceptions.Exit(gpu_check(mini=device == "cpu"))
     if device == "cuda":
         visible = launch.visible_gpus()
         if not visible:
