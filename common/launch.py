@@ -160,7 +160,7 @@ class Link:
         life = int(os.environ[_LIFE])
         self._pipe = int(os.environ[_REPORT])
         os.set_blocking(self._pipe, False)
-        self.stderr = os.fdopen(int(os.environ[_STDERR]), "w", buffering=1)
+        self.stderr = os.fdopen(int(os.environ[_STDERR]), "w", buffering=1, errors="backslashreplace")
         threading.Thread(target=_outlive_nothing, args=(life,), daemon=True).start()
         if os.getppid() != int(os.environ[_PARENT]):
             os._exit(1)

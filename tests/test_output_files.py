@@ -285,3 +285,14 @@ def test_a_disk_that_fills(full_disk):
     assert os.listdir(full_disk) == []
     (full_disk / "filler").write_bytes(bytes(290_000))
     assert "no space is left" in (writing_problem(full_disk / "x.mp4") or "")
+
+
+@pytest.mark.slow
+def test_another_locale_ends_no_job_of_several_ranks(tmp_path):
+    (tmp_path / "two.txt").write_text("one\nKreis \u2013 \u9f99\n", encoding="utf-8")
+    line = [word if word != "1" else "2" for word in FAKE]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line += ["--prompt-file", "two.txt", "--output", "x.mp4"]
+    done = subprocess.run(line, cwd=tmp_path, env=os.environ | plain, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x-2.mp4").exists() and b"\\u9f99" in done.stderr
