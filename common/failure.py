@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from common.files import WriteError
+
 # What PyTorch's collectives say when a peer is gone, and when it does not answer. They raise RuntimeError for both.
 _PEER_GONE = ("connection closed", "connection reset", "broken pipe", "connection refused", "remote process exited")
 _NO_ANSWER = ("timed out", "timeout")
@@ -25,7 +27,7 @@ _NO_MEMORY = (
     "cannot allocate memory",
 )
 
-_PLAIN = (ValueError, ImportError, ArithmeticError, TimeoutError)  # their messages need no name in front
+_PLAIN = (ValueError, ImportError, ArithmeticError, TimeoutError, WriteError)  # their messages need no name in front
 NO_ANSWER = "another rank did not answer within --timeout"
 
 

@@ -6,12 +6,13 @@ Everything here looks at names and folders alone; no torch.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,10 @@ MOST_CLAIMED = 64
 """Of a command's outputs so many are locked at once: each takes a file descriptor."""
 
 
+class WriteError(OSError):
+    """Why a file cannot be written, in words, with the name that the user gave it."""
+
+
 class Partial:
     """A file that grows under a hidden name of its own and gets its name when it is complete.
 
@@ -34,7 +39,7 @@ class Partial:
             partial.commit()
 
     The hidden name is created exclusively and locked while it is written, so that nobody else writes to it and
-    `remove_partial` can tell it from one that a dead run left. Leaving without `commit` removes it. Raises OSError.
+    `remove_partial` can tell it from one that a dead run left. Leaving without `commit` removes it. Raises WriteError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,15 +75,18 @@ class Partial:
             raise _about(self.path, error) from None
 
 
-def _about(path: Path, error: OSError) -> OSError:
+def _about(path: Path, error: OSError) -> WriteError:
     """The error with the name that the user knows, not the hidden one."""
-    told = OSError(f"cannot write {shown(path)}: {error.strerror or error}")
+    told = WriteError(f"cannot write {shown(path)}: {error.strerror or error}")
     told.errno = error.errno
     return told
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what dead runs left of a file that was to be `path`; never raises, and leaves live runs' files alone."""
+    """Remove what dead runs left of a file that was to be `path`; never raises, and leaves live runs' files alone.
+
+    Where the file system has no locks the two cannot be told apart, and all are left.
+    """
     with suppress(OSError):
         names = [
             n
@@ -96,18 +104,19 @@ def remove_partial(path: Path) -> None:
 
 
 @contextmanager
-def claimed(outputs: Sequence[Path]) -> Iterator[None]:
+def claimed(outputs: Sequence[Path]) -> Iterator[Callable[[], None]]:
     """Hold these names against other runs, on this machine or on a shared disk that knows locks.
 
-    A run that ends in any way gives its names back. Raises ValueError, with what to do, for a name that another run
-    holds. Of many outputs the first and the last are held.
+    Yields what gives them back early, for a process that ends without leaving. A run that ends in any way gives its
+    names back; killed, it leaves the empty hidden file that was locked. Raises ValueError, with what to do, for a name
+    that another run holds. Of many outputs the first and the last are held.
     """
     if len(outputs) > MOST_CLAIMED:
         outputs = [*outputs[: MOST_CLAIMED - 1], outputs[-1]]
     with ExitStack() as held:
         for output in outputs:
             held.enter_context(_claimed(output))
-        yield
+        yield held.close
 
 
 @contextmanager
@@ -133,7 +142,7 @@ def _open_locked(lock: Path) -> int | None:
     """A descriptor that holds `lock`; None when another run does."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _lock(descriptor):
+        if _lock(descriptor) is False:
             os.close(descriptor)
             return None
         with suppress(FileNotFoundError):
@@ -142,16 +151,16 @@ def _open_locked(lock: Path) -> int | None:
         os.close(descriptor)  # its last holder has just removed it: take the next one
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file; False when another run has. Where the file system has no locks, everything may be taken."""
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file; False when another run has, None where the file system has no locks."""
     if fcntl is None:
-        return True
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True
 
 
@@ -174,7 +183,7 @@ def _escaped(character: str) -> str:
 
 
 def as_argument(text: str) -> bytes:
-    """A string as another program's argument: UTF-8 whatever the locale, a path's odd bytes as they were."""
+    """A text as another program's argument: UTF-8 whatever the locale. A path's bytes are `os.fsencode`'s."""
     return text.replace("\0", "").encode("utf-8", "surrogateescape")
 
 
@@ -264,8 +273,18 @@ def resolved(path: Path) -> Path:
 
 
 def spare_file(path: Path) -> Path:
-    """Where a file goes when its own folder does not take it."""
-    return Path(tempfile.gettempdir(), f"{os.getuid()}-{path.name}")
+    """Where a file goes when its own folder does not take it: a name for this path alone, short whatever the path."""
+    mark = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"xdit-{os.getuid()}-{mark}{''.join(path.suffixes[-2:])}")
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written anew; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def tell(text: str) -> None:

@@ -24,7 +24,7 @@ from common.decode import (
     plan_for_all,
 )
 from common.failure import is_out_of_memory
-from common.files import Partial, reason, shown, spare_file
+from common.files import Partial, WriteError, reason, shown, spare_file
 from common.memory import free_memory, release_memory
 from common.parallel import Mesh
 from common.progress import Stages
@@ -114,7 +114,7 @@ def _write_latents(path: Path, latents: Tensor, settings: Mapping[str, Any]) -> 
         try:
             save_file({"latents": latents.cpu().contiguous()}, partial.name, metadata=metadata)
         except SafetensorError as error:
-            raise OSError(f"cannot write {shown(path)}: {error}") from None
+            raise WriteError(f"cannot write {shown(path)}: {error}") from None
         partial.commit()
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+MOST_RANKS = 512
+"""Beyond what any machine holds: what looks at every layout, or at every step of a ring, ends in minutes."""
+
 
 @dataclass(frozen=True)
 class Layout:

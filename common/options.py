@@ -10,12 +10,13 @@ from typing import Any
 import click
 
 from common.checks import COMPILE_MODES, DTYPES, ENGINES, OFFLOADS
+from common.layout import MOST_RANKS
 from common.request import Program
 
 MIN_TILE = 32
 MOST = {
     **{"width": 16384, "height": 16384, "num_frames": 100_000, "num_steps": 10_000, "fps": 1000},
-    **{"num_videos": 100_000, "gpus": 4096, "ulysses_degree": 4096, "ring_degree": 4096},
+    **{"num_videos": 100_000, "gpus": MOST_RANKS, "ulysses_degree": MOST_RANKS, "ring_degree": MOST_RANKS},
     **{"vae_chunk": 100_000, "overlap_groups": 1024},
 }
 """The largest numbers that are taken: beyond what any machine makes, so that an absurd one costs no time or memory."""

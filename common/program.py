@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,11 @@ import click
 from common import launch, quantize
 from common.cli import parse
 from common.failure import describe
-from common.files import claimed, lenient_streams, remove_partial, shown, tell
+from common.files import claimed, identity, lenient_streams, remove_partial, shown, tell
 from common.host import allocator_default, bind_to_gpu, ensure_temporary_folder
 from common.options import version
 from common.progress import StageRecord, Stages
-from common.request import Program, Request, Setup, WrongUse, draw_seeds, settings
+from common.request import Program, Request, Setup, Video, WrongUse, draw_seeds, settings
 from common.stopping import Asked, Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -72,16 +72,24 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
         return _dry_run(program, request, at)
     with suppress(OSError):
         request.output.parent.mkdir(exist_ok=True)  # missing only when it is our own default
-    try:
-        with claimed([video.output for video in request.videos] if at.rank == 0 else []):
-            return _run(program, request, at, arguments, started)
-    except ValueError as taken:
-        print(f"error: {taken}", file=sys.stderr)
-        return 2
+    with ExitStack() as held:
+        try:
+            release = held.enter_context(claimed([video.output for video in request.videos] if at.rank == 0 else []))
+        except ValueError as taken:
+            print(f"error: {taken}", file=sys.stderr)
+            return 2
+        return _run(program, request, at, arguments, started, release)
 
 
-def _run(program: Program, request: Request, at: launch.Place, arguments: Sequence[str], started: float) -> int:
-    """Start the ranks, or be one."""
+def _run(
+    program: Program,
+    request: Request,
+    at: launch.Place,
+    arguments: Sequence[str],
+    started: float,
+    release: Callable[[], None],
+) -> int:
+    """Start the ranks, or be one. release: gives the names of the outputs back."""
     setup = request.setup
     if at.launcher is None and setup.ranks > 1:
         command = [sys.executable, program.script, *arguments]  # arguments: for whoever looks at the process list
@@ -89,7 +97,7 @@ def _run(program: Program, request: Request, at: launch.Place, arguments: Sequen
         return launch.supervise(
             command, setup.ranks, setup.on_cpu, handed, setup.debug, lambda: clean_up(request, started)
         )
-    return run_rank(program, request, at, started, arguments)
+    return run_rank(program, request, at, started, arguments, release)
 
 
 def _dry_run(program: Program, request: Request, at: launch.Place) -> int:
@@ -109,9 +117,9 @@ def clean_up(request: Request, since: float) -> str:
     """After a failure: remove what is half written; name the latents this run has finished, for `--from-latents`."""
     kept = []
     for video in request.videos:
-        for path in (*video.files, video.spare_latents_file):
+        for path in (*video.files, *video.latents_files):
             remove_partial(path)
-        for path in (video.latents_file, video.spare_latents_file):
+        for path in video.latents_files:
             with suppress(OSError):
                 if path.stat().st_mtime >= since:
                     kept.append(shown(path))
@@ -119,11 +127,17 @@ def clean_up(request: Request, since: float) -> str:
 
 
 def run_rank(
-    program: Program, request: Request, at: launch.Place, started: float, arguments: Sequence[str] = ()
+    program: Program,
+    request: Request,
+    at: launch.Place,
+    started: float,
+    arguments: Sequence[str] = (),
+    release: Callable[[], None] = lambda: None,
 ) -> int:
     """One rank's whole life; returns its exit status, or ends the process when peers may still be waiting for it.
 
     arguments: the command line that the request was read from, where every rank has read its own.
+    release: called before the process ends in whatever way.
     """
     link = launch.Link(at, request.setup.debug)
     console = None
@@ -136,7 +150,9 @@ def run_rank(
         stages.note(remark)
 
     def after_failure() -> str:
-        return clean_up(request, started) if at.rank == 0 and at.launcher != "supervise" else ""
+        kept = clean_up(request, started) if at.rank == 0 and at.launcher != "supervise" else ""
+        release()
+        return kept
 
     try:
         # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
@@ -154,6 +170,7 @@ def run_rank(
                 make_videos(program, pipeline, request, mesh, stages)
                 _wait_for_all(mesh)
         if at.world_size > 1:
+            release()
             link.leave(0)
     except Stopped as stopped:
         after_failure()
@@ -292,6 +309,7 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
         if video.latents is None:
             stages.note(f"seed {video.seed}")
         first, began = len(stages.records), time.perf_counter()
+        before = [identity(path) for path in video.latents_files]
         make = program.generate if video.latents is None else program.decode
         frames = make(pipeline, video, request.setup, stages)
         of_peers = _gather(mesh, stages.records[first:])[1:]
@@ -305,11 +323,16 @@ def make_videos(program: Program, pipeline: Any, request: Request, mesh: Mesh, s
                 seconds = time.perf_counter() - began
                 cost = {"seconds": seconds, "stages": _costs(stages.records[first:], of_peers)}
                 file.finish(video.sidecar, {"program": program.name, "settings": made} | cost | _surroundings(mesh))
-            if video.latents is None:
-                for path in (video.latents_file, video.spare_latents_file):
-                    with suppress(OSError):
-                        path.unlink()
+            _remove_latents(video, before)
             tell(shown(video.output))
+
+
+def _remove_latents(video: Video, before: Sequence[object]) -> None:
+    """Remove the latents that this run has written; what an earlier one has kept is not ours. before: `identity`s."""
+    for path, earlier in zip(video.latents_files, before):
+        if identity(path) != earlier:
+            with suppress(OSError):
+                path.unlink()
 
 
 def read_latents(path: Path, channels: int) -> Tensor:

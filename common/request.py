@@ -74,9 +74,9 @@ class Video:
         return self.output, self.sidecar, self.latents_file
 
     @property
-    def spare_latents_file(self) -> Path:
-        """Where the latents go when the output's folder does not take them."""
-        return spare_file(self.latents_file)
+    def latents_files(self) -> tuple[Path, Path]:
+        """Where the latents may be: beside the output, or, when its folder does not take them, elsewhere."""
+        return self.latents_file, spare_file(self.latents_file)
 
 
 @dataclass(frozen=True)

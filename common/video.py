@@ -6,6 +6,7 @@ ffmpeg comes with imageio-ffmpeg; nothing has to be installed on the system.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import warnings
@@ -17,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import Partial, as_argument, shown
+from common.files import Partial, WriteError, absence, as_argument, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,11 +101,18 @@ class VideoFile:
             raise self._failure()
 
     def finish(self, sidecar: str | Path | None = None, report: dict[str, Any] | None = None) -> None:
-        """Complete the mp4, and the json `sidecar` with it; both get their names now."""
+        """Complete the mp4, and the json `sidecar` with it; both get their names now.
+
+        Raises OSError, which says so when only the json is missing: a video that is complete is not thrown away.
+        """
         if self.process is None or self.process.returncode is None:
             self.close()
         if sidecar is not None:
-            write_json(Path(sidecar), report or {})
+            try:
+                write_json(Path(sidecar), report or {})
+            except OSError as error:
+                self.partial.commit()
+                raise WriteError(f"{error}; the video itself is complete: {shown(self.path)}") from None
         self.partial.commit()
 
     def _start(self, height: int, width: int) -> subprocess.Popen[bytes]:
@@ -131,8 +139,9 @@ class VideoFile:
             **tags,
         )
         command = stream.global_args("-loglevel", "error").overwrite_output().compile(cmd=_ffmpeg())
-        # Put in here, since ffmpeg-python takes no path with bytes outside UTF-8.
-        command = [as_argument(f"file:{self.partial.name}" if word == OUTPUT else word) for word in command]
+        # Put in here, since ffmpeg-python takes no path with bytes outside UTF-8. A path has the locale's bytes.
+        output = b"file:" + os.fsencode(self.partial.name)
+        command = [output if word == OUTPUT else as_argument(word) for word in command]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log)
 
     def _failure(self) -> OSError:
@@ -141,8 +150,8 @@ class VideoFile:
         self.log.seek(0)
         said = " ".join(self.log.read().decode(errors="replace").split())
         if "no space left" in said.lower():
-            return OSError(f"cannot write {shown(self.path)}: no space left on the disk")
-        return OSError(
+            return WriteError(f"cannot write {shown(self.path)}: no space left on the disk")
+        return WriteError(
             f"cannot write {shown(self.path)}: ffmpeg ended with status {self.process.returncode}: {said[-300:]}"
         )
 
@@ -233,8 +242,8 @@ def _decoder(path: Path) -> Iterator[tuple[float, Iterator[np.ndarray]]]:
     import imageio_ffmpeg
 
     _ffmpeg()
-    if not path.is_file():
-        raise ValueError(f"{path}: no such video file")
+    if problem := absence(path, "file"):
+        raise ValueError(problem)
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is not a readable video (the file is empty)")
     only = {"protocol_whitelist": "file", "format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(MAX_PIXELS)}

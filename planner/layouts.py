@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.layout import Layout, guidance_first, layouts_of
+from common.layout import MOST_RANKS, Layout, guidance_first, layouts_of
 from common.registry import Model, Size, get_model
 from planner.hardware import Profile, get_profile, names, read_profile
 from planner.model import Prediction, memory_gb, predict
 
-MOST_RANKS, MOST_PIXELS, MOST_FRAMES, MOST_STEPS = 512, 65_536, 1_000_000, 1_000_000
-"""Beyond what any machine holds; a plan looks at every layout of every smaller number of GPUs."""
+MOST_PIXELS, MOST_FRAMES, MOST_STEPS = 65_536, 1_000_000, 1_000_000
+"""Beyond what any machine makes."""
 
 
 def local_profile_path() -> Path | None:

@@ -15,11 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from common import files
+from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
+from common import files, video
 from common.cli import parse
-from common.files import Partial, as_argument, claimed, remove_partial, shown, text_problem, writing_problem
+from common.files import (
+    Partial,
+    as_argument,
+    claimed,
+    identity,
+    remove_partial,
+    shown,
+    spare_file,
+    text_problem,
+    writing_problem,
+)
 from common.generation import load_latents, save_latents
-from common.program import clean_up
+from common.program import _remove_latents, clean_up
 from common.request import WrongUse
 from common.video import VideoFile, read_video, write_json
 from mochi_xdit.cli import PROGRAM
@@ -70,6 +81,61 @@ def test_what_a_dead_run_left_is_removed_and_a_live_ones_is_not(tmp_path):
         remove_partial(path)
         assert partial.name.exists() and len(os.listdir(tmp_path)) == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch):
+    def unsupported(descriptor, operation):
+        raise OSError(errno.ENOSYS, "function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    path = tmp_path / "x.mp4"
+    with Partial(path) as partial, claimed([path]):
+        remove_partial(path)
+        partial.commit()
+    assert os.listdir(tmp_path) == ["x.mp4"]
+
+
+def test_a_json_that_cannot_be_written_costs_no_video(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    told = r"cannot write .*x\.json: Is a directory; the video itself is complete: .*x\.mp4"
+    with pytest.raises(OSError, match=told), VideoFile(tmp_path / "x.mp4", 8) as file:
+        file.add(frames(90))
+        file.finish(tmp_path / "x.json", {})
+    assert len(read_video(tmp_path / "x.mp4")[0]) == 3 and sorted(os.listdir(tmp_path)) == ["x.json", "x.mp4"]
+
+
+def test_a_path_has_the_bytes_of_the_locale(tmp_path, monkeypatch):
+    """In a locale of Latin-1, where a name's bytes are not those of its UTF-8."""
+    video._ffmpeg()  # found, and remembered, before its processes are caught
+    monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("latin-1", "surrogateescape"))
+    started = []
+    monkeypatch.setattr(video.subprocess, "Popen", lambda command, **more: started.append(command))
+    with VideoFile(tmp_path / "x.mp4", 8, title="é") as file:
+        file.partial.name = Path("caf\u00e9.mp4")
+        file._start(2, 2)
+    assert {b"file:caf\xe9.mp4", "title=é".encode()} <= set(started[0])
+
+
+def test_latents_that_an_earlier_run_has_kept_stay(tmp_path):
+    earlier, mine = tmp_path / "x.latents.safetensors", tmp_path / "y.latents.safetensors"
+    for path in (earlier, mine):
+        path.write_bytes(b"earlier")
+        made = parse(PROGRAM, ["--demo", "--device", "cpu", "--output", str(tmp_path / f"{path.name[0]}.mp4")]).videos[
+            0
+        ]
+        before = [identity(path) for path in made.latents_files]
+        if path == mine:
+            path.write_bytes(b"written by this run")
+        _remove_latents(made, before)
+    assert earlier.exists() and not mine.exists()
+
+
+@pytest.mark.slow
+def test_torchruns_ranks_give_the_names_back(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *FAKE[1:4], "cpu"]
+    done = subprocess.run([*command, "--output", "x.mp4"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["x.json", "x.mp4"]
 
 
 def test_a_file_that_others_may_read(tmp_path):
@@ -174,18 +240,27 @@ def test_paths_too_long_are_one_line(option):
     assert any(option in line and "too long" in line for line in wrong.value.problems)
 
 
+@pytest.mark.parametrize("option", ["--image", "--video"])
+def test_an_input_too_long_is_one_line(option):
+    with pytest.raises(WrongUse) as wrong:
+        parse(COGVIDEOX, ["--demo", "--device", "cpu", option, "a" * 300])
+    assert any(option in line and "too long" in line for line in wrong.value.problems)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody without rights")
 @pytest.mark.parametrize("option", ["--output", "--from-latents", "--text-encoder-dir"])
-def test_a_folder_of_somebody_else(tmp_path, option):
+def test_a_folder_of_somebody_else(tmp_path, monkeypatch, option):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0)
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(0o755)  # pytest's folders are the user's alone
+    monkeypatch.chdir("/tmp")
     child = os.fork()
     if child == 0:
         os.setuid(12345)
         found = problems(option, str(folder / "x" / "a.mp4"))
         os._exit(0 if any("permission denied" in line for line in found) else 1)
-    os.chmod(tmp_path, 0o755)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_prompts_that_no_file_can_hold(tmp_path):
@@ -213,8 +288,8 @@ def test_a_name_outside_utf8_is_written_and_told(tmp_path):
 @pytest.mark.parametrize(
     "arguments, part",
     [
-        (("--gpus", "99999999999"), "at most 4096"),
-        (("--ring-degree", "9" * 20), "at most 4096"),
+        (("--gpus", "99999999999"), "at most 512"),
+        (("--ring-degree", "9" * 20), "at most 512"),
         (("--num-videos", "1000000000"), "at most 100000"),
         (("--width", "1600000", "--height", "1600000"), "at most 16384"),
         (("--num-frames", "6" * 22), "at most 100000"),
@@ -243,7 +318,9 @@ def test_latents_go_elsewhere_when_their_folder_is_gone(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write"):
         save_latents(tmp_path / "gone" / "x.latents.safetensors", z, {})
     save_latents(tmp_path / "gone" / "x.latents.safetensors", z, {}, told.append)
-    (kept,) = tmp_path.glob("*x.latents.safetensors")
+    (kept,) = tmp_path.glob("*.latents.safetensors")
+    assert kept == spare_file(tmp_path / "gone" / "x.latents.safetensors")
+    assert kept != spare_file(tmp_path / "other" / "x.latents.safetensors")  # another run's, of the same name
     assert str(kept) in told[0] and "no such file" in told[0]
     assert torch.equal(load_latents(kept, 4), z)
 
