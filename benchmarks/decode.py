@@ -3,10 +3,13 @@
     python benchmarks/decode.py                                           # small models on the CPU, 1 and 2 ranks
     python benchmarks/decode.py --device cuda --narrow 1 --height 480 --width 848 --frames 163 --ranks 1 2 4 8
     python benchmarks/decode.py --model cogvideox-5b --frames 49 --ranks 1 2 --peer
+    python benchmarks/decode.py --model mochi --narrow 1 --height 480 --width 848 --ranks 1 6 --count  # nothing is run
 
 Random weights, which decode as fast as trained ones. Every line is a set of fresh processes. The peak is what decoding
 adds to the process that needs most: on the CPU resident memory (Linux), on a GPU what PyTorch allocated. `estimate` is
-what plans are chosen by. `--peer` adds diffusers' decoder of the same sizes, one process, all at once.
+what plans are chosen by. `--peer` adds diffusers' decoder of the same sizes, one process, all at once. `--count` says
+instead what the first two chunks read and write, by kind of operation, and how much sooner several ranks would be done
+if every latent frame took the same time.
 """
 
 from __future__ import annotations
@@ -18,33 +21,42 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import forks
-from common.decode import DecodePlan, VideoDecoder, decode_frames, decode_memory
+from common.decode import DecodePlan, VideoDecoder, decode_frames, decode_memory, decode_plans
 from common.parallel import Layout, Mesh, distributed
 from common.registry import get_model, model_names
-from common.vae import TimeSplit
+from common.vae import CausalStream, LocalLink, TimeSplit, lay_out
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(options: argparse.Namespace, device: torch.device) -> tuple[VideoDecoder, tuple[int, int, int, int]]:
-    """The decoder and its latents' (C, T, h, w)."""
+def build(
+    options: argparse.Namespace, device: torch.device, how: str = "streamed"
+) -> tuple[VideoDecoder, tuple[int, int, int, int]]:
+    """The decoder and its latents' (C, T, h, w). how `contiguous`: no weight in a GPU's own memory order."""
     torch.manual_seed(0)
     known = get_model(options.model)
     size = replace(known.default_size, width=options.width, height=options.height, num_frames=options.frames)
     model: VideoDecoder = forks.function(known, "decoder")(options.narrow)
-    return model.to(device, DTYPES[options.dtype]).eval(), (known.latents.channels, *known.latents.decoded(size))
+    model = model.to(device, DTYPES[options.dtype]).eval()
+    return model if how == "contiguous" else lay_out(model, device), (
+        known.latents.channels,
+        *known.latents.decoded(size),
+    )
 
 
 def build_peer(options: argparse.Namespace, device: torch.device) -> Callable[[torch.Tensor], Any]:
@@ -104,7 +116,7 @@ def one_rank(pipe: Connection, rank: int, ranks: int, port: int, how: str, optio
             decode = build_peer(options, mesh.device)
             _, shape = build(options, torch.device("meta"))
         else:
-            decoder, shape = build(options, mesh.device)
+            decoder, shape = build(options, mesh.device, how)
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(1, *shape, generator=generator).to(mesh.device, DTYPES[options.dtype])
         with torch.inference_mode():
@@ -118,8 +130,56 @@ def one_rank(pipe: Connection, rank: int, ranks: int, port: int, how: str, optio
             split = TimeSplit(mesh.world)
             pieces = lambda: sum(len(p) for p in decode_frames(decoder, z, plan, split) if p is not None)  # noqa: E731
             result = measure(pieces, mesh, options.repeat)
-            result["estimate"] = decode_memory(decoder, shape, plan)
+            if how != "contiguous":
+                result["estimate"] = decode_memory(decoder, shape, plan, ranks=ranks)
         pipe.send(result)
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that operations read and write, by kind; within them, as a convolution's transforms, nothing is seen."""
+
+    KINDS: ClassVar = {
+        "convolutions": ("convolution", "conv3d", "conv2d"),
+        "matmuls": ("linear", "mm", "addmm", "bmm"),
+        "norms": ("group_norm", "native_group_norm"),
+        "copies": ("copy_", "clone", "cat", "pad", "replication_pad3d", "constant_pad_nd", "_to_copy", "contiguous"),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        known = {leaf.untyped_storage()._cdata for leaf in given}
+        view = not func._schema.is_mutable and all(leaf.untyped_storage()._cdata in known for leaf in made)
+        if not view and not name.startswith("empty") and not name.startswith("new_empty"):
+            # What is copied over is not read.
+            read = given[1:] if name == "copy_" else given
+            kind = next((kind for kind, names in self.KINDS.items() if name in names), "elementwise")
+            self.bytes[kind] += sum(leaf.nbytes for leaf in [*read, *made])
+        return out
+
+
+def count(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One line for each number of ranks, by the plan that these would choose."""
+    decoder, shape = build(options, torch.device("meta"))
+    lines = []
+    for ranks in options.ranks:
+        plan = decode_plans(decoder, shape, ranks, "exact")[0]
+        with Moved() as moved, torch.inference_mode():
+            link, lengths = LocalLink(), decoder.chunks(shape[1], plan.chunk)
+            for k, n in enumerate(lengths[:2]):
+                z = torch.empty(1, shape[0], n, *shape[2:], device="meta", dtype=DTYPES[options.dtype])
+                decoder(z, CausalStream(link, k == 0, k == len(lengths) - 1))
+        busiest = max(sum(lengths[rank::ranks]) for rank in range(ranks))
+        sizes = {f"{kind} GB": round(size / 1e9, 1) for kind, size in sorted(moved.bytes.items())}
+        line = {"how": "counted", "ranks": ranks, "chunks": "+".join(map(str, lengths))}
+        lines.append(line | {"speed-up": round(sum(lengths) / busiest, 2)} | sizes)
+    return lines
 
 
 def start(how: str, ranks: int, options: argparse.Namespace, context: BaseContext | None = None) -> dict[str, Any]:
@@ -171,10 +231,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
     parser.add_argument("--peer", action="store_true", help="also diffusers' decoder")
+    parser.add_argument("--count", action="store_true", help="bytes that are moved and shares of ranks, without data")
     parser.add_argument("--json", type=Path, help="write the lines here too")
     options = parser.parse_args()
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
 
+    if options.count:
+        for line in count(options):
+            print("  ".join(f"{key} {value}" for key, value in line.items()))
+        return
     cases = [("streamed", ranks) for ranks in options.ranks]
     if not forks.function(get_model(options.model), "decoder")(options.narrow).chunks_fixed:
         cases.append(("whole", 1))

@@ -20,7 +20,7 @@ from common.guidance import NEGATIVE, POSITIVE
 from common.parallel import Mesh, on_main
 from common.pipeline import Pipeline
 from common.quantize import TransformerFiles
-from common.vae import TimeSplit
+from common.vae import TimeSplit, lay_out
 
 STEPS, SCALE, STRENGTH = 50, 6.0, 0.8
 
@@ -220,7 +220,7 @@ class CogVideoXPipeline(Pipeline):
 
     def _load_encoder(self) -> CogVideoXEncoder:
         with self.stages.stage("loading encoder"):
-            return load_encoder(self.model_dir, self.vae_config, self.device, self.dtype)
+            return lay_out(load_encoder(self.model_dir, self.vae_config, self.device, self.dtype), self.device)
 
     def _load_decoder(self) -> CogVideoXDecoder:
         with self.stages.stage("loading decoder"):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cogvideox_xdit.config import VAEConfig
 from common.decode import VideoDecoder
-from common.vae import CausalConv3d, CausalStream, TimeSplit, encode_moments, silu
+from common.vae import LARGEST_CONVOLUTION, CausalConv3d, CausalStream, TimeSplit, empty_for, encode_moments, silu
 
 LATENT_CHUNK = 2
 FRAME_CHUNK = 8
@@ -100,16 +100,34 @@ class ResBlock(nn.Module):
 
 
 class Frames2d(nn.Module):
-    """A 2D convolution on every frame."""
+    """A 2D convolution on every frame, which `prepare` makes larger or smaller before it."""
 
     def __init__(self, channels: int, stride: int, padding: int, time: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride, padding)
         self.time = time
 
+    def prepare(self, frames: Tensor) -> Tensor:
+        """(N, C, H, W), what the convolution is given of the frames."""
+        raise NotImplementedError
+
     def each(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T, H', W')"""
-        return self.conv(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        """(B, C, T, H, W) -> (B, C, T, H', W'), some frames at a time: see `LARGEST_CONVOLUTION`."""
+        # An enlarged frame has four times the elements; what is made smaller is counted so too.
+        most = max(1, LARGEST_CONVOLUTION // (4 * x[:, :, 0].numel()))
+        if x.shape[2] <= most:
+            return self._some(x)
+        first = self._some(x[:, :, :most])
+        out = empty_for(self.conv.weight, (*first.shape[:2], x.shape[2], *first.shape[3:]), x)
+        out[:, :, :most] = first
+        del first
+        for i in range(most, x.shape[2], most):
+            out[:, :, i : i + most] = self._some(x[:, :, i : i + most])
+        return out
+
+    def _some(self, x: Tensor) -> Tensor:
+        made = self.conv(self.prepare(x.transpose(1, 2).flatten(0, 1)))
+        return made.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 class Upsample(Frames2d):
@@ -118,8 +136,11 @@ class Upsample(Frames2d):
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__(channels, stride=1, padding=1, time=time)
 
+    def prepare(self, frames: Tensor) -> Tensor:
+        return F.interpolate(frames, scale_factor=2.0)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.each(_twice(_twice(x, 3), 4))
+        x = self.each(x)
         if not self.time:
             return x
         # Frames are doubled after the convolution, which treats each alone, not before it as in the reference.
@@ -138,12 +159,15 @@ class Downsample(Frames2d):
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__(channels, stride=2, padding=0, time=time)
 
+    def prepare(self, frames: Tensor) -> Tensor:
+        return F.pad(frames, (0, 1, 0, 1))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.time:
             alone = x.shape[2] % 2
             pairs = (x[:, :, alone::2] + x[:, :, alone + 1 :: 2]) / 2
             x = torch.cat([x[:, :, :alone], pairs], dim=2)
-        return self.each(F.pad(x, (0, 1, 0, 1)))
+        return self.each(x)
 
 
 class Mid(nn.Module):

@@ -214,7 +214,8 @@ class PeakMemory(TorchDispatchMode):
 
     On the meta device it measures a computation that could not run. device: the type of the device for which it
     stands. On a CPU a convolution takes, for its time, a copy of its input or its output in another order, whichever
-    is larger (measured on oneDNN's).
+    is larger (measured on oneDNN's). On a GPU, where a convolution leaves the channels last (`common.vae.lay_out`), a
+    group norm of a video takes a contiguous copy; frames in a batch have been counted as copied when they were made.
     """
 
     def __init__(self, device: str = "cuda") -> None:
@@ -234,6 +235,9 @@ class PeakMemory(TorchDispatchMode):
         convolution = func.overloadpacket in (torch.ops.aten.conv3d, torch.ops.aten.convolution)
         if self.on_cpu and convolution and math.prod(args[1].shape[2:]) > 1:
             self.peak = max(self.peak, self.now + max(args[0].nbytes, out.nbytes))
+        norm = func.overloadpacket in (torch.ops.aten.group_norm, torch.ops.aten.native_group_norm)
+        if not self.on_cpu and norm and args[0].ndim == 5:
+            self.peak = max(self.peak, self.now + args[0].nbytes)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:

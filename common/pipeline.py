@@ -18,6 +18,7 @@ from common.placement import Placement, check_model, resident_bytes
 from common.progress import Stages
 from common.t5 import EncoderFiles
 from common.text import Encoder, TextEncoder, TextFeatures
+from common.vae import lay_out
 from common.xfuser_engine import sequence_parallel
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class Pipeline:
         raise NotImplementedError
 
     def _compiled_decoder(self) -> VideoDecoder:
-        decoder = self._load_decoder()
+        decoder = lay_out(self._load_decoder(), self.device)
         self.compiling.decoder(decoder)
         return decoder
 

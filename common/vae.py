@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from common.parallel import Axis
 # Elements of the input of one convolution call. What a call needs beside input and output (the padded copy, the
 # workspace) grows with it, and CUDA's 3D kernels index with 32 bits.
 LARGEST_CONVOLUTION = 2**27
+
+M = TypeVar("M", bound=nn.Module)
 
 # A message on its way and the tensor that must live until it has arrived.
 Sent = tuple[dist.Work | None, Tensor]
@@ -176,19 +178,20 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(channels_in, channels_out, kernel, stride, padding, padding_mode=padding_mode)
         self.zeros_before = zeros_before
 
+        self.border = padding[1:] if padding_mode == "replicate" else (0, 0)
+
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:  # type: ignore[override]
         before = stream.before(self, x, self.kernel_size[0] - 1, self.zeros_before)
         cuts = self._cuts(before.shape[2] + x.shape[2], x[:, :, 0].numel())
         if len(cuts) == 1:
-            # Rebound, so that the unpadded copy does not live beside the padded one while they are convolved.
-            x = torch.cat([before, x], dim=2) if before.shape[2] else x
-            x = self._pad(x)
+            # Rebound, so that what was handed in does not live beside its copy while that is convolved.
+            x = self._input(before, x, cuts[0][0])
             return self._convolve(x)
         rows, columns = (self._size(x.shape[dim], dim) for dim in (3, 4))
         total = self._size(before.shape[2] + x.shape[2], 2)
-        out = x.new_empty(x.shape[0], self.out_channels, total, rows, columns)
+        out = empty_for(self.weight, (x.shape[0], self.out_channels, total, rows, columns), x)
         for cut, made in cuts:
-            out[:, :, made] = self._convolve(self._stretch(before, x, cut))
+            out[:, :, made] = self._convolve(self._input(before, x, cut))
         return out
 
     def _size(self, length: int, dim: int) -> int:
@@ -204,19 +207,48 @@ class CausalConv3d(nn.Conv3d):
         made = [slice(i, min(i + most, total)) for i in range(0, total, most)]
         return [(slice(m.start * stride, (m.stop - 1) * stride + kernel), m) for m in made]
 
-    def _stretch(self, before: Tensor, x: Tensor, cut: slice) -> Tensor:
-        """The frames `cut` of both together, padded in space."""
-        n = before.shape[2]
-        return self._pad(torch.cat([before[:, :, cut], x[:, :, max(cut.start - n, 0) : max(cut.stop - n, 0)]], dim=2))
-
-    def _pad(self, x: Tensor) -> Tensor:
-        if self.padding_mode == "zeros" or not any(self._reversed_padding_repeated_twice):
-            return x
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+    def _input(self, before: Tensor, x: Tensor, cut: slice) -> Tensor:
+        """The frames `cut` of both together and the border that repeats their edges, written once, into one tensor."""
+        n, (top, left) = before.shape[2], self.border
+        old, new = before[:, :, cut], x[:, :, max(cut.start - n, 0) : max(cut.stop - n, 0)]
+        if not (old.shape[2] or top or left):
+            return new
+        height, width = x.shape[3:]
+        size = (*x.shape[:2], old.shape[2] + new.shape[2], height + 2 * top, width + 2 * left)
+        whole = empty_for(self.weight, size, x)
+        inside = whole[:, :, :, top : top + height, left : left + width]
+        if old.shape[2]:
+            inside[:, :, : old.shape[2]] = old
+        inside[:, :, old.shape[2] :] = new
+        # Rows, then columns: these bring the corners along.
+        for dim, border, length in ((3, top, height), (4, left, width)):
+            whole.narrow(dim, 0, border).copy_(whole.narrow(dim, border, 1))
+            whole.narrow(dim, border + length, border).copy_(whole.narrow(dim, border + length - 1, 1))
+        return whole
 
     def _convolve(self, x: Tensor) -> Tensor:
         padding = self.padding if self.padding_mode == "zeros" else 0
         return F.conv3d(x, self.weight, self.bias, self.stride, padding)
+
+
+def lay_out(model: M, device: torch.device) -> M:
+    """The model with its convolutions' weights, in place, in the memory order that the device's kernels want.
+
+    On a GPU that is channels last: cuDNN's fast kernels read and write nothing else, and would otherwise bring what
+    each call reads and writes into that order and back. `CausalConv3d` hands its weight what lies as the weight does.
+    """
+    if device.type == "cuda":
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                order = torch.channels_last_3d if isinstance(module, nn.Conv3d) else torch.channels_last
+                module.weight.data = module.weight.data.contiguous(memory_format=order)
+    return model
+
+
+def empty_for(weight: Tensor, size: Sequence[int], like: Tensor) -> Tensor:
+    """An empty tensor (B, C, T, H, W) in the memory order of a convolution's weight; dtype and device of `like`."""
+    order = torch.contiguous_format if weight.is_contiguous() else torch.channels_last_3d
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=order)
 
 
 class TimeSplit:

@@ -91,7 +91,8 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:
         norm1, act1, conv1, norm2, act2, conv2 = self.stack
         h = conv1(act1(norm1(x)), stream)
-        return self.attn_block(x + conv2(act2(norm2(h)), stream))
+        # The sum lies in memory as its first term does, which is the order that the next convolution wants.
+        return self.attn_block(conv2(act2(norm2(h)), stream) + x)
 
 
 class UpBlock(nn.Module):

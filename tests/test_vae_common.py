@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.decode import (
     AMPLE,
@@ -31,7 +32,7 @@ from common.decode import (
 )
 from common.parallel import Axis, Layout, distributed, edges
 from common.tiles import cut, tiles
-from common.vae import CausalConv3d, CausalStream, LocalLink, TimeSplit, encode_moments, spans
+from common.vae import CausalConv3d, CausalStream, LocalLink, TimeSplit, encode_moments, lay_out, spans
 
 
 class Net(VideoDecoder):
@@ -104,6 +105,60 @@ def test_causal_convolution_never_looks_ahead_and_pads_space_as_told():
         changed = x.clone()
         changed[:, :, 3:] += 1
         assert torch.equal(conv(x, CausalStream())[:, :, :3], conv(changed, CausalStream())[:, :, :3])
+
+
+class Operations(TorchDispatchMode):
+    """Writes down the names of operations and the elements that copies write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.copied = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        if self.names[-1] in ("copy_", "clone", "cat", "pad", "replication_pad3d"):
+            self.copied += out.numel()
+        return out
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_a_convolutions_input_is_written_once(mode):
+    conv, x, link = CausalConv3d(2, 3, 3, mode).double(), torch.randn(1, 2, 4, 30, 40).double(), LocalLink()
+    with torch.inference_mode():
+        conv(x, CausalStream(link, last=False))
+        with Operations() as done:
+            conv(x, CausalStream(link, first=False))
+    assert not {"cat", "pad", "replication_pad3d"} & set(done.names)
+    border = 2 * 6 * (30 * 42 + 2 * 40 + 4 - 30 * 40) if mode == "replicate" else 0
+    assert 2 * 6 * 30 * 40 + border <= done.copied <= 2 * 6 * 30 * 40 + 1.1 * border
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_a_convolution_trains_as_one_that_pads_by_itself(mode):
+    conv, x = CausalConv3d(2, 3, 3, mode).double(), latents(4).requires_grad_()
+    plain = nn.Conv3d(2, 3, 3, padding=(0, 1, 1), padding_mode=mode).double()
+    plain.load_state_dict(conv.state_dict())
+    ours, theirs = conv(x, CausalStream()), plain(torch.cat([x[:, :, :1]] * 2 + [x], 2))
+    weights = torch.randn_like(ours)
+    found = torch.autograd.grad((ours * weights).sum(), (x, *conv.parameters()))
+    expected = torch.autograd.grad((theirs * weights).sum(), (x, *plain.parameters()))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_a_gpus_memory_order_changes_no_frame(monkeypatch, mode):
+    model, z, seen = net(mode=mode, channels=4), latents(5), []
+    expected = stream_through(model, z, [2, 3], LocalLink())
+    convolve = torch.nn.functional.conv3d
+    monkeypatch.setattr("torch.nn.functional.conv3d", lambda x, *rest: seen.append(x) or convolve(x, *rest))
+    assert lay_out(model, torch.device("cpu")).layers[0].weight.is_contiguous()
+    assert torch.equal(stream_through(model, z, [2, 3], LocalLink()), expected)
+    assert all(x.is_contiguous() for x in seen)
+    seen.clear()
+    lay_out(model, torch.device("cuda"))
+    assert torch.allclose(stream_through(model, z, [2, 3], LocalLink()), expected, rtol=0, atol=1e-12)
+    assert len(seen) == 8 and all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in seen)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -391,7 +446,7 @@ def test_memory_of_a_long_video_is_that_of_two_chunks():
     peaks = {}
     for frames in (4, 8, 12):
         gc.collect()
-        with PeakMemory() as counter:
+        with PeakMemory("cpu") as counter:
             for _ in decode_frames(model, z[:, :, :frames], DecodePlan("exact", 2)):
                 pass
         peaks[frames] = counter.peak

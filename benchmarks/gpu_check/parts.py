@@ -289,7 +289,8 @@ def _decode(name: str, machine: Machine) -> list[Cell]:
     )
     counted = [n for n in (1, 2, 4, 6, 8) if n <= machine.ranks]
     cells = [Cell(f"{n} ranks", partial(measures.decoded, machine, options, "streamed", n)) for n in counted]
-    return [*cells, Cell("diffusers", partial(measures.decoded, machine, options, "peer", 1))]
+    plain = Cell("contiguous", partial(measures.decoded, machine, options, "contiguous", 1))
+    return [*cells, plain, Cell("diffusers", partial(measures.decoded, machine, options, "peer", 1))]
 
 
 # 7. Overlap
