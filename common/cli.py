@@ -28,7 +28,7 @@ from common.checks import (
     xfuser_problems,
 )
 from common.degrees import choose_layout
-from common.files import absence, reason, resolved, shown, taken_problem, text_problem, writing_problem
+from common.files import absence, as_text, reason, resolved, shown, taken_problem, text_problem, writing_problem
 from common.host import gpus_are_hidden
 from common.layout import Layout
 from common.options import MOST, options
@@ -97,7 +97,8 @@ class _Reader:
     """Turns option values into a Request, noting every problem on the way."""
 
     def __init__(self, program: Program, values: Mapping[str, Any], problems: list[str], at: launch.Place) -> None:
-        self.program, self.values, self.problems, self.place = program, values, problems, at
+        texts = {name: as_text(values[name]) for name in ("prompt", "negative_prompt") if values[name] is not None}
+        self.program, self.values, self.problems, self.place = program, {**values, **texts}, problems, at
         self.output, self.probe = Path(), True  # probe: whether the output is still to be tried
         self.gpus = 0 if values["device"] == "cpu" else launch.visible_gpus()
         self.dry = values["dry_run"] is not None

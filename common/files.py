@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 try:
     import fcntl
@@ -187,6 +188,16 @@ def as_argument(text: str) -> bytes:
     return text.replace("\0", "").encode("utf-8", "surrogateescape")
 
 
+def as_text(argument: str) -> str:
+    """A command line argument as text: UTF-8 also in a locale without it, where Python keeps the bytes as they are."""
+    if not any("\udc80" <= character <= "\udcff" for character in argument):
+        return argument
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return argument
+
+
 def text_problem(text: str) -> str | None:
     """Why a prompt cannot be used: control characters (but tabs and new lines), or bytes outside UTF-8."""
     for position, character in enumerate(text, 1):
@@ -295,6 +306,12 @@ def tell(text: str) -> None:
         # Python flushes once more at its end, and would complain.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def say(line: str, stream: IO[str] | None = None) -> None:
+    """Print a line on stderr, or on `stream`; dropped, as by `tell`, where it cannot be written."""
+    with suppress(OSError, ValueError):
+        print(line, file=stream or sys.stderr, flush=True)
 
 
 def lenient_streams() -> None:

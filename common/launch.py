@@ -28,7 +28,7 @@ from datetime import timedelta
 from typing import IO, Any, NoReturn
 
 from common.failure import NO_ANSWER, Failure, describe, verdict
-from common.files import shown
+from common.files import say, shown
 from common.host import allocator_default
 from common.stopping import SIGNALS, Stopped, is_ignored, stoppable
 
@@ -175,19 +175,20 @@ class Link:
         """Tell the user, once for all ranks, why this rank failed. afterword: follows the message on the same line."""
         failure = describe(error, self.place.rank, stage, status)
         if self.debug:
-            print(failure.trace, file=self.stderr, flush=True)
+            say(failure.trace, self.stderr)
         if self._pipe is not None:
             os.set_blocking(self._pipe, True)
             self._send({"failure": failure.as_dict()})
         elif self.place.world_size == 1:
-            print(f"error: {shown(failure.text(with_rank=False))}{afterword}", file=self.stderr, flush=True)
+            say(f"error: {shown(failure.text(with_rank=False))}{afterword}", self.stderr)
         elif _first_to_fail():
-            print(f"error: {shown(failure.text())}{afterword}", file=self.stderr, flush=True)
+            say(f"error: {shown(failure.text())}{afterword}", self.stderr)
 
     def leave(self, status: int) -> NoReturn:
         """End this process without tearing down process groups: their threads may wait for a peer, or abort at exit."""
-        sys.stdout.flush()
-        self.stderr.flush()
+        for stream in (sys.stdout, self.stderr):
+            with suppress(OSError, ValueError):  # a full disk behind one has no say in how the run ended
+                stream.flush()
         os._exit(status)
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -294,7 +295,7 @@ def supervise(
             left = _stop(children)
             afterword = clean_up() if status else ""
     if reason or left:
-        print(f"error: {shown(reason or 'stopped')}{left}{afterword}", file=sys.stderr, flush=True)
+        say(f"error: {shown(reason or 'stopped')}{left}{afterword}")
     return status
 
 

@@ -25,7 +25,7 @@ import click
 from common import launch, quantize
 from common.cli import parse
 from common.failure import describe
-from common.files import claimed, identity, lenient_streams, remove_partial, shown, tell
+from common.files import claimed, identity, lenient_streams, remove_partial, say, shown, tell
 from common.host import allocator_default, bind_to_gpu, ensure_temporary_folder
 from common.options import version
 from common.progress import StageRecord, Stages
@@ -51,7 +51,7 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     try:
         at = launch.place()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     started = time.time()
     if at.launcher == "supervise":
@@ -61,7 +61,7 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     except WrongUse as wrong:
         if at.local_rank == 0:
             for problem in wrong.problems:
-                print(f"error: {shown(problem)}", file=sys.stderr)
+                say(f"error: {shown(problem)}")
         return 2
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -76,7 +76,7 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
         try:
             release = held.enter_context(claimed([video.output for video in request.videos] if at.rank == 0 else []))
         except ValueError as taken:
-            print(f"error: {taken}", file=sys.stderr)
+            say(f"error: {taken}")
             return 2
         return _run(program, request, at, arguments, started, release)
 
@@ -109,7 +109,7 @@ def _dry_run(program: Program, request: Request, at: launch.Place) -> int:
     try:
         return dry_run.run(program, request)
     except Exception as error:
-        print(f"error: {describe(error, 0, 'dry run').message}", file=sys.stderr)
+        say(f"error: {describe(error, 0, 'dry run').message}")
         return 2 if isinstance(error, ValueError) else 1
 
 

@@ -201,6 +201,16 @@ def test_a_reader_that_left_ends_no_job(tmp_path):
             assert subprocess.run(line, cwd=tmp_path, stdout=full, stderr=full).returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_logs_on_a_full_disk_end_no_job_of_several_ranks(tmp_path):
+    with open("/dev/full", "w") as full:
+        line = [*FAKE[:-1], "2", "--prompt", "one", "--output", "x.mp4"]
+        assert subprocess.run(line, cwd=tmp_path, stdout=full, stderr=full).returncode == 0
+        wrong = subprocess.run([*line, "--fault", "raise@1"], cwd=tmp_path, stdout=full, stderr=full)
+    assert wrong.returncode == 1 and sorted(os.listdir(tmp_path)) == ["x.json", "x.mp4"]
+
+
 @pytest.mark.parametrize("length", [225, 240, 250, 400])
 def test_a_name_without_room_for_the_derived_ones(tmp_path, length):
     found = problems("--output", str(tmp_path / ("b" * length + ".mp4")))
@@ -268,6 +278,8 @@ def test_prompts_that_no_file_can_hold(tmp_path):
     (found,) = problems("--prompt-file", str(tmp_path / "nul.txt"))
     assert "line 2: character 13 is the control character U+0000" in found
     assert any("no UTF-8 text" in line for line in problems("--prompt", "caf\udce9"))
+    (kept,) = parse(PROGRAM, ["--demo", "--device", "cpu", "--prompt", "caf\udcc3\udca9"]).videos
+    assert kept.prompt == "café"  # as Python reads UTF-8 in a locale of ASCII
     assert text_problem("two\nlines\tand Kreis \u2013 龙") is None
     (tmp_path / "crlf.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     request = parse(PROGRAM, ["--demo", "--device", "cpu", "--prompt-file", str(tmp_path / "crlf.txt")])
