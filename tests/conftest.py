@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,6 +17,10 @@ import torch
 import torch.distributed as dist
 
 torch.set_num_threads(1)
+# A runner in the background ignores these for all it starts, and the programs honour that: not where they are tested.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 JOB_SECONDS = 120
 
 
