@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.decode import VideoDecoder
+from common.layout import split_evenly
 from common.vae import CausalConv3d, CausalStream, silu
 from mochi_xdit.config import MochiVAEConfig
 
@@ -165,8 +166,7 @@ class MochiDecoder(VideoDecoder):
 
     def chunks(self, latents: int, chunk: int) -> list[int]:
         """`latents` frames in as few chunks as needed, as even as can be, the longer ones first."""
-        count = -(-latents // chunk)
-        return [latents // count + (i < latents % count) for i in range(count)]
+        return list(split_evenly(latents, -(-latents // chunk)))
 
     def frames(self, latents: int, first: bool) -> int:
         """Frames that `latents` latent frames become; the video's first latent is a single frame."""
