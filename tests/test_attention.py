@@ -22,7 +22,7 @@ from common.usp import SequenceParallel
 from common.weights import assign, on_meta
 from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer
-from tests.rehearsal.fake_cuda import fake_cuda
+from tests.helpers.fake_cuda import fake_cuda
 
 GPU = torch.device("cuda:0")
 HALF = (torch.bfloat16, torch.float16)

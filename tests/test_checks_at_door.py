@@ -19,8 +19,8 @@ from common.text import FeatureCache, encode
 from consisid_xdit.pipeline import ConsisIDPipeline
 from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.pipeline import MochiPipeline
-from tests import cogvideox, consisid, mochi
 from tests.fuzz.headers import joined, split
+from tests.helpers import cogvideox, consisid, mochi
 
 KINDS: dict[str, tuple[Callable[[Path], Path], type]] = {
     "mochi": (lambda folder: mochi.write_checkpoint(folder, "diffusers"), MochiPipeline),

@@ -91,7 +91,7 @@ def test_names_and_shapes_are_those_of_the_published_files(kind: str, tmp_path: 
 
 
 def test_weights_go_out_and_come_back(tmp_path: Path) -> None:
-    from tests.cogvideox import small
+    from tests.helpers.cogvideox import small
 
     config = small("1.5-i2v")
     model = CogVideoXTransformer(config)

@@ -12,7 +12,7 @@ from cogvideox_xdit.transformer import CogVideoXTransformer
 from common.parallel import Layout
 from common.usp import SequenceParallel
 from common.weights import on_meta
-from tests.counting import Counts, as_rank, counting, register
+from tests.helpers.counting import Counts, as_rank, counting, register
 
 TRUE_SIZES = {"2b": (13, 60, 90), "5b": (13, 60, 90), "1.5": (22, 96, 170)}  # latents; 1.5 with its padding frame
 RANKS = {"2b": (4, 7, 12), "5b": (5, 8), "1.5": (4, 6, 8)}

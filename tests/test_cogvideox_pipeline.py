@@ -14,8 +14,8 @@ from torch import Tensor
 from cogvideox_xdit import CogVideoXPipeline
 from cogvideox_xdit.solver import SCHEDULERS
 from common.parallel import Layout, Mesh, distributed
-from tests.cogvideox import write_checkpoint
-from tests.conftest import RankPool
+from tests.helpers.cogvideox import write_checkpoint
+from tests.helpers.ranks import RankPool
 
 PROMPT, NEGATIVE = "a red boat moves to the left", "a blue bird"
 SIZE = {"height": 48, "width": 32}

@@ -13,8 +13,8 @@ from cogvideox_xdit.positions import crop_region, rope, sine_cosine
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from common.parallel import Layout
 from common.usp import SequenceParallel
-from tests.cogvideox import TEXT, inputs, ours, reference, reference_output, small, stored
-from tests.counting import as_rank
+from tests.helpers.cogvideox import TEXT, inputs, ours, reference, reference_output, small, stored
+from tests.helpers.counting import as_rank
 
 ALONE, CPU = SequenceParallel(), torch.device("cpu")
 

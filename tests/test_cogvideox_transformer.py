@@ -11,9 +11,9 @@ import torch
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack, unpack
 from common.parallel import Layout, distributed
 from common.usp import SequenceParallel
-from tests.cogvideox import KINDS, SIZES, TEXT, inputs, ours, reference, reference_output, small, stored
-from tests.conftest import RankPool
-from tests.counting import as_rank
+from tests.helpers.cogvideox import KINDS, SIZES, TEXT, inputs, ours, reference, reference_output, small, stored
+from tests.helpers.counting import as_rank
+from tests.helpers.ranks import RankPool
 
 CASES = [(kind, size) for kind in KINDS for size in SIZES[kind]]
 

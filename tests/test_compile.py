@@ -25,7 +25,7 @@ from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures
 from mochi_xdit import MochiPipeline
 from mochi_xdit.weights import load_transformer
-from tests import cogvideox, consisid, mochi
+from tests.helpers import cogvideox, consisid, mochi
 
 PROMPTS = ("a red ball", "a blue box moves to the left and a red ball to the right", "a", "")
 SIZE = {"height": 48, "width": 80, "num_steps": 2, "output": "latent"}

@@ -19,8 +19,8 @@ from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.facial import LocalFacialExtractor
 from consisid_xdit.pipeline import as_picture
-from tests.conftest import RankPool
-from tests.consisid import small, write_checkpoint
+from tests.helpers.consisid import small, write_checkpoint
+from tests.helpers.ranks import RankPool
 
 PROMPT, NEGATIVE = "a red boat moves to the left", "a blue bird"
 SIZE = {"height": 64, "width": 96, "num_frames": 9}

@@ -22,9 +22,9 @@ from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_config, consi
 from consisid_xdit.facial import LocalFacialExtractor
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
-from tests.conftest import RankPool
-from tests.consisid import identity, inputs, ours, reference, reference_output, small, stored
-from tests.counting import as_rank, counting, register
+from tests.helpers.consisid import identity, inputs, ours, reference, reference_output, small, stored
+from tests.helpers.counting import as_rank, counting, register
+from tests.helpers.ranks import RankPool
 
 DATA = Path(__file__).parent / "data"
 FACE = {"with a face": True, "without a face": False}

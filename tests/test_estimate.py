@@ -42,9 +42,9 @@ from mochi_xdit.fork import stack as mochi_stack
 from mochi_xdit.sampling import workload as mochi_workload
 from mochi_xdit.weights import load_transformer
 from planner import cost, get_model
-from tests.mochi import write_checkpoint
+from tests.helpers.mochi import write_checkpoint
 
-SCRIPT = Path(__file__).with_name("stage_memory.py")
+SCRIPT = Path(__file__).with_name("helpers") / "stage_memory.py"
 # What malloc keeps for itself is no part of an estimate.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 

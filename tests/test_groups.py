@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,9 +23,9 @@ from common.launch import Place
 from common.layout import Layout
 from common.parallel import Mesh, distributed, resolve_device
 from common.selftest import self_test
-from tests.cogvideox import write_checkpoint
-from tests.rehearsal.fake_cuda import fake_cuda
-from tests.rehearsal.recorder import Record, agree, record_rank, recording
+from tests.helpers.cogvideox import clip, write_checkpoint
+from tests.helpers.fake_cuda import fake_cuda
+from tests.helpers.recorder import Record, agree, record_rank, recording
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = [Layout(ring=2), Layout(ulysses=3), Layout(cfg=2, ring=2)]
@@ -35,10 +34,6 @@ LAYOUTS = [Layout(ring=2), Layout(ulysses=3), Layout(cfg=2, ring=2)]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write_checkpoint(tmp_path_factory.mktemp("groups"), kind) for kind in ("2b", "1.5-i2v")}
-
-
-def clip(frames: int, height: int = 48, width: int = 32) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
 def make_video(folder: Path, mesh: Mesh, spoil: Callable[[CogVideoXPipeline], None] = lambda pipe: None, **how: Any):

@@ -25,10 +25,10 @@ from common.schema import read_object
 from consisid_xdit.config import PREVIEW, consisid_json, read_consisid
 from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.config import read_config
-from tests import cogvideox as tiny_cogvideox
-from tests import mochi
 from tests.fuzz.documents import absurd, mutated
 from tests.fuzz.headers import joined, mutated_file
+from tests.helpers import cogvideox as tiny_cogvideox
+from tests.helpers import mochi
 from xdit_doctor.cli import checkpoint
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))

@@ -13,7 +13,7 @@ from common.generation import draw_noise, load_latents
 from common.parallel import Layout, Mesh, distributed
 from mochi_xdit import MochiPipeline
 from mochi_xdit.sampling import linear_quadratic_sigmas
-from tests.mochi import TINY, write_checkpoint
+from tests.helpers.mochi import TINY, write_checkpoint
 
 PROMPT = "a red ball moves to the left"
 SIZE = {"height": 48, "width": 80, "num_frames": 19}

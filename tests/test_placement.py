@@ -22,7 +22,7 @@ from common.usp import SequenceParallel
 from common.weights import CheckpointError, load, on_meta, open_checkpoint, save
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.weights import find_transformer, load_transformer
-from tests.mochi import TINY, write_checkpoint
+from tests.helpers.mochi import TINY, write_checkpoint
 
 CPU, GPU_3 = torch.device("cpu"), torch.device("cuda", 3)
 

@@ -22,7 +22,7 @@ from common.usp import SequenceParallel
 from common.vae import CausalStream, LocalLink, spans
 from planner import cost
 from planner.model import GB_RUNTIME, memory_gb
-from tests.counting import as_rank, counting, register
+from tests.helpers.counting import as_rank, counting, register
 
 # Uneven tokens, uneven heads and both; the last rank has least, the first most.
 LAYOUTS = [

@@ -20,7 +20,7 @@ from consisid_xdit.pipeline import ConsisIDPipeline
 from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.pipeline import MochiPipeline
 from mochi_xdit.weights import transformer_rename
-from tests import cogvideox, consisid, mochi
+from tests.helpers import cogvideox, consisid, mochi
 
 
 def checkpoint(kind: str, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from common.registry import fork_of, forks, get_model, model_names, models
 from planner import cost, get_profile, plan
 from planner.cli import command
 from planner.layouts import choose_layout
-from tests.test_download import Hub, download, hub, there  # noqa: F401  (a fixture)
+from tests.helpers.hub import Hub, download, there
 from tests.toy_fork import install
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +157,7 @@ def test_costs_of_streams_stacks_and_cross_attention_add_up() -> None:
     assert sent.total == 4 * (49 * 22 * 40 * 64 + 402 * 128)
 
 
-def test_a_fork_from_outside_is_downloaded(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_a_fork_from_outside_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     install(tmp_path / "site")
     hub.repos = {"toys/video": {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"#"}}
     here = f"sys.path[:0] = [{str(tmp_path / 'site')!r}]"

@@ -19,7 +19,7 @@ from consisid_xdit.transformer import ConsisIDTransformer
 from mochi_xdit import MochiPipeline
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.transformer import pack as mochi_pack
-from tests import cogvideox, consisid, mochi
+from tests.helpers import cogvideox, consisid, mochi
 
 SIZE = (3, 8, 12)
 COSTLY = ("mm", "convolution", "attention", "arange", "cos", "sin", "exp", "cat", "all_to_all")

@@ -14,9 +14,8 @@ from cogvideox_xdit import CogVideoXPipeline
 from common.layout import Layout
 from common.parallel import distributed
 from common.selftest import self_test
-from tests.cogvideox import write_checkpoint
-from tests.conftest import RankPool, needs_gpus
-from tests.test_groups import clip
+from tests.helpers.cogvideox import clip, write_checkpoint
+from tests.helpers.ranks import RankPool, needs_gpus
 
 pytestmark = [pytest.mark.gpu, needs_gpus(2)]
 LAYOUTS = [Layout(ring=2), Layout(ulysses=2), Layout(cfg=2)]

@@ -17,7 +17,7 @@ from common.guidance import Guidance
 from common.layout import split_evenly
 from common.parallel import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
 from common.usp import SequenceParallel, head_groups
-from tests.counting import as_rank, count_attention
+from tests.helpers.counting import as_rank, count_attention
 
 SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]
 SPLITS += [(3, 2), (2, 3), (6, 1), (1, 6), (7, 1), (1, 7), (4, 2), (2, 4), (8, 1), (1, 8)]

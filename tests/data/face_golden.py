@@ -48,7 +48,7 @@ def reference_tower():
     from consisid_eva_clip.eva_vit_model import EVAVisionTransformer
     from consisid_eva_clip.transformer import LayerNorm
 
-    from tests.test_face import EVA_TINY, seeded_state
+    from tests.helpers.face import EVA_TINY, seeded_state
 
     c = EVA_TINY
     tower = EVAVisionTransformer(
@@ -68,7 +68,7 @@ def golden_eva(out):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import normalize, resize
 
-    from tests.test_face import picture
+    from tests.helpers.face import picture
 
     def prepare(rgb, size):
         x = torch.from_numpy(rgb).permute(2, 0, 1)[None] / 255.0
@@ -104,7 +104,7 @@ def helper_around(model):
 def golden_retina(out):
     from facexlib.detection.retinaface import RetinaFace
 
-    from tests.test_face import crowd, retina_state
+    from tests.helpers.face import crowd, retina_state
 
     model = RetinaFace("resnet50", device="cpu").eval()
     model.load_state_dict(retina_state({k: v.shape for k, v in model.state_dict().items()}))
@@ -128,7 +128,7 @@ def golden_retina(out):
 def golden_bisenet(out):
     from facexlib.parsing.bisenet import BiSeNet
 
-    from tests.test_face import picture, seeded_state
+    from tests.helpers.face import picture, seeded_state
 
     model = BiSeNet(19).eval()
     model.load_state_dict(seeded_state({k: v.shape for k, v in model.state_dict().items()}))
@@ -184,7 +184,7 @@ def golden_onnx(out):
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     from insightface.model_zoo.scrfd import SCRFD
 
-    from tests.test_face import crowd
+    from tests.helpers.face import crowd
 
     heads = {}
     for kind, values, sigmoid, scale in (("score", 1, True, 3.0), ("bbox", 4, False, 1.0), ("kps", 10, False, 1.0)):
@@ -227,7 +227,7 @@ def golden_path(out):
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     from insightface.model_zoo.scrfd import SCRFD
 
-    from tests.test_face import STRICT, parser_state, photograph, retina_state
+    from tests.helpers.face import STRICT, parser_state, photograph, retina_state
 
     retina, parser = RetinaFace("resnet50", device="cpu").eval(), BiSeNet(19).eval()
     retina.load_state_dict(retina_state({k: v.shape for k, v in retina.state_dict().items()}, STRICT))

@@ -123,7 +123,7 @@ def reference_output(
     """What the installed model says to the same arguments, in our order of axes."""
     from diffusers import CogVideoXPipeline
 
-    from tests.cogvideox import wide_rope
+    from tests.helpers.cogvideox import wide_rope
 
     x = torch.cat((given["latents"], given["image"].expand_as(given["latents"])), dim=1)
     config = SimpleNamespace(**model.config, patch_size_t=None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -149,3 +150,8 @@ def write_checkpoint(folder: Path, kind: str, **changes: object) -> Path:
     config = small(kind, text_dim=32, text_length=16, **changes)
     random_checkpoint(folder, kind, config, vae, torch.float32)
     return folder
+
+
+def clip(frames: int, height: int = 48, width: int = 32) -> np.ndarray:
+    """A random video (T, H, W, 3) uint8."""
+    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
