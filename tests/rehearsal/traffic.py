@@ -1,0 +1,163 @@
+"""What a computation on fake CUDA tensors would launch: its kernels, and the bytes that each reads and writes.
+
+    with fake_cuda(), torch.inference_mode(), Traffic() as traffic:
+        model(x)
+    len(traffic.launches), traffic.bytes(), traffic.bytes(MULTIPLIES)
+
+An operation that PyTorch writes in terms of others is taken apart as a CUDA build would do it, and each of the others
+counts as one kernel, which reads each input once and writes each output once. Rows that a tensor repeats (`expand`)
+are read once. What a cache saves, and what a kernel reads twice, is not seen; the few kernels that read twice by
+design are listed. Views and empty tensors cost nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[2]
+_OURS = tuple(f"{ROOT}/{part}" for part in ("common/", "mochi_xdit/", "cogvideox_xdit/", "consisid_xdit/", "wan_xdit/"))
+
+_ATTENTION = tuple(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn"))
+MULTIPLIES = frozenset(("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", *_ATTENTION))
+"""Matrix products, convolutions and attention: what is left where everything else is fused away."""
+
+# A CUDA build has one kernel where the generic code below them has several.
+_FUSED = frozenset({"_fused_rms_norm"})
+# The last is a view whose operator does not say so.
+_MAKES_NOTHING = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view"})
+_WRITES_ONLY = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_"})
+"""Of what they change in place, they read nothing."""
+_LIKE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
+"""They take of a tensor its shape and its kind alone."""
+_READS_TWICE = frozenset({"native_group_norm"})
+"""First for the statistics of whole groups, in a kernel of its own."""
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: the operator's name, bytes read and written, and the line of the product that asked for it."""
+
+    op: str
+    bytes: int
+    place: str
+
+
+class Traffic(TorchDispatchMode):
+    """Writes down every kernel on a CUDA device. Enter it inside `fake_cuda` and inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    def bytes(self, ops: Collection[str] | None = None) -> int:
+        """Read and written by these operators; default: by all."""
+        return sum(launch.bytes for launch in self.launches if ops is None or launch.op in ops)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (apart := take_apart(self, func, args, kwargs)) is not NotImplemented:
+            return apart
+        out = func(*args, **kwargs)
+        self.launches += launches(func, args, kwargs, out)
+        return out
+
+
+def take_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operation that PyTorch writes in terms of others, whose parts `mode` sees; else NotImplemented.
+
+    In inference mode such operations arrive whole.
+    """
+    if func.namespace != "aten" or name_of(func) in _FUSED:
+        return NotImplemented
+    if func is torch.ops.aten.scaled_dot_product_attention.default and args[0].is_cuda:
+        with mode:
+            return _attention(*args, **kwargs)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+        return NotImplemented
+    with mode:
+        return func._op_dk(_COMPOSITE, *args, **kwargs)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **how: Any,
+) -> Tensor:
+    """The kernel that PyTorch's own attention would take on a GPU, since a build without CUDA has no choice to make.
+
+    Flash attention stands for cuDNN's as well: both give out memory laid out as the queries are.
+    """
+    assert dropout_p == 0 and not how.get("enable_gqa")
+    ops, scale, width = torch.ops.aten, how.get("scale"), q.shape[-1]
+    if mask is None and q.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256:
+        return ops._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
+    if q.dtype != torch.float64:
+        return ops._scaled_dot_product_efficient_attention(q, k, v, mask, False, 0.0, is_causal, scale=scale)[0]
+    return ops._scaled_dot_product_attention_math(q, k, v, mask, 0.0, is_causal, scale=scale)[0]
+
+
+def launches(func: Any, args: Any, kwargs: Any, out: Any) -> list[Launch]:
+    """The kernels of an operation that has been run; none for a view, an empty tensor, or one on the CPU."""
+    name = name_of(func)
+    made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if func.namespace != "aten" or not any(t.is_cuda for t in made + taken):
+        return []
+    changes = [r.alias_info is not None and r.alias_info.is_write for r in func._schema.arguments]
+    aliases = any(r.alias_info is not None for r in func._schema.returns)
+    if name in _MAKES_NOTHING or (aliases and not any(changes)) or not any(t.numel() for t in made):
+        return []
+    skipped = {id(kwargs["out"])} if "out" in kwargs else {id(args[0])} if name in _WRITES_ONLY | _LIKE else set()
+    read = sum(span(t) for t in taken if id(t) not in skipped)
+    twice = span(taken[0]) if name in _READS_TWICE else 0
+    moved = [Launch(name, read + sum(span(t) for t in made), place())]
+    return [*moved, Launch(name, twice, place())] if twice else moved
+
+
+def name_of(func: Any) -> str:
+    """`mm` of aten::mm.default."""
+    return func._schema.name.split("::")[1]
+
+
+def span(tensor: Tensor) -> int:
+    """Bytes of the different elements of a tensor: what `expand` repeats counts once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        elements *= size if stride or not size else 1
+    return elements * tensor.element_size()
+
+
+def place() -> str:
+    """`file:line` of the product's innermost frame."""
+    frame = sys._getframe(1)
+    while frame:
+        file = frame.f_code.co_filename
+        if file.startswith(_OURS):
+            return f"{file.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"
+
+
+def by_place(launched: Collection[Launch]) -> list[tuple[str, str, int, int]]:
+    """(place, operator, kernels, bytes), the most bytes first."""
+    kernels: Counter[tuple[str, str]] = Counter()
+    moved: Counter[tuple[str, str]] = Counter()
+    for launch in launched:
+        kernels[launch.place, launch.op] += 1
+        moved[launch.place, launch.op] += launch.bytes
+    return [(*key, kernels[key], size) for key, size in moved.most_common()]
