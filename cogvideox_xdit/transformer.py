@@ -317,19 +317,6 @@ class CogVideoXTransformer(nn.Module):
         shift, scale = self.mod_out(c)[:, None].chunk(2, dim=-1)
         return self.head(torch.addcmul(shift, self.norm_out(x), 1 + scale))
 
-    def denoise(
-        self, latents: Tensor, text: Tensor, t: Tensor | float, image: Tensor | None = None, ofs: float = OFS
-    ) -> Tensor:
-        """One prediction for full latents (B, C, T, H, W) on every rank; the same shape comes back.
-
-        Arguments as in `prepare` and `forward`, errors too.
-        """
-        size = (latents.shape[2], latents.shape[3], latents.shape[4])
-        cond = self.prepare(text, size, image, ofs)
-        x = pack(latents, self.config.patch)
-        out = self(self.sp.shard(x), t, cond)
-        return unpack(self.sp.gather(out, self.sp.lengths(x.shape[1])), size, self.config.patch)
-
 
 def frequencies(width: int, device: torch.device) -> Tensor:
     """10000^(-k / (width / 2)) for k below width / 2, fp32."""

@@ -144,10 +144,6 @@ class CausalStream:
             self.link.send(key, torch.cat([before, x], dim=2)[:, :, -frames:])
         return before
 
-    def extend(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
-        """`x` (B, C, T, H, W) with the `frames` frames before it, (B, C, frames + T, H, W)."""
-        return torch.cat([self.before(key, x, frames), x], dim=2) if frames else x
-
     def skip(self, x: Tensor, frames: int) -> Tensor:
         """`x` without the video's first `frames` frames, which only its first chunk has."""
         return x[:, :, frames:] if self.first else x

@@ -10,7 +10,7 @@ import os
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -154,15 +154,6 @@ class VideoFile:
         return WriteError(
             f"cannot write {shown(self.path)}: ffmpeg ended with status {self.process.returncode}: {said[-300:]}"
         )
-
-
-def write_video(path: str | Path, frames: np.ndarray | Tensor | Iterable[np.ndarray | Tensor], fps: float) -> None:
-    """Frames (T, H, W, 3), or an iterable of such chunks, to an mp4; see `VideoFile` for what it raises."""
-    chunks: Any = [frames] if hasattr(frames, "shape") else frames
-    with VideoFile(path, fps) as file:
-        for chunk in chunks:
-            file.add(chunk)
-        file.finish()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cogvideox_xdit.transformer import OFS, CogVideoXTransformer, Condition, Size, pack, unpack
+from cogvideox_xdit.transformer import OFS, CogVideoXTransformer, Condition, Size
 from common.usp import SequenceParallel
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.facial import FaceAttention, LocalFacialExtractor
@@ -103,20 +103,3 @@ class ConsisIDTransformer(CogVideoXTransformer):
         # h is the block's own fresh output, so nothing else sees this change.
         video.add_(read, alpha=self.config.face_scale)
         return h
-
-    def denoise(  # type: ignore[override]
-        self,
-        latents: Tensor,
-        text: Tensor,
-        t: Tensor | float,
-        image: Tensor | None = None,
-        id_cond: Tensor | None = None,
-        id_vit_hidden: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """One prediction for full latents (B, C, T, H, W) on every rank; the same shape comes back."""
-        size, patch = tuple(latents.shape[2:]), self.config.patch
-        face = None if id_cond is None else self.read_face(id_cond, id_vit_hidden)
-        cond = self.prepare(text, size, image, face=face)  # type: ignore[arg-type]
-        x = pack(latents, patch)
-        out = self.sp.gather(self(self.sp.shard(x), t, cond), self.sp.lengths(x.shape[1]))
-        return unpack(out, size, patch)  # type: ignore[arg-type]

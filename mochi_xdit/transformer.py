@@ -6,7 +6,6 @@ computed in fp32 (fp64 for fp64 parameters), and so are latents going in and out
 
     cond = model.prepare((T, H, W), text, mask)        # once per prompt and size
     v = model(x, t, cond)                              # every step, on this rank's packed tokens
-    v = model.denoise(latents, t, text, mask)          # both, on full latents
 """
 
 from __future__ import annotations
@@ -325,19 +324,6 @@ class MochiTransformer(nn.Module):
         x = F.layer_norm(x.to(scale.dtype), x.shape[-1:], eps=NORM_EPS)
         x = x.mul_(1 + scale).add_(shift).to(self.dtype)
         return self.final_layer["linear"](x).to(scale.dtype)
-
-    @torch.no_grad()
-    def denoise(self, latents: Tensor, t: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`prepare` and one `forward` on full latents (B, C, T, H, W), for all ranks' tokens; the same on every rank.
-
-        t, text and mask as there. Returns the shape of `latents`.
-        """
-        _, _, T, H, W = latents.shape
-        size = (T, H, W)
-        tokens = pack(latents, self.config.patch)
-        cond = self.prepare(size, text, mask, batch=latents.shape[0])
-        out = self(self.sp.shard(tokens).to(self.device), t, cond)
-        return unpack(self.sp.gather(out, self.sp.lengths(tokens.shape[1])), size, self.config.patch)
 
 
 def _valid(text: Tensor, mask: Tensor | None, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from common.parallel import Axis, Mesh
-from common.placement import Placement, check_model, place
+from common.placement import Placement, place
 from common.quantize import TransformerFiles
 from common.schema import read_object
 from common.usp import SequenceParallel
@@ -200,18 +200,11 @@ def load_transformer(
     return place(module, part.open(), part.rename, device, dtype, EXACT, placement, world, progress)
 
 
-def check_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Part[MochiConfig]:
-    """Find the transformer and compare every name, shape and dtype with the model's, without reading a weight.
-
-    CheckpointError as `load_transformer` would raise it.
-    """
-    part = find_transformer(folder, dtype)
-    check_model(_meta_transformer(part), part.open(), part.rename)
-    return part
-
-
 def check_decoder(folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """As `check_transformer`, for the VAE decoder."""
+    """Compare the VAE decoder's names, shapes and dtypes with the model's, without reading a weight.
+
+    CheckpointError as it would be raised when it is loaded.
+    """
     from mochi_xdit.vae import MochiDecoder
 
     part = find_decoder(folder, dtype)

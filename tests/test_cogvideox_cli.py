@@ -18,7 +18,8 @@ from cogvideox_xdit.demo import demo_checkpoint, demo_config, model_index, sched
 from common.cli import parse
 from common.program import main
 from common.request import Request, WrongUse
-from common.video import read_video, write_video
+from common.video import read_video
+from tests.helpers.video import write_video
 
 
 def read(*arguments: object) -> Request:

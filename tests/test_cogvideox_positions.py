@@ -13,7 +13,7 @@ from cogvideox_xdit.positions import crop_region, rope, sine_cosine
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from common.parallel import Layout
 from common.usp import SequenceParallel
-from tests.helpers.cogvideox import TEXT, inputs, ours, reference, reference_output, small, stored
+from tests.helpers.cogvideox import TEXT, denoise, inputs, ours, reference, reference_output, small, stored
 from tests.helpers.counting import as_rank
 
 ALONE, CPU = SequenceParallel(), torch.device("cpu")
@@ -91,7 +91,7 @@ def test_text_of_another_length_agrees_with_the_reference(kind: str, tmp_path: P
     given = inputs(config, (2, 8, 12))
     given["text"] = given["text"][:, : TEXT - 2]
     with torch.no_grad():
-        out = ours(config, stored(oracle, tmp_path)).denoise(**given)
+        out = denoise(ours(config, stored(oracle, tmp_path)), **given)
     assert (out - reference_output(oracle, given)).abs().max() < 1e-10
 
 

@@ -22,7 +22,8 @@ from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_config, consi
 from consisid_xdit.facial import LocalFacialExtractor
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
-from tests.helpers.consisid import identity, inputs, ours, reference, reference_output, small, stored
+from tests.helpers import cogvideox
+from tests.helpers.consisid import denoise, identity, inputs, ours, reference, reference_output, small, stored
 from tests.helpers.counting import as_rank, counting, register
 from tests.helpers.ranks import RankPool
 
@@ -43,7 +44,7 @@ def test_agrees_with_the_reference_in_fp64(face: bool, tmp_path: Path) -> None:
     oracle = reference(config)
     given, who = inputs(config, batch=2), identity(config) if face else {}
     with torch.no_grad():
-        out = ours(config, stored(oracle, tmp_path)).denoise(**given, **who)
+        out = denoise(ours(config, stored(oracle, tmp_path)), **given, **who)
     expected = reference_output(oracle, given, who)
     assert expected.std() > 0.1
     assert (out - expected).abs().max() < 1e-10
@@ -56,7 +57,7 @@ def test_agrees_with_the_reference_in_fp32(face: bool, tmp_path: Path) -> None:
     given = {key: narrow(value) for key, value in inputs(config).items()}
     who = {key: narrow(value) for key, value in (identity(config) if face else {}).items()}
     with torch.no_grad():
-        out = ours(config, stored(oracle, tmp_path)).denoise(**given, **who)
+        out = denoise(ours(config, stored(oracle, tmp_path)), **given, **who)
     expected = reference_output(oracle, given, who)
     assert (out - expected).norm() < 1e-5 * expected.norm()
 
@@ -66,13 +67,13 @@ def test_the_face_matters_and_only_the_face_modules_see_it(tmp_path: Path) -> No
     model = ours(config, stored(reference(config), tmp_path))
     given = inputs(config)
     with torch.no_grad():
-        one, other = (model.denoise(**given, **identity(config, seed)) for seed in (2, 3))
-        none = model.denoise(**given)
+        one, other = (denoise(model, **given, **identity(config, seed)) for seed in (2, 3))
+        none = denoise(model, **given)
         plain = CogVideoXTransformer(config).double()
         state = model.state_dict()
         # The same tensors: copies elsewhere in memory may be multiplied in another order.
         plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
-        bare = plain.denoise(**given)
+        bare = cogvideox.denoise(plain, **given)
     assert (one - other).abs().max() > 1e-2
     assert torch.equal(none, bare)
 
@@ -91,7 +92,7 @@ def on_rank(layout: Layout, path: str) -> Tensor:
     config = small()
     model = ours(config, Path(path), SequenceParallel(distributed(layout)))
     with torch.no_grad():
-        return model.denoise(**inputs(config), **identity(config))
+        return denoise(model, **inputs(config), **identity(config))
 
 
 @cache
@@ -124,7 +125,7 @@ def tiny_on_rank(layout: Layout, path: str) -> Tensor:
     config = small(sample_height=2, sample_width=4, sample_frames=1)
     model = ours(config, Path(path), SequenceParallel(distributed(layout)))
     with torch.no_grad():
-        return model.denoise(**inputs(config, (1, 2, 4)), **identity(config))
+        return denoise(model, **inputs(config, (1, 2, 4)), **identity(config))
 
 
 def test_published_tensors() -> None:

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from common.parallel import Layout, distributed, on_main
 from consisid_xdit.demo import demo_config, portrait
-from consisid_xdit.face import (
-    FaceReader,
-    IdentityFeatures,
-    choose_face,
-    load_identity,
-    save_identity,
-    shrink,
-    warnings,
-)
+from consisid_xdit.face import FaceReader, IdentityFeatures, choose_face, load_identity, save_identity, shrink, warnings
 from consisid_xdit.face_demo import write_face_models
 from consisid_xdit.face_detect import ArcFace, Faces, RetinaDetector, Scrfd, onnx_network
 from consisid_xdit.face_models import BiSeNet, RetinaFace

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 from cogvideox_xdit.cli import check
 from cogvideox_xdit.inputs import image_frames, video_frames
-from common.video import read_frames, read_image, read_video, write_video
+from common.video import read_frames, read_image, read_video
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.face import FaceConfig, IdentityFeatures, load_identity
 from tests.fuzz.media import FORMATS, REFUSED, mutated_files, picture
+from tests.helpers.video import write_video
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
 WRITABLE = [kind for kind in FORMATS if kind != "AVIF" or features.check("avif")]

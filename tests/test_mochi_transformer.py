@@ -15,18 +15,21 @@ from torch import Tensor, nn
 
 from common.compile import Compile
 from common.parallel import Layout, distributed
+from common.placement import check_model
+from common.quantize import TransformerFiles
 from common.usp import SequenceParallel
 from common.weights import CheckpointError, Concat, Rename, Swap, load, on_meta, open_checkpoint, save
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.weights import (
-    check_transformer,
     decoder_rename,
     encoder_rename,
     find_transformer,
     load_transformer,
+    transformer_files,
     transformer_rename,
 )
+from tests.helpers.mochi import denoise
 
 NAMES = json.loads((Path(__file__).parent / "data" / "mochi_names.json").read_text())
 SMALL = {
@@ -108,7 +111,7 @@ def expected(model: nn.Module, given: SimpleNamespace, dtype: torch.dtype = torc
 
 def actual(model: MochiTransformer, given: SimpleNamespace) -> Tensor:
     wide = torch.promote_types(model.dtype, torch.float32)
-    return model.denoise(given.latents.to(wide), given.t.to(wide), given.text.to(wide), given.mask)
+    return denoise(model, given.latents.to(wide), given.t.to(wide), given.text.to(wide), given.mask)
 
 
 @pytest.fixture(scope="module")
@@ -187,22 +190,28 @@ def test_diffusers_reads_what_we_save(native: Path, oracle: nn.Module, tmp_path:
     assert all(torch.equal(theirs[name], want[name]) for name in want)
 
 
+def check(folder: Path) -> TransformerFiles:
+    files = transformer_files(folder, None)
+    check_model(files.module, files.checkpoint, files.rename)
+    return files
+
+
 def test_folders_are_checked_without_reading(folder: Path, native: Path, tmp_path: Path) -> None:
     for place in (folder, native):
-        assert check_transformer(place).config.depth == 3
+        assert check(place).module.config.depth == 3
     with pytest.raises(CheckpointError, match=r"nowhere: no such directory"):
-        check_transformer(tmp_path / "nowhere")
+        check(tmp_path / "nowhere")
     with pytest.raises(
         CheckpointError, match=r"no Mochi checkpoint, neither dit\.safetensors nor a folder transformer/"
     ):
-        check_transformer(tmp_path)
+        check(tmp_path)
     state = load_transformer(native).state_dict()
     save(state | {"blocks.1.mod_x.bias": torch.ones(5)}, tmp_path / "dit.safetensors")
     with pytest.raises(CheckpointError, match=r"dit\.safetensors: tensor blocks\.1\.mod_x\.bias has shape \[5\]"):
-        check_transformer(tmp_path)
+        check(tmp_path)
     save({name: value for name, value in state.items() if name != "t5_yproj.weight"}, tmp_path / "dit.safetensors")
     with pytest.raises(CheckpointError, match=r"not a Mochi transformer, tensor t5_yproj\.weight is missing"):
-        check_transformer(tmp_path)
+        check(tmp_path)
 
 
 def test_single_file_prefix(native: Path, oracle: nn.Module, tmp_path: Path) -> None:
@@ -225,9 +234,9 @@ def test_a_wrong_rename_is_seen(oracle: nn.Module, folder: Path, entry: str) -> 
 
 def test_empty_prompt_needs_no_features(folder: Path) -> None:
     model, given = load_transformer(folder), inputs((1, 6, 10), valid=0, batch=2)
-    assert torch.equal(model.denoise(given.latents, given.t), actual(model, given))
+    assert torch.equal(denoise(model, given.latents, given.t), actual(model, given))
     given.text *= 100
-    assert torch.equal(model.denoise(given.latents, given.t), actual(model, given))
+    assert torch.equal(denoise(model, given.latents, given.t), actual(model, given))
 
 
 def test_padding_has_no_influence(folder: Path) -> None:
@@ -235,7 +244,7 @@ def test_padding_has_no_influence(folder: Path) -> None:
     want = actual(model, given)
     given.text[:, 5:] = 1e3
     assert torch.equal(actual(model, given), want)
-    torch.testing.assert_close(model.denoise(given.latents, given.t, given.text[:, :5]), want, atol=1e-12, rtol=0)
+    torch.testing.assert_close(denoise(model, given.latents, given.t, given.text[:, :5]), want, atol=1e-12, rtol=0)
 
 
 def test_batch_equals_one_at_a_time(folder: Path) -> None:
@@ -279,7 +288,7 @@ def test_a_block_is_one_graph_before_attention_and_one_after(folder: Path) -> No
 def test_bad_input_is_named(folder: Path) -> None:
     model, given = load_transformer(folder), inputs((1, 6, 10), batch=2)
     with pytest.raises(ValueError, match="5 x 10 do not split into patches of 2 x 2"):
-        model.denoise(given.latents[:, :, :, :5], given.t)
+        denoise(model, given.latents[:, :, :, :5], given.t)
     with pytest.raises(ValueError, match=r"expected \[batch, tokens, 32\]"):
         model.prepare((1, 6, 10), given.text[..., :31])
     with pytest.raises(ValueError, match=r"mask has shape \[2, 10\], expected \[2, 11\]"):
@@ -289,7 +298,7 @@ def test_bad_input_is_named(folder: Path) -> None:
         model.prepare((1, 6, 10), given.text, given.mask)
 
 
-def _denoise(layout: Layout, folder: Path, cases: list[tuple]) -> list[Tensor]:
+def on_rank(layout: Layout, folder: Path, cases: list[tuple]) -> list[Tensor]:
     with distributed(layout) as mesh:
         model = load_transformer(folder, SequenceParallel(mesh))
         return [actual(model, inputs(*case)) for case in cases]
@@ -305,7 +314,7 @@ def test_layouts(run_ranks: Callable, native: Path, ring: int, ulysses: int) -> 
     layout = Layout(ring=ring, ulysses=ulysses)
     single = load_transformer(native)
     want = [actual(single, inputs(*case)) for case in cases]
-    for got in run_ranks(layout.ranks, _denoise, layout, native, cases):
+    for got in run_ranks(layout.ranks, on_rank, layout, native, cases):
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 

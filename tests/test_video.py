@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.video import VideoFile, _ffmpeg, read_image, read_video, write_json, write_video
+from common.video import VideoFile, _ffmpeg, read_image, read_video, write_json
+from tests.helpers.video import write_video
 
 
 def ramp(count: int, height: int, width: int) -> np.ndarray:

@@ -167,5 +167,5 @@ def write_blocks(folder: Path, depth: int) -> MochiTransformer:
 
 def predict(model: MochiTransformer) -> None:
     """One prediction for 160 tokens."""
-    latents = torch.zeros(1, model.config.channels, 2, 16, 20)
-    model.denoise(latents, torch.tensor([500.0]), torch.zeros(1, 8, model.config.text_dim))
+    cond = model.prepare((2, 16, 20), torch.zeros(1, 8, model.config.text_dim))
+    model(torch.zeros(1, 160, model.config.patch_dim), torch.tensor([500.0]), cond)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cogvideox_xdit.config import CONFIGS, TransformerConfig, VAEConfig, transformer_json
 from cogvideox_xdit.demo import random_checkpoint, scaling
-from cogvideox_xdit.transformer import CogVideoXTransformer
+from cogvideox_xdit.transformer import CogVideoXTransformer, pack, unpack
 from cogvideox_xdit.weights import rename_table
 from common.usp import SequenceParallel
 from common.weights import load, on_meta, open_checkpoint
@@ -99,6 +99,25 @@ def inputs(config: TransformerConfig, size: tuple[int, int, int], batch: int = 1
     if config.image_channels:
         made["image"] = draw(batch, config.image_channels, *size)
     return made
+
+
+def denoise(
+    model: CogVideoXTransformer,
+    latents: Tensor,
+    text: Tensor,
+    t: Tensor | float,
+    image: Tensor | None = None,
+    **more: object,
+) -> Tensor:
+    """`prepare` and one `forward` on full latents (B, C, T, H, W), for all ranks' tokens; the same on every rank.
+
+    more: what else `prepare` takes.
+    """
+    size = (latents.shape[2], latents.shape[3], latents.shape[4])
+    cond = model.prepare(text, size, image, **more)  # type: ignore[arg-type]
+    x = pack(latents, model.config.patch)
+    out = model(model.sp.shard(x), t, cond)
+    return unpack(model.sp.gather(out, model.sp.lengths(x.shape[1])), size, model.config.patch)
 
 
 def reference_output(model: CogVideoXTransformer3DModel, given: dict[str, Tensor]) -> Tensor:

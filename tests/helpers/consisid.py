@@ -5,7 +5,7 @@ The reference is imported where it is used: the ranks of a layout test do withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_json
 from consisid_xdit.demo import random_checkpoint
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
+from tests.helpers import cogvideox
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
@@ -117,13 +118,25 @@ def identity(config: ConsisIDConfig, seed: int = 2) -> dict[str, object]:
     return {"id_cond": draw(1, config.id_dim), "id_vit_hidden": hidden}
 
 
+def denoise(
+    model: ConsisIDTransformer,
+    latents: Tensor,
+    text: Tensor,
+    t: Tensor | float,
+    image: Tensor | None = None,
+    id_cond: Tensor | None = None,
+    id_vit_hidden: Sequence[Tensor] = (),
+) -> Tensor:
+    """As CogVideoX's, with the features of a face, if there is one."""
+    face = None if id_cond is None else model.read_face(id_cond, id_vit_hidden)
+    return cogvideox.denoise(model, latents, text, t, image, face=face)
+
+
 def reference_output(
     model: ConsisIDTransformer3DModel, given: dict[str, Tensor], face: dict[str, object] | None
 ) -> Tensor:
     """What the installed model says to the same arguments, in our order of axes."""
     from diffusers import CogVideoXPipeline
-
-    from tests.helpers.cogvideox import wide_rope
 
     x = torch.cat((given["latents"], given["image"].expand_as(given["latents"])), dim=1)
     config = SimpleNamespace(**model.config, patch_size_t=None)
@@ -131,7 +144,7 @@ def reference_output(
     rope = CogVideoXPipeline._prepare_rotary_positional_embeddings(
         pipe, x.shape[3] * 8, x.shape[4] * 8, x.shape[2], torch.device("cpu")
     )
-    with torch.no_grad(), wide_rope(), wide_softmax():
+    with torch.no_grad(), cogvideox.wide_rope(), wide_softmax():
         out = model(x.transpose(1, 2), given["text"], given["t"], image_rotary_emb=rope, **(face or {})).sample
     return out.transpose(1, 2)
 

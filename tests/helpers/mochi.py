@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common.demo import fill, write_text_encoder
 from common.weights import save
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
-from mochi_xdit.transformer import MochiTransformer
+from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.vae import MochiDecoder, MochiEncoder
 from mochi_xdit.weights import decoder_rename, encoder_rename, transformer_rename
 
@@ -31,6 +32,18 @@ def build(seed: int = 0) -> tuple[MochiTransformer, MochiDecoder, MochiEncoder]:
     # Rotary angles of the size they have in the official checkpoint, where positions reach a hundred.
     torch.nn.init.normal_(modules[0].pos_frequencies, std=0.1, generator=torch.Generator().manual_seed(seed))
     return modules
+
+
+@torch.no_grad()
+def denoise(
+    model: MochiTransformer, latents: Tensor, t: Tensor, text: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """`prepare` and one `forward` on full latents (B, C, T, H, W), for all ranks' tokens; the same on every rank."""
+    size = (latents.shape[2], latents.shape[3], latents.shape[4])
+    tokens = pack(latents, model.config.patch)
+    cond = model.prepare(size, text, mask, batch=latents.shape[0])
+    out = model(model.sp.shard(tokens).to(model.device), t, cond)
+    return unpack(model.sp.gather(out, model.sp.lengths(tokens.shape[1])), size, model.config.patch)
 
 
 def write_checkpoint(folder: Path, layout: str = "native") -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from common.parallel import Layout, Mesh, distributed
+from mochi_xdit.transformer import pack
 from tools.demo.evaluate import FRAMES, READ, evaluate, generator, pipeline, rules
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,8 @@ def forward_error() -> float:
         text = pipe._encode(PROMPTS[0], None)[0]
         with torch.inference_mode(), pipe.models.use("transformer", pipe._load_transformer) as model:
             latents = torch.randn(1, 12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-            outputs.append(model.denoise(latents, torch.tensor([500.0]), *text))
+            cond = model.prepare((3, 8, 8), *text)
+            outputs.append(model(pack(latents), torch.tensor([500.0]), cond))
     return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
 
 

@@ -1,0 +1,172 @@
+"""What a decode takes, which plans there are, and which one all ranks agree on."""
+
+from __future__ import annotations
+
+import gc
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.decode import (
+    AMPLE,
+    MARGIN,
+    SPARE,
+    DecodePlan,
+    PeakMemory,
+    agree,
+    decode_frames,
+    decode_memory,
+    decode_plans,
+    plan_decode,
+    plan_for_all,
+    probe,
+)
+from common.parallel import Axis, Layout, distributed
+from common.vae import CausalStream
+from tests.helpers.causal_net import Net, latents, net
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    there_before = torch.zeros(5000)
+    with PeakMemory() as counter:
+        a = torch.zeros(1000)
+        assert there_before.view(50, 100)[:3].shape == (3, 100)
+        b = a.view(10, 100) + 1
+        del a
+        c = b * 2
+        del b
+        gc.collect()
+    assert (counter.now, counter.peak) == (4000, 8000)
+    assert c.sum() == 2000
+
+
+def test_memory_of_a_long_video_is_that_of_two_chunks():
+    model, z = net(channels=8), latents(12, 9, 8)
+    peaks = {}
+    for frames in (4, 8, 12):
+        gc.collect()
+        with PeakMemory("cpu") as counter:
+            for _ in decode_frames(model, z[:, :, :frames], DecodePlan("exact", 2)):
+                pass
+        peaks[frames] = counter.peak
+    assert peaks[12] == peaks[8] <= peaks[4] * 1.2
+    estimate = decode_memory(model, (2, 12, 9, 8), DecodePlan("exact", 2))
+    assert 0.8 < estimate / peaks[12] < 1.2
+
+
+def test_plans_go_from_the_fastest_to_the_smallest():
+    model, shape = net(channels=8), (2, 12, 40, 64)
+    plans = decode_plans(model, shape)
+    assert [(p.mode, p.chunk) for p in plans[:4]] == [("exact", 3), ("exact", 2), ("exact", 1), ("tiled", 1)]
+    needs = [decode_memory(model.to("meta"), shape, plan) for plan in plans]
+    assert needs == sorted(needs, reverse=True) and needs[-1] < needs[2] / 4
+    for i, need in enumerate(needs):
+        assert plan_decode(model, shape, need * MARGIN + SPARE, plans) == plans[i:]
+    assert plan_decode(model, shape, 0, plans) == plans[-1:]
+    assert decode_plans(model, shape, ranks=8)[0].chunk == 2
+    assert decode_plans(model, (2, 1, 40, 64))[0].chunk == 1
+    assert {p.mode for p in decode_plans(model, shape, mode="exact")} == {"exact"}
+    assert decode_plans(model, shape, mode="tiled", tile=(20, 20), chunk=5) == (DecodePlan("tiled", 5, (20, 20)),)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"mode": "fast"}, "auto, exact or tiled"),
+        ({"chunk": 0}, "at least 1"),
+        ({"tile": (2, 9)}, "at least 4x4"),
+        ({"mode": "exact", "tile": (9, 9)}, "does not cut"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        decode_plans(net(), (2, 4, 8, 8), **wrong)
+
+
+class Rigid(Net):
+    """A model of which the chunks are a part."""
+
+    chunk_choices = (2,)
+    chunks_fixed = True
+
+
+def test_fixed_chunks_stay():
+    assert {p.chunk for p in decode_plans(Rigid(), (2, 12, 40, 64), ranks=12)} == {2}
+    assert decode_plans(Rigid(), (2, 12, 40, 64), chunk=2)[0].chunk == 2
+    with pytest.raises(ValueError, match="only 2 is possible"):
+        decode_plans(Rigid(), (2, 12, 40, 64), chunk=3)
+
+
+class Starved(Net):
+    """Runs out of memory above a picture size."""
+
+    def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
+        if z.shape[-1] > 30:
+            raise torch.OutOfMemoryError("too wide")
+        return super().forward(z, stream)
+
+
+def agreed(ranks: int, hungry_rank: int) -> str:
+    mesh = distributed(Layout(ulysses=ranks))
+    shape = (2, 4, 20, 40)
+    model = Starved() if mesh.world.rank == hungry_rank else Net()
+    plans = decode_plans(model, shape, ranks=mesh.world.size)
+    return str(agree(plans, lambda plan: probe(model, shape, plan), mesh.world, mesh.device))
+
+
+def tried(ranks: int) -> list[tuple[str, int]]:
+    """The plan for all, and how often the decoder ran to find it: short of memory twice, then with plenty."""
+    mesh = distributed(Layout(ulysses=ranks))
+    shape, runs, agreed, found = (2, 6, 20, 40), [], {}, []
+    model = Starved() if mesh.world.rank == 1 else Net()
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    plans = decode_plans(model, shape, ranks)
+    count = cache(lambda plan: decode_memory(Net(), shape, plan, "cpu", ranks))
+    need = count(plans[0])
+    for free in (need * MARGIN + SPARE, need * MARGIN + SPARE, need * AMPLE + SPARE):
+        runs.clear()
+        plan = plan_for_all(model, shape, plans, free, count, mesh.world, mesh.device, agreed)
+        found.append((plan.mode, len(runs)))
+    return found
+
+
+def test_a_plan_is_tried_out_once_and_only_where_memory_is_short(run_ranks):
+    for first, again, ample in run_ranks(2, tried, 2):
+        assert first[0] == "tiled" and first[1] >= 4
+        assert again == ("tiled", 0) and ample == ("exact", 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("GET was unable to find an engine to execute this")],
+)
+def test_a_probe_sees_memory_run_out_whoever_says_it(monkeypatch, error):
+    given_back = []
+    monkeypatch.setattr("common.decode.release_memory", lambda: given_back.append(1))
+    model = net(torch.float32)
+    assert probe(model, (2, 4, 3, 5), DecodePlan()) and len(given_back) == 1
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
+    assert not probe(model, (2, 4, 3, 5), DecodePlan()) and len(given_back) == 2
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("a defect")), prepend=True)
+    with pytest.raises(RuntimeError, match="a defect"):
+        probe(model, (2, 4, 3, 5), DecodePlan())
+
+
+def test_tails_that_arrive_from_another_rank_are_counted():
+    model, shape, plan = net(channels=8), (2, 12, 9, 8), DecodePlan("exact", 2)
+    tails = 8 * 2 * (2 + 3 * 8) * 18 * 16  # two frames before each layer of 2 and 8 channels
+    alone = decode_memory(model, shape, plan)
+    assert decode_memory(model, shape, plan, ranks=2) == alone + tails
+    tiles = DecodePlan("tiled", 2, (8, 8))
+    assert decode_memory(model, shape, tiles, "cuda", ranks=2) == decode_memory(model, shape, tiles, "cuda")
+
+
+def test_ranks_agree_on_a_plan_that_fits_them_all(run_ranks):
+    roomy = run_ranks(2, agreed, 2, -1)
+    assert roomy[0] == roomy[1] == "exact, 2 latent frames at a time"
+    tight = run_ranks(2, agreed, 2, 1)
+    assert tight[0] == tight[1] and tight[0].startswith("tiled")
+    with pytest.raises(MemoryError, match="smallest"):
+        agree((DecodePlan(),), lambda plan: False, Axis(), torch.device("cpu"))
