@@ -11,10 +11,10 @@ import torch
 from cogvideox_xdit.config import CONFIGS
 from cogvideox_xdit.positions import crop_region, rope, sine_cosine
 from cogvideox_xdit.transformer import CogVideoXTransformer
+from common.estimate import imagined
 from common.parallel import Layout
 from common.usp import SequenceParallel
 from tests.helpers.cogvideox import TEXT, denoise, inputs, ours, reference, reference_output, small, stored
-from tests.helpers.counting import as_rank
 
 ALONE, CPU = SequenceParallel(), torch.device("cpu")
 
@@ -76,9 +76,10 @@ def test_1_5_takes_portrait_grids_larger_than_its_sample() -> None:
 
 def test_ranks_make_only_the_positions_of_their_own_tokens() -> None:
     whole = rope(CONFIGS["5b"], (3, 5, 7), ALONE, CPU)[1]
-    parts = [
-        rope(CONFIGS["5b"], (3, 5, 7), SequenceParallel(as_rank(Layout(ring=4), rank)), CPU)[1] for rank in range(4)
-    ]
+    parts = []
+    for rank in range(4):
+        with imagined(Layout(ring=4), rank) as mesh:
+            parts.append(rope(CONFIGS["5b"], (3, 5, 7), SequenceParallel(mesh), CPU)[1])
     assert [len(part) for part in parts] == [27, 26, 26, 26]
     assert torch.equal(torch.cat(parts), whole)
 

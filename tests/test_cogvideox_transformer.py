@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack, unpack
+from common.estimate import imagined
 from common.parallel import Layout, distributed
 from common.usp import SequenceParallel
 from tests.helpers.cogvideox import (
@@ -23,7 +24,6 @@ from tests.helpers.cogvideox import (
     small,
     stored,
 )
-from tests.helpers.counting import as_rank
 from tests.helpers.ranks import RankPool
 
 CASES = [(kind, size) for kind in KINDS for size in SIZES[kind]]
@@ -119,8 +119,11 @@ def one_rank(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_more_ulysses_ranks_than_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="ulysses degree 4 is more than the model's 3 attention heads"):
-        CogVideoXTransformer(small("2b"), SequenceParallel(as_rank(Layout(ulysses=4))))
+    with (
+        imagined(Layout(ulysses=4)) as mesh,
+        pytest.raises(ValueError, match="ulysses degree 4 is more than the model's 3 attention heads"),
+    ):
+        CogVideoXTransformer(small("2b"), SequenceParallel(mesh))
 
 
 @pytest.mark.parametrize(

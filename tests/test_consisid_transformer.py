@@ -6,25 +6,23 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from cogvideox_xdit.transformer import CogVideoXTransformer
-from common import usp
-from common.parallel import Layout, distributed
+from common.estimate import imagined
+from common.parallel import Layout, Mesh, distributed
 from common.usp import SequenceParallel
 from common.weights import load, on_meta, open_checkpoint, save
-from consisid_xdit import facial
 from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_config, consisid_json
 from consisid_xdit.facial import LocalFacialExtractor
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
 from tests.helpers import cogvideox
 from tests.helpers.consisid import denoise, identity, inputs, ours, reference, reference_output, small, stored
-from tests.helpers.counting import as_rank, counting, register
+from tests.helpers.counting import counting
 from tests.helpers.ranks import RankPool
 
 DATA = Path(__file__).parent / "data"
@@ -213,7 +211,11 @@ VIDEO, TEXT_TOKENS = 13 * 30 * 45, 226
 
 def step_costs(layout: Layout, rank: int, layers: int) -> tuple[int, dict[str, int]]:
     """FLOPs and bytes sent of one prediction on one rank, counted on meta tensors."""
-    mesh = as_rank(layout, rank)
+    with imagined(layout, rank) as mesh:
+        return counted_step(mesh, layers)
+
+
+def counted_step(mesh: Mesh, layers: int) -> tuple[int, dict[str, int]]:
     sp = SequenceParallel(mesh)
     model = on_meta(ConsisIDTransformer, replace(PREVIEW, layers=layers), sp).to(torch.bfloat16).requires_grad_(False)
 
@@ -223,11 +225,9 @@ def step_costs(layout: Layout, rank: int, layers: int) -> tuple[int, dict[str, i
     with torch.no_grad():
         face = model.read_face(empty(1, 1280), [empty(1, 577, 1024)] * 5)
         cond = model.prepare(empty(1, TEXT_TOKENS, 4096), (13, 60, 90), empty(1, 16, 13, 60, 90), face=face)
-        # The face's attention is counted as the blocks' is, by the counter's stand-in.
-        with counting() as counts, mock.patch.object(facial, "attention", lambda *t: usp.attention(*t, "auto")):
-            register(counts, mesh)
+        with counting(mesh) as counts:
             model(sp.shard(empty(1, VIDEO, 64)), torch.empty(1, device="meta"), cond)
-    return counts.flops, dict(counts.bytes)
+    return counts.flops, dict(counts.sent)
 
 
 def formula_flops(layers: int) -> int:

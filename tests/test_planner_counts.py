@@ -22,7 +22,7 @@ from common.usp import SequenceParallel
 from common.vae import CausalStream, LocalLink, spans
 from planner import cost
 from planner.model import GB_RUNTIME, memory_gb
-from tests.helpers.counting import as_rank, counting, register
+from tests.helpers.counting import counting
 
 # Uneven tokens, uneven heads and both; the last rank has least, the first most.
 LAYOUTS = [
@@ -121,18 +121,15 @@ def test_an_empty_negative_prompt_is_counted_without_text() -> None:
 def test_guidance_and_the_last_gather_send_what_is_said(name: str) -> None:
     model = get_model(name)
     size, layout, rank = model.default_size, Layout(cfg=2, ring=2, ulysses=2), 5
-    mesh = as_rank(layout, rank)
-    sp = SequenceParallel(mesh)
-    lengths = sp.lengths(model.video_tokens(size))
-    shard = torch.empty(1, lengths[sp.rank], model.latents.token_channels, device="meta")
-    with counting() as counts:
-        register(counts, mesh)
-        guidance = Guidance(mesh.cfg)
+    with imagined(layout, rank) as mesh, counting(mesh) as counts:
+        sp, guidance = SequenceParallel(mesh), Guidance(mesh.cfg)
+        lengths = sp.lengths(model.video_tokens(size))
+        shard = torch.empty(1, lengths[sp.rank], model.latents.token_channels, device="meta")
         guidance.combine(dict.fromkeys(guidance.branches(4.5), shard), 4.5)
         sp.gather(shard, lengths)
     sent = cost.sent(model, replace(size, num_steps=1), Coordinates(layout, rank))
-    assert sent.cfg == counts.bytes["cfg"]
-    assert sent.gather == counts.bytes["sequence"]
+    assert sent.cfg == counts.sent["cfg"]
+    assert sent.gather == counts.sent["sequence"]
 
 
 def test_a_generation_sends_every_steps_bytes() -> None:
@@ -153,7 +150,7 @@ def test_decoders_compute_what_is_said(name: str, latents: int) -> None:
     model = get_model(name)
     work = official_workload(model, model.default_size, Mesh())
     z = torch.empty(1, work.latents[0], latents, 6, 8, device="meta")
-    with counting() as counts:
+    with counting(Mesh()) as counts:
         decode_all(work.decoder, z)
     assert model.decoder.decoding(latents, 6, 8).flops == counts.flops
     assert sum(p.numel() for p in work.decoder.parameters()) == pytest.approx(model.decoder.parameters, rel=0.01)

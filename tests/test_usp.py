@@ -9,15 +9,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.attention import attention, attention_with_lse, check_kernel
 from common.checkpoint import CheckpointError
+from common.estimate import imagined
 from common.guidance import Guidance
 from common.layout import split_evenly
 from common.parallel import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
 from common.usp import SequenceParallel, head_groups
-from tests.helpers.counting import as_rank, count_attention
+from tests.helpers.counting import Issued, count_attention
 
 SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]
 SPLITS += [(3, 2), (2, 3), (6, 1), (1, 6), (7, 1), (1, 7), (4, 2), (2, 4), (8, 1), (1, 8)]
@@ -101,39 +101,25 @@ def test_head_groups_are_a_partition():
         assert [h for rank in owners for h in sorted(rank)] == list(range(heads)), "a rank's heads are neighbours"
 
 
-class Recorder(TorchDispatchMode):
-    """Notes in which order exchanges are posted, waited for, and attention is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for part, event in (("all_to_all_single", "post"), ("wait_tensor", "wait"), ("scaled_dot_product", "attend")):
-            if part in func.name():
-                self.events.append(event)
-        return func(*args, **(kwargs or {}))
-
-
 def order_of_issue(layout: Layout, groups: int) -> str:
     with distributed(layout) as mesh:
         sp = SequenceParallel(mesh, groups=groups)
         q, k, v = (sp.shard(t) for t in qkv(12, 6, torch.float32))
-        with Recorder() as recorder:
+        with Issued(mesh) as order:
             sp.attention(q, k, v, sp.lengths(12))
-    return " ".join(recorder.events)
+    return " ".join(order.issued)
 
 
 def test_one_group_travels_while_another_is_attended_to(run_ranks):
     for order in run_ranks(2, order_of_issue, Layout(ulysses=2), 3):
-        assert order == "post post post wait attend post wait attend post wait attend post wait wait wait"
+        assert order == " ".join(["ulysses"] * 3 + ["wait attention ulysses"] * 3 + ["wait"] * 3)
     for order in run_ranks(2, order_of_issue, Layout(ulysses=2), 1):
-        assert order == "post wait attend post wait"
+        assert order == "ulysses wait attention ulysses wait"
 
 
 def test_the_rings_exchange_is_posted_before_the_attention_that_hides_it(run_ranks):
     for order in run_ranks(3, order_of_issue, Layout(ring=3), 1):
-        assert order == "post attend wait post attend wait attend"
+        assert order == "ring attention wait ring attention wait attention"
 
 
 def bf16_error() -> float:
@@ -184,10 +170,11 @@ def test_log_sum_exp(dtype):
 
 
 def test_ulysses_beyond_the_heads_is_refused_at_the_door():
-    sp = SequenceParallel(as_rank(Layout(ulysses=8)))
-    with pytest.raises(ValueError, match=r"ulysses degree 8 .* 7 attention heads; use at most 7"):
-        sp.require_heads(7)
-    sp.require_heads(8)
+    with imagined(Layout(ulysses=8)) as mesh:
+        sp = SequenceParallel(mesh)
+        with pytest.raises(ValueError, match=r"ulysses degree 8 .* 7 attention heads; use at most 7"):
+            sp.require_heads(7)
+        sp.require_heads(8)
 
 
 @pytest.mark.parametrize("kernel, said", [("flash2", "NVIDIA GPU"), ("cudnn", "NVIDIA GPU"), ("fast", "choose one of")])
@@ -347,13 +334,13 @@ def test_bytes_and_calls_follow_the_formula(ring, ulysses):
     all-to-all, ring-1 times k,v over the ring; one call for each all-to-all and each ring exchange."""
     n, row = MOCHI["tokens"] + MOCHI["text"], MOCHI["heads"] * MOCHI["width"] * 2
     ranks = [count_attention(Layout(ring=ring, ulysses=ulysses), rank, **MOCHI) for rank in range(ring * ulysses)]
-    ulysses_bytes = sum(c.bytes["ulysses"] for c in ranks)
-    ring_bytes = sum(c.bytes["ring"] for c in ranks)
+    ulysses_bytes = sum(c.sent["ulysses"] for c in ranks)
+    ring_bytes = sum(c.sent["ring"] for c in ranks)
     assert ulysses_bytes == pytest.approx(4 * n * row * (ulysses - 1) / ulysses, rel=0.01, abs=0)
     assert ring_bytes == pytest.approx(2 * n * row * (ring - 1), rel=0.01, abs=0)
     for counted in ranks:
-        assert counted.calls["ulysses"] == (2 if ulysses > 1 else 0)
-        assert counted.calls["ring"] == ring - 1
+        assert counted.issued.count("ulysses") == (2 if ulysses > 1 else 0)
+        assert counted.issued.count("ring") == ring - 1
 
 
 @pytest.mark.parametrize("ring, ulysses", [*SPLITS, (3, 4), (2, 6), (12, 1)])
@@ -365,5 +352,5 @@ def test_attention_flops_over_the_ranks_are_those_of_one(ring, ulysses):
 
 @pytest.mark.parametrize("layout", [Layout(ring=4), Layout(ring=3, ulysses=2)])
 def test_ring_exchange_is_posted_before_the_attention_it_hides_behind(layout):
-    events = [e for e in count_attention(layout, 1, **MOCHI).events if e != "ulysses"]
+    events = [e for e in count_attention(layout, 1, **MOCHI).issued if e in ("ring", "attention")]
     assert events == ["ring", "attention"] * (layout.ring - 1) + ["attention"]
