@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,49 +11,56 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from common.video import as_rgb, read_frames, read_image
+from common.pictures import as_rgb, fit_picture, read_image
+from common.video import read_frames
 
 Picture: TypeAlias = "str | Path | np.ndarray | Tensor | PIL.Image.Image"
 Clip: TypeAlias = "str | Path | np.ndarray | Tensor"
+Note: TypeAlias = "Callable[[str], None] | None"
 
 
-def image_frames(image: Picture, height: int, width: int) -> Tensor:
-    """A picture stretched to the video's size: (1, height, width, 3) uint8.
+def image_frames(image: Picture, height: int, width: int, fit: str = "stretch", note: Note = None) -> Tensor:
+    """A picture in the video's size: (1, height, width, 3) uint8.
 
     image: a file, a PIL image, or (H, W, 3) uint8. Raises ValueError when it is none of them.
+    fit: as of `common.pictures.fit_picture`. note: told once what that did, where the shape is another.
     """
     if isinstance(image, (str, Path)):
         image = read_image(image)
     array = as_rgb(image) if isinstance(image, PIL.Image.Image) else np.asarray(image)
-    return _resized([array], "image", height, width)
+    return _resized([array], "image", height, width, fit, note)
 
 
-def video_frames(video: Clip, height: int, width: int, num_frames: int) -> Tensor:
-    """The first `num_frames` frames of a video stretched to a size: (num_frames, height, width, 3) uint8.
+def video_frames(
+    video: Clip, height: int, width: int, num_frames: int, fit: str = "stretch", note: Note = None
+) -> Tensor:
+    """The first `num_frames` frames of a video in a size: (num_frames, height, width, 3) uint8.
 
-    video: a file, or (T, H, W, 3) uint8. Raises ValueError when it is neither or too short.
+    video: a file, or (T, H, W, 3) uint8. Raises ValueError when it is neither or too short. fit, note: as of
+    `image_frames`.
     """
     named = isinstance(video, (str, Path))
-    # Of a file each frame is stretched as it comes, so that memory does not grow with its size.
+    # Of a file each frame is resized as it comes, so that memory does not grow with its size.
     frames = read_frames(video, num_frames) if isinstance(video, (str, Path)) else np.asarray(video)[:num_frames]
-    resized = _resized(frames, "video", height, width)
+    resized = _resized(frames, "video", height, width, fit, note)
     if len(resized) < num_frames:
         what = video if named else "the video"
         raise ValueError(f"{what} has {len(resized)} frames, fewer than the {num_frames} of num_frames")
     return resized
 
 
-def _resized(frames: Iterable[np.ndarray], what: str, height: int, width: int) -> Tensor:
-    """Stretched without regard to its shape, with the filter of the reference pipelines."""
-    filtered = []
+def _resized(frames: Iterable[np.ndarray], what: str, height: int, width: int, fit: str, note: Note) -> Tensor:
+    resized: list[np.ndarray] = []
     for frame in frames:
         if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8 or 0 in frame.shape:
             each, shape = ("", "(H, W, 3)") if what == "image" else ("each frame of ", "(T, H, W, 3)")
             said = f"{each}the {what} is {frame.dtype} of shape {list(frame.shape)}"
             raise ValueError(f"{said}; expected uint8 {shape}")
-        picture = PIL.Image.fromarray(np.ascontiguousarray(frame))
-        filtered.append(np.asarray(picture.resize((width, height), PIL.Image.Resampling.LANCZOS)))
-    return torch.from_numpy(np.stack(filtered)) if filtered else torch.empty(0, height, width, 3, dtype=torch.uint8)
+        picture, remark = fit_picture(frame, height, width, fit)
+        if remark and note is not None and not resized:
+            note(f"the {what} is {remark}")
+        resized.append(picture)
+    return torch.from_numpy(np.stack(resized)) if resized else torch.empty(0, height, width, 3, dtype=torch.uint8)
 
 
 def pixels(frames: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -43,19 +45,21 @@ class Partial:
     `remove_partial` can tell it from one that a dead run left. Leaving without `commit` removes it. Raises WriteError.
     """
 
+    _mode = 0o666
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            made = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
-        except OSError as error:
-            raise _about(path, error) from None
-        descriptor, name = made
-        self.name, self._descriptor = Path(name), descriptor
-        _lock(descriptor)
+        with writing(path):
+            self._descriptor, name = self._make(f".{path.stem}.", f".partial{path.suffix}", path.parent)
+        self.name = Path(name)
+        _lock(self._descriptor)
         mask = os.umask(0)
         os.umask(mask)
         with suppress(OSError):
-            os.fchmod(descriptor, 0o666 & ~mask)  # mkstemp's files are for their owner's eyes only
+            os.fchmod(self._descriptor, self._mode & ~mask)  # tempfile's are for their owner's eyes only
+
+    def _make(self, prefix: str, suffix: str, folder: Path) -> tuple[int, str]:
+        return tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
 
     def __enter__(self) -> Partial:
         return self
@@ -68,23 +72,81 @@ class Partial:
 
     def commit(self) -> None:
         """Flush the file to the disk, which may find out only now that it is full, and give it its name."""
-        try:
-            with self.name.open("rb") as file:
-                os.fsync(file.fileno())
+        with writing(self.path):
+            _flush(self.name)
             os.replace(self.name, self.path)
-        except OSError as error:
-            raise _about(self.path, error) from None
 
 
-def _about(path: Path, error: OSError) -> WriteError:
-    """The error with the name that the user knows, not the hidden one."""
-    told = WriteError(f"cannot write {shown(path)}: {error.strerror or error}")
-    told.errno = error.errno
-    return told
+class PartialFolder(Partial):
+    """A folder of files that grows under a hidden name and gets its name when all of it is complete, as `Partial` does.
+
+    own: what the names of its files look like. A folder that has the name already is replaced when it holds nothing
+    else, by two renames: one run's files and another's are never mixed, and nothing that a user keeps there is lost.
+    """
+
+    _mode = 0o777
+
+    def __init__(self, path: Path, own: re.Pattern[str]) -> None:
+        super().__init__(path)
+        self.own = own
+
+    def _make(self, prefix: str, suffix: str, folder: Path) -> tuple[int, str]:
+        name = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=folder)
+        return os.open(name, os.O_RDONLY), name
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        shutil.rmtree(self.name, ignore_errors=True)
+        with suppress(OSError):
+            os.close(self._descriptor)
+
+    def commit(self) -> None:
+        """Flush the files to the disk and give the folder its name. WriteError where a folder holds something else."""
+        with writing(self.path):
+            for file in self.name.iterdir():
+                _flush(file)
+            if problem := replacing_problem(self.path, self.own):
+                raise WriteError(f"cannot write {problem}")
+            if kind_of(self.path) is None:
+                os.rename(self.name, self.path)
+                return
+            aside = tempfile.mkdtemp(prefix=f".{self.path.stem}.", dir=self.path.parent)
+            os.rename(self.path, aside)
+            try:
+                os.rename(self.name, self.path)
+            except OSError:
+                os.rename(aside, self.path)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside becomes a WriteError with the name that the user knows, not the hidden one."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        told = WriteError(f"cannot write {shown(path)}: {error.strerror or error}")
+        told.errno = error.errno
+        raise told from None
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A file of this content, whole or not at all. Raises WriteError."""
+    with Partial(path) as partial, writing(path):
+        partial.name.write_bytes(content)
+        partial.commit()
+
+
+def _flush(path: Path) -> None:
+    """To the disk, which may find out only now that it is full."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what dead runs left of a file that was to be `path`; never raises, and leaves live runs' files alone.
+    """Remove what dead runs left of what was to be `path`; never raises, and leaves live runs' files alone.
 
     Where the file system has no locks the two cannot be told apart, and all are left.
     """
@@ -96,10 +158,11 @@ def remove_partial(path: Path) -> None:
         ]
         for name in names:
             with suppress(OSError):
-                descriptor = os.open(path.parent / name, os.O_RDWR)
+                left = path.parent / name
+                descriptor = os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)
                 try:
                     if _lock(descriptor):
-                        os.unlink(path.parent / name)
+                        shutil.rmtree(left) if left.is_dir() else left.unlink()
                 finally:
                     os.close(descriptor)
 
@@ -252,8 +315,32 @@ def writing_problem(path: Path) -> str | None:
 
     The longest name that is derived from it while it is written is tried as well.
     """
-    if problem := taken_problem(path):
-        return problem
+    return taken_problem(path) or _parent_problem(path)
+
+
+def folder_problem(path: Path, own: re.Pattern[str]) -> str | None:
+    """Why `path`, a folder to be, cannot be written; None when it can. own: as of `PartialFolder`."""
+    return replacing_problem(path, own) or _parent_problem(path)
+
+
+def replacing_problem(path: Path, own: re.Pattern[str]) -> str | None:
+    """Why no folder of files named as `own` can have this name: something else has it. None when nothing else has."""
+    try:
+        if (kind := kind_of(path)) is None:
+            return None
+        if kind != "folder":
+            return f"{shown(path)}: a file has this name; give another, or one with a suffix"
+        with os.scandir(path) as entries:
+            other = next((entry.name for entry in entries if not own.fullmatch(entry.name)), None)
+    except OSError as error:
+        return f"{shown(path)}: {reason(error)}"
+    except ValueError as error:
+        return str(error)
+    return None if other is None else f"{shown(path)}: the folder holds {shown(other)}; name a new or an empty one"
+
+
+def _parent_problem(path: Path) -> str | None:
+    """Why nothing can be written beside `path`."""
     folder = path.parent
     try:
         kind = kind_of(folder)

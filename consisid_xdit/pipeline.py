@@ -18,9 +18,9 @@ from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
 from common.parallel import on_main
+from common.pictures import as_rgb, read_image
 from common.placement import place
 from common.quantize import TransformerFiles
-from common.video import as_rgb, read_image
 from common.weights import find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.face import FaceReader, IdentityFeatures, load_identity

@@ -16,10 +16,10 @@ from cogvideox_xdit.cli import PROGRAM
 from cogvideox_xdit.config import CONFIGS, VAEConfig, transformer_json, vae_json
 from cogvideox_xdit.demo import demo_checkpoint, demo_config, model_index, scheduler_json, write_json
 from common.cli import parse
+from common.formats import write_frames
 from common.program import main
 from common.request import Request, WrongUse
 from common.video import read_video
-from tests.helpers.video import write_video
 
 
 def read(*arguments: object) -> Request:
@@ -81,7 +81,7 @@ def test_the_300_x_300_of_some_1_5_folders_is_no_video_size(tmp_path: Path) -> N
 def test_bad_images_videos_and_strengths_are_told_at_the_door(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.png").write_text("no picture")
-    write_video(tmp_path / "short.mp4", np.zeros((12, 32, 32, 3), np.uint8), 8)
+    write_frames(tmp_path / "short.mp4", np.zeros((12, 32, 32, 3), np.uint8), 8)
     for arguments, part in {
         ("--image", "gone.png"): "--image gone.png: no such image file",
         ("--image", tmp_path / "text.png"): "is not a readable image",

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from cogvideox_xdit.cli import check
 from cogvideox_xdit.inputs import image_frames, video_frames
+from common.formats import write_frames
 from common.video import read_frames, read_image, read_video
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.face import FaceConfig, IdentityFeatures, load_identity
 from tests.fuzz.media import FORMATS, REFUSED, mutated_files, picture
-from tests.helpers.video import write_video
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
 WRITABLE = [kind for kind in FORMATS if kind != "AVIF" or features.check("avif")]
@@ -97,7 +97,7 @@ def test_numbers_without_an_agreed_white_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("clip") / "a.mp4"
-    write_video(path, np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8), 8)
+    write_frames(path, np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8), 8)
     return path
 
 

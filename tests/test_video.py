@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.formats import write_frames
 from common.video import VideoFile, _ffmpeg, read_image, read_video, write_json
-from tests.helpers.video import write_video
 
 
 def ramp(count: int, height: int, width: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def ramp(count: int, height: int, width: int) -> np.ndarray:
 def test_round_trip(tmp_path, size):
     frames = ramp(7, *size)
     path = tmp_path / "a b: c.mp4"
-    write_video(path, torch.from_numpy(frames), fps=24)
+    write_frames(path, torch.from_numpy(frames), fps=24)
     read, fps = read_video(path)
     height, width = size
     assert read.shape == (7, height + height % 2, width + width % 2, 3) and fps == 24
@@ -36,8 +36,8 @@ def test_round_trip(tmp_path, size):
 
 def test_chunks_make_the_same_video(tmp_path):
     frames = ramp(9, 32, 32)
-    write_video(tmp_path / "whole.mp4", frames, 8)
-    write_video(tmp_path / "parts.mp4", (frames[i : i + 4] for i in range(0, 9, 4)), 8)
+    write_frames(tmp_path / "whole.mp4", frames, 8)
+    write_frames(tmp_path / "parts.mp4", (frames[i : i + 4] for i in range(0, 9, 4)), 8)
     assert np.array_equal(read_video(tmp_path / "whole.mp4")[0], read_video(tmp_path / "parts.mp4")[0])
     assert len(read_video(tmp_path / "whole.mp4", max_frames=5)[0]) == 5
 
@@ -64,10 +64,10 @@ def test_nothing_is_left_of_an_interrupted_video(tmp_path):
 
 def test_an_older_video_survives_a_failure(tmp_path):
     path = tmp_path / "out.mp4"
-    write_video(path, ramp(2, 32, 32), 8)
+    write_frames(path, ramp(2, 32, 32), 8)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="32x32"):
-        write_video(path, iter([ramp(2, 32, 32), ramp(2, 32, 48)]), 8)
+        write_frames(path, iter([ramp(2, 32, 32), ramp(2, 32, 48)]), 8)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["out.mp4"]
 
 
@@ -76,15 +76,15 @@ def test_an_older_video_survives_a_failure(tmp_path):
 )
 def test_frames_that_are_none(tmp_path, bad):
     with pytest.raises(ValueError, match="needed are uint8"):
-        write_video(tmp_path / "out.mp4", bad, 8)
+        write_frames(tmp_path / "out.mp4", bad, 8)
     with pytest.raises(ValueError, match="no frames"):
-        write_video(tmp_path / "out.mp4", iter([]), 8)
+        write_frames(tmp_path / "out.mp4", iter([]), 8)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*out\.mp4.*No such file"):
-        write_video(tmp_path / "none" / "out.mp4", ramp(2, 32, 32), 8)
+        write_frames(tmp_path / "none" / "out.mp4", ramp(2, 32, 32), 8)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def tiny_disk(tmp_path):
 def test_a_full_disk(tiny_disk):
     noise = np.random.default_rng(0).integers(0, 256, (30, 128, 128, 3), dtype=np.uint8)
     with pytest.raises(OSError, match="no space left on the disk"):
-        write_video(tiny_disk / "out.mp4", noise, 8)
+        write_frames(tiny_disk / "out.mp4", noise, 8)
     assert os.listdir(tiny_disk) == []
     with pytest.raises(OSError, match="No space left"):
         write_json(tiny_disk / "out.json", ["x" * 1000] * 1000)
@@ -124,7 +124,7 @@ def test_read_image(tmp_path):
 def damaged(tmp_path: Path) -> list[Path]:
     Image.fromarray(ramp(1, 64, 64)[0]).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:80])
-    write_video(tmp_path / "good.mp4", ramp(5, 32, 32), 8)
+    write_frames(tmp_path / "good.mp4", ramp(5, 32, 32), 8)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:400])
     (tmp_path / "empty.bin").touch()
     (tmp_path / "text.bin").write_text("this is no picture\n" * 20)
