@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from cogvideox_xdit import positions
 from cogvideox_xdit.config import TransformerConfig
 from common.blocks import Blocks
+from common.elementwise import gelu
+from common.rope import rotate_pairs
 from common.usp import SequenceParallel
 
 Size = tuple[int, int, int]  # latent frames, rows, columns
@@ -57,7 +59,8 @@ class Condition:
 
     y: (B, ny, W) this rank's text tokens, projected, positions added
     video: (B or 1, nx, W) what each video token is besides its noise: bias, position, image latents
-    rope: complex factors of modulus 1 (ny + nx, D/2), 1 on text; None where positions are added
+    rope: cosine and sine of the angle of each pair of channels (ny + nx, D/2, 2), 0 on text; None where positions are
+        added
     ofs: (1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint
     lengths: tokens of every rank, both streams together
     frequencies: of the timestep's embedding (W / 2,)
@@ -93,19 +96,6 @@ def _multiply_add(x: Tensor, factor: Tensor, video: Tensor, text: Tensor, n_text
     if n_text:
         out[:, :n_text] = torch.addcmul(text, x[:, :n_text], factor[:, 1:])
     return out
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of x (B, H, n, D) by complex factors (n, D/2)."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        # A compiler fuses real arithmetic with its surroundings and leaves complex numbers alone.
-        (a, b), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rope).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:
-        # One complex product reads and writes less than half of what sines and cosines apart do.
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * rope)
-    return turned.flatten(-2).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -144,25 +134,21 @@ class Block(nn.Module):
         q, k, v = qkv.unbind(0)  # (B, H, n, D) each
         q, k = self.q_norm(q), self.k_norm(k)
         if cond.rope is not None:
-            q, k = rotate(q, cond.rope), rotate(k, cond.rope)
+            q, k = rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), gate
 
     def after_attention(self, h: Tensor, out: Tensor, gate: Tensor, c: Tensor, cond: Condition) -> Tensor:
         """h after both residual branches; out (B, n, H, D) is what was attended to."""
         h = add_gated(h, self.out(out.flatten(2)), gate, cond.n_text)
         shift, scale, gate = self._modulation(self.mod2, c)
-        branch = self.feed(modulate(self.norm2(h), shift, scale, cond.n_text))
-        return add_gated(h, branch, gate, cond.n_text)
+        branch = self.ff_in(modulate(self.norm2(h), shift, scale, cond.n_text))
+        return add_gated(h, self.ff_out(gelu(branch)), gate, cond.n_text)
 
     @staticmethod
     def _modulation(linear: nn.Module, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shift, scale and gate, each (B, 2, W): for video and for text."""
         shift, scale, gate = linear(c).unflatten(-1, (2, 3, -1)).unbind(-2)
         return shift, scale, gate
-
-    def feed(self, h: Tensor) -> Tensor:
-        # In place: this is the largest activation of all.
-        return self.ff_out(torch.ops.aten.gelu_(self.ff_in(h), approximate="tanh"))
 
 
 class PatchEmbed(nn.Module):
@@ -273,8 +259,10 @@ class CogVideoXTransformer(nn.Module):
         return None, table.to(self.dtype)[None]
 
     def _rope(self, n_text: int, grid: Size) -> Tensor:
-        video = torch.complex(*positions.rope(self.config, grid, self.sp, self.device))
-        return torch.cat((video.new_ones(n_text, video.shape[1]), video))
+        video = torch.stack(positions.rope(self.config, grid, self.sp, self.device), dim=-1)
+        text = video.new_zeros(n_text, *video.shape[1:])
+        text[..., 0] = 1
+        return torch.cat((text, video))
 
     def _ofs(self, value: float) -> Tensor | None:
         if self.ofs is None:

@@ -98,8 +98,4 @@ class ConsisIDTransformer(CogVideoXTransformer):
         k, v = (t.expand(h.shape[0], -1, -1, -1) for t in cond.face[crossing])
         video = h[:, cond.n_text :]
         read = self.perceiver_cross_attention[crossing](video, k, v)
-        if torch.is_grad_enabled():
-            return torch.cat((h[:, : cond.n_text], torch.add(video, read, alpha=self.config.face_scale)), dim=1)
-        # h is the block's own fresh output, so nothing else sees this change.
-        video.add_(read, alpha=self.config.face_scale)
-        return h
+        return torch.cat((h[:, : cond.n_text], torch.add(video, read, alpha=self.config.face_scale)), dim=1)

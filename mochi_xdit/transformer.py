@@ -2,7 +2,7 @@
 
 Parameter names are those of the native checkpoint. N, L are token counts of all ranks, n, m those of this rank; both
 streams are split over the ranks alike. Blocks run in the parameters' dtype; norms, modulation and rotations are
-computed in fp32 (fp64 for fp64 parameters), and so are latents going in and out. Inference only.
+computed in fp32 (fp64 for fp64 parameters), and so are latents going in and out.
 
     cond = model.prepare((T, H, W), text, mask)        # once per prompt and size
     v = model(x, t, cond)                              # every step, on this rank's packed tokens
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.blocks import Blocks
+from common.elementwise import at_least_fp32, rms_norm, swiglu
+from common.rope import rotate_pairs
 from common.usp import SequenceParallel
 from mochi_xdit.config import MochiConfig
 
@@ -36,11 +38,9 @@ class MochiCondition:
     pooled: Tensor
     """Attention pool over the text (B, hidden_x)."""
     rope: Tensor
-    """(n, heads, head_dim / 2, 2): cosine and sine of the angle of each pair of channels."""
+    """(n, 1, heads, head_dim / 2, 2): cosine and sine of the angle of each pair of channels."""
     lengths: tuple[int, ...]
     """Tokens of both streams on every rank."""
-    embed: Tensor
-    """The patch convolution as a matrix on packed tokens (hidden_x, patch_dim), its columns in their order."""
     frequencies: Tensor
     """Of the timestep's embedding (time_dim / 2,), wide."""
 
@@ -67,41 +67,14 @@ def unpack(tokens: Tensor, size: tuple[int, int, int], patch: int = 2) -> Tensor
     return z.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, C, T, H, W)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the channels, a new tensor in the wide dtype."""
-    wide = _wide(x.dtype)
-    # CPU kernels widen a half-precision operand anew each time; GPU kernels do it on the fly.
-    copied = x.device.type == "cpu" and x.dtype != wide
-    x = x.to(wide) if copied else x
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    inverse = torch.rsqrt(norm * norm / x.shape[-1] + eps)
-    return x.mul_(inverse) if copied else x * inverse
-
-
 def _modulated(x: Tensor, scale: Tensor) -> Tensor:
     """RMS norm times 1 + scale; scale (B, 1, D) wide."""
-    return _normalised(x, NORM_EPS).mul_(1 + scale).to(x.dtype)
+    return rms_norm(x, NORM_EPS).mul_(1 + scale).to(x.dtype)
 
 
 def _gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """Residual sum with the RMS norm of the branch times tanh(gate); gate (B, 1, D) wide."""
-    return _normalised(branch, NORM_EPS).mul_(torch.tanh(gate)).to(x.dtype).add_(x)
-
-
-def _rotate(qk: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of channels: qk (B, n, 2, H, D), rope (n, H, D / 2, 2). May overwrite qk."""
-    pairs = qk.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        # A compiler fuses real arithmetic with its surroundings and leaves complex numbers alone.
-        (a, b), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs).mul_(torch.view_as_complex(rope)[:, None]))
-    return turned.flatten(-2)
+    return rms_norm(branch, NORM_EPS).mul_(torch.tanh(gate)).to(x.dtype).add_(x)
 
 
 def _join(x: Tensor, y: Tensor) -> Tensor:
@@ -118,9 +91,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w1(x).chunk(2, dim=-1)
-        # In place saves a tensor of this width, but a compiler would copy both halves to keep the one it was asked for.
-        return self.w2(F.silu(a) * b if torch.compiler.is_compiling() else F.silu(a, inplace=True).mul_(b))
+        return self.w2(swiglu(self.w1(x)))
 
 
 class JointAttention(nn.Module):
@@ -142,7 +113,7 @@ class JointAttention(nn.Module):
         """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to q, k and v of both (B, n + m, H, D)."""
         qk, v = self._split(self.qkv_x(x), self.q_norm_x, self.k_norm_x)
         qk_y, v_y = self._split(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
-        q, k = _join(_rotate(qk, rope).to(x.dtype), qk_y.to(y.dtype)).unbind(2)
+        q, k = _join(rotate_pairs(qk, rope).to(x.dtype), qk_y.to(y.dtype)).unbind(2)
         return q, k, _join(v, v_y)
 
     def project(self, out: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +126,7 @@ class JointAttention(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         weight = torch.stack((q_norm.weight, k_norm.weight))[:, None]
-        return _normalised(qk, QK_NORM_EPS).mul_(weight), v
+        return rms_norm(qk, QK_NORM_EPS).mul_(weight), v
 
 
 class Block(nn.Module):
@@ -181,7 +152,7 @@ class Block(nn.Module):
 
     def before_attention(self, x: Tensor, y: Tensor, c: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
         """q, k, v of both streams (B, n + m, H, D), and both streams' modulation, wide."""
-        wide = _wide(x.dtype)
+        wide = at_least_fp32(x.dtype)
         mod_x, mod_y = self.mod_x(c)[:, None].to(wide), self.mod_y(c)[:, None].to(wide)
         x, y = _modulated(x, mod_x[..., : x.shape[-1]]), _modulated(y, mod_y[..., : y.shape[-1]])
         return *self.attn.heads_of(x, y, rope), mod_x, mod_y
@@ -197,6 +168,50 @@ class Block(nn.Module):
             y = _gated(y, dy, gate)
             y = _gated(y, self.mlp_y(_modulated(y, mlp_scale)), mlp_gate)
         return x, y
+
+
+class PatchEmbed(nn.Module):
+    """The patch convolution on packed tokens: its stride is its kernel, so it is a matrix product."""
+
+    def __init__(self, config: MochiConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.channels, config.hidden_x, config.patch, config.patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, patch * patch * C) to (B, n, hidden_x)."""
+        # Tokens have their channels last, the weights before rows and columns.
+        x = x.unflatten(-1, (-1, self.proj.in_channels)).transpose(-1, -2).flatten(-2)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimeEmbed(nn.Module):
+    """Sinusoidal embedding of the timestep through two layers."""
+
+    def __init__(self, config: MochiConfig) -> None:
+        super().__init__()
+        D = config.hidden_x
+        self.mlp = nn.Sequential(nn.Linear(config.time_dim, D), nn.SiLU(), nn.Linear(D, D))
+
+    def forward(self, t: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+        """t (B,), frequencies (time_dim / 2,) wide, to (B, hidden_x) in `dtype`, the weights' own."""
+        angles = t.to(frequencies.dtype)[:, None] * frequencies
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
+
+
+class FinalLayer(nn.Module):
+    """A modulated norm, and back to the numbers of a patch."""
+
+    def __init__(self, config: MochiConfig) -> None:
+        super().__init__()
+        self.mod = nn.Linear(config.hidden_x, 2 * config.hidden_x)
+        self.linear = nn.Linear(config.hidden_x, config.patch_dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, n, hidden_x), c (B, hidden_x), to (B, n, patch_dim) in at least fp32."""
+        wide = at_least_fp32(x.dtype)
+        shift, scale = self.mod(c)[:, None].to(wide).chunk(2, dim=-1)
+        normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=NORM_EPS)
+        return self.linear((normed * (1 + scale) + shift).to(x.dtype)).to(wide)
 
 
 class AttentionPool(nn.Module):
@@ -233,15 +248,13 @@ class MochiTransformer(nn.Module):
         self.config = config = config or MochiConfig()
         self.sp = sp = sp or SequenceParallel()
         sp.require_heads(config.heads)
-        D, p = config.hidden_x, config.patch
         self.pos_frequencies = nn.Parameter(torch.zeros(3, config.heads, config.head_dim // 2))
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, D, p, p)})
-        mlp = nn.Sequential(nn.Linear(config.time_dim, D), nn.SiLU(), nn.Linear(D, D))
-        self.t_embedder = nn.ModuleDict({"mlp": mlp})
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimeEmbed(config)
         self.t5_y_embedder = AttentionPool(config)
         self.t5_yproj = nn.Linear(config.text_dim, config.hidden_y)
         self.blocks = Blocks(Block(config, sp, i == config.depth - 1) for i in range(config.depth))
-        self.final_layer = nn.ModuleDict({"mod": nn.Linear(D, 2 * D), "linear": nn.Linear(D, config.patch_dim)})
+        self.final_layer = FinalLayer(config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -252,7 +265,6 @@ class MochiTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.t5_yproj.weight.device
 
-    @torch.no_grad()
     def prepare(
         self, size: tuple[int, int, int], text: Tensor | None = None, mask: Tensor | None = None, batch: int = 1
     ) -> MochiCondition:
@@ -272,15 +284,12 @@ class MochiTransformer(nn.Module):
         rope = self._rope(size)
         video, words = math.prod(size) // self.config.patch**2, text.shape[1]
         lengths = tuple(a + b for a, b in zip(self.sp.lengths(video), self.sp.lengths(words)))
-        weight = self.x_embedder["proj"].weight
-        assert isinstance(weight, Tensor)
-        embed = weight.permute(0, 2, 3, 1).flatten(1)
-        return MochiCondition(y, pooled, rope, lengths, embed, self._time_frequencies())
+        return MochiCondition(y, pooled, rope, lengths, self._time_frequencies())
 
     def _rope(self, size: tuple[int, int, int]) -> Tensor:
-        """Cosines and sines for this rank's tokens, (n, H, D / 2, 2); each head has its own learned frequencies."""
+        """Cosines and sines for this rank's tokens, (n, 1, H, D / 2, 2); each head has its own learned frequencies."""
         T, h, w = size[0], size[1] // self.config.patch, size[2] // self.config.patch
-        dtype, device = _wide(self.dtype), self.device
+        dtype, device = at_least_fp32(self.dtype), self.device
         scale = math.sqrt(BASE_AREA / (h * w))
         axes = [torch.arange(T, dtype=dtype, device=device)]
         for count in (h, w):
@@ -292,19 +301,13 @@ class MochiTransformer(nn.Module):
         positions = self.sp.shard(grid, dim=0)[..., None, None]  # (n, 3, 1, 1)
         t, row, column = (positions[:, i] * frequencies[i] for i in range(3))
         angles = t + row + column  # (n, H, D / 2)
-        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None]
 
     def _time_frequencies(self) -> Tensor:
         half = self.config.time_dim // 2
-        steps = torch.arange(half, dtype=_wide(self.dtype), device=self.device)
+        steps = torch.arange(half, dtype=at_least_fp32(self.dtype), device=self.device)
         return torch.exp(steps * -math.log(10000) / half)
 
-    def _time(self, t: Tensor, frequencies: Tensor) -> Tensor:
-        """Sinusoidal embedding of the timestep (B,) through its two layers: (B, hidden_x)."""
-        angles = t.to(frequencies.dtype)[:, None] * frequencies
-        return self.t_embedder["mlp"](torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype))
-
-    @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, cond: MochiCondition) -> Tensor:
         """Predict video minus noise for this rank's tokens.
 
@@ -312,18 +315,11 @@ class MochiTransformer(nn.Module):
         x, fp32 (fp64 for fp64 parameters).
         """
         t = t.to(x.device).expand(x.shape[0])
-        c = F.silu(self._time(t, cond.frequencies) + cond.pooled)
-        bias = self.x_embedder["proj"].bias
-        assert isinstance(bias, Tensor)
-        # A convolution whose stride is its kernel.
-        x = F.linear(x.to(self.dtype), cond.embed, bias)
-        y = cond.y
+        c = F.silu(self.t_embedder(t, cond.frequencies, self.dtype) + cond.pooled)
+        x, y = self.x_embedder(x.to(self.dtype)), cond.y
         for block in self.blocks:
             x, y = block(x, y, c, cond)
-        shift, scale = self.final_layer["mod"](c)[:, None].to(_wide(x.dtype)).chunk(2, dim=-1)
-        x = F.layer_norm(x.to(scale.dtype), x.shape[-1:], eps=NORM_EPS)
-        x = x.mul_(1 + scale).add_(shift).to(self.dtype)
-        return self.final_layer["linear"](x).to(scale.dtype)
+        return self.final_layer(x, c)
 
 
 def _valid(text: Tensor, mask: Tensor | None, width: int) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from common.attention import attention
 from common.blocks import Blocks
+from common.elementwise import at_least_fp32, gelu
+from common.rope import rotate_pairs
 from common.usp import SequenceParallel
 from wan_xdit.config import TransformerConfig
 
@@ -47,7 +49,7 @@ class Condition:
     beside: Tensor  # (1 or B, n or 1, W): what a token is besides its noise: bias, image latents
     text: Tensor  # (B, L, W) embedded text, padding included
     image: Tensor | None  # (B, M, W) embedded CLIP tokens
-    rope: Tensor  # (n, D / 2) complex factors of modulus 1
+    rope: Tensor  # (n, 1, D / 2, 2) cosine and sine of the angle of each pair of channels
     lengths: tuple[int, ...]  # tokens of every rank
     cross: tuple[tuple[KeysValues, ...], ...] | None = None  # by block: keys and values of text and image, where kept
 
@@ -58,13 +60,6 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     if shift.shape[0] == shift.shape[1] == 1:  # one affine map for all tokens: a single pass
         return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of x (B, n, H, D) by complex factors (n, D / 2)."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    turned = torch.view_as_complex(pairs) * rope[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -82,7 +77,7 @@ class SelfAttention(nn.Module):
         """(B, n, W) -> (B, n, W)"""
         q, k, v = self.qkv(h).chunk(3, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.q_norm(q), self.k_norm(k), v))
-        q, k = rotate(q, cond.rope), rotate(k, cond.rope)
+        q, k = rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope)
         return self.out(self.sp.attention(q, k, v, cond.lengths).flatten(2))
 
 
@@ -146,7 +141,7 @@ class Block(nn.Module):
         h = self.cross_norm(x.to(self.cross_norm.weight.dtype)).to(dtype)
         x = x + self.cross(h, cond, kept)
         h = modulated_norm(x, ff_shift, ff_scale, self.eps).to(dtype)
-        h = self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
+        h = self.ff_out(gelu(self.ff_in(h)))
         return torch.addcmul(x, h.to(x.dtype), ff_gate.to(x.dtype))
 
 
@@ -249,7 +244,7 @@ class WanTransformer(nn.Module):
         grid = (size[0] // config.patch[0], size[1] // config.patch[1], size[2] // config.patch[2])
         seen = self.image(image.to(self.device, self.dtype)) if image is not None and self.image is not None else None
         lengths = sp.lengths(grid[0] * grid[1] * grid[2])
-        rope = rope_factors(grid, config.head_width, sp, self.device, self.dtype)
+        rope = rope_table(grid, config.head_width, sp, self.device, self.dtype)
         cond = Condition(size, self.patch.beside(tokens), y, seen, rope, lengths)
         return self._with_cross(cond) if keep else cond
 
@@ -302,8 +297,8 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
-def rope_factors(grid: Size, head_width: int, sp: SequenceParallel, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Complex factors (n, D / 2) of this rank's tokens: first the pairs that turn by frame, then by row and column.
+def rope_table(grid: Size, head_width: int, sp: SequenceParallel, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines (n, 1, D / 2, 2) for this rank's tokens: first the pairs that turn by frame, then row, column.
 
     Rows and columns have a third of the pairs each, rounded down, and frames the rest. Angles: position times
     10000^(-j / pairs of the axis), computed in fp64.
@@ -315,8 +310,8 @@ def rope_factors(grid: Size, head_width: int, sp: SequenceParallel, device: torc
     for n, count in zip(grid, counts):
         speed = ROPE_BASE ** -(torch.arange(count, dtype=torch.float64, device=device) / max(count, 1))
         angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * speed
-        tables.append(torch.polar(torch.ones_like(angle), angle))
+        tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1))
     index = sp.shard(torch.arange(grid[0] * grid[1] * grid[2], device=device)[None])[0]
     frame, row, column = index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]
-    factors = torch.cat([table[at] for table, at in zip(tables, (frame, row, column))], dim=-1)
-    return factors if dtype == torch.float64 else factors.to(torch.complex64)
+    rope = torch.cat([table[at] for table, at in zip(tables, (frame, row, column))], dim=1)[:, None]
+    return rope.to(at_least_fp32(dtype))

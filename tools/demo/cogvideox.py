@@ -25,22 +25,13 @@ from cogvideox_xdit.transformer import CogVideoXTransformer, Size, pack
 from common.demo import fill
 from common.t5 import EncoderFiles
 from common.text import TextEncoder
-from common.usp import SequenceParallel
 from tools.demo.cogvideox_vae import FRAMES, load_autoencoder
 from tools.demo.mochi_vae import clips
-from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
+from tools.demo.training import Losses, Plan, WrittenOut, in_bf16, train, write_atomically
 from tools.demo.world import Scene, caption, draw
 
 LATENT: Size = (5, 8, 8)
 CLIPS_PER_CHUNK = 250
-
-
-class WrittenOut(SequenceParallel):
-    """One rank's attention by its formula: on a CPU, at these sizes, several times faster backwards than a kernel."""
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
 
 
 class Velocity(nn.Module):

@@ -26,9 +26,9 @@ from consisid_xdit.face import save_identity
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
 from tools.demo import cogvideox
-from tools.demo.cogvideox import LATENT, WrittenOut, alphas, encoded, losses, noised, pool, scenes, trained
+from tools.demo.cogvideox import LATENT, alphas, encoded, losses, noised, pool, scenes, trained
 from tools.demo.cogvideox_vae import load_autoencoder
-from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
+from tools.demo.training import Losses, Plan, WrittenOut, in_bf16, train, write_atomically
 from tools.demo.world import COLOURS, SHAPES, Scene, caption, render
 
 FACE_SCALE = 1.5

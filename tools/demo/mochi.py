@@ -10,11 +10,9 @@ import dataclasses
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common.demo import fill
 from common.t5 import EncoderFiles
@@ -24,7 +22,7 @@ from mochi_xdit.demo import demo_config, write_checkpoint
 from mochi_xdit.transformer import MochiTransformer, pack
 from tools.demo.mochi_vae import CONFIG as VAE
 from tools.demo.mochi_vae import FRAMES, clips, encode, load_autoencoder
-from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
+from tools.demo.training import Losses, Plan, WrittenOut, in_bf16, train, write_atomically
 from tools.demo.world import Scene, caption, draw
 
 LATENT = (3, 8, 8)
@@ -32,114 +30,23 @@ CLIPS_PER_CHUNK = 250
 
 
 class Velocity(nn.Module):
-    """The transformer's arithmetic with gradients, for batches of prompts of any lengths.
-
-    The product's forward is written for inference (in place, prompts of one length); this one shares its parameters
-    and is tested to give the same numbers.
-    """
+    """The product's transformer as one call, so that its weights can be handed in."""
 
     def __init__(self, config: MochiConfig) -> None:
         super().__init__()
-        self.model = MochiTransformer(config)
+        self.model = MochiTransformer(config, WrittenOut())
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """x (B, N, patch_dim) packed latents, t (B,) as the model's, text (B, L, D), mask (B, L): -> like x."""
-        m, n = self.model, x.shape[1]
-        kind = m.t5_yproj.weight.dtype
-        rope = m._rope(LATENT).to(torch.float32)
-        c = F.silu(m._time(t, m._time_frequencies()) + self._pool(text.to(kind), mask))
-        embed = m.x_embedder["proj"]
-        x = F.linear(x.to(kind), embed.weight.permute(0, 2, 3, 1).flatten(1), embed.bias)
-        y = m.t5_yproj(text.to(kind))
-        seen = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)[:, None, None]
-        for block in m.blocks:
-            x, y = self._block(block, x, y, c, rope, seen)
-        shift, scale = m.final_layer["mod"](c)[:, None].float().chunk(2, dim=-1)
-        x = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        return m.final_layer["linear"](x.to(kind)).float()
+        """x (B, N, patch_dim) packed latents, t (B,) as the model's, text (B, L, D), mask (B, L): -> like x.
 
-    def _pool(self, text: Tensor, mask: Tensor) -> Tensor:
-        pool = self.model.t5_y_embedder
-        weight = mask[..., None].to(text.dtype)
-        mean = (text * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-        tokens = torch.cat([mean, text], dim=1)
-        kv = pool.to_kv(tokens).unflatten(-1, (2, pool.heads, -1)).transpose(1, 3)
-        q = pool.to_q(mean).unflatten(-1, (pool.heads, -1)).transpose(1, 2)
-        seen = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)[:, None, None]
-        out = _attend(q, kv[:, :, 0], kv[:, :, 1], seen)
-        return pool.to_out(out.transpose(1, 2).flatten(2)).squeeze(1)
-
-    def _block(
-        self, block: nn.Module, x: Tensor, y: Tensor, c: Tensor, rope: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        n = x.shape[1]
-        scale_x, gate_x, mlp_scale_x, mlp_gate_x = block.mod_x(c)[:, None].chunk(4, dim=-1)
-        mod_y = block.mod_y(c)[:, None]
-        attn = block.attn
-        q, k, v = _heads(_rms(x) * (1 + scale_x), attn.qkv_x, attn.heads, attn.q_norm_x, attn.k_norm_x)
-        q, k = _turn(q, rope), _turn(k, rope)
-        normed = _rms(y) * (1 + mod_y[..., : y.shape[-1]])
-        parts = zip((q, k, v), _heads(normed, attn.qkv_y, attn.heads, attn.q_norm_y, attn.k_norm_y), strict=True)
-        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in parts)
-        out = _attend(q, k, v, seen).transpose(1, 2).flatten(2)
-        x = x + _rms(attn.proj_x(out[:, :n])) * torch.tanh(gate_x)
-        x = x + _rms(_ffn(block.mlp_x, _rms(x) * (1 + mlp_scale_x))) * torch.tanh(mlp_gate_x)
-        if block.mlp_y is not None:
-            _, gate_y, mlp_scale_y, mlp_gate_y = mod_y.chunk(4, dim=-1)
-            y = y + _rms(attn.proj_y(out[:, n:])) * torch.tanh(gate_y)
-            y = y + _rms(_ffn(block.mlp_y, _rms(y) * (1 + mlp_scale_y))) * torch.tanh(mlp_gate_y)
-        return x, y
-
-
-class _InverseRMS(torch.autograd.Function):
-    """x / rms(x) with the closed form of its gradient, r (g - y mean(g y)): half the passes over memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        r = torch.rsqrt(norm * norm / x.shape[-1] + eps).to(x.dtype)
-        y = x * r
-        ctx.save_for_backward(y, r)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        y, r = ctx.saved_tensors
-        return (g - y * (g * y).mean(-1, keepdim=True)) * r, None
-
-
-def _rms(x: Tensor, eps: float = 1e-6) -> Tensor:
-    return _InverseRMS.apply(x, eps)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Written out: on a CPU and at these sizes several times faster, backwards, than the fused kernel."""
-    bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, float("-inf"))
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
-
-
-def _ffn(ffn: nn.Module, x: Tensor) -> Tensor:
-    a, b = ffn.w1(x).chunk(2, dim=-1)
-    return ffn.w2(F.silu(a) * b)
-
-
-def _heads(
-    x: Tensor, qkv: nn.Linear, heads: int, q_norm: nn.Module, k_norm: nn.Module
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, n, heads, D). The channels of q and k come as all even, then all odd ones, which leaves their
-    products alone and lets the rotation work on halves that lie in one piece."""
-    D = q_norm.weight.shape[0]
-    order = torch.arange(D).view(-1, 2).T.flatten()
-    rows = torch.arange(3 * heads * D).view(3, heads, D)
-    rows = torch.cat([rows[:2, :, order], rows[2:]]).flatten()
-    q, k, v = F.linear(x, qkv.weight[rows]).unflatten(-1, (3, heads, D)).unbind(2)
-    return _rms(q, 1e-5) * q_norm.weight[order], _rms(k, 1e-5) * k_norm.weight[order], v
-
-
-def _turn(x: Tensor, rope: Tensor) -> Tensor:
-    cos, sin = rope.to(x.dtype).unbind(-1)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        The model drops padding, so prompts of one length go through together.
+        """
+        order, parts = [], []
+        for length in (lengths := mask.sum(1)).unique():
+            rows = (lengths == length).nonzero()[:, 0]
+            parts.append(self.model(x[rows], t[rows], self.model.prepare(LATENT, text[rows, :length])))
+            order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 @torch.no_grad()
@@ -152,14 +59,14 @@ def start(model: MochiTransformer, seed: int) -> None:
     """
     fill(model, seed)
     generator = torch.Generator().manual_seed(seed)
-    bias = model.x_embedder["proj"].bias
+    bias = model.x_embedder.proj.bias
     bias.copy_(torch.randn(bias.shape, generator=generator))
     for block in model.blocks:
         q, k, _ = block.attn.qkv_x.weight.chunk(3)
         k[: len(k) // 2] = q[: len(q) // 2]
         for layer in (block.mod_x, block.mod_y):
             layer.weight.zero_()
-    for layer in model.final_layer.values():
+    for layer in model.final_layer.children():
         layer.weight.zero_()
     # Each pair of channels turns with one axis: frames are 1 apart, patches of an 8 x 8 latent 48.
     frequencies = model.pos_frequencies.zero_()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from common.usp import SequenceParallel
 
 Losses = dict[str, Tensor]
 """`loss` is minimised, the others are logged."""
@@ -38,6 +40,14 @@ class Plan:
     def at(self, step: int) -> float:
         ramp = min((step + 1) / self.warmup, 1.0)
         return self.rate * ramp * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class WrittenOut(SequenceParallel):
+    """One rank's attention by its formula: on a CPU, at these sizes, several times faster backwards than a kernel."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
 
 
 def in_bf16(module: nn.Module, *args: Tensor) -> Any:
