@@ -16,7 +16,15 @@ if __package__ in (None, ""):  # run as a script: this folder's modules are not 
 
 import click
 
-from cogvideox_xdit.config import CONFIGS, FRAME_OFFSETS, FRAME_STEP, VAEConfig, official_rules, read_checkpoint
+from cogvideox_xdit.config import (
+    CONFIGS,
+    FRAME_OFFSETS,
+    FRAME_STEP,
+    CogVideoXRules,
+    VAEConfig,
+    official_rules,
+    read_checkpoint,
+)
 from cogvideox_xdit.fork import FORK
 from common import program
 from common.checks import Rules, nearest
@@ -39,7 +47,7 @@ DEMO_PROMPT = "A red circle moves slowly to the left on a black background."
 
 def demo_rules(name: str) -> Rules:
     if name == TRAINED:
-        return Rules(
+        return CogVideoXRules(
             heads=6,
             width=64,
             height=64,
@@ -51,7 +59,7 @@ def demo_rules(name: str) -> Rules:
             frame_step=FRAME_STEP,
             frame_offsets=FRAME_OFFSETS,
         )
-    return Rules(
+    return CogVideoXRules(
         heads=4,
         width=96,
         height=64,
@@ -164,7 +172,7 @@ def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
         checkpoint = read_checkpoint(source.model_dir)
         config, vae = checkpoint.transformer, checkpoint.vae
     size = (video.height, video.width, video.num_frames)
-    guided = video.cfg_scale > 1 or mesh.cfg.size > 1
+    guided = setup.rules.guided(video.cfg_scale) or mesh.cfg.size > 1
     made = workload(config, vae, mesh, *size, guided=guided, dtype=precision(setup).dtype)
     return made.with_text(lambda: setup.text_encoder_dir or source.model_dir)
 

@@ -121,10 +121,17 @@ CONFIGS: Mapping[str, TransformerConfig] = {
 }
 
 
-def official_rules(config: TransformerConfig) -> Rules:
+class CogVideoXRules(Rules):
+    """Guidance here starts above 1, as in the official program: a smaller scale is none."""
+
+    def guided(self, scale: float) -> bool:
+        return scale > 1
+
+
+def official_rules(config: TransformerConfig) -> CogVideoXRules:
     """The official defaults of a checkpoint: 8 frames a second, 16 for the 1.5 line; half precision as published."""
     height, width = config.official_size
-    return Rules(
+    return CogVideoXRules(
         heads=config.heads,
         width=width,
         height=height,

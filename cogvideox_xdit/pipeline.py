@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox_xdit.config import FRAME_STEP, CheckpointConfig, read_checkpoint
+from cogvideox_xdit.config import FRAME_STEP, CheckpointConfig, official_rules, read_checkpoint
 from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, video_frames
 from cogvideox_xdit.sampling import Start, draw, sample
 from cogvideox_xdit.solver import Solver, dynamic_scale
@@ -22,13 +22,13 @@ from common.pipeline import Pipeline
 from common.quantize import TransformerFiles
 from common.vae import TimeSplit, lay_out
 
-STEPS, SCALE, STRENGTH = 50, 6.0, 0.8
+STRENGTH = 0.8
 
 
 class CogVideoXPipeline(Pipeline):
     """CogVideoX over a checkpoint folder in the diffusers layout. For the options see `common.pipeline.Pipeline`.
 
-    scheduler: `ddim` or `dpm` in place of the checkpoint's own.
+    scheduler: `ddim` or `dpm` in place of the checkpoint's own. dtype: default: the one it was published in.
     """
 
     def __init__(
@@ -37,14 +37,16 @@ class CogVideoXPipeline(Pipeline):
         mesh: Mesh | None = None,
         device: str | torch.device | None = None,
         scheduler: str | None = None,
+        dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model_dir, mesh, device, **options)
+        self.checkpoint = self.read_config(Path(model_dir))
+        self.rules = official_rules(self.checkpoint.transformer)
+        super().__init__(model_dir, mesh, device, dtype=dtype or self.rules.dtype, **options)
         self.scheduler = scheduler
-        self.checkpoint = self.read_config(self.model_dir)
         self.config, self.vae_config = self.checkpoint.transformer, self.checkpoint.vae
         self.sp.require_heads(self.config.heads, self.config.head_dim)
-        Solver(self.checkpoint.scheduler, STEPS, scheduler)
+        Solver(self.checkpoint.scheduler, self.rules.num_steps, scheduler)
 
     @classmethod
     def from_pretrained(
@@ -65,8 +67,8 @@ class CogVideoXPipeline(Pipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_steps: int = STEPS,
-        cfg_scale: float = SCALE,
+        num_steps: int | None = None,
+        cfg_scale: float | None = None,
         seed: int = 0,
         latents: Tensor | None = None,
         output: str = "frames",
@@ -81,7 +83,7 @@ class CogVideoXPipeline(Pipeline):
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
-        height, width: pixels, multiples of 16. num_frames: 8k + 1 or 8k. Defaults: what the checkpoint was trained on.
+        height, width: pixels, multiples of 16. num_frames: 8k + 1 or 8k. What is None is the checkpoint's own.
         cfg_scale: guidance, none at 1 or less; dynamic_cfg lets it vary as the official demo does.
         latents: noise to start from, (1, C, T, height / 8, width / 8), in place of the seed's; T as `latent_size` says.
         image: the first frame, for checkpoints that take one and only for them: a file, a PIL image or uint8 (H, W, 3).
@@ -95,7 +97,10 @@ class CogVideoXPipeline(Pipeline):
         Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
         """
         self.config.check_task(image is not None, video is not None)
-        height, width, num_frames = self._defaults(height, width, num_frames)
+        rules = self.rules
+        height, width, num_frames = rules.size_of(height, width, num_frames)
+        num_steps = rules.num_steps if num_steps is None else num_steps
+        cfg_scale = rules.cfg_scale if cfg_scale is None else cfg_scale
         size, padding = self.latent_size(height, width, num_frames)
         self._check(video is not None, strength, latents, size, output)
         if self.config.learned and size[0] != self.config.latent_frames:
@@ -107,10 +112,10 @@ class CogVideoXPipeline(Pipeline):
             frames = on_main(self.mesh, lambda: image_frames(image, height, width))
         elif video is not None:
             frames = on_main(self.mesh, lambda: video_frames(video, height, width, num_frames))
-        text = self._encode(prompt, negative_prompt if cfg_scale > 1 or self.mesh.cfg.size > 1 else None)
+        text = self._encode(prompt, negative_prompt if rules.guided(cfg_scale) or self.mesh.cfg.size > 1 else None)
         start = self._start(size, padding, seed, latents, frames, solver)
-        scales = [cfg_scale if cfg_scale > 1 else 1.0] * len(solver)
-        if dynamic_cfg and cfg_scale > 1:
+        scales = [cfg_scale if rules.guided(cfg_scale) else 1.0] * len(solver)
+        if dynamic_cfg and rules.guided(cfg_scale):
             scales = [dynamic_scale(cfg_scale, t, len(solver)) for t in solver.timesteps]
         final = self._sample(start, text, solver, scales)[:, :, padding:]
         if latents_file is not None and self.mesh.is_main:
@@ -135,10 +140,6 @@ class CogVideoXPipeline(Pipeline):
         frames = (num_frames - 1) // vae.time_compression + 1
         padding = -frames % config.patch[0]
         return (frames + padding, height // vae.space_compression, width // vae.space_compression), padding
-
-    def _defaults(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
-        official = self.config.official_size
-        return height or official[0], width or official[1], num_frames or self.config.sample_frames
 
     def _check(self, from_video: bool, strength: float, latents: Tensor | None, size: Size, output: str) -> None:
         if output not in ("frames", "latent"):

@@ -42,6 +42,16 @@ class Rules:
     dtype: str = "bf16"
     default_prompt: str | None = None
 
+    def size_of(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
+        """Height, width and frames: what is None is the checkpoint's own."""
+        given = ((height, self.height), (width, self.width), (num_frames, self.num_frames))
+        made = [own if value is None else value for value, own in given]
+        return made[0], made[1], made[2]
+
+    def guided(self, scale: float) -> bool:
+        """Whether this guidance scale needs the branch of the negative prompt."""
+        return scale != 1
+
     def problems(self, width: int, height: int, num_frames: int) -> list[str]:
         """What is wrong with a size and a frame count."""
         found = []

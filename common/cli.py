@@ -327,7 +327,7 @@ class _Reader:
         dtype = self.values["dtype"] or rules.dtype
         self.problems += kernel_problems(self.values["attention"], "cuda" if self.gpus else "cpu", dtype)
         ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
-        guided = self._value("cfg_scale", rules.cfg_scale) != 1
+        guided = rules.guided(self._value("cfg_scale", rules.cfg_scale))
         wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong
         if wrong:

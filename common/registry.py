@@ -222,7 +222,7 @@ class Model:
     def default_size(self) -> Size:
         """The official one, which is that of the published tables."""
         rules = self.rules
-        return Size(rules.width, rules.height, rules.num_frames, rules.num_steps, rules.cfg_scale != 1)
+        return Size(rules.width, rules.height, rules.num_frames, rules.num_steps, rules.guided(rules.cfg_scale))
 
     def video_tokens(self, size: Size) -> int:
         return self.latents.tokens(size)[0]

@@ -153,7 +153,7 @@ def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
         assert isinstance(checkpoint.transformer, ConsisIDConfig)
         config, vae = checkpoint.transformer, checkpoint.vae
     size = (video.height, video.width, video.num_frames)
-    guided = video.cfg_scale > 1 or mesh.cfg.size > 1
+    guided = setup.rules.guided(video.cfg_scale) or mesh.cfg.size > 1
     made = workload(config, vae, mesh, *size, guided=guided, dtype=precision(setup).dtype)
     return made.with_text(lambda: setup.text_encoder_dir or folder)
 

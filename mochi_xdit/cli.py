@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,9 @@ import click
 
 from common import program
 from common.checks import Rules
-from common.headers import read_header
 from common.options import Option
 from common.request import Program, Setup, Source, Video, sampling_options
-from mochi_xdit.config import FAST, OFFICIAL, read_config
+from mochi_xdit.config import OFFICIAL, official_rules
 from mochi_xdit.fork import FORK
 
 if TYPE_CHECKING:
@@ -43,38 +41,13 @@ DEMO = Rules(
     fps=8,
     default_prompt="A big red circle moves slowly to the right on a black background.",
 )
-# Loss of noise over the linear part of the schedule, and its steps (None: half), of the two published models.
-SCHEDULES: dict[bool, tuple[float, int | None]] = {False: (0.025, None), True: (0.1, 6)}
 
 
 def rules(source: Source) -> Rules:
     """The admissible values for a checkpoint; ValueError when the folder is none. Reads a header, imports no torch."""
-    folder = source.model_dir
-    if folder is None:
-        return OFFICIAL if source.demo is None else DEMO
-    config = folder / "transformer" / "config.json"
-    for name in ("dit.safetensors", "dit.fast.safetensors"):
-        if (folder / name).is_file():
-            return replace(FAST if _is_fast(folder) else OFFICIAL, heads=_native_heads(folder / name))
-    if not config.is_file():
-        raise ValueError("no Mochi checkpoint: neither dit.safetensors nor transformer/config.json is there")
-    made = read_config(folder)
-    multiple = made.vae.spatial_ratio * made.patch
-    return replace(OFFICIAL, heads=made.heads, size_multiple=multiple, frame_step=made.vae.temporal_ratio)
-
-
-def _is_fast(folder: Path) -> bool:
-    return not (folder / "dit.safetensors").is_file() and (folder / "dit.fast.safetensors").is_file()
-
-
-def _native_heads(file: Path) -> int:
-    """Heads by the shape of `pos_frequencies`; the official number where the loader will find fault with the file."""
-    try:
-        entries, _ = read_header(file)
-    except ValueError:
-        return OFFICIAL.heads
-    shape = next((entry.shape for name, entry in entries.items() if name.endswith("pos_frequencies")), ())
-    return shape[1] if len(shape) == 3 and shape[1] else OFFICIAL.heads
+    if source.model_dir is not None:
+        return official_rules(source.model_dir)
+    return OFFICIAL if source.demo is None else DEMO
 
 
 def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
@@ -112,7 +85,7 @@ def pipeline(setup: Setup, mesh: Mesh, stages: Stages) -> MochiPipeline:
 
 
 def check_weights(pipe: MochiPipeline, setup: Setup, videos: Sequence[Video]) -> None:
-    said = any(video.prompt or (video.negative_prompt and video.cfg_scale != 1) for video in videos)
+    said = any(video.prompt or (video.negative_prompt and setup.rules.guided(video.cfg_scale)) for video in videos)
     pipe.check_weights(sample=videos[0].latents is None, text=said)
 
 
@@ -125,7 +98,7 @@ def workload(setup: Setup, video: Video, mesh: Mesh) -> Workload:
     given = setup.extra["t5_model_path"] or setup.text_encoder_dir
     made = workload(
         *(folder, mesh, video.height, video.width, video.num_frames),
-        guided=video.cfg_scale != 1,
+        guided=setup.rules.guided(video.cfg_scale),
         negative=bool(video.negative_prompt),
         dtype=precision(setup).dtype,
     )
@@ -139,15 +112,11 @@ def transformer_files(folder: Path) -> TransformerFiles:
 
 
 def generate(pipe: MochiPipeline, video: Video, setup: Setup, stages: Stages) -> Tensor | None:
-    folder = setup.source.model_dir
     assert video.seed is not None
-    fast = folder is not None and _is_fast(folder)
-    threshold, linear = SCHEDULES[fast and video.num_steps > 6]
-    given_threshold, given_linear = setup.extra["threshold_noise"], setup.extra["linear_steps"]
     return pipe(
         video.prompt,
-        threshold_noise=threshold if given_threshold is None else given_threshold,
-        linear_steps=linear if given_linear is None else given_linear,
+        threshold_noise=setup.extra["threshold_noise"],
+        linear_steps=setup.extra["linear_steps"],
         **sampling_options(video),
         **setup.decode_options(),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checks import Rules
+from common.headers import read_header
 from common.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, read_object, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -234,11 +235,58 @@ class MochiConfig:
         return build(cls, {name: name for name in values}, values, where)
 
 
-OFFICIAL = Rules(
+@dataclass(frozen=True)
+class MochiRules(Rules):
+    """With the schedule that the model was trained for, see `mochi_xdit.sampling.linear_quadratic_sigmas`.
+
+    threshold_noise: noise that the linear steps remove in all. linear_steps: how many these are, None for half.
+    """
+
+    threshold_noise: float = 0.025
+    linear_steps: int | None = None
+
+    def schedule(self, num_steps: int, threshold: float | None, linear: int | None) -> tuple[float, int | None]:
+        """The threshold and the linear steps of so many steps; what is None is the model's own."""
+        # As many linear steps as the distilled model has leave shorter schedules no quadratic one.
+        own = self if self.linear_steps is None or num_steps > self.linear_steps else OFFICIAL
+        return (
+            own.threshold_noise if threshold is None else threshold,
+            own.linear_steps if linear is None else linear,
+        )
+
+
+OFFICIAL = MochiRules(
     heads=MochiConfig.heads, width=848, height=480, num_frames=49, num_steps=64, cfg_scale=4.5, fps=30, frame_step=6
 )
-FAST = replace(OFFICIAL, num_steps=8, cfg_scale=1.5)
+FAST = replace(OFFICIAL, num_steps=8, cfg_scale=1.5, threshold_noise=0.1, linear_steps=6)
 """Of FastMochi, the distilled model."""
+NATIVE_TRANSFORMER = ("dit.safetensors", "dit.fast.safetensors")
+"""Files of the native layout, of Mochi 1 preview and of FastMochi; the first that is there is taken."""
+
+
+def official_rules(folder: Path) -> MochiRules:
+    """The defaults of a checkpoint folder and the sizes it admits; ValueError when the folder is none. Reads headers.
+
+    FastMochi is told from the official model by the name of its file.
+    """
+    for name, rules in zip(NATIVE_TRANSFORMER, (OFFICIAL, FAST)):
+        if (folder / name).is_file():
+            return replace(rules, heads=_native_heads(folder / name))
+    if not (folder / "transformer" / "config.json").is_file():
+        raise ValueError("no Mochi checkpoint: neither dit.safetensors nor transformer/config.json is there")
+    made = read_config(folder)
+    multiple = made.vae.spatial_ratio * made.patch
+    return replace(OFFICIAL, heads=made.heads, size_multiple=multiple, frame_step=made.vae.temporal_ratio)
+
+
+def _native_heads(file: Path) -> int:
+    """Heads by the shape of `pos_frequencies`; the official number where the loader will find fault with the file."""
+    try:
+        entries, _ = read_header(file)
+    except ValueError:
+        return OFFICIAL.heads
+    shape = next((entry.shape for name, entry in entries.items() if name.endswith("pos_frequencies")), ())
+    return shape[1] if len(shape) == 3 and shape[1] else OFFICIAL.heads
 
 
 def _count(shapes: Shapes, pattern: str, start: int) -> int:

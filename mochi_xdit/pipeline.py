@@ -15,6 +15,7 @@ from common.parallel import Mesh
 from common.pipeline import Pipeline
 from common.quantize import TransformerFiles
 from common.weights import load, on_meta
+from mochi_xdit.config import MochiRules, official_rules
 from mochi_xdit.sampling import linear_quadratic_sigmas, sample
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder
@@ -55,6 +56,7 @@ class MochiPipeline(Pipeline):
         super().__init__(model_dir, mesh, device, **options)
         self.config = find_transformer(self.model_dir, self.dtype).config
         self.vae_config = find_decoder(self.model_dir, self.dtype).config
+        self.rules = official_rules(self.model_dir)
         self.sp.require_heads(self.config.heads, self.config.head_dim)
 
     @classmethod
@@ -73,15 +75,15 @@ class MochiPipeline(Pipeline):
         self,
         prompt: str,
         negative_prompt: str = "",
-        height: int = 480,
-        width: int = 848,
-        num_frames: int = 49,
-        num_steps: int = 64,
-        cfg_scale: float | Sequence[float] = 4.5,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_steps: int | None = None,
+        cfg_scale: float | Sequence[float] | None = None,
         seed: int = 0,
         latents: Tensor | None = None,
         output: str = "frames",
-        threshold_noise: float = 0.025,
+        threshold_noise: float | None = None,
         linear_steps: int | None = None,
         vae: str = "auto",
         vae_chunk: int | None = None,
@@ -91,6 +93,8 @@ class MochiPipeline(Pipeline):
         """Generate one video. Collective: every rank calls it with the same arguments.
 
         height, width: pixels, multiples of 16. num_frames: 6k + 1. cfg_scale: one number, or one for each step.
+        threshold_noise, linear_steps: of the schedule, see `mochi_xdit.sampling.linear_quadratic_sigmas`.
+        What is None is the checkpoint's own: 848 x 480, 49 frames, 64 steps, or FastMochi's 8 with their schedule.
         latents: noise to start from, (1, 12, T, height / 8, width / 8), in place of the seed's.
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, 12, T, h, w), on every rank).
@@ -99,17 +103,19 @@ class MochiPipeline(Pipeline):
         latents_file: where rank 0 puts the final latents before the decode begins.
         Raises ValueError for sizes the model does not admit, FloatingPointError when the latents turn NaN.
         """
-        shape = self._latent_shape(height, width, num_frames)
-        scales = _scales(cfg_scale, num_steps)
-        _check_schedule(num_steps, threshold_noise, linear_steps)
+        rules = self.rules
+        shape = self._latent_shape(*rules.size_of(height, width, num_frames))
+        scales = _scales(cfg_scale, num_steps, rules)
+        threshold, linear = rules.schedule(len(scales), threshold_noise, linear_steps)
+        _check_schedule(len(scales), threshold, linear)
         if output not in ("frames", "latent"):
             raise ValueError(f"output is {output!r}; choose frames or latent")
         if latents is None:
             latents = draw_noise(shape, seed)
         check_latents(latents, shape)
-        guided = any(scale != 1 for scale in scales)
+        guided = any(rules.guided(scale) for scale in scales)
         text = self._encode(prompt, negative_prompt if guided else None)
-        sigmas = linear_quadratic_sigmas(num_steps, threshold_noise, linear_steps)
+        sigmas = linear_quadratic_sigmas(len(scales), threshold, linear)
         final = self._sample(latents, text, sigmas, scales)
         if latents_file is not None and self.mesh.is_main:
             save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed}, self.stages.warn)
@@ -164,7 +170,10 @@ class MochiPipeline(Pipeline):
             return load(module, part.open(), part.rename, self.device, self.dtype, progress=progress)
 
 
-def _scales(cfg_scale: float | Sequence[float], num_steps: int) -> list[float]:
+def _scales(cfg_scale: float | Sequence[float] | None, num_steps: int | None, rules: MochiRules) -> list[float]:
+    """One for each step; what is None is the checkpoint's."""
+    num_steps = rules.num_steps if num_steps is None else num_steps
+    cfg_scale = rules.cfg_scale if cfg_scale is None else cfg_scale
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
     scales = [float(cfg_scale)] * num_steps if isinstance(cfg_scale, (int, float)) else [float(s) for s in cfg_scale]

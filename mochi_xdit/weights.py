@@ -33,14 +33,13 @@ from common.weights import (
     on_meta,
     open_checkpoint,
 )
-from mochi_xdit.config import MochiConfig, MochiVAEConfig, read_config
+from mochi_xdit.config import NATIVE_TRANSFORMER, MochiConfig, MochiVAEConfig, read_config
 
 if TYPE_CHECKING:
     from mochi_xdit.transformer import MochiTransformer
 
 C = TypeVar("C", MochiConfig, MochiVAEConfig)
 
-NATIVE_TRANSFORMER = ("dit.safetensors", "dit.fast.safetensors")
 NATIVE_DECODER = "decoder.safetensors"
 NATIVE_ENCODER = "encoder.safetensors"
 DIFFUSERS_STEM = "diffusion_pytorch_model"

@@ -10,16 +10,21 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cogvideox_xdit import CogVideoXPipeline
 from cogvideox_xdit.cli import PROGRAM
 from cogvideox_xdit.config import CONFIGS, VAEConfig, transformer_json, vae_json
 from cogvideox_xdit.demo import demo_checkpoint, demo_config, model_index, scheduler_json, write_json
 from common.cli import parse
 from common.formats import write_frames
+from common.parallel import Mesh
 from common.program import main
+from common.progress import Stages
 from common.request import Request, WrongUse
 from common.video import read_video
+from tests.helpers.cogvideox import write_checkpoint
 
 
 def read(*arguments: object) -> Request:
@@ -47,6 +52,26 @@ def folder_of(kind: str, root: Path) -> Path:
     write_json(root / "vae" / "config.json", vae_json(VAEConfig()))
     write_json(root / "scheduler" / "scheduler_config.json", scheduler_json(kind))
     return root
+
+
+def test_a_scale_that_is_no_guidance_gives_no_ranks_to_it() -> None:
+    for scale, degree in ((6.0, 2), (1.0, 1), (0.5, 1)):
+        request = read("--demo", "2b", "--cfg-scale", scale, "--device", "cpu", "--gpus", 2)
+        assert request.setup.layout.cfg == degree
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b"])
+@pytest.mark.slow
+def test_python_and_the_command_line_make_the_same_video(kind: str, tmp_path: Path) -> None:
+    """With what nobody said: size, steps, guidance and dtype are the checkpoint's."""
+    folder = write_checkpoint(tmp_path / "model", kind)
+    where = ("--model-dir", folder, "--device", "cpu", "--gpus", 1, "--output", tmp_path / "x.mp4")
+    request = read(*where, "--prompt", "a red boat", "--seed", 3)
+    command = PROGRAM.pipeline(request.setup, Mesh(), Stages())
+    made = PROGRAM.generate(command, request.videos[0], request.setup, Stages())
+    pipe = CogVideoXPipeline.from_pretrained(folder)
+    assert pipe.dtype == (torch.float16 if kind == "2b" else torch.bfloat16)
+    assert torch.equal(pipe("a red boat", seed=3), made)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -14,7 +14,7 @@ from common.demo import fill
 from consisid_xdit.transformer import ConsisIDTransformer
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.transformer import pack as mochi_pack
-from tests import cogvideox, consisid, mochi
+from tests.helpers import cogvideox, consisid, mochi
 
 SIZE = (3, 8, 12)
 T = torch.tensor([300.0, 900.0])

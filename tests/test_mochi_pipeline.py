@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.cli import parse
 from common.decode import DecodePlan, decode_frames
 from common.generation import draw_noise, load_latents
 from common.parallel import Layout, Mesh, distributed
+from common.progress import Stages
 from mochi_xdit import MochiPipeline
+from mochi_xdit.cli import PROGRAM
+from mochi_xdit.config import FAST, OFFICIAL
 from mochi_xdit.sampling import linear_quadratic_sigmas
 from tests.helpers.mochi import TINY, write_checkpoint
 
@@ -89,6 +93,39 @@ def test_schedule_of_the_reference():
     fast = [1, 0.98333, 0.96667, 0.95, 0.93333, 0.91667, 0.9, 0.66667, 0]
     assert linear_quadratic_sigmas(8, 0.1, 6) == pytest.approx(fast, abs=1e-5)
     assert linear_quadratic_sigmas(1) == [1.0, 0.0]
+
+
+# --- The checkpoint's own settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.slow
+def test_python_and_the_command_line_make_the_same_video(native, tmp_path, fast):
+    """With what nobody said: steps, guidance, schedule and dtype are the checkpoint's, FastMochi's by its file."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in native.iterdir():
+        fits = path.name == "dit.safetensors" and fast
+        (folder / ("dit.fast.safetensors" if fits else path.name)).symlink_to(path)
+    size = {"height": 16, "width": 32, "num_frames": 7, "seed": 3}
+    given = [part for name, value in size.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    where = ["--model-dir", str(folder), "--device", "cpu", "--gpus", "1", "--output", str(tmp_path / "x.mp4")]
+    request = parse(PROGRAM, [*where, "--prompt", PROMPT, *given])
+    command = PROGRAM.pipeline(request.setup, Mesh(), Stages())
+    made = PROGRAM.generate(command, request.videos[0], request.setup, Stages())
+    pipe = MochiPipeline.from_pretrained(folder)
+    assert torch.equal(pipe(PROMPT, **size), made)
+    own = (8, 1.5, 0.1, 6) if fast else (64, 4.5, 0.025, 32)
+    names = ("num_steps", "cfg_scale", "threshold_noise", "linear_steps")
+    latents = pipe(PROMPT, **size, output="latent")
+    assert torch.equal(pipe(PROMPT, **size, output="latent", **dict(zip(names, own))), latents)
+    assert not torch.equal(pipe(PROMPT, **size, output="latent", num_steps=own[0], threshold_noise=0.05), latents)
+
+
+def test_few_steps_of_the_fast_model_have_the_usual_schedule():
+    assert FAST.schedule(8, None, None) == (0.1, 6) and FAST.schedule(6, None, None) == (0.025, None)
+    assert FAST.schedule(8, 0.2, None) == (0.2, 6) and FAST.schedule(8, None, 3) == (0.1, 3)
+    assert OFFICIAL.schedule(64, None, None) == (0.025, None)
 
 
 # --- Any layout, the same video ---------------------------------------------------------------------------------------
