@@ -1,7 +1,7 @@
 """Calibrate the planner: least squares over published rows, or over rows that run.py measured.
 
     python benchmarks/calibrate.py                  # fit, and print errors in-sample and leave-one-out
-    python benchmarks/calibrate.py --write          # and put the constants into planner/hardware.json
+    python benchmarks/calibrate.py --write planner/hardware.json    # and write them there with the constants
     python benchmarks/calibrate.py --measured outputs/bench/mochi-cuda.json --gpu h200 --output mine.json
 
 The last one fits a machine's own constants, starting from a known profile; `xdit-plan --gpu mine.json` takes them.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,11 +193,22 @@ def _profile(row: Row, fit: Fit, fsdp: Any) -> dict[str, Any]:
     if ("speed", group.constants_of) not in fit.theta:
         value["other_s"] = 1.0
     links |= {"gpus_per_socket": base.gpus_per_socket, "balanced": base.balanced}
-    links["kind"] = "nvlink" if group.nvlink else "pcie"
+    links |= {"kind": "nvlink" if group.nvlink else "pcie", "source": f"fitted on {_group_with_links(row)}"}
     single = any(r.implementation.startswith("diffusers") for r in rows() if r.group == row.group)
     if not single:
         value["single_gpu"] = 1.0
     return {"gpu": row.gpu, "scheme": "reference", **value, "fsdp": bool(fsdp), "links": links}
+
+
+def _group_with_links(row: Row) -> str:
+    """The group that a row's links were fitted on: its own where that has several GPUs, else one of that machine."""
+    machine = group_of(row).machine
+    fitted = Counter(
+        other.group
+        for other in rows()
+        if group_of(other).machine == machine and other.layout.ranks > 1 and other.id not in excluded()
+    )
+    return row.group if row.group in fitted or not fitted else fitted.most_common(1)[0][0]
 
 
 def _short(value: float) -> float:
@@ -211,14 +223,41 @@ def gpu_constants(fit: Fit, gpu: str) -> dict[str, Any]:
     return {**own, **shared, "elementwise": _short(fit.theta["elementwise", "diffusers"])}
 
 
-def write(fit: Fit, observations: Sequence[Observation]) -> None:
-    """Put the constants into planner/hardware.json."""
+def usual_links(data: dict[str, Any], gpu: str) -> dict[str, Any]:
+    """Links of a kind of GPU: of the machine with most published rows among those with the GPU's usual kind of link.
+
+    Empty where there is no such machine: the links stay assumed.
+    """
+    nvlink = data["gpus"][gpu]["link"] == "nvlink"
+    together = [row for row in rows() if row.layout.ranks > 1 and row.id not in excluded()]
+    mine = [row for row in together if row.gpu == gpu and group_of(row).nvlink == nvlink]
+    if not mine:
+        return {}
+    machine = Counter(group_of(row).machine for row in mine).most_common(1)[0][0]
+    group = Counter(row.group for row in mine if group_of(row).machine == machine).most_common(1)[0][0]
+    fitted = data["profiles"][group]["links"]
+    # To cross sockets is no short cut: above 1 the fit followed one machine's noise.
+    return {name: fitted[name] for name in ("kind", "source", *LINKS)} | {"across": min(1.0, fitted["across"])}
+
+
+def put(data: dict[str, Any], found: Sequence[Errors]) -> None:
+    """The links of kinds of GPU and the mean errors of profiles, into hardware.json's tables."""
+    for gpu in sorted({error.row.gpu for error in found}):
+        data["gpus"][gpu]["links"] = data["gpus"][gpu].get("links", {}) | usual_links(data, gpu)
+    for name, entry in data["profiles"].items():
+        own = [e.fitted for e in found if name.startswith(e.row.group) and e.row.gpu == entry["gpu"]]
+        entry["error"] = _short(mean(own) or 0.0)
+
+
+def write(fit: Fit, observations: Sequence[Observation], found: Sequence[Errors], path: Path) -> None:
+    """Write planner/hardware.json with new constants to `path`."""
     data = json.loads(DATA.read_text(encoding="utf-8"))
     for gpu in sorted({row_of(o).gpu for o in observations}):
         count = len({row_of(o).id for o in observations if row_of(o).gpu == gpu})
         data["gpus"][gpu] |= gpu_constants(fit, gpu) | {"calibrated_on": f"{count} published rows on {gpu}"}
     data["profiles"] = profiles(fit, observations)
-    DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    put(data, found)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def report(found: Sequence[Errors], fit: Fit) -> dict[str, Any]:
@@ -338,7 +377,9 @@ def percent(value: float | None) -> str:
 
 
 @click.command()
-@click.option("--write", "do_write", is_flag=True, help="Put the constants into planner/hardware.json.")
+@click.option(
+    "--write", "data_path", type=click.Path(path_type=Path), help="Write planner/hardware.json with the new constants."
+)
 @click.option("--report", "report_path", type=click.Path(path_type=Path), help="Write errors and constants as JSON.")
 @click.option("--quick", is_flag=True, help="No leave-one-out errors (they take minutes).")
 @click.option(
@@ -347,7 +388,12 @@ def percent(value: float | None) -> str:
 @click.option("--gpu", help="With --measured: the profile to start from.")
 @click.option("--output", type=click.Path(path_type=Path), help="With --measured: the profile to write.")
 def main(
-    do_write: bool, report_path: Path | None, quick: bool, measured: Path | None, gpu: str | None, output: Path | None
+    data_path: Path | None,
+    report_path: Path | None,
+    quick: bool,
+    measured: Path | None,
+    gpu: str | None,
+    output: Path | None,
 ) -> None:
     """Fit the planner's constants and print how well the rows are predicted."""
     if measured is not None:
@@ -360,12 +406,13 @@ def main(
         return
     observations = [o for row in rows() if row.id not in excluded() for o in observe(row)]
     found = Problem(observations).solve()
-    result = report(errors(observations, found, not quick, lambda line: click.echo(line, err=True)), found)
+    apart = errors(observations, found, not quick, lambda line: click.echo(line, err=True))
+    result = report(apart, found)
     show(result)
     if report_path:
         report_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if do_write:
-        write(found, observations)
+    if data_path:
+        write(found, observations, apart, data_path)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class Results:
 
     def _csv(self) -> None:
         columns = ("model", "program", "cfg", "ring", "ulysses", "width", "height", "num_frames", "num_steps", "dtype")
-        numbers = ("total_s", "spread_s", "text_s", "sampling_s", "decode_s", "loading_s", "peak_gb", "error")
+        numbers = ("total_s", "spread_s", "text_s", "sampling_s", "decode_s", "loading_s", "peak_gib", "error")
         with self.path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*columns, *numbers])
@@ -138,7 +138,7 @@ class Results:
 
 
 def _cell(row: dict[str, Any], name: str) -> Any:
-    if name == "peak_gb":
+    if name == "peak_gib":
         return round(peak(row), 3)
     stage = name.removesuffix("_s")
     if stage in ("text", "sampling", "decode"):
@@ -147,8 +147,8 @@ def _cell(row: dict[str, Any], name: str) -> Any:
 
 
 def peak(row: dict[str, Any]) -> float:
-    """GB at the fullest moment of the fullest rank."""
-    return max((gb for ranks in row.get("peak_gb", {}).values() for gb in ranks), default=0.0)
+    """GiB at the fullest moment of the fullest rank."""
+    return max((gib for ranks in row.get("peak_gib", {}).values() for gib in ranks), default=0.0)
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def published_seconds(row: dict[str, Any], table: str | None) -> tuple[Row, floa
 
 def show(measured: Sequence[dict[str, Any]], table: str | None) -> None:
     """The rows with their published counterparts; the ratio is published over ours."""
-    heads = ("program", "cfg", "ring", "uly", "total s", "+-", "text", "sampling", "decode", "peak GB")
+    heads = ("program", "cfg", "ring", "uly", "total s", "+-", "text", "sampling", "decode", "peak GiB")
     click.echo("".join(f"{head:>10}" for head in heads) + f"{'published':>12}{'ratio':>8}  of")
     for row in measured:
         key = row["key"]

@@ -79,8 +79,8 @@ def _round(generate: Callable[[int, int], Any], job: Job, mesh: Mesh, stages: St
         dist.all_gather_object(everyone, mine, group=mesh.world.group)
     names = dict.fromkeys(name for one in everyone for name in one)
     seconds = {name: max(one[name][0] for one in everyone if name in one) for name in names}
-    peaks = {name: [one.get(name, (0, 0))[1] / 1e9 for one in everyone] for name in names}
-    return {"total": total, "stages": seconds, "peak_gb": peaks}
+    peaks = {name: [one.get(name, (0, 0))[1] / 2**30 for one in everyone] for name in names}
+    return {"total": total, "stages": seconds, "peak_gib": peaks}
 
 
 def _barrier(mesh: Mesh) -> None:
@@ -97,7 +97,7 @@ def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "total_s": statistics.median(totals),
         "spread_s": max(totals) - min(totals),
         "stages_s": {name: statistics.median([one["stages"][name] for one in rounds]) for name in names},
-        "peak_gb": {name: rounds[-1]["peak_gb"].get(name, []) for name in names},
+        "peak_gib": {name: rounds[-1]["peak_gib"].get(name, []) for name in names},
         "repeats": len(rounds),
     }
 
@@ -184,8 +184,8 @@ def _peer_round(pipe: Any, job: Job, device: torch.device, steps: int, seed: int
     end = now()
     pace = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
     stages = {"sampling": pace * steps, "decode": end - ends[-1], "text": max(0.0, ends[0] - start - pace)}
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-    return {"total": end - start, "stages": stages, "peak_gb": {"sampling": [peak]}}
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    return {"total": end - start, "stages": stages, "peak_gib": {"sampling": [peak]}}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.layout import Layout, guidance_first, layouts_of
+from common.layout import Layout, as_options, guidance_first, layouts_of
 
 ENGINES = ("native", "xfuser")
 DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
@@ -118,11 +118,6 @@ def near_layouts(ranks: int, heads: int, asked: tuple[int | None, ...], count: i
 
     layouts = [layout for layout in layouts_of(ranks) if layout.ulysses <= heads]
     return "; ".join(as_options(layout) for layout in sorted(layouts, key=distance)[:count])
-
-
-def as_options(layout: Layout) -> str:
-    cfg = " --cfg-parallel" if layout.cfg == 2 else ""
-    return f"--ulysses-degree {layout.ulysses} --ring-degree {layout.ring}{cfg}"
 
 
 def _ranks(count: int) -> str:

@@ -32,6 +32,7 @@ from common.files import absence, as_text, reason, resolved, shown, taken_proble
 from common.host import gpus_are_hidden
 from common.layout import Layout
 from common.options import MOST, options
+from common.registry import Size
 from common.request import Program, Request, Setup, Source, Video, WrongUse
 
 MAX_SEED = 2**63 - 1
@@ -123,7 +124,7 @@ class _Reader:
         self._placement()
         extra = {option.name: self.values[option.name] for option in self.program.options}
         self.problems += self.program.check(extra, videos)
-        ranks, layout, chosen = self._layout(rules)
+        ranks, layout, chosen = self._layout(rules, videos[0])
         if self.values["engine"] == "xfuser":
             dtype = self.values["dtype"] or rules.dtype
             device, kernel = "cuda" if self.gpus else "cpu", self.values["attention"]
@@ -314,14 +315,14 @@ class _Reader:
             self.problems.append(f"--output: {problem}")
         return folder / name
 
-    def _layout(self, rules: Rules) -> tuple[int, Layout, bool]:
+    def _layout(self, rules: Rules, video: Video) -> tuple[int, Layout, str]:
         ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
         cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
         self._positive("gpus")
         absurd = [name for name in ("gpus", "ulysses_degree", "ring_degree") if (self.values[name] or 0) > MOST[name]]
         if absurd:
             self._positive(*(name for name in absurd if name != "gpus"))
-            return 1, Layout(), False
+            return 1, Layout(), ""
         if self.values["device"] == "cuda" and not self.gpus:
             self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         dtype = self.values["dtype"] or rules.dtype
@@ -331,9 +332,10 @@ class _Reader:
         wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong
         if wrong:
-            return ranks.count, Layout(), False
-        layout = choose_layout(self.program.models, ranks.count, rules.heads, guided, cfg, ring, ulysses)
-        return ranks.count, layout, None in (cfg, ring, ulysses) and ranks.count > 1
+            return ranks.count, Layout(), ""
+        size = Size(video.width, video.height, video.num_frames, video.num_steps, guided)
+        given = (cfg, ring, ulysses, "cuda" if self.gpus else "cpu", size)
+        return ranks.count, *choose_layout(self.program.models, ranks.count, rules.heads, guided, *given)
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
         asked, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.checks import choose_degrees
-from common.layout import Layout
+from common.layout import RULE, Layout
+from common.registry import Size
 
 
 def choose_layout(
@@ -16,12 +17,16 @@ def choose_layout(
     cfg: int | None = None,
     ring: int | None = None,
     ulysses: int | None = None,
-) -> Layout:
-    """The degrees that were not given: the planner's for one of these models on this machine, else the rule of thumb.
+    device: str = "cuda",
+    size: Size | None = None,
+) -> tuple[Layout, str]:
+    """The degrees that were not given, and why they were chosen, in words that go on after them; "" for no choice.
 
+    The planner's for one of these models in this size on this machine's devices (cuda or cpu), else the rule of thumb.
     Raises ValueError as `common.checks.choose_degrees` does.
     """
     from planner import layouts  # not needed for --help
 
-    planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses)
-    return planned or choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
+    planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses, device, size)
+    layout = choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
+    return planned or (layout, RULE if ranks > 1 and None in (cfg, ring, ulysses) else "")

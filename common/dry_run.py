@@ -51,7 +51,7 @@ def official_workload(model: Model, size: Size, mesh: Mesh) -> Workload:
     """What a rank runs for one video of a registered model, by the model's own program and its official numbers."""
     program = fork_of(model).module("cli").PROGRAM
     extra = {option.name: option.default for option in program.options}
-    setup = Setup(Source(official=model.name), model.rules, mesh.layout.ranks, mesh.layout, chosen=False, extra=extra)
+    setup = Setup(Source(official=model.name), model.rules, mesh.layout.ranks, mesh.layout, chosen="", extra=extra)
     scale = model.rules.cfg_scale if size.guided else 1.0
     numbers = (size.width, size.height, size.num_frames, size.num_steps, scale, model.rules.fps)
     return program.workload(setup, Video("", "", *numbers, Path()), mesh)
@@ -64,7 +64,7 @@ def _head(program: Program, setup: Setup, video: Video, layout: Layout) -> None:
     print(
         f"video       {video.width}x{video.height}, {video.num_frames} frames, {video.num_steps} steps, {setup.dtype}"
     )
-    print(f"layout      {layout}{' (chosen)' if setup.chosen else ''}, {layout.ranks} x {setup.device}")
+    print(f"layout      {layout}, {layout.ranks} x {setup.device}{setup.chosen and f'; {setup.chosen}'}")
 
 
 def _step(counted: Estimator) -> None:

@@ -87,6 +87,16 @@ def layouts_of(ranks: int) -> Iterator[Layout]:
                 yield Layout(cfg, ring, ranks // (cfg * ring))
 
 
+def as_options(layout: Layout) -> str:
+    """As the programs take it."""
+    cfg = " --cfg-parallel" if layout.cfg == 2 else ""
+    return f"--ulysses-degree {layout.ulysses} --ring-degree {layout.ring}{cfg}"
+
+
+RULE = "by the rule: guidance first, then ring"
+"""Why a layout is the first by `guidance_first`."""
+
+
 def guidance_first(guided: bool) -> Callable[[Layout], tuple[int, int]]:
     """A key to sort layouts by where nothing is known of model and machine: guidance first, then ring.
 

@@ -231,7 +231,7 @@ def _connect(request: Request, at: launch.Place, stages: Stages, arguments: Sequ
         mesh = distributed(setup.layout, "cpu" if setup.on_cpu else setup.device, setup.timeout, store)
     stages.device = mesh.device
     ranks = "1 rank" if setup.ranks == 1 else f"{setup.ranks} ranks"
-    stages.note(f"{ranks} on {mesh.device.type}: {setup.layout}{' (chosen)' if setup.chosen else ''}")
+    stages.note(f"{ranks} on {mesh.device.type}: {setup.layout}{setup.chosen and f' ({setup.chosen})'}")
     return request, mesh
 
 

@@ -81,7 +81,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the videos of one command are made. chosen: whether the program chose a degree of the layout.
+    """How the videos of one command are made. chosen: why the program chose this layout; empty where it did not.
 
     device: cpu or cuda. vae_tile: height, width in pixels. offload None: what fits is chosen, see `common.choice`.
     max_memory: GiB a device may use, None for what is free. extra: the fork's own options by name.
@@ -91,7 +91,7 @@ class Setup:
     rules: Rules
     ranks: int
     layout: Layout
-    chosen: bool
+    chosen: str
     device: str = "cpu"
     dtype: str = "bf16"
     attention: str = "auto"

@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
+from common.layout import Layout, as_options
 from common.registry import get_model, model_names
-from planner.hardware import SCHEMES, describe, get_profile, names
-from planner.layouts import Plan, plan, replicas
-from planner.model import Prediction
+from planner.hardware import SCHEMES, describe, get_profile, known_names, names, published_machines
+from planner.layouts import Plan, enough, plan
+from planner.model import GIB, RUNTIME_GIB, Prediction, predict
 
 
 @click.command(
@@ -39,8 +40,9 @@ from planner.model import Prediction
 def command(**options: Any) -> None:
     """Predict seconds, memory and traffic of every layout, and name the best.
 
-    --gpu takes a kind of GPU (l40) or a group of published rows (mochi-l40-e2e), for which it predicts what the
-    published system would take on that machine.
+    --gpu takes a kind of GPU (l40), for this project's own scheme on such a machine, or a group of published rows
+    (mochi-l40-e2e), for what the published system would take on its machine, with ours beside it. Memory is in GiB
+    (2^30 bytes) of weights and activations, bandwidths and traffic in GB (10^9 bytes).
     """
     if options["list_gpus"]:
         _list()
@@ -58,7 +60,8 @@ def command(**options: Any) -> None:
 
 
 def _plan(options: dict[str, Any]) -> Plan:
-    missing = [f"--{name} is missing" for name in ("model", "gpu") if options[name] is None]
+    allowed = {"model": f"one of {', '.join(model_names())}", "gpu": known_names()}
+    missing = [f"--{name} is missing; {what}" for name, what in allowed.items() if options[name] is None]
     if missing:
         raise ValueError("\n".join(missing))
     model = get_model(options["model"])
@@ -74,7 +77,7 @@ def _plan(options: dict[str, Any]) -> Plan:
 
 
 def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
-    """One layout as plain data: seconds, GB (1e9 bytes) per GPU and stage, bytes the busiest GPU sends."""
+    """One layout as plain data: seconds, GiB (and GB of 1e9 bytes) per GPU and stage, bytes the busiest GPU sends."""
     return {
         "cfg": one.layout.cfg,
         "ring": one.layout.ring,
@@ -86,7 +89,8 @@ def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
             "text": one.text,
             "decode": one.decode,
         },
-        "memory_gb": one.memory_gb,
+        "memory_gib": one.memory_gib,
+        "memory_gb": {stage: round(gib * GIB / 1e9, 2) for stage, gib in one.memory_gib.items()},
         "bytes": {**asdict(one.sent), "total": one.sent.total},
         "bound": one.bound,
         "speedup": found.speedup(one),
@@ -107,38 +111,63 @@ def _list() -> None:
 
 
 COLUMNS = ("cfg", "ring", "ulysses", "total s", "step s", "sampling", "text", "decode", "speed-up", "eff. %", "sent GB")
-MEMORY = "GB text/DiT/VAE"
+MEMORY = "GiB text/DiT/VAE"
 
 
 def show(found: Plan) -> None:
-    """The table, the best layout, what was refused, and what else the GPUs could do."""
+    """The table, the best layout and by which profile, what was refused, and whether fewer GPUs would do."""
     size, profile = found.size, found.profile
     between = f"; {found.nodes} machines, {profile.links.node_gbs:g} GB/s between them" if found.nodes > 1 else ""
     click.echo(
         f"{found.model.title}, {size.width}x{size.height}, {size.num_frames} frames, {size.num_steps} steps on "
-        f"{found.ranks} x {profile.name} ({profile.links.kind}, {profile.links.gbs:g} GB/s{between}), "
-        f"scheme: {found.scheme}"
+        f"{found.ranks} x {profile.name} ({profile.links}{between}), scheme: {found.scheme}"
     )
-    click.echo("".join(f"{name:>9}" for name in COLUMNS) + f"{MEMORY:>17}  bound by")
+    columns = [*COLUMNS, *(["ours, s"] if found.scheme == "reference" else [])]
+    click.echo("".join(f"{name:>9}" for name in columns) + f"{MEMORY:>18}  bound by")
     for one in found.layouts:
         click.echo(_line(found, one))
-    best = found.best.layout
-    cfg = " --cfg-parallel" if best.cfg == 2 else ""
-    click.echo(f"best: {best}   (--ulysses-degree {best.ulysses} --ring-degree {best.ring}{cfg})")
+    click.echo(f"best: {_named(found.best.layout)}")
+    if found.scheme == "reference":
+        _beside(found)
     if any(not one.fits for one in found.layouts):
-        click.echo(f"! a stage needs more than the {profile.memory_gb:g} GB of a GPU; decoding falls back to tiles")
+        click.echo(f"! a stage and {RUNTIME_GIB:g} GiB for CUDA are more than the {profile.memory_gib:g} GiB of a GPU")
     for refused in found.refused:
         click.echo(f"refused: {refused.layout}: {refused.reason}")
+    _credits(found)
+    if found.ranks > 1 and (fewer := enough(found)).layout.ranks < found.ranks:
+        ranks = fewer.layout.ranks
+        click.echo(f"as fast on {ranks} of these GPUs: --gpus {ranks}, {fewer.layout}: {fewer.total:.1f} s")
+
+
+def _named(layout: Layout) -> str:
+    return f"{layout}   ({as_options(layout)})"
+
+
+def _beside(found: Plan) -> None:
+    """What our scheme would take on the machine whose published system the table predicts."""
+    ours = plan(found.model, found.size, found.ranks, found.profile, "ours", found.nodes)
+    best = ours.best
+    click.echo(f"ours there: {_named(best.layout)}: {best.total:.1f} s, {best.sampling:.1f} of them sampling")
+
+
+def _credits(found: Plan) -> None:
+    """What the prediction rests on, and where a published machine differs."""
+    profile = found.profile
     if not profile.calibrated_on:
         click.echo("not calibrated: efficiencies are guesses; trust the order more than the seconds")
-    if found.ranks > 1:
-        _advise(found)
+        return
+    click.echo(f"{profile.name}: {profile.calibration}; links: {profile.links}")
+    others = published_machines(profile.name) if profile.links.source == "assumed" else {}
+    for name, other in others.items():
+        click.echo(f"  the published rows on {profile.name} ran with {other.links}: --gpu {name} predicts that machine")
+    if others:
+        click.echo("  --link says what yours are, xdit-doctor measures them")
 
 
 def _line(found: Plan, one: Prediction) -> str:
     layout, speedup = one.layout, found.speedup(one)
-    memory = "/".join(f"{one.memory_gb[stage]:.0f}" for stage in ("text", "sampling", "decode"))
-    cells = (
+    memory = "/".join(f"{one.memory_gib[stage]:.1f}" for stage in ("text", "sampling", "decode"))
+    cells = [
         str(layout.cfg),
         str(layout.ring),
         str(layout.ulysses),
@@ -150,23 +179,10 @@ def _line(found: Plan, one: Prediction) -> str:
         f"{speedup:.2f}",
         f"{100 * speedup / found.ranks:.0f}",
         f"{one.sent.total / 1e9:.1f}",
-    )
-    return "".join(f"{cell:>9}" for cell in cells) + f"{memory + ('' if one.fits else ' !'):>17}  {one.bound}"
-
-
-def _advise(found: Plan) -> None:
-    other = replicas(found)
-    if other.ranks < found.ranks:
-        click.echo(
-            f"one video is as fast on {other.ranks} of these GPUs ({other.best.layout}: {other.best.total:.1f} s); "
-            f"use the others for other videos"
-        )
-    if other.copies > 1:
-        many, one = other.copies * 3600 / other.copy.total, 3600 / found.best.total
-        click.echo(
-            f"for many videos: {other.copies} copies, each {other.copy.layout}, make {many:.1f} videos an hour "
-            f"against {one:.1f}"
-        )
+    ]
+    if found.scheme == "reference":
+        cells.append(f"{predict(found.model, found.size, layout, found.profile, 'ours', found.nodes).total:.1f}")
+    return "".join(f"{cell:>9}" for cell in cells) + f"{memory + ('' if one.fits else ' !'):>18}  {one.bound}"
 
 
 def main() -> None:

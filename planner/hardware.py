@@ -24,6 +24,8 @@ class Links:
     """The links of a machine, and between machines. Bandwidths: GB/s that a GPU sends while it receives as much."""
 
     kind: str = "pcie"
+    source: str = "assumed"
+    """Where the numbers come from, in words that follow them."""
     gbs: float = 16.0
     across: float = 0.8
     """Factor on it for groups that lie across two sockets."""
@@ -38,6 +40,21 @@ class Links:
     node_gbs: float = 25.0
     """What one machine sends to the others, all its GPUs together."""
 
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.gbs:.3g} GB/s {self.source}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What tells one machine from another: the kind of its devices (cuda or cpu), their name and their number."""
+
+    device: str
+    name: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.name}"
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -48,7 +65,7 @@ class Profile:
     tflops: float
     """Dense bf16 peak."""
     hbm_gbs: float
-    memory_gb: float
+    memory_gib: float
     links: Links = field(default_factory=Links)
     scheme: str = "ours"
     """Whose scheme the profile stands for when none is asked for."""
@@ -80,6 +97,18 @@ class Profile:
     fsdp_across: float = 0.28
     calibrated_on: str = ""
     """Which rows the constants come from; empty for data sheet and defaults."""
+    error: float = 0.0
+    """Mean relative error of the rows that the constants were fitted to."""
+    machine: Machine | None = None
+    """The machine that xdit-doctor measured."""
+
+    @property
+    def calibration(self) -> str:
+        """What the constants come from, and how well they explain it."""
+        if not self.calibrated_on:
+            return "not calibrated: data sheet"
+        apart = f", mean error {100 * self.error:.1f} %" if self.error else ""
+        return f"calibrated on {self.calibrated_on}{apart}"
 
 
 def _table() -> dict[str, Any]:
@@ -98,7 +127,7 @@ _LINKS = {f.name for f in fields(Links)}
 # What a profile's numbers must lie between, both included; a bare default suits what is a factor, a time or a count.
 _ANY, _ABOVE_0 = (0.0, 1e6), (1e-6, 1e6)
 _BOUNDS: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("tflops", "hbm_gbs", "memory_gb", "gbs", "node_gbs"), _ABOVE_0),
+    **dict.fromkeys(("tflops", "hbm_gbs", "memory_gib", "gbs", "node_gbs"), _ABOVE_0),
     **dict.fromkeys(("matmul", "attention", "convolution", "across", "ring_gain", "fsdp_across"), _ABOVE_0),
     **dict.fromkeys(("single_gpu", "speed"), _ABOVE_0),
     **dict.fromkeys(("gpus_per_socket", "gpus_per_node"), (1.0, 1e6)),
@@ -117,8 +146,8 @@ def read_profile(path: Path) -> Profile:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"hardware profile {path} is not readable JSON: {error}") from None
     raw = raw.get("profile", raw) if isinstance(raw, dict) else raw
-    if not isinstance(raw, dict) or not {"gpu", "tflops", "hbm_gbs", "memory_gb"} <= raw.keys():
-        raise ValueError(f"hardware profile {path} lacks gpu, tflops, hbm_gbs or memory_gb; xdit-doctor writes one")
+    if not isinstance(raw, dict) or not {"gpu", "tflops", "hbm_gbs", "memory_gib"} <= raw.keys():
+        raise ValueError(f"hardware profile {path} lacks gpu, tflops, hbm_gbs or memory_gib; xdit-doctor writes one")
     try:
         return make_profile(raw.get("name", path.stem), raw)
     except ValueError as error:
@@ -126,25 +155,32 @@ def read_profile(path: Path) -> Profile:
 
 
 def make_profile(name: str, raw: Mapping[str, Any]) -> Profile:
-    """From the flat fields of a profile and its `links`; unknown fields are notes.
+    """From the flat fields of a profile, its `links` and its `machine`; unknown fields are notes.
 
     Raises ValueError, with the field, for a value of the wrong kind or out of bounds.
     """
-    links = raw.get("links", {})
-    if not isinstance(links, Mapping):
-        raise ValueError(f"links is {_shown(links)}, not a table")
-    own = _checked(Profile, {"name": name, **{k: v for k, v in raw.items() if k not in ("links", "name")}})
-    profile = Profile(links=Links(**_checked(Links, links, "links.")), **own)
+    links, machine = raw.get("links", {}), raw.get("machine") or {}
+    for part, table_ in (("links", links), ("machine", machine)):
+        if not isinstance(table_, Mapping):
+            raise ValueError(f"{part} is {_shown(table_)}, not a table")
+    own = _checked(Profile, {"name": name, **{k: v for k, v in raw.items() if k not in ("links", "machine", "name")}})
+    found = _checked(Machine, machine, "machine.")
+    whole = found.keys() == {one.name for one in fields(Machine)}
+    profile = Profile(
+        links=Links(**_checked(Links, links, "links.")), machine=Machine(**found) if whole else None, **own
+    )
     if profile.scheme not in SCHEMES:
         raise ValueError(f"scheme is {_shown(profile.scheme)}; it must be one of {', '.join(SCHEMES)}")
     return profile
 
 
-def _checked(kind: type[Profile] | type[Links], raw: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+def _checked(
+    kind: type[Profile] | type[Links] | type[Machine], raw: Mapping[str, Any], within: str = ""
+) -> dict[str, Any]:
     """The values of the fields of `kind` that are given, each of the field's type and within its bounds."""
     found = {}
     for one in fields(kind):
-        if one.name in raw and one.name != "links":
+        if one.name in raw:
             value, low_high = raw[one.name], _BOUNDS.get(one.name, _ANY)
             if problem := _problem(str(one.type), value, *low_high):
                 raise ValueError(f"{within}{one.name} is {_shown(value)}; it must be {problem}")
@@ -172,12 +208,23 @@ def names() -> tuple[list[str], list[str]]:
     return list(table()["gpus"]), list(table()["profiles"])
 
 
+def known_names() -> str:
+    """What `get_profile` takes, in words."""
+    kinds = ", ".join(names()[0])
+    return f"a kind of GPU ({kinds}), a calibrated profile (see --list-gpus), or the path of one of xdit-doctor's"
+
+
+def published_machines(gpu: str) -> dict[str, Profile]:
+    """The profiles of machines with these GPUs that were fitted to rows of their own."""
+    mine = [name for name, entry in table()["profiles"].items() if entry["gpu"] == gpu and entry.get("error")]
+    return {name: get_profile(name) for name in mine}
+
+
 def describe(name: str) -> str:
     """One line about a name: data sheet, and what its constants come from."""
     profile = get_profile(name)
-    what = f"{profile.tflops:g} TFLOP/s bf16, {profile.hbm_gbs:g} GB/s, {profile.memory_gb:g} GB, {profile.links.kind}"
-    source = f"calibrated on {profile.calibrated_on}" if profile.calibrated_on else "not calibrated: data sheet"
-    return f"{what}; {source}"
+    what = f"{profile.tflops:g} TFLOP/s bf16, {profile.hbm_gbs:g} GB/s, {profile.memory_gib:g} GiB"
+    return f"{what}; {profile.links}; {profile.calibration}"
 
 
 def get_profile(name: str, link: str | None = None, node_gbs: float | None = None) -> Profile:
@@ -188,7 +235,7 @@ def get_profile(name: str, link: str | None = None, node_gbs: float | None = Non
     """
     data = table()
     if name.endswith(".json") or "/" in name:
-        profile = read_profile(Path(name))
+        profile = read_profile(Path(name).expanduser())
     elif name in data["profiles"]:
         entry = data["profiles"][name]
         profile = make_profile(name, {**data["gpus"][entry["gpu"]], **entry, "links": _links(data, entry)})
@@ -196,10 +243,7 @@ def get_profile(name: str, link: str | None = None, node_gbs: float | None = Non
         entry = data["gpus"][name.lower()]
         profile = make_profile(name.lower(), {**entry, "gpu": name.lower(), "links": _links(data, entry)})
     else:
-        raise ValueError(
-            f"--gpu {name} is unknown; a kind of GPU ({', '.join(data['gpus'])}), a calibrated profile "
-            f"(see --list-gpus), or the path of a profile that xdit-doctor wrote"
-        )
+        raise ValueError(f"--gpu {name} is unknown; {known_names()}")
     links = profile.links
     if link is not None:
         links = parse_link(link, links)
@@ -226,4 +270,4 @@ def parse_link(link: str, old: Links) -> Links:
         gbs = 0.0
     if not 0 < gbs < float("inf"):
         raise ValueError(f"--link {link} is unknown; choose {', '.join(kinds)} or a number of GB/s above 0")
-    return replace(old, gbs=gbs)
+    return replace(old, gbs=gbs, source="as given")

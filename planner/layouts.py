@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from common.layout import MOST_RANKS, Layout, guidance_first, layouts_of
+from common.layout import MOST_RANKS, RULE, Layout, guidance_first, layouts_of
 from common.registry import Model, Size, get_model
-from planner.hardware import Profile, get_profile, names, read_profile
-from planner.model import Prediction, memory_gb, predict
+from planner.hardware import Profile, get_profile
+from planner.machine import local_profile
+from planner.model import RUNTIME_GIB, Prediction, memory_gib, predict
 
 MOST_PIXELS, MOST_FRAMES, MOST_STEPS = 65_536, 1_000_000, 1_000_000
 """Beyond what any machine makes."""
-
-
-def local_profile_path() -> Path | None:
-    """Where xdit-doctor puts this machine's profile; None for a user without a home directory."""
-    try:
-        return Path.home() / ".config" / "xdit-zoo" / "hardware.json"
-    except RuntimeError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -42,9 +33,9 @@ def refusal(model: Model, size: Size, layout: Layout, scheme: str, profile: Prof
     if scheme == "reference":
         return _reference_refusal(model, size, layout)
     if profile is not None:
-        need = memory_gb(model, size, layout, scheme)["sampling"]
-        if need > profile.memory_gb:
-            return f"sampling needs {need:.1f} GB on each GPU, which has {profile.memory_gb:g}"
+        need = memory_gib(model, size, layout, scheme)["sampling"] + RUNTIME_GIB
+        if need > profile.memory_gib:
+            return f"sampling needs {need:.1f} GiB on each GPU, which has {profile.memory_gib:g}"
     return None
 
 
@@ -117,55 +108,15 @@ def plan(
     return Plan(model, size, profile, scheme, ranks, nodes, layouts, refused, single)
 
 
-@dataclass(frozen=True)
-class Replicas:
-    """The best use of the GPUs for one video, and for many."""
-
-    ranks: int
-    """GPUs beyond which one video gets less than 3 % faster."""
-    best: Prediction
-    copies: int
-    copy: Prediction
-    """The layout of each of `copies` when many videos are wanted."""
-
-
-def replicas(whole: Plan) -> Replicas:
-    """Compare the plan with fewer GPUs a video: for one video, and for videos an hour."""
-    candidates: dict[int, Prediction] = {whole.ranks: whole.best}
+def enough(whole: Plan) -> Prediction:
+    """The best layout of the fewest GPUs beyond which the video gets less than 3 % faster."""
+    candidates = [whole.best]
     for ranks in range(1, whole.ranks):
         nodes = -(-ranks * whole.nodes // whole.ranks)
-        try:
-            candidates[ranks] = plan(whole.model, whole.size, ranks, whole.profile, whole.scheme, nodes).best
-        except ValueError:
-            continue  # these many GPUs have no layout, which says nothing about others
-    fastest = min(p.total for p in candidates.values())
-    enough = min(ranks for ranks, p in candidates.items() if p.total <= 1.03 * fastest)
-    rate = {ranks: (whole.ranks // ranks) / p.total for ranks, p in candidates.items()}
-    copy = max(rate, key=lambda ranks: rate[ranks])
-    return Replicas(enough, candidates[enough], whole.ranks // copy, candidates[copy])
-
-
-def recognise(gpu: str) -> str | None:
-    """The kind of GPU in a device name such as `NVIDIA A100-SXM4-80GB`; None when the planner has no data on it."""
-    words = gpu.lower().replace("-", " ").replace("rtx", " ").split()
-    return next((kind for kind in sorted(names()[0], key=len, reverse=True) if kind in words), None)
-
-
-def local_profile() -> Profile | None:
-    """This machine's: what xdit-doctor wrote, else by the name of its first GPU; None without either."""
-    path = local_profile_path()
-    if path is not None and os.path.isfile(path):  # False, and no error, where the folder may not be read
-        try:
-            return read_profile(path)
-        except ValueError:
-            return None  # an old or damaged file must not stop a run that does not need it
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    kind = recognise(found.splitlines()[0]) if found.strip() else None
-    return get_profile(kind) if kind else None
+        with suppress(ValueError):  # these many GPUs have no layout, which says nothing about others
+            candidates.append(plan(whole.model, whole.size, ranks, whole.profile, whole.scheme, nodes).best)
+    fastest = min(p.total for p in candidates)
+    return min((p for p in candidates if p.total <= 1.03 * fastest), key=lambda p: p.layout.ranks)
 
 
 def choose_degrees(
@@ -176,23 +127,28 @@ def choose_degrees(
     cfg: int | None = None,
     ring: int | None = None,
     ulysses: int | None = None,
-) -> Layout | None:
-    """The layout for a checkpoint of a program, with the degrees that were given; None where the planner cannot tell.
+    device: str = "cuda",
+    size: Size | None = None,
+) -> tuple[Layout, str] | None:
+    """The layout for a checkpoint of a program, with the degrees that were given, and why it was chosen.
 
-    Of several models the first with the checkpoint's number of heads stands for it, at its published size. The machine
-    is asked only where there is a choice; a checkpoint like none of the models (a demo) is not planned.
+    None where the planner cannot tell. Of several models the first with the checkpoint's number of heads that admits
+    the size (None: its published one) stands for it. The machine is asked only where there is a choice; a checkpoint
+    like none of the models (a demo) is not planned. device: cuda or cpu, of the ranks.
     """
-    model = next((m for m in map(get_model, models) if m.heads == heads), None)
-    if ranks == 1 or None not in (cfg, ring, ulysses) or model is None:
+    if ranks == 1 or None not in (cfg, ring, ulysses):
         return None
-    profile = local_profile()
-    if profile is None:
+    alike = [m for m in map(get_model, models) if m.heads == heads]
+    model = next((m for m in alike if size is None or not m.problems(size)), None)
+    known = local_profile(device) if model else None
+    if model is None or known is None:
         return None
-    size = replace(model.default_size, guided=guided)
+    size = replace(size or model.default_size, guided=guided)
     try:
-        return choose_layout(model.name, size, ranks, profile, cfg=cfg, ring=ring, ulysses=ulysses)[0]
+        layout, why = choose_layout(model.name, size, ranks, known[0], cfg=cfg, ring=ring, ulysses=ulysses)
     except ValueError:
         return None
+    return layout, f"{why}; from {known[1]}"
 
 
 def choose_layout(
@@ -224,9 +180,10 @@ def choose_layout(
         why = f"; {fitting[0]}: {reasons[fitting[0]]}" if fitting else ""
         given = ", ".join(f"{name} {want}" for name, want in asked if want)
         raise ValueError(f"no layout of {ranks} ranks has {given or 'these degrees'}{why}")
-    profile = gpu if isinstance(gpu, Profile) else get_profile(gpu) if gpu else local_profile()
+    known = None if gpu else local_profile("cuda")
+    profile = gpu if isinstance(gpu, Profile) else get_profile(gpu) if gpu else known and known[0]
     if profile is None:
-        return min(allowed, key=guidance_first(size.guided)), "by the rule: guidance first, then ring"
+        return min(allowed, key=guidance_first(size.guided)), RULE
     nodes = nodes or -(-ranks // profile.links.gpus_per_node)
     predicted = [predict(model, size, d, profile, "ours", nodes) for d in allowed]
     best = min(predicted, key=lambda p: p.total)

@@ -35,8 +35,9 @@ SHARING = 0.5
 KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
 TEXT_SECONDS = 0.2
 """Tokenizer and launches of the text encoder."""
-GB_RUNTIME = 1.0
-"""CUDA context, NCCL buffers, workspaces."""
+GIB = 2**30
+RUNTIME_GIB = 1.0
+"""CUDA context, NCCL buffers, workspaces: what a GPU must have beside weights and activations."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _ring(work: Pass, r: int, at: Spread, profile: Profile, attention: float) ->
 
 @dataclass(frozen=True)
 class Prediction:
-    """One layout on one machine. Seconds; GB (1e9 bytes) per GPU and stage; bytes that the busiest rank sends."""
+    """One layout on one machine. Seconds; GiB per GPU and stage; bytes that the busiest rank sends."""
 
     layout: Layout
     text: float
@@ -136,7 +137,8 @@ class Prediction:
     other: float
     parts: dict[str, float] = field(repr=False)
     """Seconds end to end by kind, see KINDS."""
-    memory_gb: dict[str, float]
+    memory_gib: dict[str, float]
+    """Weights and activations at the peak of each stage: text, sampling, decode."""
     sent: cost.Sent
     fits: bool
 
@@ -163,9 +165,9 @@ def predict(
     parts = {kind: size.num_steps * seconds.get(kind, 0.0) for kind in KINDS}
     parts["matmul"] += size.num_steps * seconds["elementwise"]
     parts["fixed"] = text + decode + other + size.num_steps * (seconds["overhead"] + seconds["cfg"])
-    memory = memory_gb(model, size, layout, scheme)
+    memory = memory_gib(model, size, layout, scheme)
     sent = cost.sent(model, size, Coordinates(layout, 0)) if scheme == "ours" else reference.sent(model, size, layout)
-    fits = max(memory.values()) <= profile.memory_gb
+    fits = max(memory.values()) + RUNTIME_GIB <= profile.memory_gib
     return Prediction(layout, text, sampling / size.num_steps, sampling, decode, other, parts, memory, sent, fits)
 
 
@@ -236,8 +238,11 @@ def outside_seconds(
     return text, decode * (parallel if scheme == "reference" else 1.0), profile.other_s * parallel
 
 
-def memory_gb(model: Model, size: Size, layout: Layout, scheme: str) -> dict[str, float]:
-    """GB per GPU at the peak of each stage. Reference: all models stay loaded, and text and decode are not shared."""
+def memory_gib(model: Model, size: Size, layout: Layout, scheme: str) -> dict[str, float]:
+    """GiB of weights and activations per GPU at the peak of each stage.
+
+    Reference: all models stay loaded, and text and decode are not shared.
+    """
     batch = 2 if scheme == "reference" and model.published.batched and layout.cfg == 1 and size.guided else 1
     sampling = batch * max(_block_bytes(stack, size, layout) for stack in model.stacks)
     transformer, text = model.parameters * BYTES, model.text.parameters * BYTES
@@ -247,7 +252,7 @@ def memory_gb(model: Model, size: Size, layout: Layout, scheme: str) -> dict[str
     if scheme == "reference":
         loaded = transformer + text + decoder
         stages = {"text": loaded + 0.2e9, "sampling": loaded + sampling, "decode": loaded + frames}
-    return {stage: round(value / 1e9 + GB_RUNTIME, 2) for stage, value in stages.items()}
+    return {stage: round(value / GIB, 2) for stage, value in stages.items()}
 
 
 def _block_bytes(stack: Stack, size: Size, layout: Layout) -> int:

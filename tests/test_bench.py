@@ -40,7 +40,7 @@ def test_layouts_are_measured_with_the_real_program_and_a_second_run_goes_on(tmp
     assert "measured before" in again.output
     both = json.loads(output.read_text())["rows"]
     assert [r["key"]["ulysses"] for r in both] == [1, 2] and both[0] == row
-    assert len(both[1]["peak_gb"]["sampling"]) == 2
+    assert len(both[1]["peak_gib"]["sampling"]) == 2
     with output.with_suffix(".csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["ulysses"] for line in lines] == ["1", "2"] and float(lines[0]["total_s"]) == row["total_s"]
@@ -54,7 +54,7 @@ def a_row(**key) -> dict:
         "total_s": 100.0,
         "spread_s": 1.0,
         "stages_s": {"text": 0.5, "sampling": 64.0, "decode": 4.0},
-        "peak_gb": {"sampling": [22.0] * 6},
+        "peak_gib": {"sampling": [22.0] * 6},
         "repeats": 3,
     }
 
@@ -178,7 +178,7 @@ def test_the_page_is_made_of_the_files_and_never_mixes_columns(tmp_path: Path) -
 
 
 def test_the_committed_page_is_up_to_date() -> None:
-    """Regenerate with `python benchmarks/performance.py` after a calibration."""
+    """Regenerate with `python benchmarks/performance.py --output docs/performance.md` after a calibration."""
     found = [json.loads(path.read_text()) for path in sorted(performance.RESULTS.glob("run-*.json"))]
     calibration = json.loads(performance.CALIBRATION.read_text())
     assert performance.PAGE.read_text(encoding="utf-8") == performance.page(found, calibration)

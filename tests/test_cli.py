@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "visible_gpus", lambda: 0)
+    monkeypatch.setattr("planner.layouts.local_profile", lambda device: None)
     monkeypatch.chdir(tmp_path)
 
 

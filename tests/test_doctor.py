@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from common.parallel import Layout, distributed
-from planner.hardware import get_profile, read_profile
+from planner.hardware import Machine, get_profile, read_profile
+from planner.machine import local_profile
 from xdit_doctor import cli as doctor
+from xdit_doctor import profile as profiles
 from xdit_doctor.links import Job, run
 
 
@@ -32,7 +34,7 @@ def test_a_report_of_two_cpu_ranks_writes_a_profile_the_planner_reads(tmp_path: 
     assert {"machine", "packages", "kernels", "ffmpeg"} <= found.keys()
     profile = read_profile(path)
     assert profile.links.gbs == pytest.approx(found["links"]["pairs"][0]["gbs"])
-    assert get_profile(str(path)).memory_gb == pytest.approx(found["machine"]["memory_gb"] / 2)
+    assert get_profile(str(path)).memory_gib == pytest.approx(found["machine"]["memory_gib"] / 2)
 
 
 def measured(ranks: int) -> dict:
@@ -60,16 +62,19 @@ def eight_ranks(far: float) -> dict:
 
 
 def test_sockets_are_seen_in_the_pairs() -> None:
-    made = doctor.links(eight_ranks(far=2.0))
+    made = profiles.links(eight_ranks(far=2.0), 8)
     assert (made["gbs"], made["across"], made["gpus_per_socket"]) == (20, 0.1, 4)
     assert made["contention"] == pytest.approx((20 / 2.0 - 1) / 5)
-    flat = doctor.links(eight_ranks(far=20.0))
+    flat = profiles.links(eight_ranks(far=20.0), 8)
     assert (flat["across"], flat["gpus_per_socket"]) == (1.0, 8) and flat["ring_gain"] == pytest.approx(1.2)
+
+
+EIGHT = {"device": "cuda", "name": "NVIDIA L40", "count": 8}
 
 
 def findings(**more) -> dict:
     found = {
-        "machine": {"switches": {}, "disk_free_gb": 100.0, "memory_gb": 64.0, "system": "Linux"},
+        "machine": {"switches": {}, "disk_free_gb": 100.0, "memory_gib": 64.0, "system": "Linux"},
         "gpus": [],
         "packages": [],
         "ffmpeg": "ffmpeg version 7",
@@ -80,10 +85,10 @@ def findings(**more) -> dict:
 
 def test_a_known_gpu_keeps_its_calibrated_compute_with_measured_links() -> None:
     gpu = {"name": "NVIDIA L40", "memory.total": "46068"}
-    made = doctor.profile(findings(gpus=[gpu], links=eight_ranks(far=2.0)))
+    made = profiles.profile(findings(gpus=[gpu], links=eight_ranks(far=2.0), identity=EIGHT))
     known = get_profile("l40")
     assert (made["gpu"], made["matmul"], made["tflops"]) == ("l40", known.matmul, known.tflops)
-    assert made["links"]["across"] == 0.1 and made["memory_gb"] == pytest.approx(48.3, abs=0.1)
+    assert made["links"]["across"] == 0.1 and made["memory_gib"] == pytest.approx(45.0, abs=0.1)
 
 
 def test_warnings_name_what_costs_people_their_speed_up() -> None:
@@ -134,3 +139,39 @@ def test_a_gpu_that_is_not_there_is_wrong_use() -> None:
         pytest.skip("there is one")
     result = CliRunner().invoke(doctor.command, ["--device", "cuda"])
     assert result.exit_code == 2 and "no GPU is visible" in result.output
+
+
+def test_a_profile_is_kept_for_machines_like_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    gpu = {"name": "NVIDIA L40", "memory.total": "46068"}
+    whole = findings(gpus=[gpu] * 8, links=eight_ranks(far=2.0), identity=EIGHT)
+    path, _ = profiles.default_path(whole, quick=False)
+    assert path == tmp_path / "xdit-zoo" / "hardware-8x-nvidia-l40.json"
+    profiles.write(whole, path)
+    monkeypatch.setattr("planner.machine.this_machine", lambda device: Machine(**EIGHT))
+    found = local_profile("cuda")
+    assert found is not None and found[0].links.across == 0.1 and str(path) in found[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "quick", "told"),
+    [
+        ({"identity": EIGHT}, True, "--quick"),
+        ({"identity": EIGHT | {"count": 16}}, False, "8 of 16 GPUs"),
+        ({"identity": None}, False, "nvidia-smi"),
+    ],
+)
+def test_a_profile_that_is_none_is_not_kept(more: dict, quick: bool, told: str) -> None:
+    path, why = profiles.default_path(findings(links=eight_ranks(far=2.0), **more), quick)
+    assert path is None and told in why
+
+
+def test_a_profile_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "mine.json")
+    measured = eight_ranks(far=2.0) | {"compute": {"matmul_tflops": 1.0, "copy_gbs": 1.0, "attention_tflops": 1.0}}
+    ready = findings(identity=EIGHT, optional={}, kernels={}, links=measured)
+    ready["machine"] |= {"python": "3", "system": "Linux", "cores": 2}
+    monkeypatch.setattr(doctor, "examine", lambda *_: ready)
+    result = CliRunner().invoke(doctor.command, ["--device", "cpu", "--profile", path])
+    assert result.exit_code == 1 and f"error: the profile cannot be written to {path}" in result.output

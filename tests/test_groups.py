@@ -165,7 +165,7 @@ from common.layout import Layout
 from tests.fake_program import PROGRAM
 rank = int(os.environ["RANK"])
 layouts = (Layout(ring=2), Layout(ulysses=2))
-cli.choose_layout = lambda *_: layouts[rank]
+cli.choose_layout = lambda *_: (layouts[rank], "")
 other = ["--fps", "9"] if rank and "--pause" in sys.argv else []
 sys.exit(program.main(replace(PROGRAM, script=__file__), sys.argv[1:] + other))
 """

@@ -21,7 +21,7 @@ from common.t5 import new_t5
 from common.usp import SequenceParallel
 from common.vae import CausalStream, LocalLink, spans
 from planner import cost
-from planner.model import GB_RUNTIME, memory_gb
+from planner.model import GIB, memory_gib
 from tests.helpers.counting import counting
 
 # Uneven tokens, uneven heads and both; the last rank has least, the first most.
@@ -183,8 +183,8 @@ def test_memory_of_sampling_is_what_a_block_holds(name: str) -> None:
     size = replace(model.default_size, guided=False)
     for layout in (Layout(), Layout(ulysses=2), Layout(ring=2), Layout(ring=2, ulysses=2)):
         held = max(run(model, size, layout, 0).held)
-        expected = memory_gb(model, size, layout, "ours")["sampling"] - GB_RUNTIME - 2 * model.parameters / 1e9
-        assert expected == pytest.approx(held / 1e9, rel=0.4), layout
+        expected = memory_gib(model, size, layout, "ours")["sampling"] * GIB - 2 * model.parameters
+        assert expected == pytest.approx(held, rel=0.4), layout
 
 
 @pytest.mark.parametrize("name", model_names())

@@ -11,11 +11,11 @@ import pickle
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from typing import Any
 import click
 
 from common import launch
-from planner.hardware import get_profile
-from planner.layouts import local_profile_path, recognise
+from planner.machine import this_machine
 from xdit_doctor.links import Job
+from xdit_doctor.profile import default_path, write
 
 TESTED: Mapping[str, tuple[str, str]] = {
     # package: (oldest, newest) it was tested with
@@ -48,13 +48,6 @@ NCCL_SWITCHES = (
     "NCCL_SOCKET_IFNAME",
     "CUDA_VISIBLE_DEVICES",
 )
-COMPUTE = (
-    *("tflops", "hbm_gbs", "memory_gb", "matmul", "attention", "convolution", "elementwise", "half_rows"),
-    *("merge_bytes", "exposed", "layer_overhead_ms"),
-)
-"""What a profile takes from the kind of GPU."""
-SLOW_LINK = 0.7
-"""A pair this much slower than the fastest lies across something: sockets, or switches."""
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -142,7 +135,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "cores": launch.cores(),
-        "memory_gb": round(memory / 1e9, 1),
+        "memory_gib": round(memory / 2**30, 1),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         # Not a setting of ours: shown because NCCL reads them, and a forgotten one has cost people their speed-up.
         "switches": {name: os.environ[name] for name in NCCL_SWITCHES if name in os.environ},
@@ -193,62 +186,13 @@ def measure(device: str, ranks: int, quick: bool) -> dict[str, Any]:
         return json.loads(output.read_text(encoding="utf-8"))
 
 
-def profile(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A hardware profile out of the findings, as `planner.hardware.read_profile` takes it.
-
-    Links are this machine's own. Compute is the calibrated kind's where the GPU is known, else what was measured.
-    """
-    measured, ranks = found["links"], found["links"]["ranks"]
-    name = found["gpus"][0]["name"] if found["gpus"] else f"cpu ({found['machine']['system']})"
-    kind = recognise(name) if found["gpus"] else None
-    made: dict[str, Any] = {"name": "this machine", "gpu": kind or name, "calibrated_on": "xdit-doctor on this machine"}
-    if kind:
-        known = get_profile(kind)
-        made |= {name: getattr(known, name) for name in COMPUTE}
-        if not known.calibrated_on:
-            made["calibrated_on"] = "links: xdit-doctor on this machine; compute: data sheet"
-    else:
-        compute = measured["compute"]
-        tflops = compute["matmul_tflops"]
-        made |= {
-            "tflops": tflops,
-            "hbm_gbs": compute["copy_gbs"],
-            "memory_gb": found["machine"]["memory_gb"] / ranks,
-            "matmul": 0.9,
-            "attention": min(1.0, 0.9 * compute["attention_tflops"] / tflops),
-        }
-    if found["gpus"]:
-        made["memory_gb"] = float(found["gpus"][0]["memory.total"]) * 2**20 / 1e9
-    return made | {"links": links(measured), "measured": measured}
-
-
-def links(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """The planner's link constants from the measured pairs, ring and all-to-all."""
-    pairs, ranks = measured.get("pairs", []), measured["ranks"]
-    if not pairs:
-        return {"kind": "none measured"}
-    fastest = max(pair["gbs"] for pair in pairs)
-    near = [pair["gbs"] for pair in pairs if pair["gbs"] >= SLOW_LINK * fastest]
-    far = [pair["gbs"] for pair in pairs if pair["gbs"] < SLOW_LINK * fastest]
-    gbs = statistics.median(near)
-    together = 1 + max((sum(p["a"] == 0 and p["gbs"] >= SLOW_LINK * fastest for p in pairs)), 0)
-    made: dict[str, Any] = {"kind": "measured", "gbs": gbs, "gpus_per_node": ranks}
-    made["across"] = statistics.median(far) / gbs if far else 1.0
-    made["gpus_per_socket"] = together if far else max(ranks, 1)
-    if ranks > 2:
-        made["ring_gain"] = max(0.2, measured["ring_gbs"] / (gbs * made["across"]))
-    if ranks > 3:
-        slower = gbs / measured["all_to_all_gbs"] - 1
-        made["contention"] = max(0.0, slower) / (ranks - 3)
-    return made
-
-
 def examine(device: str, ranks: int | None, model_dir: Path | None, quick: bool) -> dict[str, Any]:
     """Everything, as plain data."""
     cards = gpus()
     if device == "auto":
         device = "cuda" if launch.visible_gpus() else "cpu"
     count = ranks or (launch.visible_gpus() if device == "cuda" else 2)
+    identity = this_machine(device)
     found: dict[str, Any] = {
         "machine": machine(),
         "gpus": cards if device == "cuda" else [],
@@ -257,6 +201,7 @@ def examine(device: str, ranks: int | None, model_dir: Path | None, quick: bool)
         "kernels": kernels(device),
         "ffmpeg": ffmpeg(),
         "links": measure(device, count, quick),
+        "identity": identity and asdict(identity),
     }
     if device == "cuda":
         import torch
@@ -293,7 +238,7 @@ def show(found: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """The report, line by line."""
     machine_ = found["machine"]
     say(f"system      {machine_['system']}, Python {machine_['python']}, {machine_['cores']} cores")
-    say(f"memory      {machine_['memory_gb']} GB; disk free {machine_['disk_free_gb']} GB")
+    say(f"memory      {machine_['memory_gib']} GiB; disk free {machine_['disk_free_gb']} GB")
     for name, value in machine_["switches"].items():
         say(f"environment {name}={value}")
     if not found["gpus"]:
@@ -371,8 +316,8 @@ def gpu_check(mini: bool, root: Path = ROOT) -> int:
     "--profile",
     "profile_path",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=local_profile_path,
-    help="Where to write the hardware profile for the planner and the programs. [default: in ~/.config/xdit-zoo]",
+    help="Write the hardware profile here. [default: a file in ~/.config/xdit-zoo for machines like this one, by which "
+    "the programs choose layouts]",
 )
 @click.option("--no-profile", is_flag=True, help="Write no profile.")
 @click.option("--quick", is_flag=True, help="Small messages: a functional test, not a measurement.")
@@ -399,27 +344,36 @@ def command(
             raise click.UsageError("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         if ranks and ranks > visible:
             raise click.UsageError(f"--ranks {ranks}: only {visible} GPUs are visible")
-    if profile_path is None and not no_profile:
-        raise click.UsageError(
-            "there is no home directory for the profile; name a file with --profile, or --no-profile"
-        )
     found = examine(device, ranks, model_dir, quick)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         show(found, click.echo)
     healthy = found["links"].get("self_test") == "passed"
-    if healthy and profile_path is not None and not no_profile:
-        made = profile(found)
-        profile_path.parent.mkdir(parents=True, exist_ok=True)
-        profile_path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        click.echo(f"profile     {profile_path} (xdit-plan --gpu {profile_path})", err=as_json)
-    if not healthy or found.get("checkpoint", {}).get("problems"):
+    kept = not healthy or no_profile or _keep(found, profile_path, quick, as_json)
+    if not (healthy and kept) or found.get("checkpoint", {}).get("problems"):
         raise click.exceptions.Exit(1)
 
 
+def _keep(found: Mapping[str, Any], named: Path | None, quick: bool, quiet: bool) -> bool:
+    """Write the profile and say where, or why not; whether nothing went wrong. quiet: only on the error's stream."""
+    path, why = (named, "") if named else default_path(found, quick)
+    if path is None:
+        click.echo(f"profile     not written: {why}; name a file with --profile", err=quiet)
+        return True
+    try:
+        write(found, path)
+    except OSError as error:
+        click.echo(f"error: the profile cannot be written to {path}: {error.strerror or error}", err=True)
+        return False
+    used = "" if named else "; on machines like this one the programs choose layouts by it"
+    click.echo(f"profile     written to {path} (xdit-plan --gpu {path}){used}", err=quiet)
+    return True
+
+
 def main() -> None:
-    """Exit status 0; 1 when the ranks cannot talk or the checkpoint is damaged; 2 for wrong use."""
+    """Exit status 0; 1 when the ranks cannot talk, the checkpoint is damaged or the profile cannot be written; 2 for
+    wrong use."""
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except click.UsageError as error:

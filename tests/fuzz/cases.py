@@ -262,7 +262,7 @@ PROFILE: Mapping[str, Any] = {
     "gpu": "l40",
     "tflops": 181.0,
     "hbm_gbs": 864.0,
-    "memory_gb": 48.0,
+    "memory_gib": 45.0,
     "matmul": 0.6,
     "links": {"kind": "pcie", "gbs": 16.0, "across": 0.8, "gpus_per_socket": 4, "gpus_per_node": 8, "node_gbs": 12.0},
 }

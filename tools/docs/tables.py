@@ -67,18 +67,25 @@ def measured() -> str:
 
 
 def published() -> str:
-    """One GPU and the fastest layout of each of GROUPS, with the layout."""
+    """One GPU and the fastest layout of each of GROUPS, of how many with as many GPUs, and the planner's profile."""
     rows = json.loads(PUBLISHED.read_text())
-    lines = ["| model | GPU | size, frames | seconds of | one GPU | fastest | its GPUs, cfg x ring x ulysses |"]
-    lines.append("|" + "---|" * 7)
+    heads = ("model", "GPU", "size, frames", "seconds of", "one GPU", "fastest", "its GPUs, cfg x ring x ulysses")
+    lines = ["| " + " | ".join((*heads, "fastest of", "`--gpu` of xdit-plan")) + " |"]
+    lines.append("|" + "---|" * (len(heads) + 2))
     for group in GROUPS:
         mine = [row for row in rows if row["group"] == group]
         one = next(row for row in mine if row["n_gpus"] == 1)
         best = min(mine, key=lambda row: row["seconds"])
         layout = f"{best['n_gpus']}, {best['cfg']} x {best['ring']} x {best['ulysses']}"
+        tried = {
+            (row["cfg"], row["ring"], row["ulysses"])
+            for row in mine
+            if (row["model"], row["n_gpus"]) == (best["model"], best["n_gpus"])
+        }
         size = f"{one['resolution']}, {one['frames']}"
         what = one["seconds_kind"].split(" (")[0]
         cells = [one["model"], one["gpu"], size, what, str(one["seconds"]), str(best["seconds"]), layout]
+        cells += [str(len(tried)), f"`{group}`"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,0 +1,82 @@
+"""The machine at hand, and what is known of it: the profile that xdit-doctor wrote here, else its kind of GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+from planner.hardware import Machine, Profile, get_profile, names, read_profile
+
+
+def config_folder() -> Path | None:
+    """Where xdit-doctor keeps profiles; None for a user without a home directory."""
+    if (given := os.environ.get("XDG_CONFIG_HOME", "")).startswith("/"):  # others are to be ignored, says its standard
+        return Path(given) / "xdit-zoo"
+    try:
+        return Path.home() / ".config" / "xdit-zoo"
+    except RuntimeError:
+        return None
+
+
+def profile_path(machine: Machine) -> Path | None:
+    """Where the profile of such a machine lies, such as ~/.config/xdit-zoo/hardware-8x-nvidia-l40.json.
+
+    One file for each kind of machine: a login node and several kinds of nodes often share a home directory.
+    """
+    folder = config_folder()
+    name = re.sub(r"[^a-z0-9]+", "-", f"{machine.count}x {machine.name}".lower()).strip("-")
+    return folder and folder / f"hardware-{name}.json"
+
+
+def this_machine(device: str) -> Machine | None:
+    """What the driver says of all GPUs of this machine, or the system of its processor; None without such a device.
+
+    device: cuda or cpu. torch is not asked, and what CUDA_VISIBLE_DEVICES hides counts: links are the machine's.
+    """
+    if device == "cpu":
+        return Machine("cpu", _processor(), os.cpu_count() or 1)
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    gpus = [line.strip() for line in found.splitlines() if line.strip()]
+    return Machine("cuda", " + ".join(dict.fromkeys(gpus)), len(gpus)) if gpus else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return told or platform.machine() or "CPU"
+
+
+def recognise(gpu: str) -> str | None:
+    """The kind of GPU in a device name such as `NVIDIA A100-SXM4-80GB`; None when the planner has no data on it."""
+    words = gpu.lower().replace("-", " ").replace("rtx", " ").split()
+    return next((kind for kind in sorted(names()[0], key=len, reverse=True) if kind in words), None)
+
+
+def local_profile(device: str) -> tuple[Profile, str] | None:
+    """This machine's profile, and what to call it in a line to print; None where nothing is known.
+
+    A file of xdit-doctor counts only where kind, name and number of its devices are those of this machine.
+    """
+    machine = this_machine(device)
+    if machine is None:
+        return None
+    path = profile_path(machine)
+    if path is not None and os.path.isfile(path):  # False, and no error, where the folder may not be read
+        try:
+            found = read_profile(path)
+        except ValueError:
+            found = None  # an old or damaged file must not stop a run that does not need it
+        if found is not None and found.machine == machine:
+            return found, f"the profile of {machine} in {path}"
+    kind = recognise(machine.name) if device == "cuda" else None
+    return (get_profile(kind), f"the planner's data on {kind}") if kind else None

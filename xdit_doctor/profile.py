@@ -1,0 +1,91 @@
+"""The hardware profile that the planner and the programs choose layouts by, out of what xdit-doctor found."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.layout import MOST_RANKS
+from planner.hardware import Machine, get_profile
+from planner.machine import profile_path, recognise
+
+COMPUTE = (
+    *("tflops", "hbm_gbs", "memory_gib", "matmul", "attention", "convolution", "elementwise", "half_rows"),
+    *("merge_bytes", "exposed", "layer_overhead_ms"),
+)
+"""What a profile takes from the kind of GPU."""
+SLOW_LINK = 0.7
+"""A pair this much slower than the fastest lies across something: sockets, or switches."""
+
+
+def profile(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A hardware profile out of the findings, as `planner.hardware.read_profile` takes it.
+
+    Links are this machine's own. Compute is the calibrated kind's where the GPU is known, else what was measured.
+    """
+    measured, ranks = found["links"], found["links"]["ranks"]
+    name = found["gpus"][0]["name"] if found["gpus"] else f"cpu ({found['machine']['system']})"
+    kind = recognise(name) if found["gpus"] else None
+    made: dict[str, Any] = {"name": "this machine", "gpu": kind or name, "calibrated_on": "xdit-doctor on this machine"}
+    if kind:
+        known = get_profile(kind)
+        made |= {name: getattr(known, name) for name in COMPUTE}
+        if not known.calibrated_on:
+            made["calibrated_on"] = "links: xdit-doctor on this machine; compute: data sheet"
+    else:
+        compute = measured["compute"]
+        tflops = compute["matmul_tflops"]
+        made |= {
+            "tflops": tflops,
+            "hbm_gbs": compute["copy_gbs"],
+            "memory_gib": found["machine"]["memory_gib"] / ranks,
+            "matmul": 0.9,
+            "attention": min(1.0, 0.9 * compute["attention_tflops"] / tflops),
+        }
+    if found["gpus"]:
+        made["memory_gib"] = float(found["gpus"][0]["memory.total"]) / 2**10
+    per_node = ranks if found["gpus"] else MOST_RANKS
+    return made | {"machine": found["identity"], "links": links(measured, per_node), "measured": measured}
+
+
+def links(measured: Mapping[str, Any], per_node: int) -> dict[str, Any]:
+    """The planner's link constants from the measured pairs, ring and all-to-all. per_node: ranks a machine takes."""
+    pairs, ranks = measured.get("pairs", []), measured["ranks"]
+    if not pairs:
+        return {"kind": "none measured", "gpus_per_node": per_node}
+    fastest = max(pair["gbs"] for pair in pairs)
+    near = [pair["gbs"] for pair in pairs if pair["gbs"] >= SLOW_LINK * fastest]
+    far = [pair["gbs"] for pair in pairs if pair["gbs"] < SLOW_LINK * fastest]
+    gbs = statistics.median(near)
+    together = 1 + max((sum(p["a"] == 0 and p["gbs"] >= SLOW_LINK * fastest for p in pairs)), 0)
+    made: dict[str, Any] = {"kind": "links", "source": "measured", "gbs": gbs, "gpus_per_node": per_node}
+    made["across"] = statistics.median(far) / gbs if far else 1.0
+    made["gpus_per_socket"] = together if far else max(ranks, 1)
+    if ranks > 2:
+        made["ring_gain"] = max(0.2, measured["ring_gbs"] / (gbs * made["across"]))
+    if ranks > 3:
+        slower = gbs / measured["all_to_all_gbs"] - 1
+        made["contention"] = max(0.0, slower) / (ranks - 3)
+    return made
+
+
+def default_path(found: Mapping[str, Any], quick: bool) -> tuple[Path | None, str]:
+    """Where the findings' profile goes when no file was named, or None and why it is not kept."""
+    identity, ranks = found["identity"], found["links"]["ranks"]
+    if quick:
+        return None, "--quick measures too little for one"
+    if identity is None:
+        return None, "nvidia-smi names no GPU, so it would not be known again"
+    machine = Machine(**identity)
+    if machine.device == "cuda" and machine.count != ranks:
+        return None, f"{ranks} of {machine.count} GPUs were measured"
+    return profile_path(machine), "there is no home directory"
+
+
+def write(found: Mapping[str, Any], path: Path) -> None:
+    """Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(profile(found), indent=1) + "\n", encoding="utf-8")
