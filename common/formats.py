@@ -1,21 +1,26 @@
-"""What a name's suffix stands for: the formats that frames are written in, what each allows, and its writer."""
+"""What a name's suffix stands for: the formats that frames are written in, what each allows, and its writer.
+
+The checks are for the door and load nothing; numpy, PIL and ffmpeg come with the first writer.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import shown
-from common.video import Audio, VideoFile
-from common.writers import ArrayFile, FrameFolder, FrameWriter, PictureFile
+from common.files import folder_problem, shown, writing_problem
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from common.video import Audio
+    from common.writers import FrameWriter
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Format:
 
 FOLDER = ""
 """The suffix of a name without one: a folder of PNGs."""
+FRAME_NAME, FRAME_NAMES = "frame-{:06d}.png", re.compile(r"frame-\d{6,}\.png")
 _LOSSLESS, _LOSSY = range(1), range(0)
 FORMATS = {
     ".mp4": Format(range(52), 16384, sound=True),
@@ -97,6 +103,14 @@ def output_problem(
     return None
 
 
+def destination_problem(path: str | Path) -> str | None:
+    """Why nothing can be written at a name of a known suffix; None when it can. Leaves nothing behind.
+
+    A folder of frames may be replaced, and a file; a folder that holds something else may not.
+    """
+    return folder_problem(Path(path), FRAME_NAMES) if suffix_of(path) == FOLDER else writing_problem(Path(path))
+
+
 def _qualities(format: Format) -> str:
     if len(format.crf) > 1:
         return f"takes 0 (without loss) to {format.crf[-1]} (smallest)"
@@ -118,6 +132,9 @@ def open_writer(
     """
     if problem := output_problem(path, fps=fps, crf=crf, sound=audio is not None):
         raise ValueError(problem)
+    from common.video import VideoFile
+    from common.writers import ArrayFile, FrameFolder, PictureFile
+
     suffix = suffix_of(path)
     if suffix == FOLDER:
         return FrameFolder(path, title, comment)

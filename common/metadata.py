@@ -50,7 +50,7 @@ def exif(title: str, comment: str) -> bytes:
         text = truncated(comment, MAX_COMMENT_BYTES if plain else MAX_COMMENT_BYTES // 2)
         # UserComment names its encoding in 8 bytes; UTF-16 is in the byte order of the whole, here little endian.
         coded = b"ASCII\0\0\0" + text.encode() if plain else b"UNICODE\0" + text.encode("utf-16-le")
-        made.get_ifd(EXIF_IFD)[USER_COMMENT] = coded
+        made[EXIF_IFD] = {USER_COMMENT: coded}
     return made.tobytes().removeprefix(b"Exif\0\0") if title or comment else b""
 
 

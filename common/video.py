@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import Partial, WriteError, absence, as_argument, shown
+from common.files import Partial, WriteError, absence, as_argument, reason, shown
 from common.metadata import exif, truncated, with_gif_comment, with_webp_exif
 from common.pictures import MAX_PIXELS, QUALITY, one_line
 from common.pictures import as_rgb as as_rgb
@@ -96,7 +96,7 @@ CONTAINERS = {
 """By suffix. Any other is written as mp4."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Audio:
     """Sound beside frames. samples: (channels, n) floats in [-1, 1], one or two channels; rate: samples a second.
 
@@ -221,7 +221,10 @@ class VideoFile(FrameWriter):
         # Put in here, since ffmpeg-python takes no path with bytes outside UTF-8. A path has the locale's bytes.
         names = {name: b"file:" + os.fsencode(path) for name, path in (*inputs.items(), (OUTPUT, self.partial.name))}
         command = [names.get(word) or as_argument(word) for word in command]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log)
+        try:
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log)
+        except OSError as error:
+            raise WriteError(f"cannot start {shown(os.fsdecode(command[0]))}: {reason(error)}") from None
 
     def _send(self, data: np.ndarray) -> None:
         assert self.process is not None and self.process.stdin is not None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -15,13 +14,12 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from common.files import Partial, PartialFolder, WriteError, resolved, shown, write_file, writing
+from common.formats import FRAME_NAME, FRAME_NAMES
 from common.pictures import encode_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FRAME_NAME = "frame-{:06d}.png"
-FRAME_NAMES = re.compile(r"frame-\d{6,}\.png")
 NPY_HEADER_BYTES = 128
 Self = TypeVar("Self", bound="FrameWriter")
 

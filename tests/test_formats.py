@@ -14,11 +14,20 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from common.files import PartialFolder, folder_problem, remove_partial
-from common.formats import FORMATS, open_writer, output_problem, suffix_of, write_frames
+from common.files import PartialFolder, remove_partial
+from common.formats import (
+    FORMATS,
+    FRAME_NAMES,
+    destination_problem,
+    open_writer,
+    output_problem,
+    suffix_of,
+    write_frames,
+)
+from common.metadata import with_webp_exif
 from common.pictures import read_image, write_picture
 from common.video import Audio, VideoFile, _ffmpeg, read_video
-from common.writers import FRAME_NAMES, FrameFolder
+from common.writers import FrameFolder
 
 TITLE, COMMENT = "a lemon; 50% =\nKreis \u2013 龙", json.dumps({"seed": 7, "prompt": "é"}, ensure_ascii=False)
 NAMES = ["x.mp4", "x.webm", "x.gif", "x.webp", "x.npy", "x.safetensors", "x"]
@@ -100,6 +109,24 @@ def test_one_frame_of_webp_is_a_still_and_several_an_animation(tmp_path):
         assert np.array_equal(read(path), noise(count)) == (lossless == 0)
 
 
+def test_a_gif_lasts_as_long_as_it_should(tmp_path):
+    write_frames(tmp_path / "x.gif", noise(30, 8, 8), 30)  # a frame is 1/30 s, which gif has not
+    durations = []
+    with Image.open(tmp_path / "x.gif") as image:
+        assert image.info["loop"] == 0
+        for i in range(image.n_frames):
+            image.seek(i)
+            durations.append(image.info["duration"])
+    assert len(durations) == 30 and 980 <= sum(durations) <= 1020 and set(durations) == {30, 40}
+
+
+def test_an_ffmpeg_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.video._ffmpeg", lambda: "/no/such/ffmpeg")
+    with pytest.raises(OSError, match="cannot start /no/such/ffmpeg: no such file"):
+        write_frames(tmp_path / "x.mp4", ramp(1), 8)
+    assert os.listdir(tmp_path) == []
+
+
 def test_equal_frames_of_webp_become_one_that_lasts_longer(tmp_path):
     path = tmp_path / "x.webp"
     for crf in (None, 0):
@@ -140,6 +167,15 @@ def test_settings_are_inside(tmp_path, name):
         assert inside(tmp_path / name) == (TITLE, comment)
 
 
+def test_headers_are_aligned(tmp_path):
+    write_frames(tmp_path / "x.webp", ramp(2), 8)
+    for i in range(4):
+        content = with_webp_exif((tmp_path / "x.webp").read_bytes(), bytes(i))
+        assert len(content) == 8 + int.from_bytes(content[4:8], "little") and len(content) % 2 == 0
+        write_frames(tmp_path / "x.safetensors", ramp(2), 8, "t" * i, "c")
+        assert int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little") % 8 == 0
+
+
 @pytest.mark.parametrize("name", ["x.mp4", "x.webm"])
 def test_settings_are_inside_of_videos(tmp_path, name):
     for more in ({}, {"crf": 0}, {"audio": Audio(np.zeros((1, 8000)), 8000)}):
@@ -150,7 +186,7 @@ def test_settings_are_inside_of_videos(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "x.webp", "x.png", "x.jpg"])
 def test_settings_without_end_are_cut(tmp_path, name):
-    write_frames(tmp_path / name, ramp(1), 8, "龙" * 90_000, "é" * 90_000)
+    write_frames(tmp_path / name, ramp(1), 8, "龙" * 90_000, "é" + "e" * 90_000)
     assert len(read(tmp_path / name)) == 1
     write_frames(tmp_path / name, ramp(1), 8, "\0\udce9", "\0\udce9")
     assert len(read(tmp_path / name)) == 1
@@ -313,7 +349,9 @@ def test_a_folder_of_frames(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o777 & ~mask
     write_frames(f"{path}/", noise(2, 4, 4), 8)  # no frame of the longer one stays
     assert len(os.listdir(path)) == 2 and os.listdir(tmp_path) == ["v1.0"]
-    assert folder_problem(path, FRAME_NAMES) is None and folder_problem(tmp_path / "new", FRAME_NAMES) is None
+    for fine in (f"{path}/", tmp_path / "new", tmp_path / "new.mp4"):
+        assert destination_problem(fine) is None
+    assert os.listdir(tmp_path) == ["v1.0"]
     (tmp_path / "link").symlink_to(path)
     write_frames(tmp_path / "link", noise(3, 4, 4), 8)
     assert (tmp_path / "link").is_symlink() and len(os.listdir(path)) == 3
@@ -323,12 +361,12 @@ def test_a_folder_with_something_else_in_it_is_kept(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").touch()
     (tmp_path / "file").touch()
-    assert "holds thesis.txt" in str(folder_problem(tmp_path / "x", FRAME_NAMES))
+    assert "holds thesis.txt" in str(destination_problem(tmp_path / "x"))
     with pytest.raises(OSError, match=r"cannot write .*x: the folder holds thesis\.txt"):
         write_frames(tmp_path / "x", noise(2, 4, 4), 8)
     with pytest.raises(OSError, match=r"cannot write .*file: a file has this name"):
         write_frames(tmp_path / "file", noise(2, 4, 4), 8)
-    assert "does not exist" in str(folder_problem(tmp_path / "none" / "x", FRAME_NAMES))
+    assert "does not exist" in str(destination_problem(tmp_path / "none" / "x"))
     assert sorted(os.listdir(tmp_path)) == ["file", "x"] and os.listdir(tmp_path / "x") == ["thesis.txt"]
 
 
