@@ -5,7 +5,7 @@
     python benchmarks/calibrate.py --measured outputs/bench/mochi-cuda.json --gpu h200 --output mine.json
 
 The last one fits a machine's own constants, starting from a known profile; `xdit-plan --gpu mine.json` takes them.
-Needs scipy: pip install 'xdit-zoo[plot]'.
+Needs scipy, of the extra `plot`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if __package__ in (None, ""):
 
 import click
 
+from benchmarks import door
 from benchmarks.fitting import (
     EVERYONE,
     LINKS,
@@ -340,7 +341,7 @@ def own_profile(path: Path, gpu: str, output: Path) -> None:
         data = json.loads(path.read_text(encoding="utf-8"))
         base = get_profile(gpu)
         observations = observe_measured(data["rows"], base)
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
         raise ValueError(f"{path} is no results file of benchmarks/run.py") from None
     problem = Problem(observations)
     found = problem.solve()
@@ -378,15 +379,30 @@ def percent(value: float | None) -> str:
 
 @click.command()
 @click.option(
-    "--write", "data_path", type=click.Path(path_type=Path), help="Write planner/hardware.json with the new constants."
+    "--write",
+    "data_path",
+    type=click.Path(path_type=Path),
+    callback=door.writable,
+    help="Write planner/hardware.json with the new constants here.",
 )
-@click.option("--report", "report_path", type=click.Path(path_type=Path), help="Write errors and constants as JSON.")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path),
+    callback=door.writable,
+    help="Write errors and constants as JSON.",
+)
 @click.option("--quick", is_flag=True, help="No leave-one-out errors (they take minutes).")
 @click.option(
     "--measured", type=click.Path(path_type=Path, exists=True), help="Results of run.py in place of the rows."
 )
 @click.option("--gpu", help="With --measured: the profile to start from.")
-@click.option("--output", type=click.Path(path_type=Path), help="With --measured: the profile to write.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    callback=door.writable,
+    help="With --measured: the profile to write.",
+)
 def main(
     data_path: Path | None,
     report_path: Path | None,

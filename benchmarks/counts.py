@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import door, forks
 from common.layout import Coordinates, Layout, layouts_of
 from common.registry import Model, Size, get_model, model_names
 from planner import reference
@@ -60,8 +61,8 @@ def row(model: Model, size: Size, layout: Layout, alone: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=model_names())
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 6, 8, 12])
+    parser.add_argument("--model", type=forks.named, nargs="+", default=model_names())
+    parser.add_argument("--ranks", type=door.ranks, nargs="+", default=[4, 6, 8, 12])
     args = parser.parse_args()
     for name in args.model:
         model = get_model(name)

@@ -35,7 +35,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import forks
+from benchmarks import door, forks
 from common.decode import DecodePlan, VideoDecoder, decode_frames, decode_memory, decode_plans
 from common.parallel import Layout, Mesh, distributed
 from common.registry import get_model, model_names
@@ -217,23 +217,43 @@ def start(how: str, ranks: int, options: argparse.Namespace, context: BaseContex
     }
 
 
+def wrong(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the options together; sizes are those of the decoder, of any model."""
+    model = get_model(options.model)
+    found = replace(model.rules, sizes=()).problems(options.width, options.height, options.frames)
+    if not options.count and (problem := door.device_problem(options.device, max(options.ranks))) is not None:
+        found.append(problem)
+    for name in ("decoder", *(["their_decoder"] if options.peer else [])):
+        try:
+            forks.function(model, name)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
-    parser.add_argument("--frames", type=int, default=49)
-    parser.add_argument("--height", type=int, default=96)
-    parser.add_argument("--width", type=int, default=160)
-    parser.add_argument("--narrow", type=int, default=4, help="divide the model's channels; 1 is the real model")
-    parser.add_argument("--chunk", type=int, default=1, help="latent frames at a time, where the model leaves a choice")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
+    parser.add_argument("--frames", type=door.whole(100000), default=49)
+    parser.add_argument("--height", type=door.whole(65536), default=96)
+    parser.add_argument("--width", type=door.whole(65536), default=160)
+    parser.add_argument(
+        "--narrow", type=door.whole(1024), default=4, help="divide the model's channels; 1 is the real model"
+    )
+    parser.add_argument(
+        "--chunk", type=door.whole(100000), default=1, help="latent frames at a time, where the model leaves a choice"
+    )
+    parser.add_argument("--ranks", type=door.ranks, nargs="+", default=[1, 2])
+    parser.add_argument("--repeat", type=door.whole(1000000), default=2)
+    parser.add_argument("--threads", type=door.whole(4096), default=1, help="CPU threads of a rank")
     parser.add_argument("--peer", action="store_true", help="also diffusers' decoder")
     parser.add_argument("--count", action="store_true", help="bytes that are moved and shares of ranks, without data")
-    parser.add_argument("--json", type=Path, help="write the lines here too")
+    parser.add_argument("--json", type=door.new_file, help="write the lines here too")
     options = parser.parse_args()
+    if problems := wrong(options):
+        parser.error("; ".join(problems))
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
 
     if options.count:

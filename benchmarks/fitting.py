@@ -161,12 +161,16 @@ def observe_measured(rows_: Sequence[Mapping[str, Any]], base: Profile) -> list[
             continue
         model, layout = get_model(key["model"]), Layout(key["cfg"], key["ring"], key["ulysses"])
         size = Size(key["width"], key["height"], key["num_frames"], key["num_steps"], key["guided"])
+        if problems := model.problems(size):
+            raise ValueError(f"the results hold a row of an impossible size: {'; '.join(problems)}")
         at = spread(layout, base.links, -(-layout.ranks // base.links.gpus_per_node))
         names = [n for n in OWN if layout.sequence > 1 or n not in ("layer_overhead_ms", *LINKS)]
         keys = {name: (name, "own") for name in names}
         work = workload(model, size, layout, "ours")
         for kind in ("sampling", "decode"):
             seconds = row["stages_s"].get(kind)
+            if seconds and not 0 < seconds < math.inf:
+                raise ValueError(f"the results hold a row of {seconds} seconds")
             if seconds:
                 what = (None, model, size, layout, "ours", kind, seconds, RELATIVE_NOISE)
                 found.append(Observation(*what, keys, base, work, at, around))

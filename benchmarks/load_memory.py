@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import forks
+from benchmarks import door, forks
 from common.registry import get_model, model_names
 
 GB = 10**9
@@ -86,9 +86,9 @@ def measure(model: str, folder: Path, ranks: int, dtype: str) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=forks.named, default=model_names()[0])
-    parser.add_argument("--gigabytes", type=float, default=1.2)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--gigabytes", type=door.amount(1000), default=1.2)
+    parser.add_argument("--ranks", type=door.ranks, nargs="+", default=[1, 4])
+    parser.add_argument("--json", type=door.new_file, help="write the figures there too")
     args = parser.parse_args()
     table = []
     with tempfile.TemporaryDirectory() as place:

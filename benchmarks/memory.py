@@ -3,8 +3,8 @@
     python benchmarks/memory.py                     # a model of each fork at its published size
     python benchmarks/memory.py --gpus 8 --model mochi
 
-Counted without weights or GPUs by `common.estimate`, in bf16; GB are 1e9 bytes. Not counted: the CUDA context (about
-0.5 GB), NCCL's buffers and the allocator's rounding. One command's own figures: `mochi-xdit --dry-run`.
+Counted without weights or GPUs by `common.estimate`, in bf16, in GiB. Not counted: the CUDA context (about half a
+GiB), NCCL's buffers and the allocator's rounding. One command's own figures: `mochi-xdit --dry-run`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import click
 from common.choice import GIB, Room, candidates, choose_placement
 from common.dry_run import official_workload
 from common.estimate import Estimator, Precision, imagined
-from common.parallel import Layout
+from common.layout import MOST_RANKS, Layout
 from common.placement import Placement
 from common.registry import Model, forks, model_names
 from planner import choose_layout, get_model
@@ -39,7 +39,9 @@ def rows(model: Model, gpus: int, float8: bool) -> tuple[Layout, Estimator]:
 
 @click.command()
 @click.option("--model", "models", type=click.Choice(model_names()), multiple=True, help="Default: one of each fork.")
-@click.option("--gpus", "counts", type=int, multiple=True, default=(1, 2, 4, 8), show_default=True)
+@click.option(
+    "--gpus", "counts", type=click.IntRange(1, MOST_RANKS), multiple=True, default=(1, 2, 4, 8), show_default=True
+)
 @click.option("--fp8", is_flag=True, help="Matmul weights of the blocks in float8.")
 def main(models: tuple[str, ...], counts: tuple[int, ...], fp8: bool) -> None:
     """Print two markdown tables: memory by placement, and what is chosen on cards of several sizes."""
@@ -65,10 +67,10 @@ def _line(name: str, gpus: int, layout: Layout, counted: Estimator, placement: P
     stages = estimate.stages
     text, sampling, decode = (stages[stage] for stage in ("text", "sampling", "decode"))
     degrees = f"{layout.cfg} x {layout.ring} x {layout.ulysses}"
-    cells = f"{sampling.weights / 1e9:.2f} + {sampling.activations / 1e9:.2f}"
-    host = f"{estimate.host / 1e9:.1f}" if estimate.host else ""
+    cells = f"{sampling.weights / GIB:.2f} + {sampling.activations / GIB:.2f}"
+    host = f"{estimate.host / GIB:.1f}" if estimate.host else ""
     said = placement.offload + (", sharded" if placement.shard else "")
-    totals = f"{text.total / 1e9:.2f} | {cells} | {decode.total / 1e9:.2f}"
+    totals = f"{text.total / GIB:.2f} | {cells} | {decode.total / GIB:.2f}"
     print(f"| {name} | {gpus} | {degrees} | {said} | {totals} | {host} |")
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
+from benchmarks import door
 from benchmarks.step import DTYPES, Timer
 from common.parallel import Layout, Mesh, distributed
 from common.usp import SequenceParallel
@@ -28,16 +29,26 @@ from common.usp import SequenceParallel
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--width", type=int, default=128, help="of a head")
-    parser.add_argument("--ring", type=int, default=1)
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=door.whole(10**7), default=4000)
+    parser.add_argument("--heads", type=door.whole(1024), default=24)
+    parser.add_argument("--width", type=door.whole(1024), default=128, help="of a head")
+    parser.add_argument("--ring", type=door.ranks, default=1)
+    parser.add_argument("--groups", type=door.whole(1024), nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=door.whole(10**6), default=7)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
-    return parser.parse_args()
+    parser.add_argument("--output", type=door.new_file, help="also write the figures here, as JSON")
+    args = parser.parse_args()
+    args.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    problem = door.device_problem(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ulysses, rest = divmod(args.ranks, args.ring)
+    if rest:
+        problem = f"{args.ranks} ranks (of torchrun) do not divide by --ring {args.ring}"
+    elif ulysses > args.heads:
+        problem = f"{ulysses} ulysses ranks are more than --heads {args.heads}; the rest can go to --ring"
+    if problem is not None:
+        parser.error(problem)
+    return args
 
 
 @torch.no_grad()
@@ -60,15 +71,14 @@ def measure(args: argparse.Namespace, mesh: Mesh) -> dict[int, dict[str, float]]
 
 def main() -> None:
     args = parse()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    with distributed(Layout(ring=args.ring, ulysses=ranks // args.ring), args.device) as mesh:
+    with distributed(Layout(ring=args.ring, ulysses=args.ranks // args.ring), args.device) as mesh:
         found = measure(args, mesh)
         if not mesh.is_main:
             return
         for groups, times in found.items():
             print(f"{groups:3d} groups: median {times['median']:.4f} s, least {times['least']:.4f} s")
         if args.output is not None:
-            options = {name: value for name, value in vars(args).items() if name != "output"} | {"ranks": ranks}
+            options = {name: value for name, value in vars(args).items() if name != "output"}
             medians = {groups: times["median"] for groups, times in found.items()}
             about = {"options": options, "seconds": medians, "torch": torch.__version__, "date": time.strftime("%F")}
             args.output.write_text(json.dumps(about, indent=1) + "\n")

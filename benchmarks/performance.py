@@ -20,6 +20,7 @@ if __package__ in (None, ""):
 
 import click
 
+from benchmarks import door
 from benchmarks.plots import profile_of, seconds_of
 from benchmarks.published import HERE, Row, excluded, rows, shown
 from common.registry import fork_of, get_model, model_names
@@ -249,13 +250,15 @@ def unexplained(calibration: dict[str, Any]) -> list[str]:
 
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path, exists=True), multiple=True, help="Files of run.py.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="The page. Default: print it.")
+@click.option("--output", type=click.Path(path_type=Path), callback=door.writable, help="The page. Default: print it.")
 def main(results: tuple[Path, ...], output: Path | None) -> None:
     """Make docs/performance.md. Without --results, of all benchmarks/results/run-*.json."""
     paths = results or tuple(sorted(RESULTS.glob("run-*.json")))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     calibration = json.loads(CALIBRATION.read_text(encoding="utf-8"))
-    made = page(found, calibration)
+    try:
+        made = page([json.loads(path.read_text(encoding="utf-8")) for path in paths], calibration)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise click.UsageError(f"one of {', '.join(map(str, paths))} is no results file of run.py: {error}") from None
     if output is None:
         click.echo(made, nl=False)
     else:

@@ -1,6 +1,6 @@
 """Memory of a transformer's weights by where they are kept: `--offload`, `--shard-weights`, float8.
 
-    python benchmarks/placement.py --depth 6 --json benchmarks/results/placement.json
+    python benchmarks/placement.py --depth 6 --json placement.json
 
 A transformer of the true width and `--depth` blocks (6 of Mochi's: 2.7 GB in bf16), zeros in a sparse file since
 values do not matter, predicts once for 160 tokens in a fresh process for each row. Figures: the process's peak resident
@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import forks
+from benchmarks import door, forks
 from common.blocks import FromShares
+from common.choice import GIB
 from common.parallel import Layout, distributed
 from common.placement import Placement, resident_bytes
 from common.registry import get_model, model_names
@@ -89,8 +90,8 @@ def measure(name: str, folder: Path, place: tuple[Any, ...]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=forks.named, default=model_names()[0])
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--depth", type=door.whole(1024), default=6)
+    parser.add_argument("--json", type=door.new_file, help="write the figures there too")
     arguments = parser.parse_args()
     write = forks.function(get_model(arguments.model), "write_blocks")
     table = []
@@ -99,14 +100,15 @@ def main() -> None:
         block = 2 * sum(p.numel() for p in meta.blocks[0].parameters())
         total = 2 * sum(p.numel() for p in meta.parameters())
         print(
-            f"{total / 1e9:.2f} GB in bf16, {arguments.depth} blocks of {block / 1e6:.0f} MB; GB above an empty process"
+            f"{total / GIB:.2f} GiB in bf16, {arguments.depth} blocks of {block / 2**20:.0f} MiB; "
+            "GiB above an empty process"
         )
         print("ranks  offload  sharded  float8    peak  in blocks  held  gathered")
         for place in ROWS:
             row = measure(arguments.model, Path(folder), place)
             table.append(dict(zip(("ranks", "offload", "shard", "float8"), place)) | row)
-            figures = f"{row['peak'] / 1e9:6.2f}  {row['peak'] / block:9.2f}  {row['held'] / 1e9:4.2f}"
-            figures += f"  {row['gathered'] / 1e9:8.2f}"
+            figures = f"{row['peak'] / GIB:6.2f}  {row['peak'] / block:9.2f}  {row['held'] / GIB:4.2f}"
+            figures += f"  {row['gathered'] / GIB:8.2f}"
             print(f"{place[0]:5}  {place[1]:7}  {place[2]!s:7}  {place[3]!s:6}  {figures}", flush=True)
     if arguments.json:
         about = {"block": block, "total": total, "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}

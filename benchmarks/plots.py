@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md: python benchmarks/plots.py. Needs matplotlib: pip install 'xdit-zoo[plot]'."""
+"""The figures of docs/performance.md: python benchmarks/plots.py --output docs/img. Needs matplotlib, extra `plot`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from planner.hardware import get_profile
 from planner.layouts import plan
 from planner.model import Prediction, predict
 
-IMAGES = Path(__file__).parents[1] / "docs" / "img"
 PUBLISHED, REFERENCE, OURS, MEASURED = "#444444", "#d97706", "#2563eb", "#059669"
 PARTS = {
     "matmul": "#2563eb",
@@ -189,7 +188,13 @@ FIGURES = {
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=IMAGES, help="Folder of the images.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("outputs") / "figures",
+    show_default=True,
+    help="Folder of the images.",
+)
 @click.option("--results", type=click.Path(path_type=Path, exists=True), multiple=True, help="Files of run.py.")
 def main(output: Path, results: tuple[Path, ...]) -> None:
     """Draw all figures."""

@@ -5,7 +5,8 @@
     python benchmarks/run.py --model cogvideox-5b --layouts 1x1x1,2x2x1,2x1x2 --peers diffusers
 
 Layouts are written cfg x ring x ulysses. Without --model-dir, random weights of the true sizes are used: latency does
-not depend on the values. Results go to a json and a csv, row by row; a run that was interrupted goes on where it was.
+not depend on the values. Without a GPU the demo checkpoint stands in, and nothing is comparable. Results go to a json
+and a csv, row by row; a run that was interrupted goes on where it was.
 A json that is put into benchmarks/results/ as run-NAME.json enters docs/performance.md.
 """
 
@@ -31,13 +32,15 @@ if __package__ in (None, ""):
 
 import click
 
+from benchmarks import door
 from benchmarks.published import Row, rows
 from benchmarks.worker import PROGRAMS, Job
 from common import launch
-from common.checks import xfuser_problems
-from common.layout import Layout, layouts_of
+from common.attention import KERNELS
+from common.checks import kernel_problems, xfuser_problems
+from common.layout import MOST_RANKS, Layout, layouts_of
 from common.registry import Model, Size, fork_of, get_model, model_names
-from planner.layouts import refusal
+from planner.layouts import MOST_FRAMES, MOST_PIXELS, MOST_STEPS, refusal
 
 RESULTS = Path("outputs") / "bench"
 VERSIONS = ("torch", "diffusers", "transformers", "numpy")
@@ -211,19 +214,28 @@ def show(measured: Sequence[dict[str, Any]], table: str | None) -> None:
 @click.option("--demo", is_flag=True, help="The small demo checkpoint: tests the harness, measures nothing.")
 @click.option("--table", help="A published table: its model, size and layouts.")
 @click.option("--layouts", default="all", show_default=True, help="all, or cfg x ring x ulysses: 1x1x1,2x3x1")
-@click.option("--width", type=int)
-@click.option("--height", type=int)
-@click.option("--num-frames", type=int)
-@click.option("--num-steps", type=int)
-@click.option("--gpus", type=int, help="Use at most so many. Default: all; on CPUs two ranks.")
+@click.option("--width", type=click.IntRange(1, MOST_PIXELS))
+@click.option("--height", type=click.IntRange(1, MOST_PIXELS))
+@click.option("--num-frames", type=click.IntRange(1, MOST_FRAMES))
+@click.option("--num-steps", type=click.IntRange(1, MOST_STEPS))
+@click.option("--gpus", type=click.IntRange(1, MOST_RANKS), help="At most so many. Default: all; on CPUs two ranks.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Default: bf16 on a GPU, fp32 on a CPU.")
-@click.option("--attention", default="auto", show_default=True, help="Attention kernel of our program.")
+@click.option(
+    "--attention",
+    type=click.Choice(KERNELS),
+    default="auto",
+    show_default=True,
+    help="Kernel of our program.",
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--warmup-steps", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--peers", default="", help="Comma-separated: diffusers, diffusers-compiled (one GPU), xfuser.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Results json. Default: outputs/bench/MODEL-DEVICE.json"
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=door.writable,
+    help="Results json. Default: outputs/bench/MODEL-DEVICE.json",
 )
 def command(**options: Any) -> None:
     """Measure layouts with warm-up, repeats and medians, end to end and per stage, beside the published rows."""
@@ -232,6 +244,7 @@ def command(**options: Any) -> None:
         results = Results(path)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    click.echo(remark(jobs[0]), err=True)
     for job in jobs:
         key = key_of(job)
         if results.has(key):
@@ -241,9 +254,21 @@ def command(**options: Any) -> None:
         results.add({"key": key, **measure(job), "date": datetime.date.today().isoformat()})
     wanted = [key_of(job) for job in jobs]
     show([row for row in results.data["rows"] if row["key"] in wanted], table)
+    click.echo(remark(jobs[0]))
     click.echo(f"written: {path} and {path.with_suffix('.csv')}", err=True)
     if any("error" in row for row in results.data["rows"] if row["key"] in wanted):
         raise click.exceptions.Exit(1)
+
+
+def remark(job: Job) -> str:
+    """What the seconds can be compared with."""
+    if job.demo:
+        return "the demo checkpoint at its own size: a test of the harness, comparable with no published row"
+    if job.device == "cpu":
+        return "on a CPU: comparable with no published row"
+    if job.hollow:
+        return "random weights of the true sizes: seconds compare with published rows, videos show nothing"
+    return "seconds compare with published rows of the same size, layout and GPU"
 
 
 def key_of(job: Job) -> dict[str, Any]:
@@ -271,19 +296,32 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
         raise ValueError("--device cuda: no GPU is visible; use --device cpu")
     gpus = options["gpus"] or (visible if device == "cuda" else 2)
     demo = options["demo"] or (device == "cpu" and options["model_dir"] is None)
+    if table and demo and not options["demo"]:
+        raise ValueError(
+            f"--table {options['table']} was published for GPUs, and without a GPU or weights nothing would be "
+            "comparable; name weights with --model-dir, or say --demo to try the harness"
+        )
+    if device == "cuda" and gpus > visible:
+        raise ValueError(f"--gpus {gpus}: {visible} GPUs are visible")
     size = _size(options, model, table, demo)
-    problems = [] if demo or table else model.problems(size)
-    if problems:
+    if problems := replace(model.rules, sizes=() if demo else model.rules.sizes).problems(
+        size.width, size.height, size.num_frames
+    ):
         raise ValueError("\n".join(problems))
     if table:
         layouts = list(dict.fromkeys(r.layout for r in table if r.model == model and r.layout.ranks <= gpus))
+        if not layouts:
+            raise ValueError(f"--table {options['table']}: no layout of {model.name} has {gpus} GPUs or fewer")
     else:
         layouts = parse_layouts(options["layouts"], model, size, gpus)
+    if problems := kernel_problems(options["attention"], device, options["dtype"] or "bf16"):
+        raise ValueError("\n".join(problems))
     folder = demo_folder(model) if demo else options["model_dir"] or _hollow(model)
     base = Job(
         model=model.name,
         model_dir=folder,
         hollow=not demo and options["model_dir"] is None,
+        demo=demo,
         layout=Layout(),
         size=size,
         device=device,
@@ -300,6 +338,8 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
     jobs = [replace(base, layout=d) for d in layouts]
     for name in peers:
         jobs += _xfuser(base, model, layouts) if name == "xfuser" else [replace(base, program=name)]
+    if options["output"] is not None and options["output"].suffix != ".json":
+        raise ValueError(f"--output {options['output']} must end in .json; a csv is written beside it")
     path = options["output"] or RESULTS / f"{model.name}{'-demo' if demo else ''}-{device}.json"
     return jobs, options["table"], path
 

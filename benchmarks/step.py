@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks import forks
+from benchmarks import door, forks
 from benchmarks.step_models import Case, Model
 from common.compile import Compile
 from common.guidance import Guidance
@@ -52,22 +53,51 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--ring", type=int, default=1)
-    parser.add_argument("--cfg", type=int, default=1)
-    parser.add_argument("--overlap-groups", type=int, default=1)
+    parser.add_argument("--ranks", type=door.ranks, default=1)
+    parser.add_argument("--ring", type=door.ranks, default=1)
+    parser.add_argument("--cfg", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--overlap-groups", type=door.whole(1024), default=1)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 4000, 8000])
-    parser.add_argument("--words", type=int, default=256, help="text tokens of a prompt, for models that drop padding")
-    parser.add_argument("--heads", type=int, default=12, help="of the model's own")
-    parser.add_argument("--depth", type=int, default=2, help="blocks")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=door.whole(10**7), nargs="+", default=[2000, 4000, 8000])
+    parser.add_argument(
+        "--words",
+        type=door.whole(256, least=0),
+        default=256,
+        help="text tokens of a prompt, for models that drop padding",
+    )
+    parser.add_argument("--heads", type=door.whole(1024), default=12, help="of the model's own")
+    parser.add_argument("--depth", type=door.whole(1024), default=2, help="blocks")
+    parser.add_argument("--rounds", type=door.whole(10**6), default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--clock", default="wall", choices=CLOCKS, help="cpu: of all threads of a process, for a busy machine"
     )
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
-    return parser.parse_args()
+    parser.add_argument("--output", type=door.new_file, help="also write the figures here, as JSON")
+    args = parser.parse_args()
+    if (problem := wrong(args)) is not None:
+        parser.error(problem)
+    return args
+
+
+def wrong(args: argparse.Namespace) -> str | None:
+    """What is wrong with the options together."""
+    sequence = args.ranks // args.cfg // args.ring
+    if args.cfg * args.ring * sequence != args.ranks:
+        return f"--ranks {args.ranks} does not divide by --cfg {args.cfg} x --ring {args.ring}"
+    if sequence > args.heads:
+        return f"{sequence} ulysses ranks are more than --heads {args.heads}; the rest can go to --ring"
+    if len(set(args.sides)) < len(args.sides):
+        return "--sides names a side twice"
+    if "cache-dit" in args.sides and find_spec("cache_dit") is None:
+        return "--sides cache-dit needs the package: pip install cache-dit"
+    if "RANK" not in os.environ and (problem := door.device_problem(args.device, args.ranks)) is not None:
+        return problem
+    registered = get_model(args.model)
+    try:
+        forks.function(registered, "step")(registered, args.heads, args.depth, args.words)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class Timer:
@@ -199,10 +229,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = parse()
     registered = get_model(args.model)
-    try:
-        model: Model = forks.function(registered, "step")(registered, args.heads, args.depth, args.words)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    model: Model = forks.function(registered, "step")(registered, args.heads, args.depth, args.words)
     if args.ranks > 1 and "RANK" not in os.environ:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
         with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ PROGRAMS = ("ours", "diffusers", "diffusers-compiled", "xfuser")
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. hollow: the folder holds no weights, draw random ones."""
+    """What to measure. hollow: the folder holds no weights, draw random ones. demo: it is a demo checkpoint."""
 
     model: str
     model_dir: Path
@@ -47,6 +47,7 @@ class Job:
     output: Path
     program: str = "ours"
     timeout: float = 1800.0
+    demo: bool = False
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -83,6 +83,9 @@ def check(arguments: Sequence[str] | None = None, make_parts=all_parts) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        print(f"error: --output {args.output} is a file; name a folder", file=sys.stderr)
+        return 2
     folder = args.output or folder_of(here, parts, bool(again))
     if args.list:
         for part in parts:

@@ -1,0 +1,71 @@
+"""What the benchmarks' command lines check before anything runs: numbers, files and devices.
+
+Wrong use ends with exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from common import launch
+from common.files import writing_problem
+from common.layout import MOST_RANKS
+
+
+def whole(most: int, least: int = 1) -> Callable[[str], int]:
+    """An argparse type: a whole number within these."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {most}")
+        return value
+
+    return read
+
+
+ranks = whole(MOST_RANKS)
+
+
+def amount(most: float) -> Callable[[str], float]:
+    """An argparse type: a number above 0."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to {most:g}")
+        return value
+
+    return read
+
+
+def new_file(text: str) -> Path:
+    """An argparse type: a file that can be written."""
+    if (problem := writing_problem(Path(text))) is not None:
+        raise argparse.ArgumentTypeError(problem)
+    return Path(text)
+
+
+def device_problem(device: str, wanted: int = 1) -> str | None:
+    """Why so many ranks cannot run on cpu or cuda."""
+    if device != "cuda" or (visible := launch.visible_gpus()) >= wanted:
+        return None
+    return f"--device cuda: {wanted} GPUs are wanted and {visible} are visible; use --device cpu, or fewer ranks"
+
+
+def writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """A click callback: a file that can be written."""
+    if path is not None and (problem := writing_problem(path)) is not None:
+        raise click.BadParameter(problem)
+    return path
