@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+HERE = $(abspath $(BIN))
 READY := $(VENV)/.installed
 
 .PHONY: setup demo test test-fast fuzz lint format bench gpu-check clean
@@ -20,7 +21,14 @@ $(READY): pyproject.toml constraints.txt
 
 # A video from a small trained checkpoint: on the GPUs of the machine, else on two CPU ranks.
 demo: setup
-	$(BIN)/mochi-xdit --demo --seed 1 --output demo.mp4
+	@started=$$(date +%s); \
+	$(BIN)/mochi-xdit --demo --seed 1 --output demo.mp4 > /dev/null && \
+	printf '%s\n' "" \
+	    "$(CURDIR)/demo.mp4 was made in $$(($$(date +%s) - started)) s. Next, the first with a prompt of your own:" \
+	    "  $(HERE)/mochi-xdit --demo --output blue.mp4 --prompt 'A small blue square moves to the left.'" \
+	    "  $(HERE)/cogvideox-xdit --demo --output cogvideox.mp4" \
+	    "  $(HERE)/xdit-doctor" \
+	    "or bring all commands of README.md into this shell:  source $(HERE)/activate"
 
 test: setup
 	$(BIN)/python -m pytest

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from benchmarks.fitting import (
     sheet,
 )
 from benchmarks.published import Row, excluded, group_of, rows
+from common.extras import install
 from planner.hardware import DATA, get_profile
 
 
@@ -412,6 +414,8 @@ def main(
     output: Path | None,
 ) -> None:
     """Fit the planner's constants and print how well the rows are predicted."""
+    if find_spec("scipy") is None:
+        raise click.UsageError(f"constants are fitted by scipy: {install('plot')}")
     if measured is not None:
         if gpu is None or output is None:
             raise click.UsageError("--measured needs --gpu, a profile to start from, and --output")

@@ -17,12 +17,13 @@ if __package__ in (None, ""):
 
 import click
 
-from common.choice import GIB, Room, candidates, choose_placement
+from common.choice import Room, candidates, choose_placement
 from common.dry_run import official_workload
 from common.estimate import Estimator, Precision, imagined
 from common.layout import MOST_RANKS, Layout
 from common.placement import Placement
 from common.registry import Model, forks, model_names
+from common.units import GIB
 from planner import choose_layout, get_model
 
 CARDS = (80, 48, 24, 16, 12, 10, 8)

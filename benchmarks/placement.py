@@ -28,10 +28,10 @@ import torch
 
 from benchmarks import door, forks
 from common.blocks import FromShares
-from common.choice import GIB
 from common.parallel import Layout, distributed
 from common.placement import Placement, resident_bytes
 from common.registry import get_model, model_names
+from common.units import GIB
 from common.usp import SequenceParallel
 
 ROWS = [(1, "stage", False, False), (1, "block", False, False), (1, "disk", False, False)]

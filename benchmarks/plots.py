@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ if __package__ in (None, ""):
 import click
 
 from benchmarks.published import Row, excluded, rows, shown
+from common.extras import install
 from common.registry import get_model
 from planner.hardware import get_profile
 from planner.layouts import plan
@@ -200,6 +202,8 @@ def main(output: Path, results: tuple[Path, ...]) -> None:
     """Draw all figures."""
     import json
 
+    if find_spec("matplotlib") is None:
+        raise click.UsageError(f"figures are drawn by matplotlib: {install('plot')}")
     output.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         draw(output / name)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.extras import install
+
 KERNELS = ("auto", "sdpa", "cudnn", "flash2", "flash3")
 _PACKAGES = {"flash2": ("flash_attn", "flash-attn"), "flash3": ("flash_attn_interface", "flash-attn 3 (hopper/)")}
 _HALF = (torch.float16, torch.bfloat16)
@@ -76,7 +78,8 @@ def check_kernel(
     if kernel in _PACKAGES:
         module, package = _PACKAGES[kernel]
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"attention kernel {kernel} needs the package {package}, which is not installed")
+            how = install("flash") if kernel == "flash2" else "docs/weights.md says how it is built"
+            raise ValueError(f"attention kernel {kernel} needs the package {package}: {how}; or use sdpa")
     if dtype is not None and dtype not in _HALF:
         said = str(dtype).removeprefix("torch.")
         raise ValueError(f"attention kernel {kernel} computes in bf16 or fp16, not in {said}; use sdpa")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.extras import install
 from common.layout import Layout, as_options, guidance_first, layouts_of
 
 ENGINES = ("native", "xfuser")
@@ -179,7 +180,7 @@ def xfuser_problems(
     found = []
     for module in ("xfuser", "yunchang"):
         if importlib.util.find_spec(module) is None:
-            found.append(f'--engine xfuser needs the package {module}: pip install "xdit-zoo[xfuser]", or {native}')
+            found.append(f"--engine xfuser needs the package {module}: {install('xfuser')}; or {native}")
     if dtype not in ("bf16", "fp16"):
         found.append(f"--engine xfuser runs in bf16 or fp16, not in {dtype}: its kernels are half precision; {native}")
     if attention == "cudnn":

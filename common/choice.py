@@ -15,11 +15,11 @@ from common.generation import parse_dtype
 from common.memory import free_memory, host_memory
 from common.parallel import Mesh, all_min, on_main
 from common.placement import Placement
+from common.units import GIB, gib
 
 if TYPE_CHECKING:
     from common.request import Program, Setup, Video
 
-GIB = 2**30
 SLACK = 1.25
 """Free memory wanted for each byte of activations: allocators round, and kernels take workspaces."""
 WORKSPACE = 512 * 2**20
@@ -50,14 +50,6 @@ class Choice:
     keep: bool
     why: str
     tight: bool = False
-
-
-def gib(size: float) -> str:
-    """Bytes to be read: `21.6 GiB`."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
-        if size >= unit / 10:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1024:.1f} KiB"
 
 
 def candidates(ranks: int, device: str = "cuda", keep: bool = False) -> Iterator[tuple[Placement, bool]]:

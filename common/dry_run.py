@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.choice import GIB, Room, candidates, choose_placement, estimator, gib
+from common.choice import Room, candidates, choose_placement, estimator
 from common.estimate import STAGES, Estimate, Estimator, imagined
 from common.memory import host_memory
 from common.parallel import Layout
 from common.placement import Placement
 from common.registry import Model, Size, fork_of
 from common.request import Setup, Source, Video
+from common.units import GIB, gb, gib
 
 if TYPE_CHECKING:
     from common.estimate import Workload
@@ -72,7 +73,7 @@ def _step(counted: Estimator) -> None:
     passes = f"{counted.passes} forward pass{'' if counted.passes == 1 else 'es'}"
     print(f"compute     {counted.flops / 1e12:.4g} TFLOP a step on rank 0, {passes}")
     sent = {name: size for name, size in counted.sent.items() if name != "sequence"}
-    said = ", ".join(f"{name} {gib(size)}" for name, size in sent.items()) or "nothing"
+    said = ", ".join(f"{name} {gb(size)}" for name, size in sent.items()) or "nothing"
     print(f"sent        {said} a step by rank 0")
 
 
@@ -133,4 +134,4 @@ def _detail(rank: int, estimate: Estimate) -> None:
             said.append(f"{name} {gib(stage.weights)} + {gib(stage.activations)}")
     print(f"rank {rank:<7}{', '.join(said)}; decode {estimate.plan}")
     if "weights" in estimate.sent:
-        print(f"{'':12}weights {gib(estimate.sent['weights'])} sent a step")
+        print(f"{'':12}weights {gb(estimate.sent['weights'])} sent a step")

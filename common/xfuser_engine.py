@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.checks import ENGINES, xfuser_problems
+from common.extras import install
 from common.parallel import Mesh
 from common.usp import SequenceParallel
 
@@ -80,7 +81,7 @@ def _make_layer(mesh: Mesh, kernel: str) -> Any:
         # xfuser 0.5 to 0.7 ask yunchang for a name that no release of it (up to 0.6.4) has.
         raise ValueError(
             f"the installed xfuser cannot be imported ({error}); 0.4.5 with yunchang 0.6 works: "
-            'pip install "xfuser==0.4.5", or use --engine native'
+            f"{install('xfuser')}; or use --engine native"
         ) from None
 
     layout, backend = mesh.layout, "nccl" if mesh.device.type == "cuda" else "gloo"

@@ -22,6 +22,7 @@ from cogvideox_xdit import cli as cogvideox
 from cogvideox_xdit.config import official_rules
 from common import program
 from common.checks import Rules
+from common.extras import install
 from common.files import absence, writing_problem
 from common.options import Option
 from common.request import Program, Setup, Source, Video, sampling_options
@@ -76,7 +77,7 @@ def check(options: Mapping[str, Any], videos: Sequence[Video]) -> list[str]:
         found.append("--image and --id-embeddings exclude each other; give one of them")
     if image is not None and (missing := missing_packages()):
         found.append(
-            f"--image needs {' and '.join(missing)}: pip install 'xdit-zoo[face]'; or make the features elsewhere "
+            f"--image needs {' and '.join(missing)}: {install('face')}; or make the features elsewhere "
             "with --save-id-embeddings and pass them with --id-embeddings"
         )
     if file is not None and (problem := absence(file, "file")):

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from common.extras import install
+
 Picture = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Network = Callable[[Floats], list[Floats]]
@@ -44,7 +46,7 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"reading a face from a picture needs {module}: pip install 'xdit-zoo[face]' "
+            f"reading a face from a picture needs {module}: {install('face')} "
             "(or pass precomputed features with --id-embeddings)"
         ) from error
 

@@ -13,6 +13,7 @@ import pytest
 
 from common import launch
 from common.cli import parse
+from common.extras import install
 from common.progress import Stages
 from common.request import Request, WrongUse
 from common.video import read_video
@@ -102,7 +103,7 @@ def test_person_options_that_will_not_do(picture: str, tmp_path: Path, monkeypat
     assert any("--save-id-embeddings" in p for p in problems(*BASE, "--save-id-embeddings", str(tmp_path)))
     assert any("96 x 64 pixels only" in p for p in problems(*BASE, "--width", "64"))
     monkeypatch.setattr(cli, "missing_packages", lambda: ["onnxruntime"])
-    assert any("pip install 'xdit-zoo[face]'" in p for p in problems(*BASE, "--image", picture))
+    assert any(install("face") in p for p in problems(*BASE, "--image", picture))
     assert read(*BASE, "--id-embeddings", "who").setup.extra["id_embeddings"] == Path("who")
 
 

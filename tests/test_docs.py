@@ -14,7 +14,9 @@ import pytest
 from common.cli import _unknown, command
 from common.registry import forks
 from common.request import Program
+from planner.cli import command as plan
 from tools.docs import flags, tables
+from xdit_doctor.cli import command as doctor
 from xdit_download.cli import command as download
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +28,7 @@ PAGES = sorted(
 PROGRAMS: dict[str, Program] = {fork.program: fork.module("cli").PROGRAM for fork in forks()}
 FOLDERS = {fork.package: PROGRAMS[fork.program] for fork in forks()}
 IMAGES = {f"xdit-{fork.name}": fork.program for fork in forks()}
+TOOLS = {"xdit-plan": plan, "xdit-doctor": doctor, "xdit-download": download}
 NEEDS = {"weights", "gpu", "network", "docker"}
 
 
@@ -65,6 +68,33 @@ def program_of(words: tuple[str, ...]) -> tuple[Program, list[str]] | None:
     return None
 
 
+def test_the_lower_bounds_that_others_would_lose_are_named():
+    text = (ROOT / "pyproject.toml").read_text()
+    bounds = dict(re.findall(r'^    "(\w+)>=([\d.]+)",$', text.split("[project.optional")[0], re.MULTILINE))
+    install = (ROOT / "README.md").read_text().split("## Install")[1].split("\n## ")[0]
+    for name in ("torch", "transformers", "huggingface_hub", "diffusers", "tokenizers", "protobuf", "numpy", "pillow"):
+        assert re.search(rf"\b{name}\s+{bounds[name]}\b", install), (name, bounds[name])
+
+
+def test_make_demo_ends_with_what_to_do_next(tmp_path):
+    """Paths in full, as the commands are typed in a shell that knows nothing of .venv."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "mochi-xdit"
+    program.write_text("#!/bin/sh\ntouch demo.mp4\n")
+    program.chmod(0o755)
+    line = ["make", "--no-print-directory", "-f", ROOT / "Makefile", "-o", "setup", "demo", f"BIN={tmp_path / 'bin'}"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^{tmp_path}/demo.mp4 was made in \d+ s\.", done.stdout, re.MULTILINE)
+    shown = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert len(shown) >= 3 and all(words[0].startswith(f"{tmp_path}/bin/") for words in shown)
+    names = [Path(words[0]).name for words in shown]
+    assert names[:2] == ["mochi-xdit", "cogvideox-xdit"] and f"source {tmp_path}/bin/activate" in done.stdout
+    for name, words in zip(names[:2], shown):
+        context = command(PROGRAMS[name]).make_context(name, words[1:])
+        assert not context.meta.get("problems")
+
+
 def test_there_are_pages_and_commands():
     assert len(PAGES) >= 12 and len(COMMANDS) >= 25
     assert all(c.needs <= NEEDS for c in COMMANDS)
@@ -80,6 +110,9 @@ def test_a_command_is_one_that_exists(given):
     elif words[0] == "docker" and words[1] == "build":
         stages = (ROOT / "docker" / "Dockerfile").read_text()
         assert f" AS {words[words.index('--target') + 1]}\n" in stages
+    elif "--entrypoint" in words and (tool := TOOLS.get(words[words.index("--entrypoint") + 1])):
+        image = next(i for i, word in enumerate(words) if word in IMAGES)
+        tool.make_context("tool", list(words[image + 1 :]))
     elif (found := program_of(words)) is not None:
         program, arguments = found
         if arguments[:1] == ["quantize"] or words[-1] == "torchrun":
@@ -90,6 +123,13 @@ def test_a_command_is_one_that_exists(given):
         context = spec.make_context(program.name, arguments)
         assert not context.meta.get("problems"), context.meta["problems"]
         assert not _unknown(context.args, [name for option in spec.params for name in option.opts])
+    elif words[:3] == ("pip", "install", "-e"):
+        extras = re.findall(r"\w+", words[3])
+        text = (ROOT / "pyproject.toml").read_text()
+        assert words[3].startswith(".") and all(re.search(rf"^{extra} = \[", text, re.MULTILINE) for extra in extras)
+    elif words[0] == "source":
+        venv = re.search(r"^VENV := (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert venv and words[1] == f"{venv[1]}/bin/activate"
     elif words[0] in ("xdit-plan", "xdit-doctor"):
         assert not given.needs, "it runs anywhere: it is run below"
     elif words[:3] == ("python", "-m", "pytest"):

@@ -20,7 +20,7 @@ from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
 from cogvideox_xdit.fork import checkpoint as cogvideox_model
 from cogvideox_xdit.sampling import workload as cogvideox_workload
-from common.choice import GIB, WORKSPACE, Choice, Room, candidates, choose_placement
+from common.choice import WORKSPACE, Choice, Room, candidates, choose_placement
 from common.decode import MARGIN, SPARE, DecodePlan
 from common.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
 from common.fp8 import Float8Linear
@@ -29,6 +29,7 @@ from common.parallel import Layout, Mesh, distributed
 from common.placement import Placement, resident_bytes
 from common.program import main
 from common.registry import Model, Text
+from common.units import GIB
 from common.usp import SequenceParallel
 from consisid_xdit.cli import PROGRAM as CONSISID
 from consisid_xdit.config import PREVIEW
@@ -84,13 +85,13 @@ def cogvideox_folder(tmp_path_factory) -> Path:
 )
 @pytest.mark.slow
 def test_a_process_takes_what_was_estimated(request, fork, stage, offload, size):
-    """Within 10 %; resident memory at the peak of the pipeline's own stage, 90 MB to 1.1 GB of it."""
+    """Within 10 %; resident memory at the peak of the pipeline's own stage, 90 MiB to 1 GiB of it."""
     folder = request.getfixturevalue(f"{fork}_folder")
     command = [sys.executable, str(SCRIPT), fork, str(folder), stage, offload, *map(str, size)]
     done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     measured, estimated = map(int, done.stdout.split())
-    print(f"measured {measured / 1e6:.0f} MB, estimated {estimated / 1e6:.0f} MB")
+    print(f"measured {measured / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f} MiB")
     assert abs(estimated - measured) < 0.1 * measured
 
 

@@ -200,7 +200,7 @@ def test_verdicts_say_what_holds_what_falls_short_by_how_much_and_what_was_not_t
     fp8 = found["fp8 against bf16, compiled", "mochi"]
     assert fp8.said == "falls short" and fp8.figure.endswith("off by 0.217 x")
     assert found["eager against diffusers eager", "mochi"].said == "holds"
-    untested = found["sampling by block offload, GB", "mochi"]
+    untested = found["sampling by block offload, GiB", "mochi"]
     assert untested.said == "not tested here" and "OutOfMemoryError" in untested.figure
     ring = found["cuDNN's kernel in a ring faster than flash attention", "mochi"]
     assert "there is one GPU" in ring.figure or "was not reached" in ring.figure
@@ -236,8 +236,8 @@ def test_files_are_filled_with_numbers(tmp_path: Path, monkeypatch) -> None:
 def test_plans_are_read_as_printed() -> None:
     line = "rank 0      text 1.0 GiB + 36.0 MiB, sampling 1.0 GiB + 1.5 GiB, decode 0.7 GiB + 10.2 GiB; decode exact"
     found = measures.read_plan(f"compute\n{line}\n")
-    assert found["sampling_work_gb"] == pytest.approx(1.5 * 2**30 / 1e9)
-    assert found["text_work_gb"] == pytest.approx(36 * 2**20 / 1e9)
+    assert found["sampling_work_gib"] == pytest.approx(1.5)
+    assert found["text_work_gib"] == pytest.approx(36 / 2**10)
     with pytest.raises(ValueError, match="no plan: error: no GPU"):
         measures.read_plan("error: no GPU")
 

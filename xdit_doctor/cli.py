@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from common import launch
+from common.extras import pip
 from planner.machine import this_machine
 from xdit_doctor.links import Job
 from xdit_doctor.profile import default_path, write
@@ -125,7 +126,7 @@ def ffmpeg() -> str:
         out = subprocess.run([program, "-version"], capture_output=True, text=True, timeout=20, check=True).stdout
         return out.splitlines()[0]
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, IndexError) as error:
-        return f"missing: {error}; pip install imageio-ffmpeg"
+        return f"missing: {error}; {pip()} install imageio-ffmpeg"
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from common.registry import get_model, model_names
-from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room, plan, size, verify
+from common.units import gb
+from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room, plan, verify
 
 
 @click.command(
@@ -48,12 +49,12 @@ def command(model: str, folder: Path | None, revision: str | None, check_hashes:
 
 def _tell(model: str, wanted: Sequence[Wanted], folder: Path) -> None:
     total, needed = sum(one.size for one in wanted), sum(one.missing for one in wanted)
-    room = f"{size(free_room(folder))} free for {folder}"
-    click.echo(f"{model}: {len(wanted)} files, {size(total)}; {size(needed)} to fetch, {room}")
+    room = f"{gb(free_room(folder))} free for {folder}"
+    click.echo(f"{model}: {len(wanted)} files, {gb(total)}; {gb(needed)} to fetch, {room}")
     for part in dict.fromkeys(one.part for one in wanted):
         files = [one for one in wanted if one.part == part]
         click.echo(
-            f"  {size(sum(one.size for one in files)):>10}  {part.what}, from {part.repo}; licence: {part.licence}"
+            f"  {gb(sum(one.size for one in files)):>10}  {part.what}, from {part.repo}; licence: {part.licence}"
         )
 
 

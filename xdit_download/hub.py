@@ -16,6 +16,7 @@ from typing import Any
 
 from common.downloads import Part
 from common.registry import Model
+from common.units import gb
 
 BLOCK = 1 << 22
 
@@ -137,8 +138,8 @@ def make_room(wanted: Sequence[Wanted], folder: Path) -> None:
     needed, free = sum(one.missing for one in wanted), free_room(folder)
     if needed > free:
         raise DownloadError(
-            f"{size(needed)} are to be fetched, but only {size(free)} are free for {folder}; "
-            f"free {size(needed - free)} more, or name another disk with --dir"
+            f"{gb(needed)} are to be fetched, but only {gb(free)} are free for {folder}; "
+            f"free {gb(needed - free)} more, or name another disk with --dir"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,11 +203,3 @@ def verify(one: Wanted) -> None:
         raise DownloadError(
             f"{one.name} is damaged (its hash is not the hub's) and was removed; start the command again"
         )
-
-
-def size(count: int) -> str:
-    """12.3 GB, in powers of ten as disks are sold."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"

@@ -111,21 +111,21 @@ def over_plan(variant: str) -> Callable[[Rows], float]:
 
     def find(rows: Rows) -> float:
         row = cell(rows, variant)
-        return 100 * (row["peak_gb"] - row["held_gb"]) / cell(rows, "plan")["sampling_work_gb"]
+        return 100 * (row["peak_gib"] - row["held_gib"]) / cell(rows, "plan")["sampling_work_gib"]
 
     return find
 
 
 def workspace(rows: Rows) -> float:
     """MiB that went from the device beside what is planned."""
-    return (cell(rows, "bf16")["taken_gb"] - cell(rows, "plan")["sampling_work_gb"]) * 1e9 / 2**20
+    return (cell(rows, "bf16")["taken_gib"] - cell(rows, "plan")["sampling_work_gib"]) * 2**10
 
 
 def kept_host(rows: Rows) -> float:
-    """GB of host memory that blocks had and that are not back at the end, in per cent of what they took."""
+    """GiB of host memory that blocks had and that are not back at the end, in per cent of what they took."""
     row = cell(rows, "block")
-    taken = row["host_before_gb"] - row["host_least_gb"]
-    return 100 * max(0.0, row["host_before_gb"] - row["host_after_gb"]) / max(taken, 0.1)
+    taken = row["host_before_gib"] - row["host_least_gib"]
+    return 100 * max(0.0, row["host_before_gib"] - row["host_after_gib"]) / max(taken, 0.1)
 
 
 def hidden(rows: Rows) -> float:
@@ -166,7 +166,12 @@ CLAIMS = (
     Claim("fp8 against bf16, compiled", "step-", ratio("bf16 compiled", "fp8 compiled"), 1.3, unit=" x"),
     Claim("block offload's step over resident", "step-", ratio("block", "bf16"), 1.1, True, " x"),
     Claim(
-        "sampling by block offload, GB", "step-", lambda rows: cell(rows, "block")["peak_gb"], 12, True, only="mochi"
+        "sampling by block offload, GiB",
+        "step-",
+        lambda rows: cell(rows, "block")["peak_gib"],
+        11.2,
+        True,
+        only="mochi",
     ),
     Claim("activations over the estimate, %", "step-", over_plan("block"), 125, True),
     Claim("eager against diffusers eager", "peers-", sides("diffusers", "ours"), 1.25, unit=" x"),
@@ -219,7 +224,7 @@ CLAIMS = (
     Claim(
         "memory reserved with expandable segments over without",
         "step-",
-        ratio("bf16", "fixed segments", "reserved_gb"),
+        ratio("bf16", "fixed segments", "reserved_gib"),
         1,
         True,
         " x",

@@ -34,6 +34,7 @@ from common.memory import host_memory
 from common.parallel import Mesh
 from common.progress import Stages
 from common.registry import Size, fork_of, get_model
+from common.units import GIB
 from xdit_doctor.links import _seconds, compute
 
 STEP = "sampling step"
@@ -135,15 +136,15 @@ def sampling(
         "step_s": statistics.median(later),
         "spread_s": max(later) - min(later),
         "loading_s": sum(r.seconds for r in stages.records if r.name.startswith("loading")),
-        "peak_gb": record.peak_bytes / 1e9,
-        "held_gb": held / 1e9,
-        "taken_gb": (at_start + spare - device) / 1e9,
-        "host_before_gb": before / 1e9,
-        "host_least_gb": host / 1e9,
-        "host_after_gb": watch.seen[-1][2] / 1e9,
+        "peak_gib": record.peak_bytes / GIB,
+        "held_gib": held / GIB,
+        "taken_gib": (at_start + spare - device) / GIB,
+        "host_before_gib": before / GIB,
+        "host_least_gib": host / GIB,
+        "host_after_gib": watch.seen[-1][2] / GIB,
     }
     if mesh.device.type == "cuda":
-        found["reserved_gb"] = torch.cuda.max_memory_reserved(mesh.device) / 1e9
+        found["reserved_gib"] = torch.cuda.max_memory_reserved(mesh.device) / GIB
     return found
 
 
@@ -153,7 +154,7 @@ def rate(mesh: Mesh, n: int) -> dict[str, float]:
 
 
 def planned(mesh: Mesh, package: str, arguments: list[str]) -> dict[str, float]:
-    """The plan of a program's `--dry-run`: GB of weights and of activations in each stage."""
+    """The plan of a program's `--dry-run`: GiB of weights and of activations in each stage."""
     said, kept = io.StringIO(), sys.argv
     sys.argv = [package, *arguments]
     try:
@@ -171,9 +172,9 @@ def read_plan(text: str) -> dict[str, float]:
     pattern = r"(text|sampling|decode) ([\d.]+) ([GMK]iB) \+ ([\d.]+) ([GMK]iB)"
     found: dict[str, float] = {}
     for stage, weights, unit, work, other in re.findall(pattern, line):
-        found[f"{stage}_weights_gb"] = float(weights) * UNITS[unit] / 1e9
-        found[f"{stage}_work_gb"] = float(work) * UNITS[other] / 1e9
-    if "sampling_work_gb" not in found:
+        found[f"{stage}_weights_gib"] = float(weights) * UNITS[unit] / GIB
+        found[f"{stage}_work_gib"] = float(work) * UNITS[other] / GIB
+    if "sampling_work_gib" not in found:
         raise ValueError(f"the dry run gave no plan: {text.strip()[-300:] or 'it printed nothing'}")
     return found
 
