@@ -15,6 +15,7 @@ import click
 from common import launch
 from common.files import writing_problem
 from common.layout import MOST_RANKS
+from common.registry import get_model
 
 
 def whole(most: int, least: int = 1) -> Callable[[str], int]:
@@ -62,6 +63,18 @@ def device_problem(device: str, wanted: int = 1) -> str | None:
     if device != "cuda" or (visible := launch.visible_gpus()) >= wanted:
         return None
     return f"--device cuda: {wanted} GPUs are wanted and {visible} are visible; use --device cpu, or fewer ranks"
+
+
+class ModelName(click.ParamType):
+    """A registered model by its name, title or alias."""
+
+    name = "model"
+
+    def convert(self, value: str, option: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            return get_model(value).name
+        except ValueError as error:
+            self.fail(str(error), option, context)
 
 
 def writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:

@@ -17,12 +17,13 @@ if __package__ in (None, ""):
 
 import click
 
+from benchmarks import door
 from common.choice import Room, candidates, choose_placement
 from common.dry_run import official_workload
 from common.estimate import Estimator, Precision, imagined
 from common.layout import MOST_RANKS, Layout
 from common.placement import Placement
-from common.registry import Model, forks, model_names
+from common.registry import Model, forks
 from common.units import GIB
 from planner import choose_layout, get_model
 
@@ -39,7 +40,7 @@ def rows(model: Model, gpus: int, float8: bool) -> tuple[Layout, Estimator]:
 
 
 @click.command()
-@click.option("--model", "models", type=click.Choice(model_names()), multiple=True, help="Default: one of each fork.")
+@click.option("--model", "models", type=door.ModelName(), multiple=True, help="Default: one of each fork.")
 @click.option(
     "--gpus", "counts", type=click.IntRange(1, MOST_RANKS), multiple=True, default=(1, 2, 4, 8), show_default=True
 )

@@ -209,7 +209,7 @@ def show(measured: Sequence[dict[str, Any]], table: str | None) -> None:
         "help_option_names": ["-h", "--help"],
     }
 )
-@click.option("--model", type=click.Choice(model_names()), help="Default: the table's, or the first there is.")
+@click.option("--model", type=door.ModelName(), help="Default: the table's, or the first there is.")
 @click.option("--model-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Real weights.")
 @click.option("--demo", is_flag=True, help="The small demo checkpoint: tests the harness, measures nothing.")
 @click.option("--table", help="A published table: its model, size and layouts.")

@@ -77,18 +77,17 @@ def _plan(options: dict[str, Any]) -> Plan:
 
 
 def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
-    """One layout as plain data: seconds, GiB (and GB of 1e9 bytes) per GPU and stage, bytes the busiest GPU sends."""
+    """One layout as plain data: seconds, GiB (and GB of 1e9 bytes) per GPU and stage, bytes the busiest GPU sends.
+
+    ours: beside a published system's, the seconds of this project's scheme on the same machine.
+    """
+    beside = {"ours": _seconds(_ours(found, one))} if found.scheme == "reference" else {}
     return {
         "cfg": one.layout.cfg,
         "ring": one.layout.ring,
         "ulysses": one.layout.ulysses,
-        "seconds": {
-            "total": one.total,
-            "sampling": one.sampling,
-            "step": one.step,
-            "text": one.text,
-            "decode": one.decode,
-        },
+        "seconds": _seconds(one),
+        **beside,
         "memory_gib": one.memory_gib,
         "memory_gb": {stage: round(gib * GIB / 1e9, 2) for stage, gib in one.memory_gib.items()},
         "bytes": {**asdict(one.sent), "total": one.sent.total},
@@ -98,6 +97,15 @@ def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
         "fits": one.fits,
         "best": one is found.best,
     }
+
+
+def _seconds(one: Prediction) -> dict[str, float]:
+    return {name: getattr(one, name) for name in ("total", "sampling", "step", "text", "decode")}
+
+
+def _ours(found: Plan, one: Prediction) -> Prediction:
+    """The same layout of our scheme on the machine of a published system."""
+    return predict(found.model, found.size, one.layout, found.profile, "ours", found.nodes)
 
 
 def _list() -> None:
@@ -181,18 +189,21 @@ def _line(found: Plan, one: Prediction) -> str:
         f"{one.sent.total / 1e9:.1f}",
     ]
     if found.scheme == "reference":
-        cells.append(f"{predict(found.model, found.size, layout, found.profile, 'ours', found.nodes).total:.1f}")
+        cells.append(f"{_ours(found, one).total:.1f}")
     return "".join(f"{cell:>9}" for cell in cells) + f"{memory + ('' if one.fits else ' !'):>18}  {one.bound}"
 
 
 def main() -> None:
-    """Exit status 0, or 2 for wrong use."""
+    """Exit status 0, 1 where the output cannot be written, or 2 for wrong use."""
     try:
         command.main(standalone_mode=False)
     except click.UsageError as error:
         for problem in error.format_message().splitlines():
             click.echo(f"error: {problem}", err=True)
         sys.exit(2)
+    except OSError as error:  # what was printed has nowhere to go
+        click.echo(f"error: {error.strerror or error}", err=True)
+        sys.exit(1)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.exceptions.Exit as done:

@@ -108,7 +108,8 @@ class Profile:
         if not self.calibrated_on:
             return "not calibrated: data sheet"
         apart = f", mean error {100 * self.error:.1f} %" if self.error else ""
-        return f"calibrated on {self.calibrated_on}{apart}"
+        what = "" if self.links.source.startswith("fitted") else "compute "
+        return f"{what}calibrated on {self.calibrated_on}{apart}"
 
 
 def _table() -> dict[str, Any]:

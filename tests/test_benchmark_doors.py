@@ -92,6 +92,8 @@ def test_wrong_numbers_end_at_the_door(program: str, line: str, told: str, monke
         (run.command, "--attention flash2 --demo", "needs an NVIDIA GPU"),
         (run.command, "--output bench.csv", "must end in .json"),
         (run.command, "--output no/such/bench.json", "no/such"),
+        (run.command, "--model sora", "cogvideox-5b"),
+        (memory.main, "--model sora", "cogvideox-5b"),
         (memory.main, "--gpus 0", "--gpus"),
         (calibrate.main, "--write no/such/hardware.json", "no/such"),
         (calibrate.main, "--report /", "--report"),

@@ -88,9 +88,9 @@ def test_the_base_has_the_cuda_of_the_wheel():
 
 
 def test_the_image_can_compile():
-    """Triton builds its launchers with a C compiler and Python's headers when a kernel first runs."""
+    """Triton builds launchers with a C compiler and Python's headers when a kernel first runs; CPU kernels are C++."""
     (line,) = [line for line in stages()["python"] if "apt-get install" in line]
-    assert {"gcc", "libc6-dev", "python3-dev"} <= set(line.split())
+    assert {"gcc", "g++", "libc6-dev", "python3-dev"} <= set(line.split())
 
 
 def ignored(path: str) -> bool:

@@ -324,6 +324,14 @@ def test_planning_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    line = [sys.executable, "-m", "planner.cli", "--list-gpus"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
 SHEET = {"gpu": "x", "tflops": 100, "hbm_gbs": 1000, "memory_gib": 48}
 
 
@@ -440,6 +448,8 @@ def test_a_published_machine_is_predicted_with_ours_beside_it() -> None:
     assert best[:3] == ["2", "3", "1"]
     assert float(best[3]) == pytest.approx(35.78, rel=3 * get_profile("consisid-h100").error)
     ours = plan(get_model("consisid"), get_model("consisid").default_size, 6, get_profile("consisid-h100"), "ours").best
+    line = ["--model", "consisid", "--gpu", "consisid-h100", "--gpus", "6", "--json"]
+    assert json.loads(ask(*line).stdout)[0]["ours"]["total"] == pytest.approx(ours.total)
     assert f"{ours.total:.1f}" in best and f"{ours.total:.1f} s" in text.split("ours there: ")[1]
     assert "mean error 1.2 %" in text
     kind = ask("--model", "consisid", "--gpu", "h100", "--gpus", "6").stdout

@@ -373,13 +373,16 @@ def _keep(found: Mapping[str, Any], named: Path | None, quick: bool, quiet: bool
 
 
 def main() -> None:
-    """Exit status 0; 1 when the ranks cannot talk, the checkpoint is damaged or the profile cannot be written; 2 for
+    """Exit status 0; 1 when the ranks cannot talk, the checkpoint is damaged or something cannot be written; 2 for
     wrong use."""
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except click.UsageError as error:
         click.echo(f"error: {error.format_message()}", err=True)
         sys.exit(2)
+    except OSError as error:  # what was printed has nowhere to go
+        click.echo(f"error: {error.strerror or error}", err=True)
+        sys.exit(1)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.exceptions.Abort:
