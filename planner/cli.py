@@ -11,8 +11,9 @@ import click
 
 from common.layout import Layout, as_options
 from common.registry import get_model, model_names
-from planner.hardware import SCHEMES, describe, get_profile, known_names, names, published_machines
+from planner.hardware import SCHEMES, describe, get_profile, known_names, names, published_machines, with_links
 from planner.layouts import Plan, enough, plan
+from planner.machine import local_profile
 from planner.model import GIB, RUNTIME_GIB, Prediction, predict
 
 
@@ -29,7 +30,10 @@ from planner.model import GIB, RUNTIME_GIB, Prediction, predict
 @click.option("--num-frames", type=int, help="Frames of the video.")
 @click.option("--num-steps", type=int, help="Sampling steps.")
 @click.option("--no-guidance", is_flag=True, help="cfg-scale 1: one branch instead of two.")
-@click.option("--gpu", help="Kind of GPU, calibrated profile (see --list-gpus), or a profile file of xdit-doctor.")
+@click.option(
+    "--gpu",
+    help="Kind of GPU, calibrated profile (see --list-gpus), or a file of xdit-doctor. Default: this machine's.",
+)
 @click.option("--gpus", type=int, default=1, show_default=True, help="How many.")
 @click.option("--link", help="nvlink, pcie, pcie+qpi or GB/s in place of the GPU's usual link.")
 @click.option("--nodes", type=int, help="Machines. Default: as few as hold the GPUs.")
@@ -60,15 +64,20 @@ def command(**options: Any) -> None:
 
 
 def _plan(options: dict[str, Any]) -> Plan:
-    allowed = {"model": f"one of {', '.join(model_names())}", "gpu": known_names()}
-    missing = [f"--{name} is missing; {what}" for name, what in allowed.items() if options[name] is None]
+    here = local_profile("cuda") if options["gpu"] is None else None
+    if here:
+        click.echo(f"from {here[1]}", err=options["as_json"])
+    missing = [] if options["model"] else [f"--model is missing; one of {', '.join(model_names())}"]
+    if options["gpu"] is None and here is None:
+        missing.append(f"--gpu is missing, and nothing is known of GPUs here; {known_names()}")
     if missing:
         raise ValueError("\n".join(missing))
     model = get_model(options["model"])
     node_link = options["node_link"]
     if node_link is not None and not 0 < node_link < float("inf"):
         raise ValueError(f"--node-link {node_link} is not a number of GB/s above 0")
-    profile = get_profile(options["gpu"], options["link"], node_link)
+    known = here[0] if here else get_profile(options["gpu"])
+    profile = with_links(known, options["link"], node_link)
     default = model.default_size
     names = ("width", "height", "num_frames", "num_steps")
     given = {name: options[name] for name in names if options[name] is not None}
@@ -113,6 +122,7 @@ def _list() -> None:
     click.echo("kinds of GPU:")
     for name in gpus:
         click.echo(f"  {name:24}{describe(name)}")
+    click.echo("a profile that xdit-doctor wrote: the path of its file")
     click.echo("calibrated profiles (groups of published rows, scheme reference):")
     for name in profiles:
         click.echo(f"  {name:24}{describe(name)}")

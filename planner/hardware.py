@@ -245,12 +245,13 @@ def get_profile(name: str, link: str | None = None, node_gbs: float | None = Non
         profile = make_profile(name.lower(), {**entry, "gpu": name.lower(), "links": _links(data, entry)})
     else:
         raise ValueError(f"--gpu {name} is unknown; {known_names()}")
-    links = profile.links
-    if link is not None:
-        links = parse_link(link, links)
-    if node_gbs is not None:
-        links = replace(links, node_gbs=node_gbs)
-    return replace(profile, links=links)
+    return with_links(profile, link, node_gbs)
+
+
+def with_links(profile: Profile, link: str | None, node_gbs: float | None) -> Profile:
+    """The profile with another kind of link or GB/s, and other GB/s between machines; None keeps its own."""
+    links = profile.links if link is None else parse_link(link, profile.links)
+    return replace(profile, links=links if node_gbs is None else replace(links, node_gbs=node_gbs))
 
 
 def _links(data: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,10 @@ def refusal(model: Model, size: Size, layout: Layout, scheme: str, profile: Prof
     if profile is not None:
         need = memory_gib(model, size, layout, scheme)["sampling"] + RUNTIME_GIB
         if need > profile.memory_gib:
-            return f"sampling needs {need:.1f} GiB on each GPU, which has {profile.memory_gib:g}"
+            return (
+                f"sampling needs {need:.1f} GiB on each GPU, which has {profile.memory_gib:g}; --shard-weights or "
+                "--offload make it fit, at a cost that is not predicted here"
+            )
     return None
 
 

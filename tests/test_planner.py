@@ -181,6 +181,22 @@ def test_scaling_to_eight_machines_is_limited_by_the_network() -> None:
     assert fast < slow and fast < one
 
 
+def test_without_a_name_the_planner_takes_this_machine_as_the_programs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ("--model", "mochi", "--gpus", "8")
+    monkeypatch.setattr("planner.cli.local_profile", lambda device: None)
+    assert "nothing is known of GPUs here; a kind of GPU (l40" in ask(*line, expect=2).output
+    for name in ("planner.cli.local_profile", "planner.layouts.local_profile"):
+        monkeypatch.setattr(name, lambda device: (get_profile("l40"), "PROFILE"))
+    layout, _ = degrees.choose_layout(("mochi",), 8, 24, True)
+    assert f"best: {layout} " in ask(*line).stdout
+    assert "6 GB/s as given" in ask(*line, "--link", "6").stdout
+
+
+def test_nobodys_own_profile_is_read_here() -> None:
+    folder = machine.config_folder()
+    assert folder is not None and Path.home() / ".config" not in folder.parents
+
+
 def test_where_more_gpus_bring_nothing_fewer_are_named() -> None:
     model = get_model("cogvideox-2b")
     whole = plan(model, model.default_size, 8, get_profile("l40", "0.5"))
