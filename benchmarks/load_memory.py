@@ -30,8 +30,8 @@ import torch
 
 from benchmarks import door, forks
 from common.registry import get_model, model_names
+from common.units import GIB
 
-GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -93,14 +93,14 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as place:
         size, depth = forks.function(get_model(args.model), "write_layouts")(Path(place), args.gigabytes)
-        print(f"checkpoint: {size / GB:.2f} GB in fp32, {depth} blocks; GB on top of a process without weights")
+        print(f"checkpoint: {size / GIB:.2f} GiB in fp32, {depth} blocks; GiB on top of a process without weights")
         print("layout     to    ranks  copied  while loading  private  shared  together")
         for layout, dtype in (("native", "fp32"), ("native", "bf16"), ("diffusers", "fp32")):
             for ranks in args.ranks:
                 rows = measure(args.model, Path(place) / layout, ranks, dtype)
-                most = {name: max(row[name] for row in rows) / GB for name in ("copied", "peak", "private", "shared")}
-                most["together"] = sum(row["proportional"] for row in rows) / GB
-                table.append({"layout": layout, "dtype": dtype, "ranks": ranks, "checkpoint": size / GB} | most)
+                most = {name: max(row[name] for row in rows) / GIB for name in ("copied", "peak", "private", "shared")}
+                most["together"] = sum(row["proportional"] for row in rows) / GIB
+                table.append({"layout": layout, "dtype": dtype, "ranks": ranks, "checkpoint": size / GIB} | most)
                 print(
                     f"{layout:10} {dtype:5} {ranks:5} {most['copied']:7.3f} {most['peak']:14.3f}"
                     f" {most['private']:8.3f} {most['shared']:7.3f} {most['together']:9.3f}",

@@ -209,7 +209,10 @@ def main(output: Path, results: tuple[Path, ...]) -> None:
         draw(output / name)
         click.echo(output / name)
     if results:
-        measured([json.loads(path.read_text(encoding="utf-8")) for path in results], output / "measured.png")
+        try:
+            measured([json.loads(path.read_text(encoding="utf-8")) for path in results], output / "measured.png")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise click.UsageError(f"one of the --results is no results file of run.py: {error}") from None
         click.echo(output / "measured.png")
 
 
