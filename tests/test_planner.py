@@ -472,6 +472,11 @@ def test_a_published_machine_is_predicted_with_ours_beside_it() -> None:
     assert "280 GB/s assumed" in kind and "--gpu consisid-h100 predicts that machine" in kind
 
 
+def test_a_video_too_large_for_ours_is_said_beside_the_published_system() -> None:
+    line = ("--model", "cogvideox-1.5-5b", "--num-frames", "4001", "--gpu", "mochi-l40-e2e", "--gpus", "2")
+    assert "ours there: no layout of 2 GPUs is possible" in ask(*line).stdout
+
+
 def test_memory_is_that_of_a_dry_run() -> None:
     """In GiB, without what CUDA takes, as the programs count it; the planner's formulas come within a tenth."""
     found = plan(get_model("mochi"), get_model("mochi").default_size, 1, get_profile("l40")).best
