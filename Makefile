@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 HERE = $(abspath $(BIN))
 READY := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast fuzz lint format bench gpu-check clean
+.PHONY: setup demo test test-fast fuzz rehearsal lint format bench gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -39,6 +39,10 @@ test-fast: setup
 # Hostile commands, files, names and environments, seeded: other ones by SEED, more by CASES.
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),5000) --seed $(or $(SEED),0)
+
+# The CUDA path without a GPU: every model, layout, placement, kernel and card on fake tensors; ARGS= see its --help.
+rehearsal: setup
+	$(BIN)/python -m tests.rehearsal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -134,7 +134,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, cond: Condition, kept: tuple[KeysValues, ...] | None = None) -> Tensor:
         """x: (B, n, W). c: (B, 1 or n, 6, W) the projected time. kept: this block's entry of `cond.cross`."""
-        dtype = self.ff_in.weight.dtype
+        dtype = self.attention.q_norm.weight.dtype  # matmuls' weights may be in eight bits
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.modulation[:, None] + c).unbind(2)
         h = modulated_norm(x, shift, scale, self.eps).to(dtype)
         x = torch.addcmul(x, self.attention(h, cond).to(x.dtype), gate.to(x.dtype))

@@ -11,8 +11,8 @@ raises, as does a tensor of the wrong device.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ import torch._subclasses.fake_tensor as fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 GIB = 2**30
+CUDNN = 91900
+"""The version of cuDNN that there is, as PyTorch tells it: 9.19."""
 
 
 class Event:
@@ -40,18 +42,19 @@ class Stream:
         self.device = torch.device(device or machine.device)
 
     def wait_stream(self, other: Stream) -> None:
-        self.machine.events.append(("wait_stream", self, other))
+        self.machine.tell("wait_stream", self, other)
 
     def wait_event(self, event: Event) -> None:
-        self.machine.events.append(("wait_event", self, event))
+        self.machine.tell("wait_event", self, event)
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event(self.device)
-        self.machine.events.append(("record_event", self, event))
+        self.machine.tell("record_event", self, event)
         return event
 
     def synchronize(self) -> None:
         self.machine.synchronised += 1
+        self.machine.tell("synchronize", self, None)
 
 
 @dataclass
@@ -59,7 +62,8 @@ class Machine:
     """What the fake machine was and what was asked of it.
 
     free, total: bytes of each device, as `mem_get_info` answers. synchronised: times the host waited for a device.
-    emptied: calls of `empty_cache`. events: what streams were asked, in order, as (name, stream, other).
+    emptied: calls of `empty_cache`. events: what streams were asked, in order, as (name, stream, other); the host's
+    wait for a whole device has no stream. listeners: called with each event.
     """
 
     capability: tuple[int, int] = (9, 0)
@@ -70,6 +74,29 @@ class Machine:
     synchronised: int = 0
     emptied: int = 0
     events: list[tuple[str, Any, Any]] = field(default_factory=list)
+    listeners: list[Callable[[str, Any, Any], None]] = field(default_factory=list)
+    streams: dict[torch.device, Stream] = field(default_factory=dict)
+    """The current one of each device."""
+
+    def tell(self, name: str, stream: Any, other: Any) -> None:
+        self.events.append((name, stream, other))
+        for listener in self.listeners:
+            listener(name, stream, other)
+
+    def current_stream(self, device: Any = None) -> Stream:
+        key = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or self.device)
+        key = self.device if key.index is None else key
+        return self.streams.setdefault(key, Stream(self, key))
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        """Work inside goes to this stream of its device."""
+        before = self.current_stream(stream.device)
+        self.streams[stream.device] = stream
+        try:
+            yield
+        finally:
+            self.streams[stream.device] = before
 
     def set_device(self, device: torch.device | int | str) -> None:
         index = device if isinstance(device, int) else torch.device(device).index or 0
@@ -79,18 +106,13 @@ class Machine:
 
     def synchronize(self, device: Any = None) -> None:
         self.synchronised += 1
+        self.tell("synchronize", None, None)
 
     def empty_cache(self) -> None:
         self.emptied += 1
 
     def answers(self) -> dict[str, Any]:
         """Names in `torch.cuda` and what stands for them."""
-        streams: dict[torch.device, Stream] = {}
-
-        def current_stream(device: Any = None) -> Stream:
-            key = torch.device(device or self.device)
-            return streams.setdefault(key, Stream(self, key))
-
         return {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
@@ -107,18 +129,23 @@ class Machine:
             "reset_peak_memory_stats": lambda device=None: None,
             "empty_cache": self.empty_cache,
             "Stream": lambda device=None, **_: Stream(self, device),
-            "current_stream": current_stream,
-            "stream": lambda stream: nullcontext(),
+            "current_stream": self.current_stream,
+            "stream": self.stream,
         }
 
 
 @contextmanager
 def fake_cuda(
-    capability: tuple[int, int] = (9, 0), devices: int = 8, free: int = 79 * GIB, tensors: bool = True
+    capability: tuple[int, int] = (9, 0),
+    devices: int = 8,
+    free: int = 79 * GIB,
+    tensors: bool = True,
+    real_inputs: bool = False,
 ) -> Iterator[Machine]:
     """A machine of `devices` GPUs of one compute capability, with `free` bytes each, until it is left.
 
-    tensors: whether tensors made inside are fake; without it only `torch.cuda` is answered.
+    tensors: whether tensors made inside are fake; without it only `torch.cuda` is answered. real_inputs: whether real
+    tensors may meet them (a table that was made outside); by default that is an error.
     """
     machine = Machine(capability, devices, free)
     _lend_guard()
@@ -126,10 +153,13 @@ def fake_cuda(
         for name, answer in machine.answers().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch.backends.cudnn, "is_available", lambda: True))
+        stack.enter_context(mock.patch.object(torch.backends.cudnn, "version", lambda: CUDNN))
         # Making the first fake tensor of a device would initialise CUDA.
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
+        # Else data given as lists would be put on the device before anything here could see it.
+        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         if tensors:
-            stack.enter_context(FakeTensorMode())
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=real_inputs))
         yield machine
 
 

@@ -30,7 +30,7 @@ import common.parallel
 from common.layout import Layout
 from common.parallel import Mesh, build_mesh
 
-_ENDS = ("send", "recv_", "recv_any_source_")  # between two ranks: each end has its own name for the message
+MESSAGES = ("send", "recv_", "recv_any_source_")  # between two ranks: each end has its own name for the message
 _LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # nothing is sent
 
 
@@ -45,11 +45,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Collective:
-    """op: the operator's name. sent: (shape, dtype, device) of each tensor that took part. group: its name."""
+    """op: the operator's name. group: its name. tensors: (shape, dtype, device) of each tensor that took part.
+
+    contiguous: whether all of them are. splits: of an all-to-all, rows received from and sent to each rank; none where
+    they are even. peer: of a message, the other end's rank in the group; of a broadcast, its source's.
+    """
 
     op: str
     group: str
     tensors: tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
+    contiguous: bool = True
+    splits: tuple[tuple[int, ...], ...] = ()
+    peer: int | None = None
 
 
 @dataclass
@@ -70,8 +77,8 @@ class Record:
         larger ones a message concerns two ranks only and is left out."""
         names = [c.op for c in self.collectives if c.group == group]
         if len(self.made[group].ranks) > 2:
-            return [name for name in names if name not in _ENDS]
-        return ["message" if name in _ENDS else name for name in names]
+            return [name for name in names if name not in MESSAGES]
+        return ["message" if name in MESSAGES else name for name in names]
 
 
 class Watch(TorchDispatchMode):
@@ -84,15 +91,30 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
-        if func.namespace in ("c10d", "_c10d_functional") and name not in _LOCAL:
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            described = tuple((tuple(t.shape), t.dtype, t.device.type) for t in tensors)
-            self.record.collectives.append(Collective(name, _group_name(args), described))
+        if is_collective(func):
+            self.record.collectives.append(describe(name, args))
         taken = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in taken:
                 self.record.allocations[leaf.device.type].append(leaf.untyped_storage().nbytes())
         return out
+
+
+def is_collective(func: Any) -> bool:
+    """Whether an operator sends something."""
+    return func.namespace in ("c10d", "_c10d_functional") and func._schema.name.split("::")[1] not in _LOCAL
+
+
+def describe(name: str, args: Sequence[Any]) -> Collective:
+    """A call of the operator `name`."""
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    described = tuple((tuple(t.shape), t.dtype, t.device.type) for t in tensors)
+    splits = tuple(tuple(arg) for arg in args if isinstance(arg, (list, tuple)) and all(type(n) is int for n in arg))
+    # The group comes before the rank, and the tag or whether to wait after it.
+    numbers = [arg for arg in args if type(arg) is int]
+    peer = numbers[0] if name in (*MESSAGES, "broadcast_") and numbers else None
+    contiguous = all(tensor.is_contiguous() for tensor in tensors)
+    return Collective(name, _group_name(args), described, contiguous, splits if any(splits) else (), peer)
 
 
 def _group_name(args: Sequence[Any]) -> str:
@@ -104,8 +126,11 @@ def _group_name(args: Sequence[Any]) -> str:
 
 
 @contextmanager
-def recording(rank: int, fake: bool = False) -> Iterator[Record]:
-    """What this process does with groups while it is `rank`. fake: groups are, whatever backend is asked for."""
+def recording(rank: int, fake: bool = False, watch: Callable[[Record], TorchDispatchMode] = Watch) -> Iterator[Record]:
+    """What this process does with groups while it is `rank`. fake: groups are, whatever backend is asked for.
+
+    watch: what writes collectives into the record.
+    """
     record = Record(rank)
     make, destroy = c10d._new_process_group_helper, c10d.destroy_process_group
 
@@ -128,17 +153,21 @@ def recording(rank: int, fake: bool = False) -> Iterator[Record]:
         mock.patch.object(c10d, "_new_process_group_helper", making),
         mock.patch.object(c10d, "destroy_process_group", destroying),
         mock.patch.object(dist, "destroy_process_group", destroying),
-        Watch(record),
+        watch(record),
     ):
         yield record
 
 
 @contextmanager
-def fake_groups(rank: int, world_size: int) -> Iterator[Record]:
-    """A recorded world in which this process is `rank` and every group is fake."""
-    with recording(rank, fake=True) as record:
+def fake_groups(rank: int, world_size: int, watch: Callable[[Record], TorchDispatchMode] = Watch) -> Iterator[Record]:
+    """A recorded world in which this process is `rank` and every group is fake. watch: as for `recording`."""
+    with recording(rank, fake=True, watch=watch) as record:
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-        yield record
+        try:
+            yield record
+        except BaseException:
+            dist.destroy_process_group()
+            raise
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -51,6 +51,15 @@ class Model:
     time: Callable[[torch.device], Any]
     volume: int = 4
     exact: tuple[str, ...] = ()
+    compression: tuple[int, int] = (8, 4)
+    """Pixels of a side, and frames, to one latent."""
+    padding: int = 0
+    """Latent frames that stand in front and are dropped at the end."""
+
+    @property
+    def decoded(self) -> int:
+        """Latent frames that are decoded."""
+        return self.size[0] - self.padding
 
     @property
     def layers(self) -> int:
@@ -95,6 +104,7 @@ def _mochi(size: Size) -> Model:
         lambda model, text, size: model.prepare(size, text),
         lambda device: torch.zeros(1, device=device),
         exact=tuple(EXACT),
+        compression=(8, 6),
     )
 
 
@@ -157,12 +167,12 @@ MODELS: Mapping[str, Model] = {
     "cogvideox-2b": _cogvideox(COGVIDEOX["2b"], (13, 60, 90)),  # 720x480, 49 frames
     "cogvideox-5b": _cogvideox(COGVIDEOX["5b"], (13, 60, 90)),
     "cogvideox-5b-i2v": _cogvideox(COGVIDEOX["5b-i2v"], (13, 60, 90)),
-    "cogvideox-1.5": _cogvideox(COGVIDEOX["1.5"], (22, 96, 170)),  # 1360x768, 81 frames, 21 of them and one in front
-    "cogvideox-1.5-i2v": _cogvideox(COGVIDEOX["1.5-i2v"], (22, 96, 170)),
+    "cogvideox-1.5": replace(_cogvideox(COGVIDEOX["1.5"], (22, 96, 170)), padding=1),  # 1360x768, 81 frames
+    "cogvideox-1.5-i2v": replace(_cogvideox(COGVIDEOX["1.5-i2v"], (22, 96, 170)), padding=1),
     "consisid": _consisid((13, 60, 90)),
     "wan-1.3b": _wan(wan.T2V_1_3B, (21, 60, 104)),  # 832x480, 81 frames
     "wan-14b": _wan(wan.T2V_14B, (21, 90, 160)),  # 1280x720, 81 frames
     "wan-i2v-14b": _wan(wan.I2V_14B, (21, 90, 160)),
     "wan-i2v-a14b": _wan(wan.I2V_A14B, (21, 90, 160)),
-    "wan-ti2v-5b": _wan(wan.TI2V_5B, (31, 44, 80)),  # 1280x704, 121 frames
+    "wan-ti2v-5b": replace(_wan(wan.TI2V_5B, (31, 44, 80)), compression=(16, 4)),  # 1280x704, 121 frames
 }

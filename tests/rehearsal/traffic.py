@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
-_OURS = tuple(f"{ROOT}/{part}" for part in ("common/", "mochi_xdit/", "cogvideox_xdit/", "consisid_xdit/", "wan_xdit/"))
+OURS = tuple(f"{ROOT}/{part}" for part in ("common/", "mochi_xdit/", "cogvideox_xdit/", "consisid_xdit/", "wan_xdit/"))
 
-_ATTENTION = tuple(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn"))
-MULTIPLIES = frozenset(("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", *_ATTENTION))
+ATTENTION = frozenset(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn"))
+MULTIPLIES = frozenset(("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", *ATTENTION))
 """Matrix products, convolutions and attention: what is left where everything else is fused away."""
 
 # A CUDA build has one kernel where the generic code below them has several.
@@ -104,9 +104,10 @@ def _attention(
     """
     assert dropout_p == 0 and not how.get("enable_gqa")
     ops, scale, width = torch.ops.aten, how.get("scale"), q.shape[-1]
-    if mask is None and q.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256:
+    fused = q.ndim == k.ndim == v.ndim == 4
+    if fused and mask is None and q.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256:
         return ops._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
-    if q.dtype != torch.float64:
+    if fused and q.dtype != torch.float64:
         return ops._scaled_dot_product_efficient_attention(q, k, v, mask, False, 0.0, is_causal, scale=scale)[0]
     return ops._scaled_dot_product_attention_math(q, k, v, mask, 0.0, is_causal, scale=scale)[0]
 
@@ -147,7 +148,7 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame:
         file = frame.f_code.co_filename
-        if file.startswith(_OURS):
+        if file.startswith(OURS):
             return f"{file.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"

@@ -1,0 +1,80 @@
+"""Checkpoint folders of the published models as sparse files: every name, shape and dtype, and no bytes on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from cogvideox_xdit import demo as cogvideox
+from cogvideox_xdit.config import VAEConfig
+from cogvideox_xdit.transformer import CogVideoXTransformer
+from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
+from common.checkpoint import DTYPE_NAMES
+from common.weights import on_meta, save
+from consisid_xdit.config import consisid_json
+from consisid_xdit.transformer import ConsisIDTransformer
+from consisid_xdit.weights import rename_table
+from mochi_xdit.transformer import MochiTransformer
+from mochi_xdit.vae import MochiDecoder
+from tests.rehearsal.models import MODELS
+
+BF16 = torch.bfloat16
+
+
+def write_folder(folder: Path, model: str, layers: int | None = None) -> Path:
+    """A checkpoint of a model of `MODELS` with so many blocks; default: all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    published = MODELS[model]
+    config = (published if layers is None else published.shallow(layers)).config
+    with sparse():
+        if model.startswith("mochi"):
+            for name, module in (("dit", on_meta(MochiTransformer, config)), ("decoder", on_meta(MochiDecoder))):
+                save(
+                    {name: tensor.to(BF16) for name, tensor in module.state_dict().items()},
+                    folder / f"{name}.safetensors",
+                )
+            return folder
+        kind = "5b-i2v" if model == "consisid" else model.removeprefix("cogvideox-")
+        vae = replace(VAEConfig(), **cogvideox.scaling(kind))
+        parts = on_meta(CogVideoXEncoder, vae), on_meta(CogVideoXDecoder, vae)
+        transformer = on_meta(ConsisIDTransformer if model == "consisid" else CogVideoXTransformer, config)
+        if model == "consisid":
+            cogvideox.write_vae(folder / "vae", vae, *parts, BF16)
+            state, table = transformer.state_dict(), rename_table(config)
+            cogvideox.write_part(folder / "transformer", consisid_json(config), state, table, BF16)
+            scheduler = cogvideox.scheduler_json(kind)
+            cogvideox.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+            index = cogvideox.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")
+            cogvideox.write_json(folder / "model_index.json", index)
+        else:
+            cogvideox.write_checkpoint(folder, kind, transformer, vae, *parts, BF16)
+    return folder
+
+
+def sparse() -> AbstractContextManager[object]:
+    """Within it `common.weights.save` writes headers alone, and files as long as they would be."""
+    return mock.patch("common.weights.write_file", _write_header)
+
+
+def _write_header(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[str, str]) -> None:
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, group in views.items():
+        size = sum(view.numel() * view.dtype.itemsize for view in group)
+        shape = list(group[0].shape)
+        if len(group) > 1:
+            shape[0] = sum(view.shape[0] for view in group)
+        header[name] = {"dtype": DTYPE_NAMES[group[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)

@@ -1,0 +1,137 @@
+"""The forks' pipelines on fake GPUs: what stands for files, text and pictures, and what the host may read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+import cogvideox_xdit.pipeline
+import common.blocks
+import common.generation
+import common.weights
+from cogvideox_xdit import CogVideoXPipeline
+from common.parallel import Mesh
+from common.text import TextFeatures
+from consisid_xdit import ConsisIDPipeline
+from consisid_xdit.face import IdentityFeatures
+from consisid_xdit.sampling import PATCHES
+from mochi_xdit import MochiPipeline
+from tests.rehearsal.models import MODELS
+from tests.rehearsal.packages import installed
+from tests.rehearsal.scene import STEPS, WORDS, Scene
+from tests.rehearsal.trace import HOST, READER, Tracer
+
+
+class Said:
+    """In place of a text encoder: features as it gives them, on the CPU."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def encode(self, prompts: list[str], limit: int, use_mask: bool) -> TextFeatures:
+        features = torch.empty(len(prompts), limit, self.width)
+        mask = torch.empty(len(prompts), limit, dtype=torch.bool)
+        return TextFeatures(features, mask, (WORDS,) * len(prompts), ("",) * len(prompts))
+
+
+class Locked:
+    """In place of `common.blocks.Pinned`: page-locked memory by name."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
+
+    def release(self) -> None:
+        return None
+
+
+class OneThread:
+    """In place of a pool of one thread: what it is given is done at once, and is seen as that thread's."""
+
+    tracer: Tracer
+
+    def __init__(self, workers: int, name: str, start: Any = None, given: tuple[Any, ...] = ()) -> None:
+        if start is not None:
+            start(*given)
+
+    def submit(self, call: Callable[..., Any], *args: Any) -> Any:
+        with self.tracer.other_thread():
+            call(*args)
+
+        def result() -> None:
+            self.tracer.join(HOST, self.tracer.clocks[READER])
+
+        return SimpleNamespace(result=result)
+
+
+@contextmanager
+def stand_ins(tracer: Tracer) -> Iterator[None]:
+    """What reads files and pictures is left out; what it fills is there."""
+    threads = type("OneThread", (OneThread,), {"tracer": tracer})
+    solver = cogvideox_xdit.pipeline.Solver
+
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():  # it makes its tables by reading numbers
+            return solver(*args, **kwargs)
+
+    def pictures(source: Any, height: int, width: int, frames: int = 1) -> Tensor:
+        return torch.empty(frames, height, width, 3, dtype=torch.uint8)
+
+    with (
+        installed(),
+        mock.patch.object(common.weights._Reader, "_bytes", lambda *_: None),
+        mock.patch.multiple(common.blocks, Pinned=Locked, ThreadPoolExecutor=threads),
+        # Counted on the meta device, which takes as long as two chunks: every plan fits.
+        mock.patch.object(common.generation, "decode_memory", lambda *_, **__: 2**30),
+        mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=pictures, video_frames=pictures),
+    ):
+        yield
+
+
+def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor | None:
+    """One video by the fork's pipeline: text, encode where it starts from a picture, two steps, decode."""
+    kind = {"mochi": MochiPipeline, "consi": ConsisIDPipeline}.get(scene.model[:5], CogVideoXPipeline)
+    options: dict[str, Any] = {"scheduler": scene.scheduler} if kind is not MochiPipeline else {}
+    model = MODELS[scene.model]
+    with stand_ins(tracer):
+        pipe = kind.from_pretrained(
+            folder,
+            mesh=mesh,
+            dtype=scene.dtype,
+            attention=scene.attention,
+            offload=scene.offload,
+            shard_weights=scene.shard,
+            compiling={"blocks": scene.compiled, "backend": "eager"},
+            overlap_groups=scene.groups,
+            stages=tracer.steps,
+            **options,
+        )
+        pipe._load_text_encoder = lambda: Said(model.text_width)  # type: ignore[method-assign]
+        given: dict[str, Any] = {"negative_prompt": "blurred"}
+        if kind is MochiPipeline:
+            given["num_frames"] = 6 * (model.size[0] - 1) + 1
+        elif kind is ConsisIDPipeline:
+            given["identity"] = identity(model.config)
+        elif model.config.image_channels:
+            given["image"] = "picture.png"
+        with no_cuda_for_dynamo(scene.compiled):
+            return pipe("a boat", num_steps=STEPS, vae=scene.vae, output=scene.output, **given)
+
+
+def no_cuda_for_dynamo(compiled: bool) -> AbstractContextManager[object]:
+    """Else dynamo would save and restore the state of a CUDA that this PyTorch may not have."""
+    return mock.patch.object(torch.cuda, "is_available", lambda: False) if compiled else nullcontext()
+
+
+def identity(config: Any) -> IdentityFeatures:
+    """Of one person, as the face models give them."""
+    hidden = tuple(torch.empty(1, PATCHES, config.vit_dim) for _ in range(config.scales))
+    image = torch.empty(512, 512, 3, dtype=torch.uint8)
+    return IdentityFeatures(torch.empty(1, config.id_dim), hidden, image, torch.empty(5, 2))
