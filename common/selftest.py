@@ -64,5 +64,7 @@ def _gather_single(axis: Axis, device: torch.device) -> torch.Tensor:
 
 def _all_to_all(axis: Axis, device: torch.device) -> torch.Tensor:
     received = torch.zeros(axis.size, dtype=torch.int64, device=device)
-    dist.all_to_all_single(received, torch.full((axis.size,), axis.rank, device=device), group=axis.group)
+    # With splits, as the model gives them: NCCL has another function for even ones.
+    ones = [1] * axis.size
+    dist.all_to_all_single(received, torch.full((axis.size,), axis.rank, device=device), ones, ones, group=axis.group)
     return received
