@@ -23,7 +23,7 @@ from tests.rehearsal.checks import check_devices, check_ends, check_exchanges, c
 from tests.rehearsal.models import MODELS
 from tests.rehearsal.scene import Ran, Scene, run_ranks
 from tests.rehearsal.scenes import CAPABILITIES, COVER, LAYOUTS, rehearse
-from tests.rehearsal.trace import Tracer, Unanswered
+from tests.rehearsal.tracer import Tracer, Unanswered
 from tests.rehearsal.traffic import MULTIPLIES, Launch, Traffic
 
 BF16 = {"dtype": torch.bfloat16, "device": "cuda:0"}

@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 from common.demo import fill
+from common.fp8 import Float8Linear
 from common.parallel import Layout, distributed
+from common.placement import Placement, place
 from common.usp import SequenceParallel
 from common.weights import load, on_meta, open_checkpoint, save
 from wan_xdit.config import TransformerConfig, read_transformer
@@ -68,6 +70,24 @@ def test_the_original_codes_tensors(name, layout, tmp_path):
         text, times = tensors["in.text"][None], tensors.get("in.t_per_token", tensors["in.t"].reshape(1))
         out = denoise(model, noise, text, times, None if beside is None else beside[None], image)
     torch.testing.assert_close(out[0], tensors["out"], atol=1e-5, rtol=1e-5)
+
+
+def test_matmul_weights_in_eight_bits(tmp_path):
+    """The same as with these weights widened again: rounding them is all that differs."""
+    model = made(IMAGE, 4)
+    save(model.state_dict(), tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    small = place(on_meta(WanTransformer, IMAGE), checkpoint, placement=Placement(float8=True))
+    for name, layer in small.named_modules():
+        if isinstance(layer, Float8Linear):
+            wide = layer.weight.float() * layer.weight_scale
+            model.get_submodule(name).weight.data = wide
+    draw = torch.Generator().manual_seed(5)
+    latents, text = torch.randn(1, 4, 2, 4, 6, generator=draw), torch.randn(1, 7, 24, generator=draw)
+    beside, image = torch.randn(1, 5, 2, 4, 6, generator=draw), torch.randn(1, 9, 16, generator=draw)
+    with torch.no_grad():
+        one, other = (denoise(m, latents, text, 500.0, beside, image) for m in (small, model))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def oracle(config, dtype):

@@ -27,7 +27,8 @@ from mochi_xdit import MochiPipeline
 from tests.rehearsal.models import MODELS
 from tests.rehearsal.packages import installed
 from tests.rehearsal.scene import STEPS, WORDS, Scene
-from tests.rehearsal.trace import HOST, READER, Tracer
+from tests.rehearsal.trace import HOST, READER
+from tests.rehearsal.tracer import Tracer
 
 
 class Said:

@@ -17,7 +17,8 @@ from common.layout import Layout
 from common.parallel import Mesh
 from tests.helpers.fake_cuda import fake_cuda
 from tests.helpers.recorder import Collective, Record, fake_groups, fake_mesh
-from tests.rehearsal.trace import Trace, Tracer, Where, tracing
+from tests.rehearsal.trace import Trace, Where
+from tests.rehearsal.tracer import Tracer, tracing
 
 AXES = ("world", "cfg", "sequence", "ring", "ulysses", "weights")
 STEPS = 2

@@ -21,7 +21,7 @@ from tests.rehearsal.folders import BF16, sparse
 from tests.rehearsal.models import MODELS
 from tests.rehearsal.pipelines import no_cuda_for_dynamo, stand_ins
 from tests.rehearsal.scene import STEPS, WORDS, Scene
-from tests.rehearsal.trace import Tracer
+from tests.rehearsal.tracer import Tracer
 from wan_xdit.config import VAE_2_2, VAEConfig, with_stats
 from wan_xdit.transformer import WanTransformer, pack, unpack
 from wan_xdit.vae import WanDecoder, WanEncoder
@@ -53,54 +53,71 @@ def write_folder(folder: Path, model: str, layers: int | None = None) -> Path:
 
 def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor | None:
     """Text, encode where the model starts from an image, two guided steps, decode."""
-    config = (MODELS[scene.model] if scene.layers is None else MODELS[scene.model].shallow(scene.layers)).config
-    vae, stages, models = autoencoder(scene.model), tracer.steps, Models()
-    size, width = MODELS[scene.model].size, config.image_width
-    guidance, split = Guidance(mesh.cfg), TimeSplit(mesh.world)
-    placement = Placement(scene.offload, scene.shard, scene.dtype == "fp8")
+    with stand_ins(tracer), torch.inference_mode(), no_cuda_for_dynamo(scene.compiled):
+        run = _Generation(scene, folder, mesh, tracer)
+        latents = run.sample(run.encode() if run.config.image_channels else None)
+        return latents if scene.output == "latent" else run.decode(latents)
 
-    def transformer() -> WanTransformer:
-        checkpoint = open_checkpoint(folder / "transformer.safetensors")
-        where = (placement, mesh.weights)
-        model = place(
-            on_meta(WanTransformer, config, sp), checkpoint, None, mesh.device, BF16, exact_names(config), *where
-        )
+
+class _Generation:
+    """Stages one after another, each with its model."""
+
+    def __init__(self, scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> None:
+        model = MODELS[scene.model] if scene.layers is None else MODELS[scene.model].shallow(scene.layers)
+        self.scene, self.folder, self.mesh = scene, folder, mesh
+        self.config, self.size, self.vae = model.config, model.size, autoencoder(scene.model)
+        self.stages, self.models = tracer.steps, Models()
+        self.guidance, self.split = Guidance(mesh.cfg), TimeSplit(mesh.world)
+        self.sp = SequenceParallel(mesh, scene.attention, scene.groups, BF16)
+
+    def sample(self, encoded: Tensor | None) -> Tensor:
+        """encoded: of the image, (1, C, *size). Returns the latents on every rank."""
+        mesh, config, size, sp = self.mesh, self.config, self.size, self.sp
+        text = {b: on_main(mesh, lambda: torch.empty(1, WORDS, config.text_width)) for b in (0, 1)}
+        width, seen, beside = config.image_width, None, None
+        if width is not None:
+            seen = on_main(mesh, lambda: torch.empty(1, config.image_tokens, width))
+        if encoded is not None:
+            mask = torch.empty(1, config.image_channels - encoded.shape[1], *size, device=mesh.device)
+            beside = torch.cat((mask, encoded), dim=1)
+        with self.models.use("transformer", self._transformer) as model:
+            conds = {b: model.prepare(text[b], size, beside, seen) for b in self.guidance.branches(SCALE)}
+            tokens = pack(torch.empty(1, config.out_channels, *size).to(mesh.device), config.patch)
+            z = sp.shard(tokens)
+            with self.stages.stage("sampling", total=STEPS) as step:
+                for i in range(STEPS):
+                    predictions = {b: model(z, 1000.0 / (i + 1), conds[b]) for b in self.guidance.branches(SCALE)}
+                    z = z - 0.5 * self.guidance.combine(predictions, SCALE)
+                    require_finite(z, f"step {i + 1}")
+                    step()
+            return unpack(sp.gather(z, sp.lengths(tokens.shape[1])), size, config.patch)
+
+    def encode(self) -> Tensor:
+        """Latents (1, C, *size) of a video."""
+        vae, (time, rows, columns) = self.vae, self.size
+        with self.models.use("encoder", lambda: self._half("encoder", WanEncoder)) as encoder:
+            video = torch.empty(1, 3, vae.time * (time - 1) + 1, rows * vae.space, columns * vae.space)
+            with self.stages.stage("encoding video"):
+                given = video.to(self.mesh.device, BF16)
+                moments = encode_moments(encoder, given, encoder.chunks(video.shape[2]), self.split)
+        return moments.chunk(2, dim=1)[0]
+
+    def decode(self, latents: Tensor) -> Tensor | None:
+        with self.models.use("decoder", lambda: self._half("decoder", WanDecoder)) as decoder:
+            plan = DecodePlan(self.scene.vae, 2, (32, 40) if self.scene.vae == "tiled" else None)
+            with self.stages.stage("decoding"):
+                pieces = decode_frames(decoder, latents, plan, self.split)
+                kept = [piece for piece in pieces if piece is not None]
+        return torch.cat(kept) if kept else None
+
+    def _transformer(self) -> WanTransformer:
+        checkpoint, scene = open_checkpoint(self.folder / "transformer.safetensors"), self.scene
+        placement = Placement(scene.offload, scene.shard, scene.dtype == "fp8")
+        where = (self.mesh.device, BF16, exact_names(self.config), placement, self.mesh.weights)
+        model = place(on_meta(WanTransformer, self.config, self.sp), checkpoint, None, *where)
         Compile(blocks=scene.compiled, backend="eager").transformer(model)
         return model
 
-    def half(name: str, build: Any) -> Any:
-        checkpoint = open_checkpoint(folder / f"{name}.safetensors")
-        return lay_out(load(on_meta(build, vae), checkpoint, None, mesh.device, BF16), mesh.device)
-
-    def encode() -> Tensor:
-        with models.use("encoder", lambda: half("encoder", WanEncoder)) as encoder, stages.stage("encoding video"):
-            video = torch.empty(1, 3, vae.time * (size[0] - 1) + 1, size[1] * vae.space, size[2] * vae.space)
-            moments = encode_moments(encoder, video.to(mesh.device, BF16), encoder.chunks(video.shape[2]), split)
-            return moments.chunk(2, dim=1)[0]
-
-    with stand_ins(tracer), torch.inference_mode(), no_cuda_for_dynamo(scene.compiled):
-        sp = SequenceParallel(mesh, scene.attention, scene.groups, BF16)
-        text = {b: on_main(mesh, lambda: torch.empty(1, WORDS, config.text_width)) for b in (0, 1)}
-        seen = None if width is None else on_main(mesh, lambda: torch.empty(1, config.image_tokens, width))
-        beside = None
-        if config.image_channels:
-            mask = torch.empty(1, config.image_channels - vae.latent_channels, *size, device=mesh.device)
-            beside = torch.cat((mask, encode()), dim=1)
-        with models.use("transformer", transformer) as model:
-            conds = {b: model.prepare(text[b], size, beside, seen) for b in guidance.branches(SCALE)}
-            tokens = pack(torch.empty(1, config.out_channels, *size).to(mesh.device), config.patch)
-            z = sp.shard(tokens)
-            with stages.stage("sampling", total=STEPS) as step:
-                for i in range(STEPS):
-                    predictions = {b: model(z, 1000.0 / (i + 1), conds[b]) for b in guidance.branches(SCALE)}
-                    z = z - 0.5 * guidance.combine(predictions, SCALE)
-                    require_finite(z, f"step {i + 1}")
-                    step()
-            latents = unpack(sp.gather(z, sp.lengths(tokens.shape[1])), size, config.patch)
-        if scene.output == "latent":
-            return latents
-        with models.use("decoder", lambda: half("decoder", WanDecoder)) as decoder:
-            plan = DecodePlan(scene.vae, 2, (32, 40) if scene.vae == "tiled" else None)
-            with stages.stage("decoding", total=len(decoder.chunks(size[0], plan.chunk)), unit="chunk") as step:
-                kept = [piece for piece in decode_frames(decoder, latents, plan, split) if piece is not None]
-        return torch.cat(kept) if kept else None
+    def _half(self, name: str, build: Any) -> Any:
+        checkpoint = open_checkpoint(self.folder / f"{name}.safetensors")
+        return lay_out(load(on_meta(build, self.vae), checkpoint, None, self.mesh.device, BF16), self.mesh.device)
