@@ -111,7 +111,8 @@ def test_every_value_of_every_axis_is_covered():
     assert values("layout") >= set(LAYOUTS) and values("capability") == set(CAPABILITIES)
     assert values("attention") == {"auto", "sdpa", "cudnn", "flash2", "flash3"}
     assert values("offload") == {"none", "stage", "block", "disk"} and values("shard") == {True, False}
-    assert values("dtype") == {"bf16", "fp8"} and values("compiled") == {True, False} and values("groups") == {1, 2}
+    assert values("dtype") == {"bf16", "fp16", "fp32", "fp8"} and values("video") == {True, False}
+    assert values("compiled") == {True, False} and values("groups") == {1, 2}
     assert values("vae") == {"exact", "tiled"} and values("output") == {"frames", "latent"}
     forks = {scene.model.split("-")[0] for scene in COVER if scene.layers is None}
     assert forks == {name.split("-")[0] for name in MODELS}

@@ -73,6 +73,8 @@ def check_steps(scene: Scene, ran: Ran) -> None:
 
 def expected_attention(scene: Scene) -> str:
     """The kernel of the joint attention, as operators are named."""
+    if scene.dtype == "fp32":
+        return "_scaled_dot_product_efficient_attention"
     if scene.attention == "cudnn":
         return "_scaled_dot_product_cudnn_attention"
     automatic = scene.attention == "auto" and scene.layout.ring > 1 and scene.capability[0] in (9, 10)

@@ -120,6 +120,8 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
             given["num_frames"] = 6 * (model.size[0] - 1) + 1
         elif kind is ConsisIDPipeline:
             given["identity"] = identity(model.config)
+        elif scene.video:
+            given |= {"video": "clip.mp4", "strength": 1.0}
         elif model.config.image_channels:
             given["image"] = "picture.png"
         with no_cuda_for_dynamo(scene.compiled):

@@ -32,7 +32,8 @@ COVER = (
     Scene("wan-1.3b", output="latent", capability=(8, 6)),
     Scene("mochi", Layout(2, 3, 2), layers=2),
     Scene("cogvideox-5b-i2v", Layout(1, 2, 4), offload="block", shard=True, groups=2, layers=STREAMED),
-    Scene("cogvideox-2b", Layout(2, 3, 1), (10, 0), offload="disk", scheduler="dpm", output="latent", layers=STREAMED),
+    Scene("cogvideox-2b", Layout(2, 3, 1), (10, 0), "auto", "fp16", "disk", scheduler="dpm", output="latent", layers=4),
+    Scene("cogvideox-5b", Layout(ring=2), dtype="fp32", video=True, output="latent", layers=2),
     Scene("consisid", Layout(2, 1, 3), (8, 9), dtype="fp8", shard=True, output="latent", layers=STREAMED),
     Scene("cogvideox-2b", Layout(ring=2), offload="none", vae="tiled", layers=2),
     Scene("cogvideox-1.5-i2v", attention="flash3", output="latent", layers=2),
@@ -52,12 +53,14 @@ def full() -> Iterator[Scene]:
             yield Scene(model, Layout(ring=2), offload=offload, shard=shard, output="latent")
         yield Scene(model, Layout(1, 2, 2), (8, 9), dtype="fp8", groups=4, output="latent")
         yield Scene(model, Layout(ring=2), compiled=True, output="latent")
+        yield Scene(model, Layout(ring=2), dtype="fp32", output="latent")
         yield Scene(model, Layout(ring=2), vae="tiled", layers=2)
         for capability in CAPABILITIES:
             for attention in ("auto", "sdpa", "cudnn", "flash2", *(["flash3"] if capability == (9, 0) else [])):
                 yield Scene(model, Layout(ring=2), capability, attention, output="latent", layers=2)
     for model in ("cogvideox-2b", "cogvideox-5b", "cogvideox-1.5"):
-        yield Scene(model, Layout(ring=2), scheduler="dpm", output="latent")
+        yield Scene(model, Layout(ring=2), dtype="fp16", scheduler="dpm", output="latent")
+        yield Scene(model, Layout(ring=3), video=True)
 
 
 def rehearse(scene: Scene, root: Path) -> list[Ran]:

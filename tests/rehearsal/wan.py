@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.compile import Compile
 from common.decode import DecodePlan, decode_frames
-from common.generation import Models, require_finite
+from common.generation import Models, parse_dtype, require_finite
 from common.guidance import Guidance
 from common.parallel import Mesh, on_main
 from common.placement import Placement, place
@@ -68,7 +68,8 @@ class _Generation:
         self.config, self.size, self.vae = model.config, model.size, autoencoder(scene.model)
         self.stages, self.models = tracer.steps, Models()
         self.guidance, self.split = Guidance(mesh.cfg), TimeSplit(mesh.world)
-        self.sp = SequenceParallel(mesh, scene.attention, scene.groups, BF16)
+        self.dtype = parse_dtype("bf16" if scene.dtype == "fp8" else scene.dtype)
+        self.sp = SequenceParallel(mesh, scene.attention, scene.groups, self.dtype)
 
     def sample(self, encoded: Tensor | None) -> Tensor:
         """encoded: of the image, (1, C, *size). Returns the latents on every rank."""
@@ -98,7 +99,7 @@ class _Generation:
         with self.models.use("encoder", lambda: self._half("encoder", WanEncoder)) as encoder:
             video = torch.empty(1, 3, vae.time * (time - 1) + 1, rows * vae.space, columns * vae.space)
             with self.stages.stage("encoding video"):
-                given = video.to(self.mesh.device, BF16)
+                given = video.to(self.mesh.device, self.dtype)
                 moments = encode_moments(encoder, given, encoder.chunks(video.shape[2]), self.split)
         return moments.chunk(2, dim=1)[0]
 
@@ -113,11 +114,11 @@ class _Generation:
     def _transformer(self) -> WanTransformer:
         checkpoint, scene = open_checkpoint(self.folder / "transformer.safetensors"), self.scene
         placement = Placement(scene.offload, scene.shard, scene.dtype == "fp8")
-        where = (self.mesh.device, BF16, exact_names(self.config), placement, self.mesh.weights)
+        where = (self.mesh.device, self.dtype, exact_names(self.config), placement, self.mesh.weights)
         model = place(on_meta(WanTransformer, self.config, self.sp), checkpoint, None, *where)
         Compile(blocks=scene.compiled, backend="eager").transformer(model)
         return model
 
     def _half(self, name: str, build: Any) -> Any:
         checkpoint = open_checkpoint(self.folder / f"{name}.safetensors")
-        return lay_out(load(on_meta(build, self.vae), checkpoint, None, self.mesh.device, BF16), self.mesh.device)
+        return lay_out(load(on_meta(build, self.vae), checkpoint, None, self.mesh.device, self.dtype), self.mesh.device)
