@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.estimate import FUSED, Traffic, imagined
+from common.estimate import FUSED, Traffic, Workload, imagined
 from common.parallel import Layout, Mesh
 from common.usp import SequenceParallel
 
@@ -54,6 +54,12 @@ def counting(mesh: Mesh) -> Iterator[Counts]:
     with FlopCounterMode(display=False, custom_mapping=FUSED) as flops, Issued(mesh) as issued:
         yield counts
     counts.flops, counts.sent, counts.issued = flops.get_total_flops(), issued.sent, issued.issued
+
+
+def shorten(work: Workload, depth: int) -> Workload:
+    """With `depth` blocks; those in the middle, which are like the one before them, are left out. Changed in place."""
+    del work.transformer.blocks[depth - 1 : -1]  # type: ignore[union-attr,operator]
+    return work
 
 
 def count_attention(layout: Layout, rank: int, tokens: int, text: int, heads: int, width: int) -> Counts:
