@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cogvideox_xdit import positions
 from cogvideox_xdit.config import TransformerConfig
 from common.blocks import Blocks
-from common.elementwise import gelu
-from common.rope import rotate_pairs
+from common.elementwise import add_gated, in_place
+from common.linear import in_parts, linear_gelu
+from common.rope import rotate_pairs, rotation
 from common.usp import SequenceParallel
 
 Size = tuple[int, int, int]  # latent frames, rows, columns
@@ -59,8 +60,7 @@ class Condition:
 
     y: (B, ny, W) this rank's text tokens, projected, positions added
     video: (B or 1, nx, W) what each video token is besides its noise: bias, position, image latents
-    rope: cosine and sine of the angle of each pair of channels (ny + nx, D/2, 2), 0 on text; None where positions are
-        added
+    rope: a `rotation` (2, ny + nx, 1, D/2, 2), by nothing on text; None where positions are added
     ofs: (1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint
     lengths: tokens of every rank, both streams together
     frequencies: of the timestep's embedding (W / 2,)
@@ -80,18 +80,34 @@ class Condition:
         return self.y.shape[1]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, n_text: int) -> Tensor:
-    """x (1 + scale) + shift, x (B, n, W); shift and scale (B, 2, W) are for video and for text."""
-    return _multiply_add(x, 1 + scale, shift[:, :1], shift[:, 1:], n_text)
+def modulated_norm(norm: nn.LayerNorm, h: Tensor, shift: Tensor, scale: Tensor, n_text: int) -> Tensor:
+    """norm(h) (1 + scale) + shift, h (B, n, W); shift and scale (B, 2, W) are for video and for text.
+
+    Both are affine, so that they are one norm where one affine map serves a whole stream.
+    """
+    weight, bias = torch.addcmul(norm.weight, norm.weight, scale), torch.addcmul(shift + norm.bias, norm.bias, scale)
+    if h.shape[0] > 1:
+        return _multiply_add(
+            F.layer_norm(h, norm.normalized_shape, eps=norm.eps), weight, bias[:, :1], bias[:, 1:], n_text
+        )
+    # All rows as video, then the few text rows again: cheaper than splitting and joining the whole tensor.
+    out = F.layer_norm(h, norm.normalized_shape, weight[0, 0], bias[0, 0], norm.eps)
+    if n_text:
+        out[:, :n_text] = F.layer_norm(h[:, :n_text], norm.normalized_shape, weight[0, 1], bias[0, 1], norm.eps)
+    return out
 
 
-def add_gated(h: Tensor, branch: Tensor, gate: Tensor, n_text: int) -> Tensor:
-    """h + gate * branch, h and branch (B, n, W); gate (B, 2, W) is for video and for text."""
-    return _multiply_add(branch, gate, h, h[:, :n_text], n_text)
+def add_gated_streams(h: Tensor, branch: Tensor, gate: Tensor, n_text: int) -> Tensor:
+    """h + gate * branch, h and branch (B, n, W); gate (B, 2, W) is for video and for text. h may be overwritten."""
+    if not in_place():
+        return _multiply_add(branch, gate, h, h[:, :n_text], n_text)
+    add_gated(h[:, n_text:], branch[:, n_text:], gate[:, :1])
+    if n_text:
+        add_gated(h[:, :n_text], branch[:, :n_text], gate[:, 1:])
+    return h
 
 
 def _multiply_add(x: Tensor, factor: Tensor, video: Tensor, text: Tensor, n_text: int) -> Tensor:
-    # All rows as video, then the few text rows again: cheaper than splitting and joining the whole tensor.
     out = torch.addcmul(video, x, factor[:, :1])
     if n_text:
         out[:, :n_text] = torch.addcmul(text, x[:, :n_text], factor[:, 1:])
@@ -128,21 +144,19 @@ class Block(nn.Module):
     def before_attention(self, h: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, ...]:
         """q, k, v (B, n, H, D) and the gate of what will be attended to (B, 2, W)."""
         shift, scale, gate = self._modulation(self.mod1, c)
-        h = modulate(self.norm1(h), shift, scale, cond.n_text)
-        # Head by head in memory, as attention reads it; the norms would copy q and k anyway.
-        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
-        q, k, v = qkv.unbind(0)  # (B, H, n, D) each
+        h = modulated_norm(self.norm1, h, shift, scale, cond.n_text)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in in_parts(self.qkv, h, 3))
         q, k = self.q_norm(q), self.k_norm(k)
         if cond.rope is not None:
             q, k = rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), gate
+        return q, k, v, gate
 
     def after_attention(self, h: Tensor, out: Tensor, gate: Tensor, c: Tensor, cond: Condition) -> Tensor:
         """h after both residual branches; out (B, n, H, D) is what was attended to."""
-        h = add_gated(h, self.out(out.flatten(2)), gate, cond.n_text)
+        h = add_gated_streams(h, self.out(out.flatten(2)), gate, cond.n_text)
         shift, scale, gate = self._modulation(self.mod2, c)
-        branch = self.ff_in(modulate(self.norm2(h), shift, scale, cond.n_text))
-        return add_gated(h, self.ff_out(gelu(branch)), gate, cond.n_text)
+        hidden = linear_gelu(self.ff_in, modulated_norm(self.norm2, h, shift, scale, cond.n_text))
+        return add_gated_streams(h, self.ff_out(hidden), gate, cond.n_text)
 
     @staticmethod
     def _modulation(linear: nn.Module, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,10 +273,9 @@ class CogVideoXTransformer(nn.Module):
         return None, table.to(self.dtype)[None]
 
     def _rope(self, n_text: int, grid: Size) -> Tensor:
-        video = torch.stack(positions.rope(self.config, grid, self.sp, self.device), dim=-1)
-        text = video.new_zeros(n_text, *video.shape[1:])
-        text[..., 0] = 1
-        return torch.cat((text, video))
+        cos, sin = positions.rope(self.config, grid, self.sp, self.device)
+        cos, sin = F.pad(cos, (0, 0, n_text, 0), value=1.0), F.pad(sin, (0, 0, n_text, 0))
+        return rotation(cos[:, None], sin[:, None], self.dtype)
 
     def _ofs(self, value: float) -> Tensor | None:
         if self.ofs is None:

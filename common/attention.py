@@ -147,10 +147,32 @@ def _with_lse(kernel: Kernel, q: Tensor, k: Tensor) -> _LseKernel:
     return _cuda_flash
 
 
+def empty_heads(like: Tensor, n: int) -> Tensor:
+    """A tensor (B, n, H, D) to be filled, as `like` (B, any, H, D) otherwise, in memory as `attention` reads it."""
+    batch, _, heads, width = like.shape
+    if _by_head(like):
+        return like.new_empty(batch, heads, n, width).transpose(1, 2)
+    return like.new_empty(batch, n, heads, width)
+
+
+def join_heads(*streams: Tensor) -> Tensor:
+    """Tokens of streams (B, n, H, D), one stream after the other, in memory as `attention` reads them."""
+    if _by_head(streams[0]):
+        return torch.cat([x.transpose(1, 2) for x in streams], dim=2).transpose(1, 2)
+    return torch.cat(streams, dim=1)
+
+
+def _by_head(x: Tensor) -> bool:
+    """Every block of queries reads keys and values again; the CPU's kernel is a tenth slower over strided ones.
+
+    GPUs read them token by token, as matrix products write them, and give out what they compute in the same way.
+    """
+    return x.device.type == "cpu"
+
+
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if k.device.type == "cpu":
-        # Every block of queries reads them again; the CPU's kernel is a tenth slower over strided ones.
+    if _by_head(k):
         k, v = k.contiguous(), v.contiguous()
     return q, k, v
 

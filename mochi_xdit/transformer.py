@@ -1,8 +1,8 @@
 """Mochi's asymmetric joint transformer: a wide stream of video tokens and a narrow one of text tokens share attention.
 
 Parameter names are those of the native checkpoint. N, L are token counts of all ranks, n, m those of this rank; both
-streams are split over the ranks alike. Blocks run in the parameters' dtype; norms, modulation and rotations are
-computed in fp32 (fp64 for fp64 parameters), and so are latents going in and out.
+streams are split over the ranks alike. Blocks run in the parameters' dtype, with norms and rotations computed in at
+least fp32; so is what comes before the first block and after the last one, since what is rounded there, all blocks see.
 
     cond = model.prepare((T, H, W), text, mask)        # once per prompt and size
     v = model(x, t, cond)                              # every step, on this rank's packed tokens
@@ -17,14 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.attention import join_heads
 from common.blocks import Blocks
-from common.elementwise import at_least_fp32, rms_norm, swiglu
-from common.rope import rotate_pairs
+from common.elementwise import add_gated, at_least_fp32, rms_norm, swiglu
+from common.linear import in_parts
+from common.rope import rotate_pairs, rotation
 from common.usp import SequenceParallel
 from mochi_xdit.config import MochiConfig
 
 NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
+Mod = tuple[Tensor, ...]
 BASE_AREA = 192 * 192
 """Positions are scaled as if every frame had this many patches."""
 
@@ -38,7 +41,7 @@ class MochiCondition:
     pooled: Tensor
     """Attention pool over the text (B, hidden_x)."""
     rope: Tensor
-    """(n, 1, heads, head_dim / 2, 2): cosine and sine of the angle of each pair of channels."""
+    """(2, n, heads, head_dim / 2, 2), see `rotation`."""
     lengths: tuple[int, ...]
     """Tokens of both streams on every rank."""
     frequencies: Tensor
@@ -65,21 +68,6 @@ def unpack(tokens: Tensor, size: tuple[int, int, int], patch: int = 2) -> Tensor
     C = width // patch**2
     z = tokens.reshape(B, T, H // patch, W // patch, patch, patch, C)
     return z.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, C, T, H, W)
-
-
-def _modulated(x: Tensor, scale: Tensor) -> Tensor:
-    """RMS norm times 1 + scale; scale (B, 1, D) wide."""
-    return rms_norm(x, NORM_EPS).mul_(1 + scale).to(x.dtype)
-
-
-def _gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """Residual sum with the RMS norm of the branch times tanh(gate); gate (B, 1, D) wide."""
-    return rms_norm(branch, NORM_EPS).mul_(torch.tanh(gate)).to(x.dtype).add_(x)
-
-
-def _join(x: Tensor, y: Tensor) -> Tensor:
-    """Tokens of both streams, (B, n, ..., D) and (B, m, ..., D), in memory head by head as attention reads them."""
-    return torch.cat((x.movedim(1, -2), y.movedim(1, -2)), dim=-2).movedim(-2, 1)
 
 
 class FeedForward(nn.Module):
@@ -111,22 +99,21 @@ class JointAttention(nn.Module):
 
     def heads_of(self, x: Tensor, y: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to q, k and v of both (B, n + m, H, D)."""
-        qk, v = self._split(self.qkv_x(x), self.q_norm_x, self.k_norm_x)
-        qk_y, v_y = self._split(self.qkv_y(y), self.q_norm_y, self.k_norm_y)
-        q, k = _join(rotate_pairs(qk, rope).to(x.dtype), qk_y.to(y.dtype)).unbind(2)
-        return q, k, _join(v, v_y)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in in_parts(self.qkv_x, x, 3))
+        # The text's tokens are few: less is copied than launched.
+        q_y, k_y, v_y = self.qkv_y(y).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q = rotate_pairs(self._normed(q, self.q_norm_x), rope, self._normed(q_y, self.q_norm_y))
+        k = rotate_pairs(self._normed(k, self.k_norm_x), rope, self._normed(k_y, self.k_norm_y))
+        return q, k, join_heads(v, v_y)
+
+    @staticmethod
+    def _normed(heads: Tensor, norm: nn.RMSNorm) -> Tensor:
+        return rms_norm(heads, QK_NORM_EPS, norm.weight)
 
     def project(self, out: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """What was attended to (B, n + m, H, D), back to the widths of x and y."""
         x, y = out.flatten(2).split((n, out.shape[1] - n), dim=1)
         return self.proj_x(x), y if self.proj_y is None else self.proj_y(y)
-
-    def _split(self, qkv: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
-        """qkv (B, n, 3 * H * D) to wide q and k (B, n, 2, H, D), RMS-normalised per head, and v (B, n, H, D)."""
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        weight = torch.stack((q_norm.weight, k_norm.weight))[:, None]
-        return rms_norm(qk, QK_NORM_EPS).mul_(weight), v
 
 
 class Block(nn.Module):
@@ -137,6 +124,7 @@ class Block(nn.Module):
     def __init__(self, config: MochiConfig, sp: SequenceParallel, last: bool) -> None:
         super().__init__()
         self.sp = sp
+        self.widths = [config.hidden_x] * 4 + [config.hidden_y] * (1 if last else 4)
         self.mod_x = nn.Linear(config.hidden_x, 4 * config.hidden_x)
         self.mod_y = nn.Linear(config.hidden_x, config.hidden_y if last else 4 * config.hidden_y)
         self.attn = JointAttention(config, last)
@@ -145,29 +133,39 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
         """x (B, n, hidden_x), y (B, m, hidden_y), c (B, hidden_x) activated conditioning. Returns x and y."""
-        q, k, v, mod_x, mod_y = self.before_attention(x, y, c, cond.rope)
+        q, k, v, mod = self.before_attention(x, y, c, cond.rope)
         out = self.sp.attention(q, k, v, cond.lengths)
         del q, k, v  # the feed-forward needs their memory
-        return self.after_attention(x, y, out, mod_x, mod_y)
+        return self.after_attention(x, y, out, mod)
 
-    def before_attention(self, x: Tensor, y: Tensor, c: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v of both streams (B, n + m, H, D), and both streams' modulation, wide."""
-        wide = at_least_fp32(x.dtype)
-        mod_x, mod_y = self.mod_x(c)[:, None].to(wide), self.mod_y(c)[:, None].to(wide)
-        x, y = _modulated(x, mod_x[..., : x.shape[-1]]), _modulated(y, mod_y[..., : y.shape[-1]])
-        return *self.attn.heads_of(x, y, rope), mod_x, mod_y
+    def before_attention(self, x: Tensor, y: Tensor, c: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Mod]:
+        """q, k, v of both streams (B, n + m, H, D), and what modulates the block."""
+        mod = self.modulation(c)
+        x, y = rms_norm(x, NORM_EPS, mod[0]), rms_norm(y, NORM_EPS, mod[4])
+        return *self.attn.heads_of(x, y, rope), mod
 
-    def after_attention(self, x: Tensor, y: Tensor, out: Tensor, mod_x: Tensor, mod_y: Tensor) -> tuple[Tensor, Tensor]:
+    def after_attention(self, x: Tensor, y: Tensor, out: Tensor, mod: Mod) -> tuple[Tensor, Tensor]:
         """x and y after both residual branches; out (B, n + m, H, D) is what was attended to."""
         dx, dy = self.attn.project(out, x.shape[1])
-        _, gate, mlp_scale, mlp_gate = mod_x.chunk(4, dim=-1)
-        x = _gated(x, dx, gate)
-        x = _gated(x, self.mlp_x(_modulated(x, mlp_scale)), mlp_gate)
-        if self.mlp_y is not None:
-            _, gate, mlp_scale, mlp_gate = mod_y.chunk(4, dim=-1)
-            y = _gated(y, dy, gate)
-            y = _gated(y, self.mlp_y(_modulated(y, mlp_scale)), mlp_gate)
-        return x, y
+        x = self._residual(x, dx, self.mlp_x, *mod[1:4])
+        return x, y if self.mlp_y is None else self._residual(y, dy, self.mlp_y, *mod[5:8])
+
+    @staticmethod
+    def _residual(x: Tensor, dx: Tensor, mlp: nn.Module, gate: Tensor, mlp_weight: Tensor, mlp_gate: Tensor) -> Tensor:
+        x = add_gated(x, rms_norm(dx, NORM_EPS), gate)
+        return add_gated(x, rms_norm(mlp(rms_norm(x, NORM_EPS, mlp_weight)), NORM_EPS), mlp_gate)
+
+    def modulation(self, c: Tensor) -> Mod:
+        """Of attention and feed-forward of x, then of y: what is the weight of the norm, and the gate (B, 1, D).
+
+        Weights are 1 + m of the layers' outputs m, gates tanh(m) in at least fp32.
+        """
+        mod = torch.cat((self.mod_x(c), self.mod_y(c)), dim=-1)[:, None]
+        # Both of all numbers, each of which is used in one way: few kernels.
+        weights, gates = 1 + mod, torch.tanh(mod.to(at_least_fp32(mod.dtype)))
+        return tuple(
+            both[i % 2] for i, both in enumerate(zip(weights.split(self.widths, -1), gates.split(self.widths, -1)))
+        )
 
 
 class PatchEmbed(nn.Module):
@@ -178,10 +176,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.hidden_x, config.patch, config.patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, n, patch * patch * C) to (B, n, hidden_x)."""
+        """(B, n, patch * patch * C) to (B, n, hidden_x), in the dtype of these weights."""
         # Tokens have their channels last, the weights before rows and columns.
         x = x.unflatten(-1, (-1, self.proj.in_channels)).transpose(-1, -2).flatten(-2)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(x.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimeEmbed(nn.Module):
@@ -192,10 +190,10 @@ class TimeEmbed(nn.Module):
         D = config.hidden_x
         self.mlp = nn.Sequential(nn.Linear(config.time_dim, D), nn.SiLU(), nn.Linear(D, D))
 
-    def forward(self, t: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
-        """t (B,), frequencies (time_dim / 2,) wide, to (B, hidden_x) in `dtype`, the weights' own."""
+    def forward(self, t: Tensor, frequencies: Tensor) -> Tensor:
+        """t (B,), frequencies (time_dim / 2,) wide, to (B, hidden_x), in the dtype of these weights."""
         angles = t.to(frequencies.dtype)[:, None] * frequencies
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class FinalLayer(nn.Module):
@@ -211,7 +209,7 @@ class FinalLayer(nn.Module):
         wide = at_least_fp32(x.dtype)
         shift, scale = self.mod(c)[:, None].to(wide).chunk(2, dim=-1)
         normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=NORM_EPS)
-        return self.linear((normed * (1 + scale) + shift).to(x.dtype)).to(wide)
+        return self.linear((normed * (1 + scale) + shift).to(self.linear.weight.dtype)).to(wide)
 
 
 class AttentionPool(nn.Module):
@@ -287,7 +285,7 @@ class MochiTransformer(nn.Module):
         return MochiCondition(y, pooled, rope, lengths, self._time_frequencies())
 
     def _rope(self, size: tuple[int, int, int]) -> Tensor:
-        """Cosines and sines for this rank's tokens, (n, 1, H, D / 2, 2); each head has its own learned frequencies."""
+        """Of this rank's tokens, (2, n, H, D / 2, 2); each head has its own learned frequencies."""
         T, h, w = size[0], size[1] // self.config.patch, size[2] // self.config.patch
         dtype, device = at_least_fp32(self.dtype), self.device
         scale = math.sqrt(BASE_AREA / (h * w))
@@ -299,9 +297,10 @@ class MochiTransformer(nn.Module):
         frequencies = self.pos_frequencies.to(dtype)
         # A sum of products rather than a matmul, which a GPU may be told to round to ten bits.
         positions = self.sp.shard(grid, dim=0)[..., None, None]  # (n, 3, 1, 1)
-        t, row, column = (positions[:, i] * frequencies[i] for i in range(3))
-        angles = t + row + column  # (n, H, D / 2)
-        return torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None]
+        angles = torch.zeros((), dtype=dtype, device=device)
+        for axis in range(3):
+            angles = angles + positions[:, axis] * frequencies[axis]  # (n, H, D / 2)
+        return rotation(angles.cos(), angles.sin(), self.dtype)
 
     def _time_frequencies(self) -> Tensor:
         half = self.config.time_dim // 2
@@ -315,8 +314,8 @@ class MochiTransformer(nn.Module):
         x, fp32 (fp64 for fp64 parameters).
         """
         t = t.to(x.device).expand(x.shape[0])
-        c = F.silu(self.t_embedder(t, cond.frequencies, self.dtype) + cond.pooled)
-        x, y = self.x_embedder(x.to(self.dtype)), cond.y
+        c = F.silu(self.t_embedder(t, cond.frequencies) + cond.pooled).to(self.dtype)
+        x, y = self.x_embedder(x).to(self.dtype), cond.y.clone()  # blocks write over both
         for block in self.blocks:
             x, y = block(x, y, c, cond)
         return self.final_layer(x, c)

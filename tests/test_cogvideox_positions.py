@@ -117,6 +117,6 @@ def test_the_learned_table_is_added_to_text_and_video() -> None:
 def test_rope_turns_video_and_leaves_text() -> None:
     model = CogVideoXTransformer(small("5b"))
     cond = model.prepare(torch.zeros(1, TEXT, 12), (1, 4, 4))
-    assert cond.rope is not None and cond.rope.shape == (TEXT + 4, 8, 2)
-    assert torch.equal(torch.view_as_complex(cond.rope)[:TEXT], torch.ones(TEXT, 8, dtype=torch.complex64))
+    assert cond.rope is not None and cond.rope.shape == (2, TEXT + 4, 1, 8, 2)
+    assert torch.equal(torch.view_as_complex(cond.rope[0, :TEXT, 0]), torch.ones(TEXT, 8, dtype=torch.complex64))
     assert CogVideoXTransformer(small("2b")).prepare(torch.zeros(1, TEXT, 12), (1, 4, 4)).rope is None

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from common.attention import attention
 from common.blocks import Blocks
-from common.elementwise import at_least_fp32, gelu
-from common.rope import rotate_pairs
+from common.elementwise import add, add_gated, at_least_fp32, rms_norm
+from common.linear import in_parts, linear_gelu
+from common.rope import rotate_pairs, rotation
 from common.usp import SequenceParallel
 from wan_xdit.config import TransformerConfig
 
@@ -49,16 +50,16 @@ class Condition:
     beside: Tensor  # (1 or B, n or 1, W): what a token is besides its noise: bias, image latents
     text: Tensor  # (B, L, W) embedded text, padding included
     image: Tensor | None  # (B, M, W) embedded CLIP tokens
-    rope: Tensor  # (n, 1, D / 2, 2) cosine and sine of the angle of each pair of channels
+    rope: Tensor  # (2, n, 1, D / 2, 2), see `rotation`
     lengths: tuple[int, ...]  # tokens of every rank
     cross: tuple[tuple[KeysValues, ...], ...] | None = None  # by block: keys and values of text and image, where kept
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """norm(x) (1 + scale) + shift in at least fp32: x (B, n, W); shift and scale (B, 1 or n, W)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    """norm(x) (1 + scale) + shift, computed in at least fp32: x (B, n, W); shift and scale (B, 1 or n, W)."""
     if shift.shape[0] == shift.shape[1] == 1:  # one affine map for all tokens: a single pass
-        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
+        return F.layer_norm(x, x.shape[-1:], (1 + scale[0, 0]).to(x.dtype), shift[0, 0].to(x.dtype), eps)
+    x = x.to(at_least_fp32(x.dtype))
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
@@ -67,7 +68,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig, sp: SequenceParallel) -> None:
         super().__init__()
-        self.heads, self.sp = config.heads, sp
+        self.heads, self.eps, self.sp = config.heads, config.eps, sp
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.q_norm = nn.RMSNorm(config.width, config.eps)
         self.k_norm = nn.RMSNorm(config.width, config.eps)
@@ -75,8 +76,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, h: Tensor, cond: Condition) -> Tensor:
         """(B, n, W) -> (B, n, W)"""
-        q, k, v = self.qkv(h).chunk(3, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.q_norm(q), self.k_norm(k), v))
+        q, k, v = in_parts(self.qkv, h, 3)
+        q, k = rms_norm(q, self.eps, self.q_norm.weight), rms_norm(k, self.eps, self.k_norm.weight)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
         q, k = rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope)
         return self.out(self.sp.attention(q, k, v, cond.lengths).flatten(2))
 
@@ -137,12 +139,11 @@ class Block(nn.Module):
         dtype = self.attention.q_norm.weight.dtype  # matmuls' weights may be in eight bits
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.modulation[:, None] + c).unbind(2)
         h = modulated_norm(x, shift, scale, self.eps).to(dtype)
-        x = torch.addcmul(x, self.attention(h, cond).to(x.dtype), gate.to(x.dtype))
+        x = add_gated(x, self.attention(h, cond), gate)
         h = self.cross_norm(x.to(self.cross_norm.weight.dtype)).to(dtype)
-        x = x + self.cross(h, cond, kept)
+        x = add(x, self.cross(h, cond, kept))
         h = modulated_norm(x, ff_shift, ff_scale, self.eps).to(dtype)
-        h = self.ff_out(gelu(self.ff_in(h)))
-        return torch.addcmul(x, h.to(x.dtype), ff_gate.to(x.dtype))
+        return add_gated(x, self.ff_out(linear_gelu(self.ff_in, h)), ff_gate)
 
 
 class PatchEmbed(nn.Module):
@@ -298,7 +299,7 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 
 def rope_table(grid: Size, head_width: int, sp: SequenceParallel, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines (n, 1, D / 2, 2) for this rank's tokens: first the pairs that turn by frame, then row, column.
+    """The `rotation` (2, n, 1, D / 2, 2) of this rank's tokens: first the pairs that turn by frame, then row, column.
 
     Rows and columns have a third of the pairs each, rounded down, and frames the rest. Angles: position times
     10000^(-j / pairs of the axis), computed in fp64.
@@ -314,4 +315,5 @@ def rope_table(grid: Size, head_width: int, sp: SequenceParallel, device: torch.
     index = sp.shard(torch.arange(grid[0] * grid[1] * grid[2], device=device)[None])[0]
     frame, row, column = index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]
     rope = torch.cat([table[at] for table, at in zip(tables, (frame, row, column))], dim=1)[:, None]
-    return rope.to(at_least_fp32(dtype))
+    cos, sin = rope.to(at_least_fp32(dtype)).unbind(-1)
+    return rotation(cos, sin, dtype)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(f"{ROOT}/{part}" for part in ("common/", "mochi_xdit/", "cogvideox_xdit/", "consisid_xdit/", "wan_xdit/"))
 
 ATTENTION = frozenset(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn"))
-MULTIPLIES = frozenset(("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", *ATTENTION))
+MULTIPLIES = frozenset(("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "_scaled_mm", "convolution", *ATTENTION))
 """Matrix products, convolutions and attention: what is left where everything else is fused away."""
 
 # A CUDA build has one kernel where the generic code below them has several.
