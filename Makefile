@@ -30,8 +30,9 @@ demo: setup
 	    "  $(HERE)/xdit-doctor" \
 	    "or bring all commands of README.md into this shell:  source $(HERE)/activate"
 
+# By WORKERS processes side by side, each with whole files, in the order of their names; 0: in one, as pytest alone.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"
