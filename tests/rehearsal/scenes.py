@@ -52,7 +52,8 @@ def full() -> Iterator[Scene]:
         for offload, shard in (("block", False), ("disk", False), ("stage", True), ("block", True)):
             yield Scene(model, Layout(ring=2), offload=offload, shard=shard, output="latent")
         yield Scene(model, Layout(1, 2, 2), (8, 9), dtype="fp8", groups=4, output="latent")
-        yield Scene(model, Layout(ring=2), compiled=True, output="latent")
+        if not model.startswith("wan"):  # whose blocks name no regions to compile yet
+            yield Scene(model, Layout(ring=2), compiled=True, output="latent")
         yield Scene(model, Layout(ring=2), dtype="fp32", output="latent")
         yield Scene(model, Layout(ring=2), vae="tiled", layers=2)
         for capability in CAPABILITIES:
