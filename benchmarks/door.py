@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from common import launch
+from common import environment
 from common.files import writing_problem
 from common.layout import MOST_RANKS
 from common.registry import get_model
@@ -60,7 +60,7 @@ def new_file(text: str) -> Path:
 
 def device_problem(device: str, wanted: int = 1) -> str | None:
     """Why so many ranks cannot run on cpu or cuda."""
-    if device != "cuda" or (visible := launch.visible_gpus()) >= wanted:
+    if device != "cuda" or (visible := environment.visible_gpus()) >= wanted:
         return None
     return f"--device cuda: {wanted} GPUs are wanted and {visible} are visible; use --device cpu, or fewer ranks"
 

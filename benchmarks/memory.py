@@ -19,11 +19,10 @@ import click
 
 from benchmarks import door
 from common.choice import Room, candidates, choose_placement
-from common.dry_run import official_workload
 from common.estimate import Estimator, Precision, imagined
 from common.layout import MOST_RANKS, Layout
 from common.placement import Placement
-from common.registry import Model, forks
+from common.registry import Model, fork_of, forks
 from common.units import GIB
 from planner import choose_layout, get_model
 
@@ -36,7 +35,8 @@ def rows(model: Model, gpus: int, float8: bool) -> tuple[Layout, Estimator]:
     """Rank 0's estimator in the layout that the rule or this machine's profile gives."""
     layout, _ = choose_layout(model.name, None, gpus)
     with imagined(layout) as mesh:
-        return layout, Estimator(official_workload(model, model.default_size, mesh), mesh, Precision(float8=float8))
+        work = fork_of(model).module("sampling").workload(model, model.default_size, mesh)
+        return layout, Estimator(work, mesh, Precision(float8=float8))
 
 
 @click.command()

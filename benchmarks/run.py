@@ -27,6 +27,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common import environment
+from common.supervise import supervise
+
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -35,7 +38,6 @@ import click
 from benchmarks import door
 from benchmarks.published import Row, rows
 from benchmarks.worker import PROGRAMS, Job
-from common import launch
 from common.attention import KERNELS
 from common.checks import kernel_problems, xfuser_problems
 from common.layout import MOST_RANKS, Layout, layouts_of
@@ -58,7 +60,7 @@ def context() -> dict[str, Any]:
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
     return {
-        "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": launch.cores(), "gpus": gpus},
+        "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": environment.cores(), "gpus": gpus},
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in VERSIONS}},
         "commit": git.stdout.strip() or "unknown",
         "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
@@ -160,7 +162,7 @@ def measure(job: Job) -> dict[str, Any]:
         job = replace(job, output=Path(folder) / "row.json")
         ranks = job.layout.ranks
         command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
-        status = launch.supervise(command, ranks, job.device == "cpu", pickle.dumps(job))
+        status = supervise(command, ranks, job.device == "cpu", pickle.dumps(job))
         if status > 128:
             raise KeyboardInterrupt
         if status or not job.output.is_file():
@@ -290,7 +292,7 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
     """The jobs that a command asks for. ValueError says what is wrong with it."""
     table = table_rows(options["table"]) if options["table"] else []
     model = get_model(options["model"] or (table[0].model.name if table else model_names()[0]))
-    visible = launch.visible_gpus()
+    visible = environment.visible_gpus()
     device = options["device"] if options["device"] != "auto" else ("cuda" if visible else "cpu")
     if device == "cuda" and not visible:
         raise ValueError("--device cuda: no GPU is visible; use --device cpu")

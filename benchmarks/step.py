@@ -29,6 +29,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from common.compile import compile_transformer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -37,10 +39,10 @@ from torch import Tensor, nn
 
 from benchmarks import door, forks
 from benchmarks.step_models import Case, Model
-from common.compile import Compile
 from common.guidance import Guidance
 from common.parallel import Layout, Mesh, distributed
 from common.registry import get_model, model_names
+from common.settings import CompileOptions
 from common.usp import SequenceParallel
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -162,7 +164,7 @@ def load_side(side: str, model: Model, folder: Path, mesh: Mesh, dtype: str, gro
     if side.startswith("ours"):
         sp = SequenceParallel(mesh, groups=groups)
         module = model.ours(folder, sp, mesh.device, kind)
-        Compile(blocks=side.endswith("compiled")).transformer(module)
+        compile_transformer(module, CompileOptions(compile=side.endswith("compiled")))
         return module, sp
     module = model.theirs(folder, kind).to(mesh.device)
     if side == "cache-dit":

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.environment import this_process
+from common.link import Link, handed_down
+
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -19,10 +22,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import forks
-from common import launch
-from common.generation import parse_dtype
+from common.dtypes import parse_dtype
 from common.parallel import Layout, Mesh, distributed
-from common.progress import Stages
+from common.progress import Report
 from common.registry import Model, Size, fork_of, get_model
 
 PROMPT = "A boat moves slowly to the left over a calm sea at sunset, seen from a cliff above the bay."
@@ -55,25 +57,25 @@ def run(job: Job) -> dict[str, Any]:
     if job.program.startswith("diffusers"):
         return peer(job)
     with distributed(job.layout, job.device, timeout=job.timeout) as mesh:
-        stages = Stages(device=mesh.device)
-        generate = pipeline(job, mesh, stages)
+        report = Report(device=mesh.device)
+        generate = pipeline(job, mesh, report)
         generate(job.warmup_steps, 0)
-        loading = {r.name: r.seconds for r in stages.records if r.name.startswith("loading")}
-        rounds = [_round(generate, job, mesh, stages, seed) for seed in range(1, job.repeats + 1)]
+        loading = {r.name: r.seconds for r in report.records if r.name.startswith("loading")}
+        rounds = [_round(generate, job, mesh, report, seed) for seed in range(1, job.repeats + 1)]
         row = _medians(rounds)
         row["loading_s"] = sum(loading.values())
         return row
 
 
-def _round(generate: Callable[[int, int], Any], job: Job, mesh: Mesh, stages: Stages, seed: int) -> dict[str, Any]:
+def _round(generate: Callable[[int, int], Any], job: Job, mesh: Mesh, report: Report, seed: int) -> dict[str, Any]:
     """One generation: seconds from the first rank's start to the last rank's end, per stage the slowest rank's."""
-    stages.records.clear()
+    report.records.clear()
     _barrier(mesh)
     start = time.perf_counter()
     generate(job.size.num_steps, seed)
     _barrier(mesh)
     total = time.perf_counter() - start
-    mine = {STAGES[r.name]: (r.seconds, r.peak_bytes) for r in stages.records if r.name in STAGES}
+    mine = {STAGES[r.name]: (r.seconds, r.peak_bytes) for r in report.records if r.name in STAGES}
     everyone: list[dict[str, tuple[float, int]]] = [mine]
     if mesh.world.group is not None:
         everyone = [{} for _ in range(mesh.world.size)]
@@ -103,14 +105,14 @@ def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def pipeline(job: Job, mesh: Mesh, stages: Stages) -> Callable[[int, int], Any]:
+def pipeline(job: Job, mesh: Mesh, report: Report) -> Callable[[int, int], Any]:
     """(steps, seed) -> frames, on the real pipeline with everything kept loaded."""
     model = get_model(job.model)
-    options = {"mesh": mesh, "dtype": job.dtype, "attention": job.attention, "keep_loaded": True, "stages": stages}
+    options = {"mesh": mesh, "dtype": job.dtype, "attention": job.attention, "keep_loaded": True, "report": report}
     options["engine"] = "xfuser" if job.program == "xfuser" else "native"
     made = fork_of(model).pipeline_class().from_pretrained(job.model_dir, **options)
     if job.hollow:
-        for name in ("_load_transformer", "_load_decoder", "_load_encoder"):
+        for name in ("load_transformer", "load_decoder", "_load_encoder"):
             if hasattr(made, name):
                 setattr(made, name, _drawn(getattr(made, name)))
     extra = inputs(replace(model, config=made.config), job.size)
@@ -190,10 +192,10 @@ def _peer_round(pipe: Any, job: Job, device: torch.device, steps: int, seed: int
 
 
 def main() -> None:
-    """One rank under common.launch.supervise."""
-    job: Job = pickle.loads(launch.handed_down())
-    at = launch.place()
-    link = launch.Link(at)
+    """One rank under common.supervise."""
+    job: Job = pickle.loads(handed_down())
+    at = this_process()
+    link = Link(at)
     try:
         row = run(job)
     except Exception as error:

@@ -146,6 +146,38 @@ def official_rules(config: TransformerConfig) -> CogVideoXRules:
     )
 
 
+TRAINED = "shapes"
+"""The demo that shows something: trained on moving shapes (`tools/demo` in the repository)."""
+DEMO = CogVideoXRules(
+    heads=6,
+    width=64,
+    height=64,
+    num_frames=17,
+    num_steps=25,
+    cfg_scale=4.0,
+    fps=8,
+    default_prompt="A big red circle moves slowly to the right on a black background.",
+    frame_step=FRAME_STEP,
+    frame_offsets=FRAME_OFFSETS,
+)
+
+
+def random_demo_rules(kind: str) -> CogVideoXRules:
+    """Of the demo with random weights that has the traits of a published kind."""
+    return replace(
+        DEMO,
+        heads=4,
+        width=96,
+        num_steps=10,
+        cfg_scale=6.0,
+        dtype="fp32",
+        sizes=((96, 64),) if CONFIGS[kind].learned else (),
+        default_prompt="A red circle moves slowly to the left on a black background.",
+    )
+
+
+DEMOS: Mapping[str, Rules] = {TRAINED: DEMO} | {kind: random_demo_rules(kind) for kind in CONFIGS}
+
 _TRANSFORMER = {
     "heads": "num_attention_heads",
     "head_dim": "attention_head_dim",
@@ -342,3 +374,8 @@ def read_checkpoint(
     if isinstance(named := index.get("scheduler"), list) and len(named) == 2 and isinstance(named[1], str):
         scheduler = scheduler | {"_class_name": named[1]}
     return CheckpointConfig(transformer, vae, scheduler)
+
+
+def read_rules(model_dir: Path) -> Rules:
+    """The admissible values for a checkpoint; ValueError when the folder is none."""
+    return official_rules(read_checkpoint(model_dir).transformer)

@@ -13,7 +13,7 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor, nn
 
-from cogvideox_xdit.config import CONFIGS, TransformerConfig, VAEConfig, transformer_json, vae_json
+from cogvideox_xdit.config import CONFIGS, TRAINED, TransformerConfig, VAEConfig, transformer_json, vae_json
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 from cogvideox_xdit.weights import STEM, rename_table
@@ -24,8 +24,6 @@ SEED = 20240806
 _REVISION = 2
 """Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
 
-TRAINED = "shapes"
-"""The demo that shows something: trained on moving shapes (`tools/demo` in the repository)."""
 SHIPPED = Path(__file__).parent / "demo_data"
 IMAGE = "image.png"
 """In the folder of a demo that starts from a picture."""
@@ -92,6 +90,11 @@ def scheduler_json(kind: str, name: str = "CogVideoXDDIMScheduler") -> dict[str,
         "snr_shift_scale": 3.0 if kind == "2b" else 1.0,
         "timestep_spacing": "trailing",
     }
+
+
+def is_random(folder: Path) -> bool:
+    """Whether this demo checkpoint's pictures are noise, those of random weights."""
+    return folder != SHIPPED
 
 
 def demo_checkpoint(kind: str = "2b", cache_dir: str | Path | None = None) -> Path:

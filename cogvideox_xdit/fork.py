@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from cogvideox_xdit.config import CONFIGS, TransformerConfig, VAEConfig, official_rules
+from cogvideox_xdit.config import CONFIGS, DEMOS, TransformerConfig, VAEConfig, official_rules, read_rules
+from cogvideox_xdit.options import CogVideoXOptions
 from common.downloads import APACHE, diffusers_files
 from common.registry import (
     CrossAttention,
@@ -121,4 +122,7 @@ FORK = Fork(
         _published("cogvideox-1.5-5b-i2v", "1.5-i2v", "zai-org/CogVideoX1.5-5B-I2V", 5_571_594_880),
     ),
     "CogVideoXPipeline",
+    read_rules=read_rules,
+    demos=DEMOS,
+    options=CogVideoXOptions,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,18 @@ from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
-from common.generation import check_latents, latent_dtype, save_latents
+from common.dtypes import latent_dtype
 from common.guidance import NEGATIVE, POSITIVE
+from common.latents import check_latents, save_latents
 from common.parallel import Mesh, on_main
 from common.pipeline import Pipeline
+from common.progress import Report
 from common.quantize import TransformerFiles
+from common.settings import DecodeOptions, Runtime
 from common.vae import TimeSplit, lay_out
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STRENGTH = 0.8
 
@@ -28,21 +34,22 @@ STRENGTH = 0.8
 class CogVideoXPipeline(Pipeline):
     """CogVideoX over a checkpoint folder in the diffusers layout. For the options see `common.pipeline.Pipeline`.
 
-    scheduler: `ddim` or `dpm` in place of the checkpoint's own. dtype: default: the one it was published in.
+    scheduler: `ddim` or `dpm` in place of the checkpoint's own.
     """
 
     def __init__(
         self,
         model_dir: str | Path,
         mesh: Mesh | None = None,
-        device: str | torch.device | None = None,
+        runtime: Runtime | None = None,
+        report: Report | None = None,
         scheduler: str | None = None,
-        dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> None:
         self.checkpoint = self.read_config(Path(model_dir))
         self.rules = official_rules(self.checkpoint.transformer)
-        super().__init__(model_dir, mesh, device, dtype=dtype or self.rules.dtype, **options)
+        self.own_dtype = self.rules.dtype
+        super().__init__(model_dir, mesh, runtime, report, **options)
         self.scheduler = scheduler
         self.config, self.vae_config = self.checkpoint.transformer, self.checkpoint.vae
         self.sp.require_heads(self.config.heads, self.config.head_dim)
@@ -50,14 +57,19 @@ class CogVideoXPipeline(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: str | Path, mesh: Mesh | None = None, device: str | torch.device | None = None, **options
-    ) -> CogVideoXPipeline:
+        cls,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        runtime: Runtime | None = None,
+        report: Report | None = None,
+        **options: Any,
+    ) -> Self:
         """A pipeline over a checkpoint folder in the diffusers layout; only json files are read here.
 
-        Options as for the constructor. ValueError for a folder that is no CogVideoX checkpoint or names something
+        Arguments as for the constructor. ValueError for a folder that is no CogVideoX checkpoint or names something
         unknown, a device or kernel that is not there, or more Ulysses ranks than attention heads.
         """
-        return cls(model_dir, mesh, device, **options)
+        return cls(model_dir, mesh, runtime, report, **options)
 
     @torch.inference_mode()
     def __call__(
@@ -76,9 +88,7 @@ class CogVideoXPipeline(Pipeline):
         video: Clip | None = None,
         strength: float = STRENGTH,
         dynamic_cfg: bool = False,
-        vae: str = "auto",
-        vae_chunk: int | None = None,
-        vae_tile: int | tuple[int, int] | None = None,
+        decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
@@ -91,8 +101,6 @@ class CogVideoXPipeline(Pipeline):
         the schedule is run on it.
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, C, T, h, w) without padding, on every rank).
-        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile is (height, width), or its
-        side, in pixels.
         latents_file: where rank 0 puts the final latents before the decode begins.
         Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
         """
@@ -105,7 +113,7 @@ class CogVideoXPipeline(Pipeline):
         self._check(video is not None, strength, latents, size, output)
         if self.config.learned and size[0] != self.config.latent_frames:
             usual = self.config.sample_frames
-            self.stages.warn(f"learned positions exist for {usual} frames only; sines and cosines stand in for them")
+            self.report.warn(f"learned positions exist for {usual} frames only; sines and cosines stand in for them")
         solver = Solver(self.checkpoint.scheduler, num_steps, self.scheduler, 1.0 if video is None else strength)
         frames: Tensor | None = None
         if image is not None:
@@ -119,10 +127,10 @@ class CogVideoXPipeline(Pipeline):
             scales = [dynamic_scale(cfg_scale, t, len(solver)) for t in solver.timesteps]
         final = self._sample(start, text, solver, scales)[:, :, padding:]
         if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed}, self.stages.warn)
+            save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed}, self.report.warn)
         if output == "latent":
             return final
-        return self.decode(final, vae, vae_chunk, vae_tile)
+        return self.decode(final, decode)
 
     def latent_size(self, height: int, width: int, num_frames: int) -> tuple[Size, int]:
         """Latent frames (padding included), rows and columns; and how many padding frames stand in front.
@@ -180,7 +188,7 @@ class CogVideoXPipeline(Pipeline):
     def _encode_frames(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """A sample of the autoencoder's latents of frames (T, H, W, 3): (1, C, t, h, w) on the CPU, unscaled."""
         wide = latent_dtype(self.dtype)
-        with self.models.use("encoder", self._load_encoder) as encoder, self.stages.stage("encoding video"):
+        with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding video"):
             split = TimeSplit(self.mesh.world)
             mean, logvar = (x.to("cpu", wide) for x in encode(encoder, pixels(frames, wide), split))
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
@@ -196,15 +204,15 @@ class CogVideoXPipeline(Pipeline):
 
     def _sample(self, start: Start, text: dict[int, Tensor], solver: Solver, scales: list[float]) -> Tensor:
         size = (start.latents.shape[2], start.latents.shape[3], start.latents.shape[4])
-        with self.models.use("transformer", self._compiled_transformer) as model:
+        with self.stage_model("transformer", self.compiled_transformer) as model:
             conds = {b: self.condition(model, text[b], size, start.image) for b in self.guidance.branches(*scales)}
-            return sample(model, start, conds, solver, scales, self.guidance, self.stages)
+            return sample(model, start, conds, solver, scales, self.guidance, self.report)
 
     def check_vae(self, frames: bool) -> None:
         check_vae(self.model_dir, self.vae_config, self.dtype, frames)
 
     def transformer_files(self) -> TransformerFiles:
-        return transformer_files(self.model_dir, self.config, self.dtype)
+        return transformer_files(self.model_dir, self.dtype)
 
     def condition(self, model: CogVideoXTransformer, text: Tensor, size: Size, image: Tensor | None) -> Condition:
         """Everything about one guidance branch that no step changes."""
@@ -214,15 +222,15 @@ class CogVideoXPipeline(Pipeline):
     def read_config(model_dir: Path) -> CheckpointConfig:
         return read_checkpoint(model_dir)
 
-    def _load_transformer(self) -> CogVideoXTransformer:
-        with self.stages.loading("loading transformer") as progress:
+    def load_transformer(self) -> CogVideoXTransformer:
+        with self.report.loading("loading transformer") as progress:
             options = (self.device, self.dtype, progress, self.placement, self.mesh.weights)
             return load_transformer(self.model_dir, self.config, self.sp, *options)
 
     def _load_encoder(self) -> CogVideoXEncoder:
-        with self.stages.stage("loading encoder"):
+        with self.report.stage("loading encoder"):
             return lay_out(load_encoder(self.model_dir, self.vae_config, self.device, self.dtype), self.device)
 
-    def _load_decoder(self) -> CogVideoXDecoder:
-        with self.stages.stage("loading decoder"):
+    def load_decoder(self) -> CogVideoXDecoder:
+        with self.report.stage("loading decoder"):
             return load_decoder(self.model_dir, self.vae_config, self.device, self.dtype)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cogvideox_xdit.config import TransformerConfig, VAEConfig
-from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size, pack, unpack
+from cogvideox_xdit.config import TransformerConfig, VAEConfig, read_checkpoint
+from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, pack, unpack
+from cogvideox_xdit.transformer import Size as Grid
 from cogvideox_xdit.vae import CogVideoXDecoder
+from common.dtypes import latent_dtype
 from common.estimate import Workload
-from common.generation import latent_dtype, require_finite
 from common.guidance import Guidance
+from common.latents import require_finite
 from common.parallel import Mesh
-from common.progress import Stages
+from common.progress import Report
+from common.registry import Model, Size
 from common.usp import SequenceParallel
 from common.weights import on_meta
 
@@ -46,7 +50,7 @@ def sample(
     solver: Steps,
     scales: Sequence[float],
     guidance: Guidance,
-    stages: Stages,
+    report: Report,
 ) -> Tensor:
     """All steps on this rank's tokens.
 
@@ -63,7 +67,7 @@ def sample(
         return local(draw(size, channels, start.generator))
 
     z, count = local(start.latents), len(solver.timesteps)
-    with stages.stage("sampling", total=count) as step:
+    with report.stage("sampling", total=count) as step:
         for i, (t, scale) in enumerate(zip(solver.timesteps, scales)):
             predictions = {b: model(z, t, conds[b]) for b in guidance.branches(scale)}
             z = solver.step(i, z, guidance.combine(predictions, scale), noise)
@@ -73,7 +77,7 @@ def sample(
     return unpack(sp.gather(z, sp.lengths(tokens)), size, patch)
 
 
-def draw(size: Size, channels: int, generator: torch.Generator) -> Tensor:
+def draw(size: Grid, channels: int, generator: torch.Generator) -> Tensor:
     """Standard normal fp32 latents (1, channels, T, h, w), drawn frame by frame in the reference's order."""
     frames, rows, columns = size
     return torch.randn(1, frames, channels, rows, columns, generator=generator).transpose(1, 2)
@@ -88,53 +92,66 @@ class OneStep:
         return x + v
 
 
-Prepare = Callable[[Any, Tensor, Size, Tensor | None], Condition]
-"""(model, text, size, image) -> one branch's condition."""
-
-
-def _prepare(model: CogVideoXTransformer, text: Tensor, size: Size, image: Tensor | None) -> Condition:
-    return model.prepare(text, size, image)
-
-
 def workload(
-    config: TransformerConfig,
-    vae: VAEConfig,
+    source: Path | Model,
+    size: Size,
     mesh: Mesh,
-    height: int,
-    width: int,
-    num_frames: int,
-    guided: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-    build: type[CogVideoXTransformer] = CogVideoXTransformer,
-    prepare: Prepare = _prepare,
+    negative: bool = False,
+    text_encoder_dir: str | Path | None = None,
 ) -> Workload:
     """What one rank runs for one video, for `common.estimate`: one sampling step.
 
-    guided: two branches. build, prepare: the transformer's class and its conditions, for models on this one. The
-    encoder of an image is not part of it.
+    source: a checkpoint's folder, or a registered model's numbers. negative: of no matter, an empty prompt is as long.
+    The encoder of an image is not part of it.
     """
-    decoded = (num_frames - 1) // vae.time_compression + 1
+    if isinstance(source, Path):
+        checkpoint = read_checkpoint(source)
+        work = work_of(checkpoint.transformer, checkpoint.vae, size, mesh, dtype)
+        return work.with_text(lambda: Path(text_encoder_dir or source))
+    return work_of(source.config, VAEConfig(), size, mesh, dtype)
+
+
+Prepare = Callable[[Any, Tensor, Grid, Tensor | None], Condition]
+"""(model, text, size, image) -> one branch's condition."""
+
+
+def _prepare(model: CogVideoXTransformer, text: Tensor, grid: Grid, image: Tensor | None) -> Condition:
+    return model.prepare(text, grid, image)
+
+
+def work_of(
+    config: TransformerConfig,
+    vae: VAEConfig,
+    size: Size,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    build: type[CogVideoXTransformer] = CogVideoXTransformer,
+    prepare: Prepare = _prepare,
+) -> Workload:
+    """`workload` by numbers. build, prepare: the transformer's class and its conditions, for models on this one."""
+    decoded = (size.num_frames - 1) // vae.time_compression + 1
     frames = decoded + -decoded % config.patch[0]
-    size = (frames, height // vae.space_compression, width // vae.space_compression)
-    sp, guidance, scale = SequenceParallel(mesh), Guidance(mesh.cfg), 2.0 if guided else 1.0
+    grid = (frames, size.height // vae.space_compression, size.width // vae.space_compression)
+    sp, guidance, scale = SequenceParallel(mesh), Guidance(mesh.cfg), 2.0 if size.guided else 1.0
 
     def step(model: CogVideoXTransformer) -> Tensor:
         def empty(channels: int) -> Tensor:
-            return torch.empty(1, channels, *size, dtype=latent_dtype(dtype), device="meta")
+            return torch.empty(1, channels, *grid, dtype=latent_dtype(dtype), device="meta")
 
         image = empty(config.image_channels) if config.image_channels else None
         conds = {}
         for b in guidance.branches(scale):
             text = torch.empty(1, config.text_length, config.text_dim, device="meta")
-            conds[b] = prepare(model, text, size, image)
+            conds[b] = prepare(model, text, grid, image)
         start = Start(empty(config.out_channels), image, torch.Generator())
-        return sample(model, start, conds, OneStep(), [scale], guidance, Stages())
+        return sample(model, start, conds, OneStep(), [scale], guidance, Report())
 
     return Workload(
         on_meta(build, config, sp),
         step,
         on_meta(CogVideoXDecoder, vae),
-        (config.out_channels, decoded, *size[1:]),
-        (num_frames, height, width),
+        (config.out_channels, decoded, *grid[1:]),
+        (size.num_frames, size.height, size.width),
         config.text_length,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cogvideox_xdit.config import TransformerConfig, VAEConfig
+from cogvideox_xdit.config import TransformerConfig, VAEConfig, read_checkpoint
 from common.parallel import Axis
 from common.placement import Placement, place
 from common.quantize import TransformerFiles
@@ -80,12 +80,11 @@ def load_transformer(
     return place(model, checkpoint, rename_table(config), device, dtype, (), placement, world, progress)
 
 
-def transformer_files(
-    folder: Path, config: TransformerConfig, dtype: torch.dtype | None = torch.bfloat16
-) -> TransformerFiles:
+def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> TransformerFiles:
     """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
     from cogvideox_xdit.transformer import CogVideoXTransformer
 
+    config = read_checkpoint(folder).transformer
     file = find_files(folder / "transformer", STEM, dtype)
     return TransformerFiles(on_meta(CogVideoXTransformer, config), open_checkpoint(file), rename_table(config), file)
 

@@ -18,6 +18,7 @@ DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 """Of `torch.compile`'s, those without CUDA graphs: blocks share their code but not the addresses of their weights."""
 OFFLOADS = ("none", "stage", "block", "disk")
+DECODE_MODES = ("auto", "exact", "tiled")
 
 
 @dataclass(frozen=True)

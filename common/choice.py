@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
-from common.estimate import Estimate, Estimator, Precision, Workload
-from common.generation import parse_dtype
+from common.dtypes import parse_dtype
+from common.estimate import Estimate, Estimator, Precision
 from common.memory import free_memory, host_memory
 from common.parallel import Mesh, all_min, on_main
 from common.placement import Placement
-from common.units import GIB, gib
-
-if TYPE_CHECKING:
-    from common.request import Program, Setup, Video
+from common.registry import Fork, Size
+from common.request import Request
+from common.settings import Runtime
+from common.units import gib
 
 SLACK = 1.25
 """Free memory wanted for each byte of activations: allocators round, and kernels take workspaces."""
@@ -108,51 +107,56 @@ def _advice(stage: str, ranks: int) -> str:
     return more.get(stage, f"use {spread}, or make {smaller}") + "; or free memory that other programs hold"
 
 
-def precision(setup: Setup) -> Precision:
-    """The dtypes that a setup gives its models; see `common.pipeline.Pipeline`."""
-    float8, text8 = setup.dtype == "fp8", setup.text_dtype == "fp8"
-    dtype = parse_dtype("bf16" if float8 else setup.dtype)
-    text = dtype if setup.text_dtype is None or text8 else parse_dtype(setup.text_dtype)
+def precision(runtime: Runtime) -> Precision:
+    """The dtypes that a runtime gives its models; see `common.pipeline.Pipeline`."""
+    float8, text8 = runtime.dtype == "fp8", runtime.text_dtype == "fp8"
+    dtype = parse_dtype("bf16" if float8 else runtime.dtype)
+    text = dtype if runtime.text_dtype is None or text8 else parse_dtype(runtime.text_dtype)
     return Precision(dtype, float8, text, text8)
 
 
-def estimator(work: Workload, setup: Setup, mesh: Mesh) -> Estimator:
-    """The estimator of a setup's dtypes and way of decoding."""
-    tile = setup.vae_tile and (setup.vae_tile[0] // work.decoder.scale, setup.vae_tile[1] // work.decoder.scale)
-    return Estimator(work, mesh, precision(setup), setup.device, (setup.vae, setup.vae_chunk, tile))
+def estimator(fork: Fork, request: Request, mesh: Mesh) -> Estimator:
+    """What a rank needs for a request's first video, which has the checkpoint's folder or an official model."""
+    video, source, runtime = request.videos[0], request.source, request.runtime
+    sampling = video.sampling
+    work = fork.module("sampling").workload(
+        fork.model(source.official) if source.model_dir is None else source.model_dir,
+        Size(sampling.width, sampling.height, sampling.num_frames, sampling.num_steps, request.guided(video)),
+        mesh,
+        precision(runtime).dtype,
+        negative=bool(video.negative_prompt),
+        text_encoder_dir=runtime.text_encoder_dir,
+    )
+    return Estimator(work, mesh, precision(runtime), runtime.device, request.decode)
 
 
-def room_on(mesh: Mesh, setup: Setup, local_ranks: int) -> Room:
+def room_on(mesh: Mesh, runtime: Runtime, local_ranks: int) -> Room:
     """What the rank with least has, no more than `--max-memory`. Collective."""
-    free = free_memory(mesh, None if setup.max_memory is None else int(setup.max_memory * GIB))
-    return Room(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), setup.device)
+    free = free_memory(mesh, runtime.max_bytes)
+    return Room(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), runtime.device)
 
 
-def settle(program: Program, setup: Setup, video: Video, mesh: Mesh, local_ranks: int) -> tuple[Setup, str | None]:
-    """The setup with the placement that was chosen for `video`, and a line about it. Collective.
+def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -> tuple[Request, str | None]:
+    """The request with the placement that was chosen for its first video, and a line about it. Collective.
 
-    A setup that says where weights are stays as it is, and so does one that loads no transformer. Raises ValueError
-    on every rank when nothing fits, and what opening the files raised.
+    One that says where weights are stays as it is, and so does one that loads no transformer. Raises ValueError on
+    every rank when nothing fits, and what opening the files raised.
     """
-    if setup.offload is not None or setup.shard_weights or program.workload is None or video.latents is not None:
-        return setup, None
-    count_work = program.workload
-    room = room_on(mesh, setup, local_ranks)
+    runtime = request.runtime
+    if runtime.offload is not None or runtime.shard_weights or not request.sampled or not fork.has("sampling"):
+        return request, None
+    room = room_on(mesh, runtime, local_ranks)
 
     def choose() -> Choice:
-        # Rank 0 has most of everything: T5, the largest shard, the branch with the longer text.
-        counted = estimator(count_work(setup, video, mesh), setup, mesh)
-        return choose_placement(_count(counted, room), room, mesh.world.size, setup.keep_loaded)
+        # Rank 0 has most of everything: the text encoder, the largest shard, the branch with the longer text.
+        counted = estimator(fork, request, mesh)
+        return choose_placement(_count(counted, room), room, mesh.world.size, runtime.keep_loaded)
 
     choice = on_main(mesh, choose)
-    return placed(setup, choice), choice.why
+    placement = choice.placement
+    runtime = replace(runtime, offload=placement.offload, shard_weights=placement.shard, keep_loaded=choice.keep)
+    return replace(request, runtime=runtime), choice.why
 
 
 def _count(counted: Estimator, room: Room) -> Count:
     return lambda placement, keep: counted.estimate(placement, keep, room.free)
-
-
-def placed(setup: Setup, choice: Choice) -> Setup:
-    """The setup with a choice filled in."""
-    changed: dict[str, Any] = {"offload": choice.placement.offload, "shard_weights": choice.placement.shard}
-    return replace(setup, **changed, keep_loaded=choice.keep)

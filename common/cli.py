@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from common import launch
+from common import environment
 from common.checks import (
     Ranks,
     Rules,
@@ -31,9 +31,10 @@ from common.degrees import choose_layout
 from common.files import absence, as_text, reason, resolved, shown, taken_problem, text_problem, writing_problem
 from common.host import gpus_are_hidden
 from common.layout import Layout
-from common.options import MOST, options
-from common.registry import Size
-from common.request import Program, Request, Setup, Source, Video, WrongUse
+from common.options import MOST, SYNONYMS, options
+from common.registry import Fork, Size
+from common.request import Request, Source, Video, WrongUse
+from common.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
 
 MAX_SEED = 2**63 - 1
 MAX_SCALE = 1000.0
@@ -41,22 +42,19 @@ MAX_MEMORY = 1_000_000  # GiB
 MAX_PROMPT_FILE = 64 << 20
 MAX_TIMEOUT = 10_000_000
 UNUSABLE_GPU = "there is a GPU driver, but PyTorch sees no GPU (a CPU build, or a driver older than its CUDA?)"
-AS_GIVEN = (
-    *("attention", "engine", "vae", "vae_chunk", "vae_tile", "timeout", "debug"),
-    *("text_encoder_dir", "text_dtype", "text_cache", "offload", "shard_weights", "overlap_groups", "max_memory"),
-    *("compile", "compile_vae", "compile_mode", "compile_dynamic", "compile_fullgraph"),
-)
+DEMO_RANKS = 2
+"""Of a demo on a CPU."""
 
 
-def command(program: Program) -> click.Command:
+def command(fork: Fork) -> click.Command:
     """The click command; `parse` reads with it, documentation can be made from it."""
     return click.Command(
-        program.name,
-        params=options(program),
+        fork.program,
+        params=options(fork),
         help="Make a video from a prompt, on one GPU, many, or none. Also runs under torchrun. "
-        f"`{program.name} quantize --help`: write a checkpoint in eight bits.",
+        f"`{fork.program} quantize --help`: write a checkpoint in eight bits.",
         context_settings={
-            "token_normalize_func": lambda token: token.replace("_", "-"),
+            "token_normalize_func": _spelled_out,
             "help_option_names": ["-h", "--help"],
             "ignore_unknown_options": True,
             "allow_extra_args": True,
@@ -66,20 +64,25 @@ def command(program: Program) -> click.Command:
     )
 
 
-def parse(program: Program, arguments: Sequence[str], at: launch.Place | None = None) -> Request:
+def _spelled_out(token: str) -> str:
+    token = token.replace("_", "-")
+    return SYNONYMS.get(token, token)
+
+
+def parse(fork: Fork, arguments: Sequence[str], at: environment.Process | None = None) -> Request:
     """A checked Request from command line arguments.
 
-    at: this process's place; ranks of a running world bring their number. Default: alone.
+    at: this process among others; ranks of a running world bring their number. Default: alone.
     Raises WrongUse with all problems, and click's Exit after --help or --version.
     """
-    spec = command(program)
+    spec = command(fork)
     try:
-        context = spec.make_context(program.name, list(arguments))
+        context = spec.make_context(fork.program, list(arguments))
     except click.UsageError as error:
         raise WrongUse([error.format_message()]) from None
     problems = list(context.meta.get("problems", []))
     problems += _unknown(context.args, [name for option in spec.params for name in option.opts])
-    return _Reader(program, context.params, problems, at or launch.Place()).request()
+    return _Reader(fork, context.params, problems, at or environment.Process()).request()
 
 
 def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -97,11 +100,11 @@ def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
 class _Reader:
     """Turns option values into a Request, noting every problem on the way."""
 
-    def __init__(self, program: Program, values: Mapping[str, Any], problems: list[str], at: launch.Place) -> None:
+    def __init__(self, fork: Fork, values: Mapping[str, Any], problems: list[str], at: environment.Process) -> None:
         texts = {name: as_text(values[name]) for name in ("prompt", "negative_prompt") if values[name] is not None}
-        self.program, self.values, self.problems, self.place = program, {**values, **texts}, problems, at
+        self.fork, self.values, self.problems, self.process = fork, {**values, **texts}, problems, at
         self.output, self.probe = Path(), True  # probe: whether the output is still to be tried
-        self.gpus = 0 if values["device"] == "cpu" else launch.visible_gpus()
+        self.gpus = 0 if values["device"] == "cpu" else environment.visible_gpus()
         self.dry = values["dry_run"] is not None
         if self.dry and values["device"] == "cuda" and not self.gpus:
             self.gpus = max(1, values["gpus"] or 1)  # imagined: a dry run asks nothing of them
@@ -122,27 +125,49 @@ class _Reader:
         if self._unusable_gpu() and source.model_dir is not None and not self.dry:
             self.problems.append(f"{UNUSABLE_GPU}; install a driver and a PyTorch that fit, or say --device cpu")
         self._placement()
-        extra = {option.name: self.values[option.name] for option in self.program.options}
-        self.problems += self.program.check(extra, videos)
-        ranks, layout, chosen = self._layout(rules, videos[0])
-        if self.values["engine"] == "xfuser":
-            dtype = self.values["dtype"] or rules.dtype
-            device, kernel = "cuda" if self.gpus else "cpu", self.values["attention"]
-            self.problems += xfuser_problems(device, kernel, dtype, rules.heads, layout.ulysses)
+        options = filled(self.fork.options, self.values)
+        self.problems += options.problems(source, videos, self.dry)
+        layout, chosen = self._layout(rules, videos[0].sampling)
+        runtime = self._runtime(rules, len(videos) > 1)
+        if runtime.engine == "xfuser":
+            self.problems += xfuser_problems(
+                runtime.device, runtime.attention, runtime.dtype, rules.heads, layout.ulysses
+            )
         if self.problems:
             raise WrongUse(list(dict.fromkeys(self.problems)))
-        taken = {name: self.values[name] for name in AS_GIVEN} | {"device": "cuda" if self.gpus else "cpu"}
-        kept = {"none": True, None: len(videos) > 1}.get(self.values["offload"], False)
-        taken["keep_loaded"] = self._value("keep_loaded", kept)
-        dtype = self.values["dtype"] or rules.dtype
-        setup = Setup(source, rules, ranks, layout, chosen, dtype=dtype, extra=extra, **taken)
-        return Request(setup, self.output, tuple(videos), tuple(self._remarks()), self.dry)
+        return filled(
+            Request,
+            self.values,
+            program=self.fork.program,
+            source=source,
+            rules=rules,
+            layout=layout,
+            layout_chosen=chosen,
+            runtime=runtime,
+            decode=filled(DecodeOptions, self.values),
+            options=options,
+            videos=tuple(videos),
+            output=self.output,
+            dry_run=self.dry,
+            remarks=tuple(self._remarks()),
+        )
+
+    def _runtime(self, rules: Rules, several: bool) -> Runtime:
+        kept = {"none": True, None: several}.get(self.values["offload"], False)
+        return filled(
+            Runtime,
+            self.values,
+            device="cuda" if self.gpus else "cpu",
+            dtype=self.values["dtype"] or rules.dtype,
+            keep_loaded=self._value("keep_loaded", kept),
+            compiling=filled(CompileOptions, {name: v for name, v in self.values.items() if v is not None}),
+        )
 
     def _source(self) -> tuple[Source, Rules]:
         model_dir, demo = self.values["model_dir"], self.values["demo"]
-        official = self.program.rules(Source())  # to check the rest by, where the source itself is wrong
+        official = self.fork.rules(Source())  # to check the rest by, where the source itself is wrong
         if self.dry and (name := self._official(model_dir or demo)):
-            return Source(official=name), self.program.rules(Source(official=name))
+            return Source(official=name), self.fork.rules(Source(official=name))
         if model_dir is not None and demo is not None:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
         elif model_dir is None and demo is None:
@@ -152,14 +177,14 @@ class _Reader:
         else:
             source = Source(model_dir, demo)
             try:
-                return source, self.program.rules(source)
+                return source, self.fork.rules(source)
             except (ValueError, OSError) as error:
                 self.problems.append(f"--model-dir {model_dir}: {error}")
         return Source(model_dir, demo), official
 
     def _official(self, weights: object) -> str | None:
         """The official model whose numbers a dry run takes; None where there are weights to look at."""
-        name, models = self.values["dry_run"], self.program.models
+        name, models = self.values["dry_run"], self.fork.names
         self.problems += (found := dry_run_problems(name, weights, models))
         return None if found or weights else name or models[0]
 
@@ -199,11 +224,7 @@ class _Reader:
         base = Video(
             prompt="",
             negative_prompt=self._value("negative_prompt", ""),
-            width=width,
-            height=height,
-            num_frames=num_frames,
-            num_steps=self._value("num_steps", rules.num_steps),
-            cfg_scale=scale,
+            sampling=Sampling(width, height, num_frames, self._value("num_steps", rules.num_steps), scale),
             fps=self._value("fps", rules.fps),
             output=self.output,
             seed=seed,
@@ -220,7 +241,7 @@ class _Reader:
 
     def _writable(self, videos: list[Video]) -> list[Video]:
         """The videos, after a look at every file that they will leave, by the longest name that it has on the way."""
-        if self.place.rank == 0 and self.probe:
+        if self.process.rank == 0 and self.probe:
             longest = max(videos, key=lambda video: len(str(video.output)))
             problems = [writing_problem(path) for path in longest.files]
             problems += [taken_problem(path) for video in videos if video is not longest for path in video.files]
@@ -297,7 +318,7 @@ class _Reader:
             self.probe = False
             return Path("video.mp4")
         if (taken := taken_problem(output)) is not None:
-            self.problems += [f"--output: {taken}"] if self.place.rank == 0 else []
+            self.problems += [f"--output: {taken}"] if self.process.rank == 0 else []
             self.probe = False
             return Path("video.mp4")
         if output.suffix != ".mp4":
@@ -307,22 +328,23 @@ class _Reader:
 
     def _default_output(self) -> Path:
         """A name of this run's own: several may begin within one second."""
-        name = f"{self.program.name.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.mp4"
+        name = f"{self.fork.program.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.mp4"
         folder = Path("outputs")
         # A folder that is missing is made when the run begins; here it only has to be possible.
         self.probe = folder.exists()
-        if not self.probe and self.place.rank == 0 and (problem := writing_problem(Path(name))):
+        if not self.probe and self.process.rank == 0 and (problem := writing_problem(Path(name))):
             self.problems.append(f"--output: {problem}")
         return folder / name
 
-    def _layout(self, rules: Rules, video: Video) -> tuple[int, Layout, str]:
+    def _layout(self, rules: Rules, sampling: Sampling) -> tuple[Layout, str]:
+        """The layout, and why it was chosen where the program chose a degree of it."""
         ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
         cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
         self._positive("gpus")
         absurd = [name for name in ("gpus", "ulysses_degree", "ring_degree") if (self.values[name] or 0) > MOST[name]]
         if absurd:
             self._positive(*(name for name in absurd if name != "gpus"))
-            return 1, Layout(), ""
+            return Layout(), ""
         if self.values["device"] == "cuda" and not self.gpus:
             self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         dtype = self.values["dtype"] or rules.dtype
@@ -332,19 +354,19 @@ class _Reader:
         wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong
         if wrong:
-            return ranks.count, Layout(), ""
-        size = Size(video.width, video.height, video.num_frames, video.num_steps, guided)
+            return Layout(), ""
+        size = Size(sampling.width, sampling.height, sampling.num_frames, sampling.num_steps, guided)
         given = (cfg, ring, ulysses, "cuda" if self.gpus else "cpu", size)
-        return ranks.count, *choose_layout(self.program.models, ranks.count, rules.heads, guided, *given)
+        return choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given)
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
         asked, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)
-        if self.place.launcher is not None:
-            world = self.place.world_size
+        if self.process.launcher is not None:
+            world = self.process.world_size
             if asked and asked != world:
                 self.problems.append(f"--gpus {asked}, but torchrun started {world} ranks; leave --gpus out")
-            if gpus > 1 and self.place.local_world_size > gpus:  # one: each rank may be shown its own
-                self.problems.append(f"{self.place.local_world_size} ranks on this machine, but {_visible(gpus)}")
+            if gpus > 1 and self.process.local_world_size > gpus:  # one: each rank may be shown its own
+                self.problems.append(f"{self.process.local_world_size} ranks on this machine, but {_visible(gpus)}")
             return Ranks(world, f"{world} are running")
         if asked and asked > 0:
             if gpus and asked > gpus:
@@ -354,11 +376,11 @@ class _Reader:
             return Ranks(gpus, _visible(gpus)) if gpus and product > gpus else Ranks(product, f"{product} would run")
         if gpus:
             return Ranks(gpus, _visible(gpus))
-        alone = self.program.demo_ranks if self.values["demo"] else 1
+        alone = DEMO_RANKS if self.values["demo"] else 1
         return Ranks(alone, f"{alone} would run on the CPU")
 
     def _unusable_gpu(self) -> bool:
-        unseen = self.values["device"] == "auto" and not self.gpus and launch.driver_present()
+        unseen = self.values["device"] == "auto" and not self.gpus and environment.driver_present()
         return unseen and not gpus_are_hidden(os.environ)
 
     def _remarks(self) -> list[str]:

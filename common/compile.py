@@ -15,66 +15,49 @@ length (Mochi drops padding) and guidance branch of another length compiles agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.fx.experimental._config
 from torch import nn
 
 from common.blocks import Blocks
-from common.checks import COMPILE_MODES
 from common.decode import VideoDecoder
+from common.settings import CompileOptions
 
 
-@dataclass(frozen=True)
-class Compile:
-    """blocks, vae: what is compiled. mode: of `torch.compile`. dynamic: one graph for all sizes. fullgraph: a graph
-    break inside a region is an error. backend: torch.compile's, for tests.
+def compile_transformer(model: nn.Module, options: CompileOptions) -> None:
+    """Compile the regions of a transformer's blocks, if that was asked for."""
+    if options.compile:
+        for part in model.modules():
+            # Not by iterating, which would fetch the weights of streamed blocks.
+            for block in part.children() if isinstance(part, Blocks) else ():
+                for name in block.regions:  # type: ignore[union-attr]
+                    # As `nn.Module.compile` puts the compiled call beside the module's own.
+                    setattr(block, name, torch.compile(getattr(block, name), **_arguments(options)))
 
-    ValueError for an unknown mode.
+
+def compile_decoder(decoder: VideoDecoder, options: CompileOptions) -> None:
+    """Compile the parts of a decoder that keep nothing between chunks, if that was asked for.
+
+    Not whole residual blocks: their causal convolutions fetch frames from the chunk before, or from another rank,
+    which a graph would have to be made anew for. One graph for each width and number of frames; beyond torch's
+    limit the rest runs as it is.
     """
+    if options.compile_vae:
+        arguments = _arguments(replace(options, compile_fullgraph=False))
+        for part in decoder.modules():
+            if isinstance(part, decoder.compiled_parts):
+                part.compile(**arguments)
 
-    blocks: bool = False
-    vae: bool = False
-    mode: str = "default"
-    dynamic: bool = True
-    fullgraph: bool = True
-    backend: str | Callable[..., Any] = "inductor"
 
-    def __post_init__(self) -> None:
-        if self.mode not in COMPILE_MODES:
-            raise ValueError(f"compile mode is {self.mode!r}; choose one of {', '.join(COMPILE_MODES)}")
-
-    def _options(self) -> dict[str, Any]:
-        """What `torch.compile` is given."""
-        if self.dynamic:
-            # Shares of the ranks that happen to be equally long would otherwise be taken for one number, and the
-            # graph be made anew for every pattern of longer and shorter ones. Read when a graph is made, so it has to
-            # stay set; in a process that compiles other things too it costs them a little generality-checking only.
-            torch.fx.experimental._config.use_duck_shape = False
-        options: dict[str, Any] = {"mode": self.mode} if self.backend == "inductor" else {}
-        return options | {"backend": self.backend, "dynamic": self.dynamic, "fullgraph": self.fullgraph}
-
-    def transformer(self, model: nn.Module) -> None:
-        """Compile the regions of a transformer's blocks, if that was asked for."""
-        if self.blocks:
-            for part in model.modules():
-                # Not by iterating, which would fetch the weights of streamed blocks.
-                for block in part.children() if isinstance(part, Blocks) else ():
-                    for name in block.regions:  # type: ignore[union-attr]
-                        # As `nn.Module.compile` puts the compiled call beside the module's own.
-                        setattr(block, name, torch.compile(getattr(block, name), **self._options()))
-
-    def decoder(self, decoder: VideoDecoder) -> None:
-        """Compile the parts of a decoder that keep nothing between chunks, if that was asked for.
-
-        Not whole residual blocks: their causal convolutions fetch frames from the chunk before, or from another rank,
-        which a graph would have to be made anew for. One graph for each width and number of frames; beyond torch's
-        limit the rest runs as it is.
-        """
-        if self.vae:
-            options = replace(self, fullgraph=False)._options()
-            for part in decoder.modules():
-                if isinstance(part, decoder.compiled_parts):
-                    part.compile(**options)
+def _arguments(options: CompileOptions) -> dict[str, Any]:
+    """What `torch.compile` is given."""
+    if options.compile_dynamic:
+        # Shares of the ranks that happen to be equally long would otherwise be taken for one number, and the
+        # graph be made anew for every pattern of longer and shorter ones. Read when a graph is made, so it has to
+        # stay set; in a process that compiles other things too it costs them a little generality-checking only.
+        torch.fx.experimental._config.use_duck_shape = False
+    mode: dict[str, Any] = {"mode": options.compile_mode} if options.backend == "inductor" else {}
+    how = {"dynamic": options.compile_dynamic, "fullgraph": options.compile_fullgraph}
+    return {"backend": options.backend, **mode, **how}

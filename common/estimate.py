@@ -24,10 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from common.blocks import Blocks, FromShares, Image
-from common.decode import DecodePlan, PeakMemory, VideoDecoder, decode_memory, decode_plans, plan_decode
+from common.decode import DecodePlan, VideoDecoder
+from common.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode
 from common.fp8 import Float8Linear, plans_float8_matmul, use_float8
 from common.parallel import Axis, Layout, Mesh, build_mesh
 from common.placement import Placement
+from common.settings import DecodeOptions
 from common.t5 import FLOAT8_LAYERS, EncoderFiles, new_t5
 from common.weights import assign
 
@@ -155,7 +157,6 @@ class Estimator:
     """Counts a rank's workload once; any number of placements are then sums.
 
     mesh: the rank's place, real or `imagined`; nothing is sent. device: cpu or cuda, where it would run.
-    decoding: mode, chunk and tile (latent pixels) as for `common.decode.decode_plans`.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class Estimator:
         mesh: Mesh,
         precision: Precision | None = None,
         device: str = "cuda",
-        decoding: tuple[str, int | None, tuple[int, int] | None] = ("auto", None, None),
+        decode: DecodeOptions | None = None,
     ) -> None:
         self.work, self.mesh, self.device = work, mesh, device
         self.precision = precision = precision or Precision()
@@ -176,7 +177,9 @@ class Estimator:
         self.activations, self.flops, self.sent = self._step()
         self.decoder = work.decoder.to(precision.dtype)
         self.peaks: dict[DecodePlan, int] = {}
-        self.plans = decode_plans(self.decoder, work.latents, mesh.world.size, *decoding)
+        options = decode or DecodeOptions()
+        tile = options.tile(self.decoder.scale)
+        self.plans = decode_plans(self.decoder, work.latents, mesh.world.size, options.vae, options.vae_chunk, tile)
 
     def estimate(self, placement: Placement, keep: bool = False, free: float = float("inf")) -> Estimate:
         """keep: models stay on the device from one stage to the next. free: bytes, for the choice of a decode plan."""

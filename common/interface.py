@@ -12,14 +12,14 @@ import socket
 import struct
 import sys
 
-from common.launch import Place
+from common.environment import Process
 
 # A documentation address (RFC 5737): it exists nowhere, so the way to it is the default route.
 _ELSEWHERE = "192.0.2.1"
 _SIOCGIFADDR = 0x8915
 
 
-def choose_interface(at: Place) -> None:
+def choose_interface(at: Process) -> None:
     """Set GLOO_SOCKET_IFNAME to the interface on the way to MASTER_ADDR, unless it is set or all ranks are here."""
     if at.world_size == at.local_world_size or os.environ.get("GLOO_SOCKET_IFNAME") or sys.platform != "linux":
         return

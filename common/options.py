@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from common.checks import COMPILE_MODES, DTYPES, ENGINES, OFFLOADS
+from common.checks import COMPILE_MODES, DECODE_MODES, DTYPES, ENGINES, OFFLOADS
 from common.layout import MOST_RANKS
-from common.request import Program
+from common.registry import Fork
 
 MIN_TILE = 32
 MOST = {
@@ -20,6 +20,8 @@ MOST = {
     **{"vae_chunk": 100_000, "overlap_groups": 1024},
 }
 """The largest numbers that are taken: beyond what any machine makes, so that an absurd one costs no time or memory."""
+SYNONYMS = {"t5-model-path": "text-encoder-dir"}
+"""Other names of options, without hyphens in front."""
 
 
 class Option(click.Option):
@@ -54,7 +56,7 @@ def _is_size(side: str) -> bool:
     return side.isascii() and side.isdigit() and len(side) < 9 and MIN_TILE <= int(side) <= MOST["width"]
 
 
-def options(program: Program) -> list[click.Parameter]:
+def options(fork: Fork) -> list[click.Parameter]:
     def option(name: str, *, type: Any = None, default: Any = None, help: str, **more: Any) -> Option:
         if more.get("is_flag"):
             default = False
@@ -68,8 +70,8 @@ def options(program: Program) -> list[click.Parameter]:
         option(
             "--demo",
             is_flag=False,
-            flag_value=program.demos[0],
-            type=choice(program.demos),
+            flag_value=next(iter(fork.demos), ""),
+            type=choice(tuple(fork.demos)),
             help="Use a small checkpoint that is made on first use.",
         ),
         option("--text-encoder-dir", type=path, help="T5 directory, where it is not in the checkpoint's."),
@@ -110,7 +112,7 @@ def options(program: Program) -> list[click.Parameter]:
             default=1,
             help="Groups of heads that travel apart between ulysses ranks, one under the attention of another.",
         ),
-        option("--vae", type=choice(["auto", "exact", "tiled"]), default="auto", help="How to decode."),
+        option("--vae", type=choice(DECODE_MODES), default="auto", help="How to decode."),
         option("--vae-chunk", type=int, help="Latent frames decoded at once."),
         option("--vae-tile", type=TileSize(), help="Largest tile in pixels: 256, or 320x240 (width x height)."),
         option(
@@ -140,7 +142,7 @@ def options(program: Program) -> list[click.Parameter]:
             is_flag=False,
             flag_value="",
             metavar="[MODEL]",
-            help=f"Print layout, memory, bytes and what is chosen; without weights for {', '.join(program.models)}.",
+            help=f"Print layout, memory, bytes and what is chosen; without weights for {', '.join(fork.names)}.",
         ),
         option("--timeout", type=float, default=1800.0, help="Seconds after which a hung collective ends the run."),
         option("--debug", is_flag=True, help="Show tracebacks and the libraries' own output."),
@@ -150,7 +152,8 @@ def options(program: Program) -> list[click.Parameter]:
         option("--use-xdit", help="Accepted; no effect.", **unlisted),
         option("--use-fsdp", help="Accepted; no effect.", **unlisted),
         option("--cpu-offload", help="Accepted; no effect.", **unlisted),
-        *program.options,
+        option("--max-t5-token-length", type=int, hidden=True, help="Accepted; the model's own limit is used."),
+        *fork.options.command_line,
     ]
 
 

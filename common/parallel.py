@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from common.environment import this_process
 from common.interface import choose_interface
-from common.launch import place
 from common.layout import Layout
 
 T = TypeVar("T")
@@ -97,9 +97,9 @@ def meet(timeout: float = 600) -> dist.Store | None:
 
     Sets GLOO_SOCKET_IFNAME where that is needed, see `common.interface`. timeout: seconds.
     """
-    if place().world_size == 1:
+    if this_process().world_size == 1:
         return None
-    choose_interface(place())
+    choose_interface(this_process())
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     return store
 
@@ -120,7 +120,7 @@ def distributed(
     exist.
     """
     layout = layout or Layout()
-    at = place()
+    at = this_process()
     if layout.ranks != at.world_size:
         raise ValueError(
             f"layout {layout} needs {layout.ranks} ranks, but {at.world_size} "

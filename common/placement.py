@@ -1,7 +1,7 @@
 """Where a transformer's weights are while it runs: a frozen `Placement`, and `place`, which loads a model that way.
 
 The outer layers (embeddings, the final layer) are resident always; what is placed is the blocks, nearly all of a
-model. `stage` and `none` differ only in whether a model stays between stages (`common.generation.Models`).
+model. `stage` and `none` differ only in whether a model stays between stages (`common.pipeline.Pipeline.stage_model`).
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""Where a run is: one `Stages` value per rank, handed to the pipeline, feeds the screen, the launcher and the json.
+"""Where a run is: one `Report` per rank, handed to the pipeline, feeds the screen, the launcher and the json.
 
 A pipeline says only this:
 
-    with stages.stage("loading transformer"):
+    with report.stage("loading transformer"):
         ...
-    with stages.stage("sampling", total=num_steps) as step:      # where == "sampling step 1/64", then 2/64, ...
+    with report.stage("sampling", total=num_steps) as step:      # where == "sampling step 1/64", then 2/64, ...
         for ...:
             ...
             step()                                               # one more is done
-    with stages.stage("decoding", total=chunks, unit="chunk") as step: ...
-    with stages.loading("loading transformer") as progress:      # progress(bytes done, bytes in all), see weights.load
+    with report.stage("decoding", total=chunks, unit="chunk") as step: ...
+    with report.loading("loading transformer") as progress:      # progress(bytes done, bytes in all), see weights.load
         load(..., progress=progress)
-    stages.note("prompt: 31 of 256 tokens")                      # rank 0 only; warn() the same, marked as a warning
+    report.note("prompt: 31 of 256 tokens")                      # rank 0 only; warn() the same, marked as a warning
 
-`Stages()` is silent and still measures, so it is the right default for library use. Stages may nest.
+`Report()` is silent and still measures, so it is the right default for library use. Stages may nest.
 Names in use: "loading text encoder", "encoding", "loading transformer", "sampling", "loading decoder", "decoding",
 "writing". Failures are told with them: "rank 1, sampling step 3/64: ...".
 """
@@ -98,22 +98,22 @@ class _Speed(ProgressColumn):
         return Text(task.fields.get("speed", ""))
 
 
-class Stages:
+class Report:
     """One rank's account of where it is.
 
     console: where rank 0 shows progress; None shows nothing.
-    report: called with `where` at every change; the launcher passes a pipe to the parent.
+    tell: called with `where` at every change; the launcher passes a pipe to the parent.
     device: a `torch.device`; a CUDA device is synchronised at the ends of stages and at steps, so that times and
         bars count finished work, and its peak memory is what is recorded.
     """
 
     def __init__(
-        self, console: Console | None = None, report: Callable[[str], None] | None = None, device: Any = None
+        self, console: Console | None = None, tell: Callable[[str], None] | None = None, device: Any = None
     ) -> None:
         self.console = console
         self.records: list[StageRecord] = []
         self.about = ""  # what the stages are about, such as "video 2 of 3"; goes in front of `where`
-        self._report = report
+        self._report = tell
         self._stack: list[_Active] = []
         self._last = "starting"
         self._failed: str | None = None

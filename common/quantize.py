@@ -25,7 +25,7 @@ import click
 
 from common.failure import describe
 from common.files import reason, writing_problem
-from common.request import Program
+from common.registry import Fork
 from common.stopping import Asked, Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class TransformerFiles:
     exact: tuple[str, ...] = ()
 
 
-def run(program: Program, arguments: Sequence[str]) -> int:
+def run(fork: Fork, arguments: Sequence[str]) -> int:
     """The subcommand; returns its exit status: 0 done, 1 failed, 2 wrong use, 128 + signal when it was stopped."""
-    command, asked = _command(program), Asked()
+    command, asked = _command(fork), Asked()
     try:
         with stoppable() as asked:
-            command.main(args=list(arguments), prog_name=f"{program.name} quantize", standalone_mode=False)
+            command.main(args=list(arguments), prog_name=f"{fork.program} quantize", standalone_mode=False)
     except click.UsageError as wrong:
         print(f"error: {wrong.format_message()}", file=sys.stderr)
         return 2
@@ -69,17 +69,17 @@ def run(program: Program, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _command(program: Program) -> click.Command:
+def _command(fork: Fork) -> click.Command:
     path = click.Path(path_type=Path)
 
     def body(model_dir: Path, output: Path) -> None:
         from rich.console import Console
 
-        from common.progress import Stages
+        from common.progress import Report
 
         _check_folders(model_dir, output)
-        files = program.transformer(model_dir)
-        with Stages(Console(stderr=True)).loading("rounding") as progress:
+        files = fork.module("weights").transformer_files(model_dir)
+        with Report(Console(stderr=True)).loading("rounding") as progress:
             before, after = quantize(files, model_dir, output, progress)
         click.echo(f"{output}: transformer {before / 1e9:.2f} GB -> {after / 1e9:.2f} GB; use --model-dir {output}")
 

@@ -12,16 +12,19 @@ The planner, xdit-download, the benchmarks and the documentation go through `for
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from common.checks import Rules
 from common.downloads import Part
+from common.request import ForkOptions, Source
 
 HERE = ("mochi_xdit", "cogvideox_xdit", "consisid_xdit")
 GROUP = "xdit_zoo.forks"
@@ -237,7 +240,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Fork:
-    """One program and the models that it runs."""
+    """One program and the models that it runs.
+
+    What needs torch stands in modules of the package, and is imported when it is asked for:
+    `demo.demo_checkpoint(name)` makes a demo's folder unless it is there, `sampling.workload(...)` says what a rank
+    runs, for the estimates (`common.estimate.Workload`), and `weights.transformer_files(folder)` what is rounded to
+    eight bits (`common.quantize.TransformerFiles`). A fork without one of them cannot do what it is for.
+    """
 
     name: str
     title: str
@@ -249,10 +258,24 @@ class Fork:
     """The class that makes videos, in the package itself."""
     extras: tuple[str, ...] = ()
     """Optional dependencies of this project that its image has."""
+    read_rules: Callable[[Path], Rules] | None = None
+    """What a checkpoint folder admits, by its headers alone; ValueError when the folder is none of this fork's."""
+    demos: Mapping[str, Rules] = field(default_factory=dict)
+    """Small checkpoints for `--demo`, the default one first."""
+    options: type[ForkOptions] = ForkOptions
+    """Its own options on the command line."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(model.name for model in self.models)
+
+    def rules(self, source: Source) -> Rules:
+        """What a source of weights admits. ValueError when the folder is no checkpoint of this fork's."""
+        if source.demo is not None:
+            return self.demos[source.demo]
+        if source.model_dir is not None and self.read_rules is not None:
+            return self.read_rules(source.model_dir)
+        return self.model(source.official).rules
 
     def model(self, name: str | None = None) -> Model:
         """The model of that name, title or alias; the default one for None. ValueError lists the names."""
@@ -265,6 +288,10 @@ class Fork:
     def module(self, name: str) -> ModuleType:
         """A module of the fork's package, which may import torch."""
         return importlib.import_module(f"{self.package}.{name}")
+
+    def has(self, name: str) -> bool:
+        """Whether the package has a module of that name; imports nothing but the package."""
+        return importlib.util.find_spec(f"{self.package}.{name}") is not None
 
 
 def _named(models: tuple[Model, ...], name: str) -> Model:

@@ -12,7 +12,7 @@ convolution runs. So chunk k + 1 follows chunk k one layer behind: a wavefront o
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 Sent = tuple[dist.Work | None, Tensor]
 
 
-def _wait(sent: Sent | None) -> None:
+def wait_for(sent: Sent | None) -> None:
     if sent is not None and sent[0] is not None:
         sent[0].wait()
 
@@ -92,7 +92,7 @@ class PairLink:
 
     def send(self, key: Hashable, tail: Tensor) -> None:
         sent = self.sending.pop(key, None)
-        _wait(sent)
+        wait_for(sent)
         buffer = _like(tail, tail.shape, sent and sent[1]).copy_(tail)
         self.sending[key] = (dist.isend(buffer, group=self.after, group_dst=1 - dist.get_rank(self.after)), buffer)
 
@@ -100,12 +100,12 @@ class PairLink:
         """See `Link`. What is returned holds until the same layer receives again."""
         shape = torch.Size((*x.shape[:2], frames, *x.shape[3:]))
         self.received[key] = tail = _like(x, shape, self.received.get(key))
-        _wait((dist.irecv(tail, group=self.before, group_src=1 - dist.get_rank(self.before)), tail))
+        wait_for((dist.irecv(tail, group=self.before, group_src=1 - dist.get_rank(self.before)), tail))
         return tail
 
     def close(self) -> None:
         for sent in self.sending.values():
-            _wait(sent)
+            wait_for(sent)
         self.sending.clear()
         self.received.clear()
 
@@ -257,47 +257,6 @@ class TimeSplit:
     def link(self) -> Link:
         """A fresh link for one video."""
         return PairLink(*self.axis.edges) if self.axis.edges else LocalLink()
-
-
-def deal(
-    owners: Sequence[int],
-    axis: Axis,
-    work: Callable[[int], Tensor],
-    blank: Callable[[int], Tensor],
-) -> Iterator[Tensor | None]:
-    """Item i is computed by rank owners[i]; rank 0 yields every item in order, the others None for each of theirs.
-
-    work(i): the item, a contiguous CPU tensor. blank(i): an empty tensor of its shape and dtype.
-    Rank 0 computes its next item before it waits for those of the others, so it never holds up the wavefront, and
-    holds no more than the items between two of its own. The others keep one finished item until it is taken.
-    """
-    if axis.rank == 0:
-        awaited: deque[Sent] = deque()
-        for item, owner in enumerate(owners):
-            if owner == 0:
-                mine = work(item)
-                yield from _arrivals(awaited)
-                yield mine
-            else:
-                box = blank(item)
-                awaited.append((dist.irecv(box, group=axis.group, group_src=owner), box))
-        yield from _arrivals(awaited)
-        return
-    sending: Sent | None = None
-    for item, owner in enumerate(owners):
-        if owner == axis.rank:
-            mine = work(item)
-            _wait(sending)
-            sending = (dist.isend(mine, group=axis.group, group_dst=0), mine)
-            yield None
-    _wait(sending)
-
-
-def _arrivals(awaited: deque[Sent]) -> Iterator[Tensor]:
-    while awaited:
-        message = awaited.popleft()
-        _wait(message)
-        yield message[1]
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:

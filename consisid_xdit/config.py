@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cogvideox_xdit.config import DEMO as COGVIDEOX_DEMO
 from cogvideox_xdit.config import (
     CheckpointConfig,
     TransformerConfig,
+    official_rules,
+    random_demo_rules,
     read_checkpoint,
     transformer_config,
     transformer_json,
 )
+from common.checks import Rules
 from common.schema import MAX_LAYERS, bounded, build
 
 
@@ -72,6 +76,18 @@ class ConsisIDConfig(TransformerConfig):
 
 
 PREVIEW = ConsisIDConfig(heads=48, layers=42, in_channels=32, rotary=True, learned=True, face=True)
+TRAINED = "shapes"
+"""The demo that shows something: a picture of a shape stands for the face (`tools/demo` in the repository)."""
+DEMOS: Mapping[str, Rules] = {
+    TRAINED: replace(
+        COGVIDEOX_DEMO,
+        heads=5,
+        cfg_scale=1.5,  # the guidance that the model card's figures were measured with
+        sizes=((64, 64),),
+        default_prompt="A big shape moves slowly to the right on a black background.",
+    ),
+    "face": random_demo_rules("5b-i2v"),
+}
 
 FACE_KEYS: Mapping[str, str] = {
     "face": "is_train_face",
@@ -114,3 +130,8 @@ def consisid_json(config: ConsisIDConfig) -> dict[str, Any]:
     }
     raw |= {key: getattr(config, name) for name, key in FACE_KEYS.items()}
     return raw | {"_class_name": "ConsisIDTransformer3DModel"}
+
+
+def read_rules(model_dir: Path) -> Rules:
+    """The admissible values for a checkpoint; ValueError when the folder is none."""
+    return official_rules(read_consisid(model_dir).transformer)

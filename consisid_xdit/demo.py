@@ -14,7 +14,7 @@ import torch
 from cogvideox_xdit import demo as cogvideox
 from cogvideox_xdit.config import VAEConfig
 from common.demo import cache_home, fill, made_once
-from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_json
+from consisid_xdit.config import PREVIEW, TRAINED, ConsisIDConfig, consisid_json
 from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.face_demo import write_face_models
 from consisid_xdit.transformer import ConsisIDTransformer
@@ -23,8 +23,6 @@ from consisid_xdit.weights import rename_table
 SEED = 20241126
 _REVISION = 2
 """Goes up when what the demo writes changes, so that nobody's cache holds the old one."""
-TRAINED = "shapes"
-"""The demo that shows something: a picture of a shape stands for the face (`tools/demo` in the repository)."""
 SHIPPED = Path(__file__).parent / "demo_data"
 PORTRAIT = "portrait.png"
 IDENTITY = "identity.safetensors"
@@ -82,6 +80,11 @@ def _places(x: torch.Tensor) -> torch.Tensor:
     """(1, c, 64, 64) -> (1, 16, 16 c): 4 x 4 places of 4 x 4 means each."""
     means = torch.nn.functional.avg_pool2d(x, 4).unfold(2, 4, 4).unfold(3, 4, 4)
     return means.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def is_random(folder: Path) -> bool:
+    """Whether this demo checkpoint's pictures are noise, those of random weights."""
+    return folder != SHIPPED
 
 
 def demo_checkpoint(name: str = "face", cache_dir: str | Path | None = None) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from cogvideox_xdit.fork import checkpoint
 from common.downloads import Part, diffusers_files, file
 from common.registry import CrossAttention, Demo, Fork, Size
-from consisid_xdit.config import PREVIEW, ConsisIDConfig
+from consisid_xdit.config import DEMOS, PREVIEW, ConsisIDConfig, read_rules
+from consisid_xdit.options import ConsisIDOptions
 
 REPO = "BestWishYsh/ConsisID-preview"
 
@@ -42,4 +43,15 @@ MODEL = checkpoint(
     folder="ConsisID-preview",
     demo=Demo("face", Size(96, 64, 17, 4)),
 )
-FORK = Fork("consisid", "ConsisID", "consisid_xdit", "consisid-xdit", (MODEL,), "ConsisIDPipeline", extras=("face",))
+FORK = Fork(
+    "consisid",
+    "ConsisID",
+    "consisid_xdit",
+    "consisid-xdit",
+    (MODEL,),
+    "ConsisIDPipeline",
+    extras=("face",),
+    read_rules=read_rules,
+    demos=DEMOS,
+    options=ConsisIDOptions,
+)

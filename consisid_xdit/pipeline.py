@@ -54,7 +54,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
         image: a photograph with the face (a file, a PIL image or uint8 (H, W, 3)); needs the extra `face`.
         identity: what `identify` gave, or a file of it, in place of the photograph.
         options: as for CogVideoX (`height`, `width`, `num_frames`, `num_steps`, `cfg_scale`, `seed`, `latents`,
-        `output`, `dynamic_cfg`, `vae`, ...), with its results and errors.
+        `output`, `dynamic_cfg`, `decode`, ...), with its results and errors.
         """
         if not isinstance(identity, IdentityFeatures):
             identity = self.identify(image, identity)
@@ -80,10 +80,10 @@ class ConsisIDPipeline(CogVideoXPipeline):
             picture = as_picture(image)
             return self._load_face_models().read(picture)
 
-        with self.stages.stage("reading the face"):
+        with self.report.stage("reading the face"):
             identity, said = on_main(self.mesh, make)
         for text in said:
-            self.stages.warn(text)
+            self.report.warn(text)
         return identity
 
     def condition(  # type: ignore[override]
@@ -106,14 +106,14 @@ class ConsisIDPipeline(CogVideoXPipeline):
         return torch.cat(latents, dim=2)
 
     def _load_face_models(self) -> FaceReader:
-        with self.stages.stage("loading face models"):
+        with self.report.stage("loading face models"):
             return FaceReader.load(self.model_dir, self.device, self.dtype)
 
     def transformer_files(self) -> TransformerFiles:
-        return transformer_files(self.model_dir, self.config, self.dtype)
+        return transformer_files(self.model_dir, self.dtype)
 
-    def _load_transformer(self) -> ConsisIDTransformer:
-        with self.stages.loading("loading transformer") as progress:
+    def load_transformer(self) -> ConsisIDTransformer:
+        with self.report.loading("loading transformer") as progress:
             checkpoint = open_checkpoint(find_files(self.model_dir / "transformer", STEM, self.dtype))
             model, table = on_meta(ConsisIDTransformer, self.config, self.sp), rename_table(self.config)
             where = (self.placement, self.mesh.weights)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cogvideox_xdit.config import VAEConfig
-from cogvideox_xdit.sampling import workload as cogvideox
-from cogvideox_xdit.transformer import Condition, Size
+from cogvideox_xdit.sampling import work_of
+from cogvideox_xdit.transformer import Condition
+from cogvideox_xdit.transformer import Size as Grid
 from common.estimate import Workload
 from common.parallel import Mesh
-from consisid_xdit.config import ConsisIDConfig
+from common.registry import Model, Size
+from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.transformer import ConsisIDTransformer
 
 PATCHES = 577
@@ -20,11 +22,22 @@ PATCHES = 577
 
 
 def workload(
-    config: ConsisIDConfig, vae: VAEConfig, mesh: Mesh, height: int, width: int, num_frames: int, **options: Any
+    source: Path | Model,
+    size: Size,
+    mesh: Mesh,
+    dtype: torch.dtype = torch.bfloat16,
+    negative: bool = False,
+    text_encoder_dir: str | Path | None = None,
 ) -> Workload:
     """As CogVideoX's, with a face. The models that read it from a photograph are not part of it."""
+    if isinstance(source, Path):
+        checkpoint = read_consisid(source)
+        config, vae = checkpoint.transformer, checkpoint.vae
+    else:
+        config, vae = source.config, VAEConfig()
+    assert isinstance(config, ConsisIDConfig)
 
-    def prepare(model: ConsisIDTransformer, text: Tensor, grid: Size, image: Tensor | None) -> Condition:
+    def prepare(model: ConsisIDTransformer, text: Tensor, grid: Grid, image: Tensor | None) -> Condition:
         face = None
         if config.face:
             known = torch.empty(1, config.id_dim, device="meta")
@@ -32,6 +45,5 @@ def workload(
             face = model.read_face(known, hidden)
         return model.prepare(text, grid, image, face=face)
 
-    return cogvideox(
-        config, vae, mesh, height, width, num_frames, build=ConsisIDTransformer, prepare=prepare, **options
-    )
+    work = work_of(config, vae, size, mesh, dtype, ConsisIDTransformer, prepare)
+    return work.with_text(lambda: Path(text_encoder_dir or source)) if isinstance(source, Path) else work

@@ -12,7 +12,7 @@ from cogvideox_xdit.weights import rename_table as cogvideox_table
 from common.checkpoint import load_pickle
 from common.quantize import TransformerFiles
 from common.weights import Rename, find_files, on_meta, open_checkpoint
-from consisid_xdit.config import ConsisIDConfig
+from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.transformer import ConsisIDTransformer, face_modules
 
 
@@ -22,10 +22,10 @@ def rename_table(config: ConsisIDConfig) -> Rename:
     return {**cogvideox_table(config), **{name: name for name in face.state_dict()}}
 
 
-def transformer_files(
-    folder: Path, config: ConsisIDConfig, dtype: torch.dtype | None = torch.bfloat16
-) -> TransformerFiles:
+def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> TransformerFiles:
     """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
+    config = read_consisid(folder).transformer
+    assert isinstance(config, ConsisIDConfig)
     file = find_files(folder / "transformer", STEM, dtype)
     return TransformerFiles(on_meta(ConsisIDTransformer, config), open_checkpoint(file), rename_table(config), file)
 

@@ -260,6 +260,16 @@ OFFICIAL = MochiRules(
 )
 FAST = replace(OFFICIAL, num_steps=8, cfg_scale=1.5, threshold_noise=0.1, linear_steps=6)
 """Of FastMochi, the distilled model."""
+DEMO = Rules(
+    heads=4,
+    width=64,
+    height=64,
+    num_frames=13,
+    num_steps=20,
+    cfg_scale=3.0,
+    fps=8,
+    default_prompt="A big red circle moves slowly to the right on a black background.",
+)
 NATIVE_TRANSFORMER = ("dit.safetensors", "dit.fast.safetensors")
 """Files of the native layout, of Mochi 1 preview and of FastMochi; the first that is there is taken."""
 

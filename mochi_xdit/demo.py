@@ -50,9 +50,9 @@ def demo_checkpoint(name: str = "default", cache_dir: str | Path | None = None) 
     return made_once(cache_home(cache_dir) / f"mochi-demo-{_REVISION}", random_checkpoint)
 
 
-def is_trained(folder: Path) -> bool:
-    """Whether this demo checkpoint's pictures mean anything: random weights make noise."""
-    return folder == SHIPPED
+def is_random(folder: Path) -> bool:
+    """Whether this demo checkpoint's pictures are noise, those of random weights."""
+    return folder != SHIPPED
 
 
 def random_checkpoint(folder: Path, config: MochiConfig | None = None, seed: int = SEED) -> None:

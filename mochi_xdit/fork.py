@@ -6,7 +6,8 @@ from functools import partial
 
 from common.downloads import APACHE, GOOGLE_T5, Part, file, t5_of
 from common.registry import Decoder, Decoding, Demo, Fork, Latents, Model, Size, Stack, Stream, Text
-from mochi_xdit.config import OFFICIAL, MochiConfig, MochiVAEConfig
+from mochi_xdit.config import DEMO, OFFICIAL, MochiConfig, MochiVAEConfig, official_rules
+from mochi_xdit.options import MochiOptions
 
 REPO = "genmo/mochi-1-preview"
 TYPICAL_PROMPT = 60
@@ -86,4 +87,14 @@ def preview(config: MochiConfig) -> Model:
     )
 
 
-FORK = Fork("mochi", "Mochi 1", "mochi_xdit", "mochi-xdit", (preview(MochiConfig()),), "MochiPipeline")
+FORK = Fork(
+    "mochi",
+    "Mochi 1",
+    "mochi_xdit",
+    "mochi-xdit",
+    (preview(MochiConfig()),),
+    "MochiPipeline",
+    read_rules=official_rules,
+    demos={"default": DEMO},
+    options=MochiOptions,
+)

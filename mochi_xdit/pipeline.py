@@ -9,51 +9,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.generation import check_latents, draw_noise, save_latents
 from common.guidance import NEGATIVE, POSITIVE
+from common.latents import check_latents, draw_noise, save_latents
 from common.parallel import Mesh
 from common.pipeline import Pipeline
+from common.progress import Report
 from common.quantize import TransformerFiles
+from common.settings import DecodeOptions, Runtime
 from common.weights import load, on_meta
 from mochi_xdit.config import MochiRules, official_rules
 from mochi_xdit.sampling import linear_quadratic_sigmas, sample
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder
-from mochi_xdit.weights import check_decoder, find_decoder, find_transformer, load_transformer, transformer_files
+from mochi_xdit.weights import (
+    check_decoder,
+    find_decoder,
+    find_text_encoder,
+    find_transformer,
+    load_transformer,
+    transformer_files,
+)
 
-T5_REPO = "google/t5-v1_1-xxl"
 Text = tuple[Tensor | None, Tensor | None]
 """T5 features (1, L, D) with their mask (1, L); Nones for the empty prompt."""
-
-
-def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:
-    """The T5 encoder's folder: the given one, else the checkpoint's own, else T5_REPO in the hub's local cache.
-
-    The native layout has no text encoder in it. ValueError says where one was looked for.
-    """
-    if given is not None:
-        return Path(given)
-    if (model_dir / "text_encoder").is_dir():
-        return model_dir
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(T5_REPO, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise ValueError(
-            f"{model_dir} has no folder text_encoder/, and {T5_REPO} is not in the local cache; "
-            f"download it, or name a T5 encoder's folder with --text-encoder-dir"
-        ) from None
 
 
 class MochiPipeline(Pipeline):
     """Mochi over a checkpoint folder, native or diffusers layout. For the options see `common.pipeline.Pipeline`."""
 
     def __init__(
-        self, model_dir: str | Path, mesh: Mesh | None = None, device: str | torch.device | None = None, **options: Any
+        self,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        runtime: Runtime | None = None,
+        report: Report | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model_dir, mesh, device, **options)
+        super().__init__(model_dir, mesh, runtime, report, **options)
         self.config = find_transformer(self.model_dir, self.dtype).config
         self.vae_config = find_decoder(self.model_dir, self.dtype).config
         self.rules = official_rules(self.model_dir)
@@ -61,14 +53,19 @@ class MochiPipeline(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: str | Path, mesh: Mesh | None = None, device: str | torch.device | None = None, **options
+        cls,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        runtime: Runtime | None = None,
+        report: Report | None = None,
+        **options: Any,
     ) -> MochiPipeline:
         """A pipeline over a checkpoint folder, native or diffusers layout; only headers are read here.
 
-        Options as for the constructor. ValueError for a folder that is no Mochi checkpoint, a device or kernel that
+        Arguments as for the constructor. ValueError for a folder that is no Mochi checkpoint, a device or kernel that
         is not there, or more Ulysses ranks than attention heads.
         """
-        return cls(model_dir, mesh, device, **options)
+        return cls(model_dir, mesh, runtime, report, **options)
 
     @torch.inference_mode()
     def __call__(
@@ -85,9 +82,7 @@ class MochiPipeline(Pipeline):
         output: str = "frames",
         threshold_noise: float | None = None,
         linear_steps: int | None = None,
-        vae: str = "auto",
-        vae_chunk: int | None = None,
-        vae_tile: int | tuple[int, int] | None = None,
+        decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
@@ -98,8 +93,6 @@ class MochiPipeline(Pipeline):
         latents: noise to start from, (1, 12, T, height / 8, width / 8), in place of the seed's.
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, 12, T, h, w), on every rank).
-        vae, vae_chunk, vae_tile: how to decode, see `common.decode.decode_plans`; the tile is (height, width), or its
-        side, in pixels.
         latents_file: where rank 0 puts the final latents before the decode begins.
         Raises ValueError for sizes the model does not admit, FloatingPointError when the latents turn NaN.
         """
@@ -118,10 +111,10 @@ class MochiPipeline(Pipeline):
         sigmas = linear_quadratic_sigmas(len(scales), threshold, linear)
         final = self._sample(latents, text, sigmas, scales)
         if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed}, self.stages.warn)
+            save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed}, self.report.warn)
         if output == "latent":
             return final
-        return self.decode(final, vae, vae_chunk, vae_tile)
+        return self.decode(final, decode)
 
     def check_vae(self, frames: bool) -> None:
         check_decoder(self.model_dir, self.dtype)
@@ -130,7 +123,7 @@ class MochiPipeline(Pipeline):
         return transformer_files(self.model_dir, self.dtype)
 
     def text_folder(self) -> Path:
-        return find_text_encoder(self.model_dir, self.text_encoder_dir)
+        return find_text_encoder(self.model_dir, self.runtime.text_encoder_dir)
 
     def _latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         vae = self.vae_config
@@ -153,18 +146,18 @@ class MochiPipeline(Pipeline):
         self, latents: Tensor, text: dict[int, Text], sigmas: Sequence[float], scales: Sequence[float]
     ) -> Tensor:
         size = (latents.shape[2], latents.shape[3], latents.shape[4])
-        with self.models.use("transformer", self._compiled_transformer) as model:
+        with self.stage_model("transformer", self.compiled_transformer) as model:
             conds = {b: model.prepare(size, *text[b]) for b in self.guidance.branches(*scales)}
-            return sample(model, latents, conds, sigmas, scales, self.guidance, self.stages)
+            return sample(model, latents, conds, sigmas, scales, self.guidance, self.report)
 
-    def _load_transformer(self) -> MochiTransformer:
-        with self.stages.loading("loading transformer") as progress:
+    def load_transformer(self) -> MochiTransformer:
+        with self.report.loading("loading transformer") as progress:
             return load_transformer(
                 self.model_dir, self.sp, self.device, self.dtype, progress, self.placement, self.mesh.weights
             )
 
-    def _load_decoder(self) -> MochiDecoder:
-        with self.stages.loading("loading decoder") as progress:
+    def load_decoder(self) -> MochiDecoder:
+        with self.report.loading("loading decoder") as progress:
             part = find_decoder(self.model_dir, self.dtype)
             module = on_meta(MochiDecoder, part.config)
             return load(module, part.open(), part.rename, self.device, self.dtype, progress=progress)

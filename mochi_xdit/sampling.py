@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.dtypes import latent_dtype
 from common.estimate import Workload
-from common.generation import latent_dtype, require_finite
 from common.guidance import NEGATIVE, POSITIVE, Guidance
+from common.latents import require_finite
 from common.parallel import Mesh
-from common.progress import Stages
+from common.progress import Report
+from common.registry import Model, Size
 from common.usp import SequenceParallel
 from common.weights import on_meta
-from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiCondition, MochiTransformer, pack, unpack
 from mochi_xdit.vae import MochiDecoder
-from mochi_xdit.weights import EXACT, find_decoder, find_transformer
+from mochi_xdit.weights import EXACT, find_decoder, find_text_encoder, find_transformer
 
 TIME_SCALE = 1000
 
@@ -49,7 +50,7 @@ def sample(
     sigmas: Sequence[float],
     scales: Sequence[float],
     guidance: Guidance,
-    stages: Stages,
+    report: Report,
 ) -> Tensor:
     """Euler steps on this rank's tokens.
 
@@ -60,7 +61,7 @@ def sample(
     tokens = pack(latents.to(model.device, latent_dtype(model.dtype)), patch)
     z = sp.shard(tokens)
     times = torch.tensor([TIME_SCALE * (1.0 - sigma) for sigma in sigmas], dtype=z.dtype, device=z.device)
-    with stages.stage("sampling", total=len(scales)) as step:
+    with report.stage("sampling", total=len(scales)) as step:
         for i, scale in enumerate(scales):
             predictions = {b: model(z, times[i : i + 1], conds[b]) for b in guidance.branches(scale)}
             z = z + (sigmas[i] - sigmas[i + 1]) * guidance.combine(predictions, scale)
@@ -70,41 +71,40 @@ def sample(
 
 
 def workload(
-    model_dir: Path | None,
+    source: Path | Model,
+    size: Size,
     mesh: Mesh,
-    height: int,
-    width: int,
-    num_frames: int,
-    guided: bool = True,
-    negative: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    negative: bool = False,
+    text_encoder_dir: str | Path | None = None,
 ) -> Workload:
     """What one rank runs for one video, for `common.estimate`: one sampling step.
 
-    model_dir: None stands for the official model. guided: two branches. negative: the second one has a prompt.
+    source: a checkpoint's folder, or a registered model's numbers. negative: the branch of the negative prompt has one.
     Prompts count with as many tokens as fit. Errors as of `find_transformer`.
     """
-    if model_dir is None:
-        config, vae = MochiConfig(), MochiConfig().vae
+    if isinstance(source, Path):
+        config, vae = find_transformer(source, dtype).config, find_decoder(source, dtype).config
     else:
-        config, vae = find_transformer(model_dir, dtype).config, find_decoder(model_dir, dtype).config
-    frames = (num_frames - 1) // vae.temporal_ratio + 1
-    size = (frames, height // vae.spatial_ratio, width // vae.spatial_ratio)
-    sp, guidance, scale = SequenceParallel(mesh), Guidance(mesh.cfg), 2.0 if guided else 1.0
+        config, vae = source.config, source.config.vae
+    frames = (size.num_frames - 1) // vae.temporal_ratio + 1
+    latent = (frames, size.height // vae.spatial_ratio, size.width // vae.spatial_ratio)
+    sp, guidance, scale = SequenceParallel(mesh), Guidance(mesh.cfg), 2.0 if size.guided else 1.0
 
     def step(model: MochiTransformer) -> Tensor:
         features = torch.empty(1, config.text_tokens, config.text_dim, device="meta")
         text = {POSITIVE: features, NEGATIVE: features if negative else None}
-        conds = {b: model.prepare(size, text[b]) for b in guidance.branches(scale)}
-        latents = torch.empty(1, config.channels, *size, dtype=latent_dtype(dtype), device="meta")
-        return sample(model, latents, conds, [1.0, 0.0], [scale], guidance, Stages())
+        conds = {b: model.prepare(latent, text[b]) for b in guidance.branches(scale)}
+        latents = torch.empty(1, config.channels, *latent, dtype=latent_dtype(dtype), device="meta")
+        return sample(model, latents, conds, [1.0, 0.0], [scale], guidance, Report())
 
-    return Workload(
+    work = Workload(
         on_meta(MochiTransformer, config, sp),
         step,
         on_meta(MochiDecoder, vae),
-        (config.channels, *size),
-        (num_frames, height, width),
+        (config.channels, *latent),
+        (size.num_frames, size.height, size.width),
         config.text_tokens,
         exact=EXACT,
     )
+    return work.with_text(lambda: find_text_encoder(source, text_encoder_dir)) if isinstance(source, Path) else work

@@ -43,6 +43,7 @@ C = TypeVar("C", MochiConfig, MochiVAEConfig)
 NATIVE_DECODER = "decoder.safetensors"
 NATIVE_ENCODER = "encoder.safetensors"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
+T5_REPO = "google/t5-v1_1-xxl"
 EXACT = (
     "pos_frequencies",
     *(f"{layer}.{kind}" for layer in ("x_embedder.proj", "final_layer.linear") for kind in ("weight", "bias")),
@@ -219,6 +220,27 @@ def transformer_files(folder: str | Path, dtype: torch.dtype | None = torch.bflo
     """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
     part = find_transformer(folder, dtype)
     return TransformerFiles(_meta_transformer(part), part.open(), part.rename, part.file, EXACT)
+
+
+def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:
+    """The T5 encoder's folder: the given one, else the checkpoint's own, else T5_REPO in the hub's local cache.
+
+    The native layout has no text encoder in it. ValueError says where one was looked for.
+    """
+    if given is not None:
+        return Path(given)
+    if (model_dir / "text_encoder").is_dir():
+        return model_dir
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(T5_REPO, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"{model_dir} has no folder text_encoder/, and {T5_REPO} is not in the local cache; "
+            f"download it, or name a T5 encoder's folder with --text-encoder-dir"
+        ) from None
 
 
 def _meta_transformer(part: Part[MochiConfig], sp: SequenceParallel | None = None) -> MochiTransformer:

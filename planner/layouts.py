@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from common.layout import MOST_RANKS, RULE, Layout, guidance_first, layouts_of
 from common.registry import Model, Size, get_model
+from common.registry import models as known_models
 from planner.hardware import Profile, get_profile
 from planner.machine import local_profile
 from planner.model import RUNTIME_GIB, Prediction, memory_gib, predict
@@ -141,7 +142,7 @@ def choose_degrees(
     """
     if ranks == 1 or None not in (cfg, ring, ulysses):
         return None
-    alike = [m for m in map(get_model, models) if m.heads == heads]
+    alike = [m for m in known_models() if m.name in models and m.heads == heads]
     model = next((m for m in alike if size is None or not m.problems(size)), None)
     known = local_profile(device) if model else None
     if model is None or known is None:

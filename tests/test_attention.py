@@ -16,8 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import attention as kernels
 from common.attention import Kernel, check_kernel, choose_kernel
-from common.compile import Compile
+from common.compile import compile_transformer
 from common.parallel import Axis, Layout, Mesh
+from common.settings import CompileOptions
 from common.usp import SequenceParallel
 from common.weights import assign, on_meta
 from mochi_xdit.config import MochiConfig
@@ -168,7 +169,7 @@ def test_a_compiled_ring_runs_on_every_card(monkeypatch, ring, capability, kerne
         model = on_meta(MochiTransformer, config, sp)
         for name, slot in list(model.state_dict(keep_vars=True).items()):
             assign(model, name, torch.empty(slot.shape, dtype=torch.bfloat16, device=GPU))
-        Compile(blocks=True, backend=counter).transformer(model)
+        compile_transformer(model, CompileOptions(compile=True, backend=counter))
         # Else dynamo would save and restore a CUDA that this PyTorch may not have.
         with mock.patch.object(torch.cuda, "is_available", lambda: False):
             cond = model.prepare((1, 6, 10), torch.randn(1, 5, config.text_dim, device=GPU))

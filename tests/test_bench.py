@@ -148,7 +148,7 @@ def loaded(name: str, model, folder: Path) -> torch.nn.Module:
     if name == "consisid":
         from consisid_xdit.pipeline import ConsisIDPipeline
 
-        return ConsisIDPipeline.from_pretrained(folder)._load_transformer()
+        return ConsisIDPipeline.from_pretrained(folder).load_transformer()
     known = read_checkpoint(folder)
     assert known.transformer == model.config
     load_decoder(folder, known.vae, torch.device("cpu"), torch.bfloat16)

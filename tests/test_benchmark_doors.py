@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import calibrate, memory, performance, plots, run
-from common import launch
+from common import environment
 from tests.test_docs import PAGES, ROOT
 
 ZERO = "is not a whole number from 1"
@@ -23,7 +23,7 @@ ZERO = "is not a whole number from 1"
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvideox_xdit.pipeline import CogVideoXPipeline
-from common import program
 from common.checkpoint import CheckpointError
 from common.t5 import EncoderFiles, check_t5
 from common.text import FeatureCache, encode
 from consisid_xdit.pipeline import ConsisIDPipeline
-from mochi_xdit.cli import PROGRAM as MOCHI
+from mochi_xdit.fork import FORK as MOCHI
 from mochi_xdit.pipeline import MochiPipeline
 from tests.fuzz.headers import joined, split
 from tests.helpers import cogvideox, consisid, mochi
+from tests.helpers.programs import main
 
 KINDS: dict[str, tuple[Callable[[Path], Path], type]] = {
     "mochi": (lambda folder: mochi.write_checkpoint(folder, "diffusers"), MochiPipeline),
@@ -91,7 +91,7 @@ def test_a_command_ends_before_it_samples(folders, tmp_path, capsys):
     sizes = ["--width", "32", "--height", "32", "--num-frames", "7", "--num-steps", "1"]
     where = ["--model-dir", str(folder), "--output", str(tmp_path / "a.mp4")]
     command = [*where, "--prompt", "a", "--device", "cpu", "--gpus", "1", "--dtype", "fp32", *sizes]
-    assert program.main(MOCHI, command) == 1
+    assert main(MOCHI, command) == 1
     said = capsys.readouterr().err
     assert "error: opening the checkpoint" in said and str(path) in said and "sampling" not in said
 

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from common import launch
+from common import environment
 from common.checks import Ranks, Rules, choose_degrees, layout_problems, nearest
 from common.cli import parse
+from common.environment import Process
 from common.request import Request, WrongUse, draw_seeds, settings
-from mochi_xdit.cli import PROGRAM
+from mochi_xdit.fork import FORK
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
     monkeypatch.setattr("planner.layouts.local_profile", lambda device: None)
     monkeypatch.chdir(tmp_path)
 
@@ -32,11 +33,11 @@ def checkpoint(tmp_path) -> str:
     return str(tmp_path / "model")
 
 
-def read(*arguments: str, at: launch.Place | None = None) -> Request:
-    return parse(PROGRAM, arguments, at)
+def read(*arguments: str, at: Process | None = None) -> Request:
+    return parse(FORK, arguments, at)
 
 
-def problems(*arguments: str, at: launch.Place | None = None) -> list[str]:
+def problems(*arguments: str, at: Process | None = None) -> list[str]:
     with pytest.raises(WrongUse) as wrong:
         read(*arguments, at=at)
     return wrong.value.problems
@@ -44,9 +45,15 @@ def problems(*arguments: str, at: launch.Place | None = None) -> list[str]:
 
 def test_published_single_gpu_command(checkpoint):
     request = read("--model_dir", checkpoint, "--prompt", "a prompt")
-    assert request.setup.ranks == 1 and request.setup.layout.degrees == (1, 1, 1)
+    assert request.layout.ranks == 1 and request.layout.degrees == (1, 1, 1)
     video = request.videos[0]
-    assert (video.width, video.height, video.num_frames, video.num_steps, video.cfg_scale) == (848, 480, 49, 64, 4.5)
+    assert (
+        video.sampling.width,
+        video.sampling.height,
+        video.sampling.num_frames,
+        video.sampling.num_steps,
+        video.sampling.cfg_scale,
+    ) == (848, 480, 49, 64, 4.5)
     assert video.output.parent == Path("outputs") and video.output.suffix == ".mp4"
 
 
@@ -58,19 +65,19 @@ def test_published_single_gpu_command(checkpoint):
     ],
 )
 def test_published_multi_gpu_commands(checkpoint, monkeypatch, degrees, ranks, layout):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: ranks)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: ranks)
     request = read("--model_dir", checkpoint, "--prompt", "prompt", "--use_xdit", *degrees)
-    assert (request.setup.ranks, request.setup.layout.degrees, request.setup.device) == (ranks, layout, "cuda")
+    assert (request.layout.ranks, request.layout.degrees, request.runtime.device) == (ranks, layout, "cuda")
     assert any("--use-xdit" in remark for remark in request.remarks)
 
 
 def test_degrees_fill_the_gpus_that_are_asked_for(checkpoint, monkeypatch):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 8)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 8)
     common = ("--model-dir", checkpoint, "--prompt", "x", "--ulysses-degree", "2", "--ring-degree", "2")
-    assert read(*common, "--gpus", "8").setup.layout.degrees == (2, 2, 2)
-    assert read(*common).setup.ranks == 4
-    assert read("--model-dir", checkpoint, "--prompt", "x").setup.layout.degrees == (2, 4, 1)
-    assert read("--model-dir", checkpoint, "--prompt", "x", "--cfg-scale", "1").setup.layout.degrees == (1, 8, 1)
+    assert read(*common, "--gpus", "8").layout.degrees == (2, 2, 2)
+    assert read(*common).layout.ranks == 4
+    assert read("--model-dir", checkpoint, "--prompt", "x").layout.degrees == (2, 4, 1)
+    assert read("--model-dir", checkpoint, "--prompt", "x", "--cfg-scale", "1").layout.degrees == (1, 8, 1)
 
 
 def test_a_users_command_is_answered_in_full(checkpoint):
@@ -147,60 +154,60 @@ def test_single_mistakes(tmp_path, arguments, part):
 
 
 def test_more_ranks_than_gpus(checkpoint, monkeypatch):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 2)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 2)
     common = ("--model-dir", checkpoint, "--prompt", "x")
     assert "2 GPUs are visible" in problems(*common, "--gpus", "4")[0]
     assert "4 ranks, but 2 GPUs are visible" in problems(*common, "--ring-degree", "4")[0]
-    at = launch.Place(rank=0, world_size=4, local_rank=0, local_world_size=4, launcher="torchrun")
+    at = Process(rank=0, world_size=4, local_rank=0, local_world_size=4, launcher="torchrun")
     assert "4 ranks on this machine, but 2 GPUs" in problems(*common, at=at)[0]
     # Schedulers may show every rank one GPU, its own.
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 1)
-    assert read(*common, at=at).setup.ranks == 4
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
+    assert read(*common, at=at).layout.ranks == 4
 
 
 def test_launchers_may_show_each_rank_one_gpu(checkpoint, monkeypatch):
     """As srun --gpus-per-task=1 does: eight ranks of a machine, each with a GPU that it calls the first."""
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 1)
-    at = launch.Place(rank=3, world_size=8, local_rank=3, local_world_size=8, launcher="torchrun")
-    setup = read("--model-dir", checkpoint, "--prompt", "x", at=at).setup
-    assert setup.ranks == 8 and not setup.on_cpu
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
+    at = Process(rank=3, world_size=8, local_rank=3, local_world_size=8, launcher="torchrun")
+    request = read("--model-dir", checkpoint, "--prompt", "x", at=at)
+    assert request.layout.ranks == 8 and not request.on_cpu
 
 
 def test_torchruns_world_decides(checkpoint):
-    at = launch.Place(rank=1, world_size=6, local_rank=1, local_world_size=6, launcher="torchrun")
+    at = Process(rank=1, world_size=6, local_rank=1, local_world_size=6, launcher="torchrun")
     common = ("--model-dir", checkpoint, "--prompt", "x")
-    assert read(*common, at=at).setup.layout.degrees == (2, 3, 1)
-    assert read(*common, "--ulysses-degree", "3", at=at).setup.layout.degrees == (2, 1, 3)
+    assert read(*common, at=at).layout.degrees == (2, 3, 1)
+    assert read(*common, "--ulysses-degree", "3", at=at).layout.degrees == (2, 1, 3)
     assert "6 are running" in problems(*common, "--ring-degree", "4", at=at)[0]
     assert "torchrun started 6" in problems(*common, "--gpus", "4", at=at)[0]
 
 
 @pytest.mark.parametrize("spelling", ["--num-frames", "--num_frames"])
 def test_hyphens_and_underscores(spelling):
-    assert read("--demo", spelling, "7").videos[0].num_frames == 7
+    assert read("--demo", spelling, "7").videos[0].sampling.num_frames == 7
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_mentioned(monkeypatch):
-    monkeypatch.setattr(launch, "driver_present", lambda: True)
+    monkeypatch.setattr(environment, "driver_present", lambda: True)
     assert any("running on the CPU" in remark for remark in read("--demo").remarks)
     assert not read("--demo", "--device", "cpu").remarks
 
 
 def test_weights_that_were_meant_for_it_do_not_end_up_on_the_cpu(monkeypatch, checkpoint):
-    monkeypatch.setattr(launch, "driver_present", lambda: True)
+    monkeypatch.setattr(environment, "driver_present", lambda: True)
     given = ("--model-dir", checkpoint, "--prompt", "a")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [said for said in problems(*given) if "PyTorch sees no GPU" in said and "--device cpu" in said]
-    assert read(*given, "--device", "cpu").setup.device == "cpu"
+    assert read(*given, "--device", "cpu").runtime.device == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert read(*given).setup.device == "cpu" and not read("--demo").remarks  # the user has hidden the GPUs
+    assert read(*given).runtime.device == "cpu" and not read("--demo").remarks  # the user has hidden the GPUs
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "flash2", "flash3"])
 def test_half_precision_kernels_want_half_precision(monkeypatch, kernel):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
     assert "bf16 or fp16" in problems("--demo", "--attention", kernel, "--dtype", "fp32")[0]
-    assert read("--demo", "--attention", kernel, "--dtype", "bf16").setup.attention == kernel
+    assert read("--demo", "--attention", kernel, "--dtype", "bf16").runtime.attention == kernel
 
 
 def test_prompt_file_and_numbered_videos(tmp_path):
@@ -208,7 +215,7 @@ def test_prompt_file_and_numbered_videos(tmp_path):
     request = read("--demo", "--prompt-file", "prompts.txt", "--num-videos", "2", "--seed", "7", "--output", "a.mp4")
     made = [(v.prompt, v.seed, v.output.name) for v in request.videos]
     assert made == [("one", 7, "a-1.mp4"), ("one", 8, "a-2.mp4"), ("two", 7, "a-3.mp4"), ("two", 8, "a-4.mp4")]
-    assert request.setup.keep_loaded and not read("--demo").setup.keep_loaded
+    assert request.runtime.keep_loaded and not read("--demo").runtime.keep_loaded
 
 
 def test_seeds_are_drawn_once_for_all():
@@ -222,7 +229,7 @@ def test_settings_are_plain_values(checkpoint):
     import json
 
     request = read("--model-dir", checkpoint, "--prompt", "x", "--gpus", "6", "--vae-tile", "320x240", "--seed", "1")
-    flat = json.loads(json.dumps(settings(request.setup, request.videos[0])))
+    flat = json.loads(json.dumps(settings(request, request.videos[0])))
     assert flat["layout"] == {"cfg": 2, "ring": 3, "ulysses": 1, "ranks": 6}
     assert flat["model_dir"] == checkpoint and flat["vae_tile"] == [240, 320] and flat["seed"] == 1
 

@@ -14,21 +14,19 @@ import torch
 from PIL import Image
 
 from cogvideox_xdit import CogVideoXPipeline
-from cogvideox_xdit.cli import PROGRAM
 from cogvideox_xdit.config import CONFIGS, VAEConfig, transformer_json, vae_json
 from cogvideox_xdit.demo import demo_checkpoint, demo_config, model_index, scheduler_json, write_json
+from cogvideox_xdit.fork import FORK
 from common.cli import parse
 from common.formats import write_frames
-from common.parallel import Mesh
-from common.program import main
-from common.progress import Stages
 from common.request import Request, WrongUse
 from common.video import read_video
 from tests.helpers.cogvideox import write_checkpoint
+from tests.helpers.programs import frames_of, main
 
 
 def read(*arguments: object) -> Request:
-    return parse(PROGRAM, [str(argument) for argument in arguments])
+    return parse(FORK, [str(argument) for argument in arguments])
 
 
 def problems(*arguments: object) -> list[str]:
@@ -57,7 +55,7 @@ def folder_of(kind: str, root: Path) -> Path:
 def test_a_scale_that_is_no_guidance_gives_no_ranks_to_it() -> None:
     for scale, degree in ((6.0, 2), (1.0, 1), (0.5, 1)):
         request = read("--demo", "2b", "--cfg-scale", scale, "--device", "cpu", "--gpus", 2)
-        assert request.setup.layout.cfg == degree
+        assert request.layout.cfg == degree
 
 
 @pytest.mark.parametrize("kind", ["2b", "5b"])
@@ -67,8 +65,7 @@ def test_python_and_the_command_line_make_the_same_video(kind: str, tmp_path: Pa
     folder = write_checkpoint(tmp_path / "model", kind)
     where = ("--model-dir", folder, "--device", "cpu", "--gpus", 1, "--output", tmp_path / "x.mp4")
     request = read(*where, "--prompt", "a red boat", "--seed", 3)
-    command = PROGRAM.pipeline(request.setup, Mesh(), Stages())
-    made = PROGRAM.generate(command, request.videos[0], request.setup, Stages())
+    (made,) = frames_of(FORK, request)
     pipe = CogVideoXPipeline.from_pretrained(folder)
     assert pipe.dtype == (torch.float16 if kind == "2b" else torch.bfloat16)
     assert torch.equal(pipe("a red boat", seed=3), made)
@@ -78,18 +75,18 @@ def test_python_and_the_command_line_make_the_same_video(kind: str, tmp_path: Pa
 def test_defaults_are_the_official_ones_of_the_checkpoint(kind: str, tmp_path: Path) -> None:
     request = read("--model_dir", folder_of(kind, tmp_path), "--prompt", "x", "--gpus", 1)
     video = request.videos[0]
-    size = (video.width, video.height, video.num_frames, video.fps)
+    size = (video.sampling.width, video.sampling.height, video.sampling.num_frames, video.fps)
     assert size == ((1360, 768, 81, 16) if kind.startswith("1.5") else (720, 480, 49, 8))
-    assert (video.num_steps, video.cfg_scale) == (50, 6.0)
-    assert request.setup.dtype == ("fp16" if kind == "2b" else "bf16")
-    assert request.setup.extra["strength"] == 0.8 and request.setup.extra["dynamic_cfg"] is False
+    assert (video.sampling.num_steps, video.sampling.cfg_scale) == (50, 6.0)
+    assert request.runtime.dtype == ("fp16" if kind == "2b" else "bf16")
+    assert request.options.strength == 0.8 and request.options.dynamic_cfg is False
 
 
 def test_sizes_without_a_published_limit_and_the_one_that_has_it(tmp_path: Path) -> None:
     folder = folder_of("2b", tmp_path / "2b")
     given = ("--prompt", "x", "--gpus", 7, "--ulysses-degree", 7)
     request = read("--model-dir", folder, *given, "--width", 496, "--height", 272, "--num-frames", 16)
-    assert request.setup.layout.degrees == (1, 1, 7)
+    assert request.layout.degrees == (1, 1, 7)
     assert problems("--model-dir", folder, *given, "--num-frames", 21)[0].endswith("nearest: 17 or 24")
     image = folder_of("5b-i2v", tmp_path / "5b-i2v")
     assert "720 x 480 pixels only" in problems("--model-dir", image, *given, "--width", 480, "--height", 720)[0]
@@ -100,7 +97,7 @@ def test_the_300_x_300_of_some_1_5_folders_is_no_video_size(tmp_path: Path) -> N
     raw = transformer_json(CONFIGS["1.5"]) | {"sample_height": 300, "sample_width": 300}
     write_json(folder / "transformer" / "config.json", raw)
     video = read("--model-dir", folder, "--prompt", "x", "--gpus", 1).videos[0]
-    assert (video.width, video.height) == (1360, 768)
+    assert (video.sampling.width, video.sampling.height) == (1360, 768)
 
 
 def test_bad_images_videos_and_strengths_are_told_at_the_door(tmp_path: Path) -> None:
@@ -131,21 +128,21 @@ def test_a_config_that_names_something_unknown_is_wrong_use(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_an_image_for_a_text_checkpoint_and_the_reverse(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(cache / "a.png")
-    assert main(PROGRAM, ["--demo", "--gpus", "1", "--device", "cpu", "--image", "a.png"]) == 2
+    assert main(FORK, ["--demo", "--gpus", "1", "--device", "cpu", "--image", "a.png"]) == 2
     assert "takes no image" in capsys.readouterr().err
     folder = demo_checkpoint("1.5-i2v")
-    assert main(PROGRAM, ["--model-dir", str(folder), "--prompt", "x", "--gpus", "1", "--device", "cpu"]) == 2
+    assert main(FORK, ["--model-dir", str(folder), "--prompt", "x", "--gpus", "1", "--device", "cpu"]) == 2
     assert "makes a video from an image" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_demo_starts_from_its_own_picture_and_its_video_can_be_made_anew(cache: Path) -> None:
     common = ["--gpus", "1", "--device", "cpu", "--num-steps", "2", "--seed", "1", "--num-frames", "9"]
-    assert main(PROGRAM, ["--demo", "5b-i2v", *common, "--output", "first.mp4"]) == 0
+    assert main(FORK, ["--demo", "5b-i2v", *common, "--output", "first.mp4"]) == 0
     report = json.loads((cache / "first.json").read_text())
     assert report["settings"]["demo"] == "5b-i2v" and report["settings"]["num_frames"] == 9
     again = ["--video", "first.mp4", "--strength", "0.5", "--scheduler", "dpm", "--dynamic-cfg"]
-    assert main(PROGRAM, ["--demo", "5b", *common, *again, "--output", "second.mp4"]) == 0
+    assert main(FORK, ["--demo", "5b", *common, *again, "--output", "second.mp4"]) == 0
     frames, fps = read_video(cache / "second.mp4")
     assert frames.shape == (9, 64, 96, 3) and fps == 8
     assert [stage["steps"] for stage in json.loads((cache / "second.json").read_text())["stages"] if "steps" in stage]

@@ -258,7 +258,7 @@ def test_stages_load_one_after_another(folders: dict[str, Path], tmp_path: Path)
     )
     names = ["loading text encoder", "encoding", "loading encoder", "encoding video", "loading transformer"]
     names += ["sampling", "loading decoder", "decoding"]
-    assert [record.name for record in pipe.stages.records] == names and pipe.models.loaded == {}
+    assert [record.name for record in pipe.report.records] == names and pipe.loaded == {}
     assert kept.exists()
     again = generate(folders["5b-i2v"], **FIXED, num_frames=9, num_steps=1, image=picture(), negative_prompt="")
     assert torch.equal(frames, again)

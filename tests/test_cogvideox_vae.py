@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
-from common.decode import DecodePlan, PeakMemory, decode_frames, decode_memory, decode_plans, to_uint8
+from common.decode import DecodePlan, decode_frames, to_uint8
+from common.decode_planning import PeakMemory, decode_memory, decode_plans
 from common.parallel import Layout, distributed
 from common.vae import CausalStream, LocalLink, TimeSplit, spans
 

@@ -18,8 +18,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from cogvideox_xdit import CogVideoXPipeline
-from common.compile import Compile
+from common.compile import compile_transformer
 from common.parallel import Layout, distributed
+from common.settings import CompileOptions, DecodeOptions
 from common.usp import SequenceParallel
 from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures
@@ -44,10 +45,10 @@ def native(tmp_path_factory) -> Path:
     return mochi.write_checkpoint(tmp_path_factory.mktemp("mochi"), "native")
 
 
-def counting(backend: str = "aot_eager") -> tuple[CompileCounterWithBackend, Compile]:
+def counting(backend: str = "aot_eager") -> tuple[CompileCounterWithBackend, CompileOptions]:
     """backend: `eager` runs dynamo's graphs as they are, in half the time."""
     counter = CompileCounterWithBackend(backend)
-    return counter, Compile(blocks=True, backend=counter)
+    return counter, CompileOptions(compile=True, backend=counter)
 
 
 def identity(config: Any) -> IdentityFeatures:
@@ -97,7 +98,7 @@ def test_one_generation_compiles_all_there_is(kind, tmp_path):
 @pytest.mark.slow
 def test_without_dynamic_sizes_each_length_is_compiled_anew(native):
     counter, options = counting()
-    static = replace(options, dynamic=False)
+    static = replace(options, compile_dynamic=False)
     pipe = MochiPipeline.from_pretrained(native, dtype="fp32", keep_loaded=True, compiling=static)
     pipe(PROMPTS[0], num_frames=7, **SIZE)
     before = counter.frame_count
@@ -149,7 +150,7 @@ def order_of_issue(folder: Path, layout: Layout, groups: int, compiled: bool) ->
     with distributed(layout) as mesh, torch.inference_mode():
         model = load_transformer(folder, SequenceParallel(mesh, groups=groups), dtype=torch.float32)
         if compiled:
-            compiling.transformer(model)
+            compile_transformer(model, compiling)
         text = torch.randn(1, 5, mochi.TINY.text_dim, generator=torch.Generator().manual_seed(0))
         cond = model.prepare((2, 6, 10), text)
         x = model.sp.shard(torch.randn(1, 30, mochi.TINY.hidden_x, generator=torch.Generator().manual_seed(1)))
@@ -209,16 +210,18 @@ def test_float8_weights_are_compiled_too(run_ranks, tmp_path, kind, layout, offl
 def test_the_decoder(native):
     counter = CompileCounterWithBackend("aot_eager")
     latents = torch.randn(1, mochi.TINY.channels, 5, 6, 10, generator=torch.Generator().manual_seed(0))
-    shown = Compile(vae=True, backend=counter)
-    got = MochiPipeline.from_pretrained(native, dtype="fp32", compiling=shown).decode(latents, vae_chunk=2)
-    want = MochiPipeline.from_pretrained(native, dtype="fp32").decode(latents, vae_chunk=2)
+    shown = CompileOptions(compile_vae=True, backend=counter)
+    got = MochiPipeline.from_pretrained(native, dtype="fp32", compiling=shown).decode(
+        latents, DecodeOptions(vae_chunk=2)
+    )
+    want = MochiPipeline.from_pretrained(native, dtype="fp32").decode(latents, DecodeOptions(vae_chunk=2))
     assert counter.frame_count > 0
     assert (got.int() - want.int()).abs().max() <= 1
 
 
 @pytest.mark.slow
 def test_generated_code_gives_the_eager_latents(native):
-    compiled = MochiPipeline.from_pretrained(native, dtype="fp32", compiling={"blocks": True})
+    compiled = MochiPipeline.from_pretrained(native, dtype="fp32", compiling=CompileOptions(compile=True))
     eager = MochiPipeline.from_pretrained(native, dtype="fp32")
     one = SIZE | {"num_steps": 1, "cfg_scale": 1.0}
     got, want = (pipe(PROMPTS[0], num_frames=7, **one) for pipe in (compiled, eager))
@@ -228,4 +231,4 @@ def test_generated_code_gives_the_eager_latents(native):
 @pytest.mark.parametrize("mode", ["fast", "reduce-overhead", "max-autotune"])
 def test_a_mode_that_is_not_offered_is_refused(mode):
     with pytest.raises(ValueError, match="choose one of default, max-autotune-no-cudagraphs"):
-        Compile(mode=mode)
+        CompileOptions(compile_mode=mode)

@@ -6,19 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from common import launch
+from common import environment
 from common.cli import parse
 from common.extras import install
-from common.progress import Stages
+from common.parallel import Mesh
 from common.request import Request, WrongUse
 from common.video import read_video
-from consisid_xdit import cli
-from consisid_xdit.cli import PROGRAM
+from consisid_xdit import cli, options
+from consisid_xdit.fork import FORK
+from consisid_xdit.pipeline import ConsisIDPipeline
+from tests.helpers.programs import frames_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ("--demo", "face", "--prompt", "x")
@@ -26,7 +29,7 @@ BASE = ("--demo", "face", "--prompt", "x")
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -58,7 +61,7 @@ def checkpoint(tmp_path: Path) -> str:
 
 
 def read(*arguments: str) -> Request:
-    return parse(PROGRAM, arguments)
+    return parse(FORK, arguments)
 
 
 def problems(*arguments: str) -> list[str]:
@@ -68,32 +71,32 @@ def problems(*arguments: str) -> list[str]:
 
 
 def test_official_defaults(checkpoint: str, picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "missing_packages", list)
+    monkeypatch.setattr(options, "missing_packages", list)
     request = read("--model-dir", checkpoint, "--prompt", "x", "--image", picture)
-    video, setup = request.videos[0], request.setup
-    assert (video.width, video.height, video.num_frames, video.fps) == (720, 480, 49, 8)
-    assert (video.num_steps, video.cfg_scale, setup.dtype) == (50, 6.0, "bf16")
-    assert setup.extra["dynamic_cfg"] is False and setup.extra["scheduler"] is None
+    video = request.videos[0]
+    assert (video.sampling.width, video.sampling.height, video.sampling.num_frames, video.fps) == (720, 480, 49, 8)
+    assert (video.sampling.num_steps, video.sampling.cfg_scale, request.runtime.dtype) == (50, 6.0, "bf16")
+    assert request.options.dynamic_cfg is False and request.options.scheduler is None
 
 
 def test_published_layouts_are_accepted(checkpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "who.safetensors").touch()
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 6)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 6)
     base = ("--model_dir", checkpoint, "--prompt", "x", "--id_embeddings", "who.safetensors")
-    found = read(*base, "--ring_degree", "3", "--ulysses_degree", "1", "--cfg_parallel").setup
-    assert found.layout.degrees == (2, 3, 1) and found.ranks == 6
+    found = read(*base, "--ring_degree", "3", "--ulysses_degree", "1", "--cfg_parallel")
+    assert found.layout.degrees == (2, 3, 1)
     assert "heads" in problems(*base, "--gpus", "1", "--ulysses-degree", "49")[0]
 
 
 def test_a_person_is_needed_where_something_is_generated(checkpoint: str, tmp_path: Path) -> None:
     assert any("--image is missing" in p for p in problems("--model-dir", checkpoint, "--prompt", "x"))
-    assert read(*BASE).setup.extra["image"] is None
+    assert read(*BASE).options.image is None
     (tmp_path / "old.safetensors").touch()
     assert read("--model-dir", checkpoint, "--from-latents", "old.safetensors").videos[0].latents is not None
 
 
 def test_person_options_that_will_not_do(picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "missing_packages", list)
+    monkeypatch.setattr(options, "missing_packages", list)
     (tmp_path / "who").touch()
     assert any("exclude each other" in p for p in problems(*BASE, "--image", picture, "--id-embeddings", "who"))
     assert any("no such image file" in p for p in problems(*BASE, "--image", "none.png"))
@@ -102,29 +105,39 @@ def test_person_options_that_will_not_do(picture: str, tmp_path: Path, monkeypat
     assert any("does not exist" in p for p in problems(*BASE, "--id-embeddings", "none"))
     assert any("--save-id-embeddings" in p for p in problems(*BASE, "--save-id-embeddings", str(tmp_path)))
     assert any("96 x 64 pixels only" in p for p in problems(*BASE, "--width", "64"))
-    monkeypatch.setattr(cli, "missing_packages", lambda: ["onnxruntime"])
+    monkeypatch.setattr(options, "missing_packages", lambda: ["onnxruntime"])
     assert any(install("face") in p for p in problems(*BASE, "--image", picture))
-    assert read(*BASE, "--id-embeddings", "who").setup.extra["id_embeddings"] == Path("who")
+    assert read(*BASE, "--id-embeddings", "who").options.id_embeddings == Path("who")
 
 
 @pytest.mark.parametrize(("missing", "source"), [([], "portrait.png"), (["onnxruntime"], "identity.safetensors")])
 def test_the_demos_person_is_read_once(monkeypatch: pytest.MonkeyPatch, missing: list[str], source: str) -> None:
-    monkeypatch.setattr(cli, "missing_packages", lambda: missing)
+    monkeypatch.setattr("consisid_xdit.generate.missing_packages", lambda: missing)
     asked: list[object] = []
-    pipe = SimpleNamespace(
-        model_dir=Path("demo"),
-        mesh=SimpleNamespace(is_main=True),
-        identify=lambda *given: asked.append(next(g for g in given if g)) or "someone",
-    )
-    session = cli.Session(pipe)  # type: ignore[arg-type]
-    setup = read(*BASE).setup
-    assert [cli.person(session, setup, Stages()) for _ in range(2)] == ["someone"] * 2
-    assert asked == [Path("demo") / source]
+    seen: list[object] = []
+
+    class Pipe:
+        model_dir = Path("demo")
+        mesh, config = Mesh(), SimpleNamespace(out_channels=16)
+
+        def check_weights(self, *_: object, **__: object) -> None: ...
+
+        def identify(self, *given: object) -> str:
+            asked.append(next(g for g in given if g))
+            return "someone"
+
+        def __call__(self, *_: object, identity: object, **__: object) -> None:
+            seen.append(identity)
+
+    monkeypatch.setattr(ConsisIDPipeline, "from_pretrained", lambda *_, **__: Pipe())
+    request = read(*BASE, "--num-videos", "2")
+    frames_of(FORK, replace(request, source=replace(request.source, model_dir=Path("demo"))))
+    assert seen == ["someone"] * 2 and asked == [Path("demo") / source]
 
 
 def test_a_wrong_command_imports_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from consisid_xdit.cli import PROGRAM; from common import program; "
-    code += "status = program.main(PROGRAM, ['--demo', '--num-frames', '7']); print(status, 'torch' in sys.modules)"
+    code = "import sys; from consisid_xdit.fork import FORK; from tests.helpers.programs import main; "
+    code += "status = main(FORK, ['--demo', '--num-frames', '7']); print(status, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"], done.stderr
 

@@ -168,7 +168,7 @@ def test_face_models_leave_before_anything_else_is_loaded(folder: Path) -> None:
     with mock.patch.object(pipe, "_load_face_models", load):
         identity = pipe.identify(np.zeros((5, 6, 3), np.uint8))
     assert torch.equal(identity.id_cond, person().id_cond)
-    assert len(readers) == 1 and readers[0]() is None and not pipe.models.loaded
+    assert len(readers) == 1 and readers[0]() is None and not pipe.loaded
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.decode import (
+from common.decode import DecodePlan, decode_frames
+from common.decode_planning import (
     AMPLE,
     MARGIN,
     SPARE,
-    DecodePlan,
     PeakMemory,
     agree,
-    decode_frames,
     decode_memory,
     decode_plans,
     plan_decode,

@@ -11,9 +11,10 @@ import torch
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.vae import CogVideoXDecoder
 from common.decode import VideoDecoder
-from common.generation import decode_video
+from common.decode_video import decode_video
 from common.parallel import Layout, distributed
-from common.progress import Stages
+from common.progress import Report
+from common.settings import DecodeOptions
 from mochi_xdit.config import MochiVAEConfig
 from mochi_xdit.vae import MochiDecoder
 
@@ -40,9 +41,8 @@ def counted(name: str, latents: int) -> list[int]:
 
     model.register_forward_pre_hook(note)
     z = torch.randn(1, 12 if name == "mochi" else 16, latents, 2, 2)
-    stages = Stages()
-    with mock.patch("common.generation.free_memory", lambda *_: 2**40):
-        decode_video(model, z, mesh, stages)
+    with mock.patch("common.decode_video.free_memory", lambda *_: 2**40):
+        decode_video(model, z, mesh, DecodeOptions(), Report())
     return given
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,26 +11,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.request import Source
+from common.registry import forks
+from tests.helpers.programs import demo_of
 from tools.demo.reading import read
 from tools.demo.world import SHAPES, dataset
 
-FORKS = ("mochi", "cogvideox", "consisid")
+FORKS = {fork.name: fork for fork in forks() if fork.demos}
 PARTS = ("transformer", "vae", "text_encoder")
 LIMIT = 8_000_000
 
 
 def folder_of(fork: str) -> Path:
-    program = import_module(f"{fork}_xdit.cli").PROGRAM
-    return program.make_demo(program.demos[0])
+    return demo_of(FORKS[fork])[0]
 
 
 def maker(fork: str) -> Callable[..., Tensor]:
     """From a prompt and more to frames, as `--demo` makes them."""
-    program = import_module(f"{fork}_xdit.cli").PROGRAM
-    pipeline = {"mochi": "MochiPipeline", "cogvideox": "CogVideoXPipeline", "consisid": "ConsisIDPipeline"}[fork]
-    pipe = getattr(import_module(f"{fork}_xdit"), pipeline).from_pretrained(folder_of(fork), keep_loaded=True)
-    rules = program.rules(Source(demo=program.demos[0]))
+    folder, rules = demo_of(FORKS[fork])
+    pipe = FORKS[fork].pipeline_class().from_pretrained(folder, keep_loaded=True)
     names = ("width", "height", "num_frames", "num_steps", "cfg_scale")
     settings = {name: getattr(rules, name) for name in names}
     return lambda prompt, **more: pipe(prompt, **settings, **more)

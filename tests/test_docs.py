@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import _unknown, command
-from common.registry import forks
-from common.request import Program
+from common.registry import Fork, forks
 from planner.cli import command as plan
 from tools.docs import flags, tables
 from xdit_doctor.cli import command as doctor
@@ -25,7 +24,7 @@ PAGES = sorted(
     + [page for folder in ("docs", "tools") for page in (ROOT / folder).rglob("*.md")]
     + [page for fork in forks() for page in (ROOT / fork.package).rglob("*.md")]
 )
-PROGRAMS: dict[str, Program] = {fork.program: fork.module("cli").PROGRAM for fork in forks()}
+PROGRAMS = {fork.program: fork for fork in forks()}
 FOLDERS = {fork.package: PROGRAMS[fork.program] for fork in forks()}
 IMAGES = {f"xdit-{fork.name}": fork.program for fork in forks()}
 TOOLS = {"xdit-plan": plan, "xdit-doctor": doctor, "xdit-download": download}
@@ -57,7 +56,7 @@ def commands() -> list[Command]:
 COMMANDS = commands()
 
 
-def program_of(words: tuple[str, ...]) -> tuple[Program, list[str]] | None:
+def program_of(words: tuple[str, ...]) -> tuple[Fork, list[str]] | None:
     """The fork that a command runs, directly, by torchrun or in an image, and what it is given."""
     for i, word in enumerate(words):
         name = IMAGES.get(word, word) if "run" in words[:4] else word
@@ -120,7 +119,7 @@ def test_a_command_is_one_that_exists(given):
         if "torchrun" in words and "-m" in arguments:
             arguments = arguments[arguments.index("-m") + 2 :]
         spec = command(program)
-        context = spec.make_context(program.name, arguments)
+        context = spec.make_context(program.program, arguments)
         assert not context.meta.get("problems"), context.meta["problems"]
         assert not _unknown(context.args, [name for option in spec.params for name in option.opts])
     elif words[:3] == ("pip", "install", "-e"):
@@ -153,7 +152,15 @@ def test_a_command_that_needs_nothing_runs(given, tmp_path):
     if words[0] == "xdit-plan":
         line = [sys.executable, "-m", "planner.cli", *words[1:]]
     else:
-        line = [sys.executable, PROGRAMS[words[0]].script, *words[1:], "--num-steps", "2", "--device", "cpu"]
+        line = [
+            sys.executable,
+            str(ROOT / PROGRAMS[words[0]].package / "cli.py"),
+            *words[1:],
+            "--num-steps",
+            "2",
+            "--device",
+            "cpu",
+        ]
     done = subprocess.run(
         line, cwd=tmp_path if words[0] != "xdit-plan" else ROOT, capture_output=True, text=True, timeout=300
     )

@@ -13,38 +13,35 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
-from cogvideox_xdit.config import CONFIGS, VAEConfig
 from cogvideox_xdit.demo import demo_config as cogvideox_config
 from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
+from cogvideox_xdit.fork import FORK as COGVIDEOX
 from cogvideox_xdit.fork import checkpoint as cogvideox_model
-from cogvideox_xdit.sampling import workload as cogvideox_workload
 from common.choice import WORKSPACE, Choice, Room, candidates, choose_placement
-from common.decode import MARGIN, SPARE, DecodePlan
+from common.decode import DecodePlan
+from common.decode_planning import MARGIN, SPARE
 from common.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
 from common.fp8 import Float8Linear
 from common.layout import Coordinates
 from common.parallel import Layout, Mesh, distributed
 from common.placement import Placement, resident_bytes
-from common.program import main
-from common.registry import Model, Text
+from common.registry import Model, Size, Text, fork_of
 from common.units import GIB
 from common.usp import SequenceParallel
-from consisid_xdit.cli import PROGRAM as CONSISID
-from consisid_xdit.config import PREVIEW
+from consisid_xdit.fork import FORK as CONSISID
 from consisid_xdit.fork import face_attention
-from consisid_xdit.sampling import workload as consisid_workload
 from mochi_xdit import MochiPipeline
-from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.demo import random_checkpoint as mochi_checkpoint
+from mochi_xdit.fork import FORK as MOCHI
 from mochi_xdit.fork import stack as mochi_stack
 from mochi_xdit.sampling import workload as mochi_workload
 from mochi_xdit.weights import load_transformer
 from planner import cost, get_model
 from tests.helpers.counting import shorten
 from tests.helpers.mochi import write_checkpoint
+from tests.helpers.programs import main
 
 SCRIPT = Path(__file__).with_name("helpers") / "stage_memory.py"
 # What malloc keeps for itself is no part of an estimate.
@@ -105,7 +102,7 @@ def loaded_and_estimated(folder: Path, layout: Layout) -> list[tuple[int, int]]:
     with distributed(layout) as mesh:
         found = []
         for float8 in (False, True):
-            work = mochi_workload(folder, mesh, 64, 64, 13, dtype=torch.float32)
+            work = mochi_workload(folder, Size(64, 64, 13, 1), mesh, torch.float32)
             counted = Estimator(work, mesh, Precision(torch.float32, float8), "cpu")
             for placement in PLACEMENTS:
                 sp, placed = SequenceParallel(mesh), replace(placement, float8=float8)
@@ -134,8 +131,8 @@ def test_the_decode_keeps_to_the_memory_it_is_given(tmp_path, monkeypatch, keep)
         used.append(plan)
         return iter([torch.zeros(1)])
 
-    monkeypatch.setattr("common.generation.decode_frames", decoded)
-    work = mochi_workload(folder, Mesh(), 192, 256, 19, dtype=torch.float32).with_text(lambda: folder)
+    monkeypatch.setattr("common.decode_video.decode_frames", decoded)
+    work = mochi_workload(folder, Size(256, 192, 19, 1), Mesh(), torch.float32)
     counted = Estimator(work, Mesh(), Precision(torch.float32, text=torch.float32), "cpu")
     placement = Placement("none" if keep else "stage")
     weights = counted.estimate(placement, keep).stages["decode"].weights
@@ -150,12 +147,11 @@ def test_the_decode_keeps_to_the_memory_it_is_given(tmp_path, monkeypatch, keep)
 
 def small_official(name: str, mesh: Mesh) -> Workload:
     """The true widths with few layers, at the published size."""
-    size = (480, 848, 49) if name == "mochi" else (480, 720, 49)
-    if name == "consisid":
-        return consisid_workload(replace(PREVIEW, layers=2), VAEConfig(), mesh, *size)
+    model = get_model(name)
     if name == "mochi":
-        return shorten(mochi_workload(None, mesh, *size, negative=True), MOCHI_LAYERS)
-    return cogvideox_workload(replace(CONFIGS["5b"], layers=2), VAEConfig(), mesh, *size)
+        return shorten(mochi_workload(model, model.default_size, mesh, negative=True), MOCHI_LAYERS)
+    model = replace(model, config=replace(model.config, layers=2))
+    return fork_of(model).module("sampling").workload(model, model.default_size, mesh)
 
 
 def test_float8_is_counted_on_the_path_that_a_gpu_takes():

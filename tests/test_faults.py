@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import program
 from common.parallel import Axis, Layout, Mesh, distributed
-from common.request import Program
+from common.registry import Fork
 from common.video import read_video
-from mochi_xdit.cli import PROGRAM as MOCHI
-from tests.fake_program import PROGRAM as FAKE
+from mochi_xdit.fork import FORK as MOCHI
+from tests.fake_fork.fork import FORK as FAKE
+from tests.helpers.programs import demo_of, main
 from tests.test_launch import eventually
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,9 +44,9 @@ def run(script: str, *arguments: str, **options) -> tuple[int, str, list[str]]:
     return process.returncode, out, [line for line in err.splitlines() if line.startswith("error:")]
 
 
-def call(fork: Program, capsys, *arguments: str) -> tuple[int, list[str]]:
+def call(fork: Fork, capsys, *arguments: str) -> tuple[int, list[str]]:
     """One rank in this process: saves importing torch once more."""
-    status = program.main(fork, arguments)
+    status = main(fork, arguments)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return status, [line for line in captured.err.splitlines() if line.startswith(("error:", "warning:"))]
@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fake(folder: Path, *arguments: str, **options) -> tuple[int, str, list[str]]:
-    return run("tests/fake_program.py", "--demo", "--output", str(folder / "out.mp4"), *arguments, **options)
+    return run("tests/fake_fork/cli.py", "--demo", "--output", str(folder / "out.mp4"), *arguments, **options)
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def running(folder: Path) -> list[int]:
 @pytest.mark.slow
 def test_ctrl_c_is_quiet(folder, ranks):
     arguments = ("--demo", "--output", str(folder / "out.mp4"), "--gpus", ranks, "--pause", "0.2", "--num-steps", "200")
-    process = start("tests/fake_program.py", *arguments, "--pids", str(folder / "pids"))
+    process = start("tests/fake_fork/cli.py", *arguments, "--pids", str(folder / "pids"))
     assert eventually(lambda: (folder / "pids").exists() and len(running(folder)) == int(ranks), 60)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
@@ -143,7 +143,7 @@ def test_under_torchrun_one_rank_tells(folder):
 
 
 def test_a_debug_run_shows_the_traceback(folder, capsys):
-    status = program.main(FAKE, ["--demo", "--gpus", "1", "--fault", "raise@0", "--debug"])
+    status = main(FAKE, ["--demo", "--gpus", "1", "--fault", "raise@0", "--debug"])
     told = capsys.readouterr().err
     assert (
         status == 1 and "Traceback" in told and told.splitlines()[-1].startswith("error: sampling step 3/8: tensor x")
@@ -215,7 +215,7 @@ def test_the_self_test_passes_on_every_group(run_ranks):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    return MOCHI.make_demo("default")
+    return demo_of(MOCHI)[0]
 
 
 SMALL = ("--width", "32", "--height", "32", "--num-frames", "7", "--num-steps", "2", "--seed", "3")

@@ -19,10 +19,11 @@ import torch.distributed as dist
 
 from cogvideox_xdit import CogVideoXPipeline
 from common import interface
-from common.launch import Place
+from common.environment import Process
 from common.layout import Layout
 from common.parallel import Mesh, distributed, resolve_device
 from common.selftest import self_test
+from common.settings import DecodeOptions
 from tests.helpers.cogvideox import clip, write_checkpoint
 from tests.helpers.fake_cuda import fake_cuda
 from tests.helpers.recorder import Record, agree, record_rank, recording
@@ -41,7 +42,7 @@ def make_video(folder: Path, mesh: Mesh, spoil: Callable[[CogVideoXPipeline], No
     pipe = CogVideoXPipeline.from_pretrained(folder, mesh=mesh, dtype="fp32", **how)
     spoil(pipe)
     options = {"video": clip(17), "height": 48, "width": 32, "num_frames": 17}
-    return pipe("a boat", num_steps=4, seed=1, vae="exact", vae_chunk=2, **options)
+    return pipe("a boat", num_steps=4, seed=1, decode=DecodeOptions("exact", 2), **options)
 
 
 def two_videos(layout: Layout, folders: dict[str, Path]) -> tuple[Record, list[int]]:
@@ -52,7 +53,15 @@ def two_videos(layout: Layout, folders: dict[str, Path]) -> tuple[Record, list[i
         make_video(folders["2b"], mesh, shard_weights=True)
         made.append(len(record.log))
         pipe = CogVideoXPipeline.from_pretrained(folders["1.5-i2v"], mesh=mesh, dtype="fp32")
-        pipe("a boat", image=clip(1, 64, 96)[0], height=64, width=96, num_frames=9, num_steps=2, vae="tiled")
+        pipe(
+            "a boat",
+            image=clip(1, 64, 96)[0],
+            height=64,
+            width=96,
+            num_frames=9,
+            num_steps=2,
+            decode=DecodeOptions("tiled"),
+        )
         made.append(len(record.log))
     return record, made
 
@@ -115,13 +124,14 @@ class Broken(Exception):
 def failing(stage: str, layout: Layout, folder: Path) -> tuple[str, float]:
     """The error that comes out on this rank, and the seconds between the fault, in rank 1, and there."""
     broke = [0.0]
+    name = f"_load_{stage}" if stage == "encoder" else f"load_{stage}"
 
     def breaks(*_: Any) -> None:
         broke[0] = time.monotonic()
         raise Broken(f"the {stage} broke")
 
     def spoil(pipe: CogVideoXPipeline) -> None:
-        load = getattr(pipe, f"_load_{stage}")
+        load = getattr(pipe, name)
 
         def spoiled() -> torch.nn.Module:
             model = load()
@@ -129,7 +139,7 @@ def failing(stage: str, layout: Layout, folder: Path) -> tuple[str, float]:
             return model
 
         if pipe.mesh.world.rank == 1:
-            setattr(pipe, f"_load_{stage}", spoiled)
+            setattr(pipe, name, spoiled)
 
     def waiting(group: Any = None) -> None:
         """NCCL's teardown returns when the other ranks have come to it too; to rank 1's they never do."""
@@ -159,16 +169,16 @@ def test_an_error_leaves_its_rank_without_waiting_for_the_others(run_ranks, fold
 
 CHOOSER = f"""
 import os, sys
-from dataclasses import replace
 sys.path.insert(0, {str(ROOT)!r})
-from common import cli, program
+from common import cli, launch
 from common.layout import Layout
-from tests.fake_program import PROGRAM
+from tests.fake_fork.fork import FORK
+from tests.fake_fork.generate import generate
 rank = int(os.environ["RANK"])
 layouts = (Layout(ring=2), Layout(ulysses=2))
 cli.choose_layout = lambda *_: (layouts[rank], "")
 other = ["--fps", "9"] if rank and "--pause" in sys.argv else []
-sys.exit(program.main(replace(PROGRAM, script=__file__), sys.argv[1:] + other))
+sys.exit(launch.run(FORK, generate, sys.argv[1:] + other))
 """
 
 
@@ -251,11 +261,11 @@ ip("link", "set", "train0", "up")
 ip("link", "set", "far0", "up")
 ip("route", "add", "default", "via", "10.77.0.1")
 from common.interface import choose_interface
-from common.launch import Place
+from common.environment import Process
 for master in ("10.77.0.9", "10.77.0.5", "127.0.0.1", "localhost", "myself"):
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     os.environ["MASTER_ADDR"] = master
-    choose_interface(Place(1, 4, 1, 2, "torchrun"))
+    choose_interface(Process(1, 4, 1, 2, "torchrun"))
     print(master, os.environ.get("GLOO_SOCKET_IFNAME"))
 """
 
@@ -281,8 +291,8 @@ def test_a_chosen_interface_and_a_single_machine_are_left_alone(monkeypatch):
     monkeypatch.setattr(interface, "interface_towards", lambda address: "wrong")
     monkeypatch.setenv("MASTER_ADDR", "10.77.0.9")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
-    interface.choose_interface(Place(1, 4, 1, 2, "torchrun"))
+    interface.choose_interface(Process(1, 4, 1, 2, "torchrun"))
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    interface.choose_interface(Place(1, 2, 1, 2, "torchrun"))
+    interface.choose_interface(Process(1, 2, 1, 2, "torchrun"))
     assert "GLOO_SOCKET_IFNAME" not in os.environ

@@ -15,20 +15,20 @@ import pytest
 import torch
 
 from cogvideox_xdit import config as cogvideox
-from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
 from cogvideox_xdit.config import CONFIGS, read_checkpoint, transformer_json, vae_json
 from cogvideox_xdit.demo import model_index, scheduler_json
-from common import program
+from cogvideox_xdit.fork import FORK as COGVIDEOX
 from common.checkpoint import CheckpointError, load_pickle, open_checkpoint, read_index
 from common.headers import read_header
 from common.schema import read_object
 from consisid_xdit.config import PREVIEW, consisid_json, read_consisid
-from mochi_xdit.cli import PROGRAM as MOCHI
 from mochi_xdit.config import read_config
+from mochi_xdit.fork import FORK as MOCHI
 from tests.fuzz.documents import absurd, mutated
 from tests.fuzz.headers import joined, mutated_file
 from tests.helpers import cogvideox as tiny_cogvideox
 from tests.helpers import mochi
+from tests.helpers.programs import main
 from xdit_doctor.cli import checkpoint
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
@@ -287,7 +287,7 @@ def test_dry_runs_and_quantize_say_the_same_line(tmp_path, capsys, kind, name, k
     where = ["--model-dir", str(folder)]
     run = [*where, "--prompt", "x", "--device", "cpu", "--gpus", "1", "--output", str(tmp_path / "a.mp4"), "--dry-run"]
     for command in (run, ["quantize", *where, "--output", str(tmp_path / "q")]):
-        assert program.main(known, command) == 2
+        assert main(known, command) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1, said
         assert str(folder / name) in said and key in said
@@ -306,7 +306,7 @@ def test_an_unforeseen_error_of_a_dry_run_is_one_line(tmp_path, capsys, monkeypa
         raise OverflowError("int too big to convert")
 
     monkeypatch.setattr("common.dry_run.run", fails)
-    assert program.main(MOCHI, ["--dry-run", "--device", "cpu", "--gpus", "1"]) == 1
+    assert main(MOCHI, ["--dry-run", "--device", "cpu", "--gpus", "1"]) == 1
     assert capsys.readouterr().err == "error: int too big to convert\n"
 
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, features
 from safetensors.torch import save_file
 
-from cogvideox_xdit.cli import check
 from cogvideox_xdit.inputs import image_frames, video_frames
+from cogvideox_xdit.options import unreadable_image
 from common.formats import write_frames
 from common.video import read_frames, read_image, read_video
 from consisid_xdit.config import ConsisIDConfig
@@ -147,7 +147,7 @@ def test_the_command_line_names_damaged_pictures(tmp_path):
     path = tmp_path / "a.avif"
     for middle in range(len(content) // 2, len(content), 7):
         path.write_bytes(content[:middle] + bytes(7) + content[middle + 7 :])
-        said = check({"image": path, "video": None, "strength": None}, [])
+        said = unreadable_image(path)
         assert all(text.startswith(f"--image {path}") for text in said)
 
 

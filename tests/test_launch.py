@@ -8,25 +8,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from common import launch, program
+from common import environment, launch
+from common import supervise as supervise_module
+from common.environment import Process, this_process
 from common.failure import Failure, describe, is_out_of_memory, verdict
 from common.parallel import Layout, distributed
-from tests.fake_program import PROGRAM as FAKE
+from common.stopping import stoppable
+from common.supervise import _shared_environment, free_port, supervise
+from tests.fake_fork.fork import FORK as FAKE
+from tests.helpers.programs import main
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from common import launch
-at = launch.place()
-link = launch.Link(at)
+from common import link as common_link
+from common.environment import this_process
+from common.link import Link, handed_down
+at = this_process()
+link = Link(at)
 with open(sys.argv[1] + f"/{{at.rank}}", "w") as file:
     file.write(str(os.getpid()))
 link.at_stage("sampling step 3/8")
@@ -79,14 +85,14 @@ def test_ranks_get_torchruns_variables(tmp_path, capfd):
     body = (
         "names = ('MASTER_ADDR', 'MASTER_PORT', 'OMP_NUM_THREADS'); "
         "print(at.rank, at.world_size, at.local_rank, at.launcher, *(os.environ[name] for name in names), "
-        "launch.handed_down().decode(), flush=True)"
+        "handed_down().decode(), flush=True)"
     )
     os.environ.pop("OMP_NUM_THREADS", None)
-    assert launch.supervise(script(tmp_path, body), 3, cpu=True, request=b"hello") == 0
+    assert supervise(script(tmp_path, body), 3, cpu=True, request=b"hello") == 0
     lines = sorted(capfd.readouterr().out.splitlines())
     assert [line.split()[0] for line in lines] == ["0", "1", "2"]
     for rank, line in enumerate(lines):
-        threads = max(1, launch.cores() // 3)
+        threads = max(1, environment.cores() // 3)
         port = line.split()[5]
         assert line == f"{rank} 3 {rank} supervise 127.0.0.1 {port} {threads} hello" and 1024 < int(port) < 65536
 
@@ -127,14 +133,14 @@ def test_ranks_get_torchruns_variables(tmp_path, capfd):
 @pytest.mark.slow
 def test_one_line_for_every_end(tmp_path, capfd, bodies, line):
     done = []
-    status = launch.supervise(script(tmp_path, *bodies), 2, cpu=True, clean_up=lambda: done.append(1) or "")
+    status = supervise(script(tmp_path, *bodies), 2, cpu=True, clean_up=lambda: done.append(1) or "")
     assert status == 1 and capfd.readouterr().err == line + "\n"
     assert done == [1] and alive(tmp_path) == []
 
 
 def test_wrong_use_found_by_a_rank_keeps_its_status(tmp_path, capfd):
     body = 'link.failed("opening", ValueError("no such kernel"), status=2); os._exit(2)'
-    assert launch.supervise(script(tmp_path, body), 2, cpu=True, clean_up=lambda: "; kept x") == 2
+    assert supervise(script(tmp_path, body), 2, cpu=True, clean_up=lambda: "; kept x") == 2
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and "no such kernel; kept x" in told
 
@@ -142,13 +148,13 @@ def test_wrong_use_found_by_a_rank_keeps_its_status(tmp_path, capfd):
 @pytest.mark.slow
 def test_what_a_rank_started_ends_with_it(tmp_path, capfd):
     child = 'p = subprocess.Popen(["sleep", "60"]); open(sys.argv[1] + "/child", "w").write(str(p.pid)); '
-    assert launch.supervise(script(tmp_path, child + "time.sleep(.5); fail(ValueError())", "wait()"), 2, cpu=True) == 1
+    assert supervise(script(tmp_path, child + "time.sleep(.5); fail(ValueError())", "wait()"), 2, cpu=True) == 1
     assert (tmp_path / "pids" / "child").exists() and eventually(lambda: alive(tmp_path) == [])
 
 
 def test_signal_handlers_are_put_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    assert launch.supervise(script(tmp_path, "pass"), 1, cpu=True) == 0
+    assert supervise(script(tmp_path, "pass"), 1, cpu=True) == 0
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
@@ -156,8 +162,8 @@ def test_signal_handlers_are_put_back(tmp_path):
 def parent(tmp_path):
     """A launcher in a process of its own whose two ranks wait."""
     command = script(tmp_path, "wait()")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common import launch; "
-    code += f"sys.exit(launch.supervise({command!r}, 2, cpu=True))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.supervise import supervise; "
+    code += f"sys.exit(supervise({command!r}, 2, cpu=True))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert eventually(lambda: len(alive(tmp_path)) == 2)
     yield process
@@ -178,8 +184,8 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, capfd, number):
     before = signal.signal(number, signal.SIG_IGN)
     try:
         body = f"os.kill(os.getpid(), {number}); os.kill(os.getppid(), {number}); time.sleep(.3)"
-        assert launch.supervise(script(tmp_path, body), 2, cpu=True) == 0
-        with launch.stoppable():
+        assert supervise(script(tmp_path, body), 2, cpu=True) == 0
+        with stoppable():
             os.kill(os.getpid(), number)
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
@@ -189,8 +195,8 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, capfd, number):
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_ranks_start_where_standard_streams_are_closed(tmp_path, closed):
     command = script(tmp_path, "os.fstat(0); os.fstat(1); os.fstat(2); link.stderr.write('told'); link.leave(0)")
-    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from common import launch; "
-    code += f"os._exit(launch.supervise({command!r}, 2, cpu=True, request=b'request'))"
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from common.supervise import supervise; "
+    code += f"os._exit(supervise({command!r}, 2, cpu=True, request=b'request'))"
     shell = f'exec {sys.executable} -c "$0" ' + " ".join(f"{number}>&-" for number in closed)
     done = subprocess.run(["sh", "-c", shell, code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -205,9 +211,11 @@ def test_ranks_die_with_their_parent(parent, tmp_path):
 def test_ranks_die_with_their_parent_where_the_kernel_sends_no_signal(tmp_path):
     """The second line of defence alone: the pipe that closes."""
     command = script(tmp_path, "wait()")
-    (tmp_path / "rank.py").write_text(RANK.replace("at = ", "launch._die_with_parent = lambda: None; at = ") + "wait()")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common import launch; "
-    process = subprocess.Popen([sys.executable, "-c", code + f"launch.supervise({command!r}, 2, cpu=True)"])
+    (tmp_path / "rank.py").write_text(
+        RANK.replace("at = ", "common_link._die_with_parent = lambda: None; at = ") + "wait()"
+    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.supervise import supervise; "
+    process = subprocess.Popen([sys.executable, "-c", code + f"supervise({command!r}, 2, cpu=True)"])
     assert eventually(lambda: len(alive(tmp_path)) == 2)
     process.kill()
     process.wait()
@@ -229,17 +237,17 @@ RANK_5_OF_8 = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_S
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({}, launch.Place()),
-        (RANK_5_OF_8, launch.Place(5, 8, 1, 4, "torchrun")),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, launch.Place(1, 2, 0, 2, "torchrun")),
-        ({"WORLD_SIZE": "4"}, launch.Place()),
+        ({}, Process()),
+        (RANK_5_OF_8, Process(5, 8, 1, 4, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Process(1, 2, 0, 2, "torchrun")),
+        ({"WORLD_SIZE": "4"}, Process()),
         # A scheduler's world of one is no launcher; torchrun's is.
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, launch.Place()),
-        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}, launch.Place(launcher="torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Process()),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}, Process(launcher="torchrun")),
     ],
 )
 def test_places(environment, place):
-    assert launch.place(environment) == place
+    assert this_process(environment) == place
 
 
 @pytest.mark.parametrize(
@@ -254,7 +262,7 @@ def test_places(environment, place):
 def test_variables_that_name_no_rank(monkeypatch, capfd, name, value):
     for key, good in (RANK_5_OF_8 | {name: value}).items():
         monkeypatch.setenv(key, good)
-    assert program.main(FAKE, ["--demo", "--device", "cpu"]) == 2
+    assert main(FAKE, ["--demo", "--device", "cpu"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: the environment has {name}={value[:40]!r}") and "unset RANK" in line
 
@@ -268,25 +276,25 @@ def test_a_mesh_stands_where_the_launcher_says(monkeypatch):
 def test_ranks_do_not_look_for_the_store_of_a_torchrun_around_them(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     body = "print([name for name in os.environ if name.startswith('TORCHELASTIC')], flush=True)"
-    assert launch.supervise(script(tmp_path, body), 1, cpu=True) == 0
+    assert supervise(script(tmp_path, body), 1, cpu=True) == 0
     assert capfd.readouterr().out == "[]\n"
 
 
 def test_a_gpu_whose_driver_is_too_old_is_not_counted(monkeypatch):
     """The driver's own library counts it; CUDA, which warns, does not."""
-    monkeypatch.setattr(launch, "driver_present", lambda: True)
+    monkeypatch.setattr(environment, "driver_present", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert launch.visible_gpus() == 0
+    assert environment.visible_gpus() == 0
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert launch.visible_gpus() == 2
+    assert environment.visible_gpus() == 2
 
 
 def test_a_free_port_can_be_bound():
     import socket
 
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", launch.free_port()))
+        listener.bind(("127.0.0.1", free_port()))
 
 
 OUT_OF_MEMORY = (
@@ -353,7 +361,7 @@ def test_a_rank_that_outlives_sigkill_is_named_beside_the_cause(tmp_path, capfd,
 
     command = script(tmp_path, "fail(KeyError('x'))")
     monkeypatch.setattr(subprocess.Popen, "wait", late)
-    assert launch.supervise(command, 1, cpu=True, clean_up=lambda: "; kept y") == 1
+    assert supervise(command, 1, cpu=True, clean_up=lambda: "; kept y") == 1
     told = capfd.readouterr().err
     assert told.startswith("error: rank 0, sampling step 3/8: KeyError: 'x'; rank 0 (process ")
     assert told.endswith("; kept y\n") and "was killed and has not ended" in told
@@ -364,9 +372,9 @@ def test_ranks_start_without_a_folder_for_temporary_files(tmp_path, capfd, monke
     def none(*arguments, **options):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(launch.tempfile, "TemporaryFile", none)
-    body = "print(launch.handed_down().decode(), flush=True); print('broken', file=sys.stderr); os._exit(3)"
-    assert launch.supervise(script(tmp_path, body), 1, cpu=True, request=b"hello") == 1
+    monkeypatch.setattr(supervise_module.tempfile, "TemporaryFile", none)
+    body = "print(handed_down().decode(), flush=True); print('broken', file=sys.stderr); os._exit(3)"
+    assert supervise(script(tmp_path, body), 1, cpu=True, request=b"hello") == 1
     told = capfd.readouterr()
     assert told.out == "hello\n" and "its last words: broken" in told.err
 
@@ -374,11 +382,11 @@ def test_ranks_start_without_a_folder_for_temporary_files(tmp_path, capfd, monke
 def test_cuda_ranks_get_an_allocator_setting_unless_the_user_has_one(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    assert launch._shared_environment(2, cpu=False)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert "PYTORCH_ALLOC_CONF" not in launch._shared_environment(2, cpu=True)
+    assert _shared_environment(2, cpu=False)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in _shared_environment(2, cpu=True)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert "PYTORCH_ALLOC_CONF" not in launch._shared_environment(2, cpu=False)
-    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in launch._shared_environment(2, cpu=False)
+    assert "PYTORCH_ALLOC_CONF" not in _shared_environment(2, cpu=False)
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in _shared_environment(2, cpu=False)
 
 
 @pytest.mark.parametrize("module", ["mochi_xdit", "cogvideox_xdit", "consisid_xdit"])
@@ -397,7 +405,7 @@ def test_an_interrupt_while_importing_is_quiet(tmp_path, module):
 
 
 def test_an_error_that_a_library_made_of_a_signal_is_no_error(tmp_path, capfd, monkeypatch):
-    def swallow(*arguments):
+    def swallow(request, mesh, report):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
@@ -405,6 +413,5 @@ def test_an_error_that_a_library_made_of_a_signal_is_no_error(tmp_path, capfd, m
             raise ImportError("could not import module") from None
 
     monkeypatch.chdir(tmp_path)
-    fake = replace(FAKE, pipeline=swallow)
-    assert program.main(fake, ["--demo", "--device", "cpu", "--gpus", "1"]) == 143
+    assert launch.run(FAKE, swallow, ["--demo", "--device", "cpu", "--gpus", "1"]) == 143
     assert "error" not in capfd.readouterr().err

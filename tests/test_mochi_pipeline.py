@@ -10,14 +10,14 @@ from torch import Tensor
 
 from common.cli import parse
 from common.decode import DecodePlan, decode_frames
-from common.generation import draw_noise, load_latents
+from common.latents import draw_noise, load_latents
 from common.parallel import Layout, Mesh, distributed
-from common.progress import Stages
 from mochi_xdit import MochiPipeline
-from mochi_xdit.cli import PROGRAM
 from mochi_xdit.config import FAST, OFFICIAL
+from mochi_xdit.fork import FORK
 from mochi_xdit.sampling import linear_quadratic_sigmas
 from tests.helpers.mochi import TINY, write_checkpoint
+from tests.helpers.programs import frames_of
 
 PROMPT = "a red ball moves to the left"
 SIZE = {"height": 48, "width": 80, "num_frames": 19}
@@ -110,9 +110,8 @@ def test_python_and_the_command_line_make_the_same_video(native, tmp_path, fast)
     size = {"height": 16, "width": 32, "num_frames": 7, "seed": 3}
     given = [part for name, value in size.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     where = ["--model-dir", str(folder), "--device", "cpu", "--gpus", "1", "--output", str(tmp_path / "x.mp4")]
-    request = parse(PROGRAM, [*where, "--prompt", PROMPT, *given])
-    command = PROGRAM.pipeline(request.setup, Mesh(), Stages())
-    made = PROGRAM.generate(command, request.videos[0], request.setup, Stages())
+    request = parse(FORK, [*where, "--prompt", PROMPT, *given])
+    (made,) = frames_of(FORK, request)
     pipe = MochiPipeline.from_pretrained(folder)
     assert torch.equal(pipe(PROMPT, **size), made)
     own = (8, 1.5, 0.1, 6) if fast else (64, 4.5, 0.025, 32)
@@ -179,7 +178,7 @@ def test_seed_and_inputs_decide(native):
     assert not torch.equal(first, generate(native, output="latent", cfg_scale=[4.5, 4.5, 1.0, 1.0]))
 
 
-# --- Stages -----------------------------------------------------------------------------------------------------------
+# --- Report -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_empty_prompt_never_loads_the_text_encoder(native, tmp_path):
@@ -197,14 +196,14 @@ def test_an_empty_prompt_never_loads_the_text_encoder(native, tmp_path):
 def test_stages_load_one_after_another_or_stay(native):
     pipe = MochiPipeline.from_pretrained(native, dtype="fp32")
     pipe(PROMPT, **SIZE, num_steps=1)
-    names = [record.name for record in pipe.stages.records]
+    names = [record.name for record in pipe.report.records]
     order = ["loading text encoder", "encoding", "loading transformer", "sampling", "loading decoder", "decoding"]
-    assert names == order and pipe.models.loaded == {}
+    assert names == order and pipe.loaded == {}
     kept = MochiPipeline.from_pretrained(native, dtype="fp32", keep_loaded=True)
     first = kept(PROMPT, **SIZE, num_steps=1)
     assert torch.equal(first, kept(PROMPT, **SIZE, num_steps=1))
-    assert [r.name for r in kept.stages.records].count("loading transformer") == 1
-    assert set(kept.models.loaded) == {"text encoder", "transformer", "decoder"}
+    assert [r.name for r in kept.report.records].count("loading transformer") == 1
+    assert set(kept.loaded) == {"text encoder", "transformer", "decoder"}
 
 
 @pytest.mark.slow
@@ -237,7 +236,7 @@ def test_decode_falls_back_to_a_smaller_plan(native, monkeypatch, error):
             raise error
         return decode_frames(decoder, z, plan, split)
 
-    monkeypatch.setattr("common.generation.decode_frames", short_of_memory)
+    monkeypatch.setattr("common.decode_video.decode_frames", short_of_memory)
     assert (pipe.decode(latents).int() - expected.int()).abs().max() <= 1
     assert len(plans) > 1 and plans[-1].mode == "exact"
 

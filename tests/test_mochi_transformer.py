@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.compile import Compile
+from common.compile import compile_transformer
 from common.parallel import Layout, distributed
 from common.placement import check_model
 from common.quantize import TransformerFiles
+from common.settings import CompileOptions
 from common.usp import SequenceParallel
 from common.weights import CheckpointError, Concat, Rename, Swap, load, on_meta, open_checkpoint, save
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
@@ -283,7 +284,7 @@ def test_pack_orders_rows_columns_channels() -> None:
 def test_a_block_is_one_graph_before_attention_and_one_after(folder: Path) -> None:
     model, given = load_transformer(folder), inputs((1, 6, 10))
     want = actual(model, given)
-    Compile(blocks=True, backend="eager").transformer(model)
+    compile_transformer(model, CompileOptions(compile=True, backend="eager"))
     torch.testing.assert_close(actual(model, given), want, atol=1e-12, rtol=0)
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from common.decode import DecodePlan, decode_frames, decode_memory, decode_plans, to_uint8
+from common.decode import DecodePlan, decode_frames, to_uint8
+from common.decode_planning import decode_memory, decode_plans
 from common.parallel import Layout, distributed
 from common.vae import CausalStream, LocalLink, TimeSplit, spans
 from common.weights import Concat

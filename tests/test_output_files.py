@@ -15,28 +15,29 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
+from cogvideox_xdit.fork import FORK as COGVIDEOX
 from common import files, video
 from common.cli import parse
 from common.files import (
     Partial,
     as_argument,
     claimed,
-    identity,
     remove_partial,
     shown,
     spare_file,
     text_problem,
     writing_problem,
 )
-from common.generation import load_latents, save_latents
-from common.program import _remove_latents, clean_up
+from common.latents import load_latents, save_latents
+from common.outputs import Output, clean_up
+from common.parallel import Mesh
+from common.progress import Report
 from common.request import WrongUse
 from common.video import VideoFile, read_video, write_json
-from mochi_xdit.cli import PROGRAM
+from mochi_xdit.fork import FORK
 
 ROOT = Path(__file__).resolve().parents[1]
-FAKE = [sys.executable, str(ROOT / "tests" / "fake_program.py"), "--demo", "--device", "cpu", "--gpus", "1"]
+FAKE = [sys.executable, str(ROOT / "tests" / "fake_fork" / "cli.py"), "--demo", "--device", "cpu", "--gpus", "1"]
 
 
 def frames(value: int, count: int = 3) -> np.ndarray:
@@ -45,7 +46,7 @@ def frames(value: int, count: int = 3) -> np.ndarray:
 
 def problems(*arguments: str) -> list[str]:
     try:
-        parse(PROGRAM, ["--demo", "--device", "cpu", *arguments])
+        parse(FORK, ["--demo", "--device", "cpu", *arguments])
     except WrongUse as wrong:
         return wrong.problems
     return []
@@ -120,13 +121,11 @@ def test_latents_that_an_earlier_run_has_kept_stay(tmp_path):
     earlier, mine = tmp_path / "x.latents.safetensors", tmp_path / "y.latents.safetensors"
     for path in (earlier, mine):
         path.write_bytes(b"earlier")
-        made = parse(PROGRAM, ["--demo", "--device", "cpu", "--output", str(tmp_path / f"{path.name[0]}.mp4")]).videos[
-            0
-        ]
-        before = [identity(path) for path in made.latents_files]
+        request = parse(FORK, ["--demo", "--device", "cpu", "--output", str(tmp_path / f"{path.name[0]}.mp4")])
+        output = Output(request.videos[0], request, Mesh(), Report())
         if path == mine:
             path.write_bytes(b"written by this run")
-        _remove_latents(made, before)
+        output.write(frames(3))
     assert earlier.exists() and not mine.exists()
 
 
@@ -234,7 +233,7 @@ def test_a_pipe_is_no_output_and_a_link_stays_one(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     assert any("a device or a pipe" in line for line in problems("--output", str(tmp_path / "pipe.mp4")))
     (tmp_path / "link.mp4").symlink_to("real.mp4")
-    request = parse(PROGRAM, ["--demo", "--device", "cpu", "--output", str(tmp_path / "link.mp4")])
+    request = parse(FORK, ["--demo", "--device", "cpu", "--output", str(tmp_path / "link.mp4")])
     assert request.videos[0].output == tmp_path / "real.mp4"
     (tmp_path / "loop.mp4").symlink_to("loop.mp4")
     assert problems("--output", str(tmp_path / "loop.mp4"))
@@ -246,7 +245,7 @@ def test_a_pipe_is_no_output_and_a_link_stays_one(tmp_path):
 def test_paths_too_long_are_one_line(option):
     demo = [] if option == "--model-dir" else ["--demo"]
     with pytest.raises(WrongUse) as wrong:
-        parse(PROGRAM, [*demo, "--device", "cpu", option, "a" * 300])
+        parse(FORK, [*demo, "--device", "cpu", option, "a" * 300])
     assert any(option in line and "too long" in line for line in wrong.value.problems)
 
 
@@ -278,11 +277,11 @@ def test_prompts_that_no_file_can_hold(tmp_path):
     (found,) = problems("--prompt-file", str(tmp_path / "nul.txt"))
     assert "line 2: character 13 is the control character U+0000" in found
     assert any("no UTF-8 text" in line for line in problems("--prompt", "caf\udce9"))
-    (kept,) = parse(PROGRAM, ["--demo", "--device", "cpu", "--prompt", "caf\udcc3\udca9"]).videos
+    (kept,) = parse(FORK, ["--demo", "--device", "cpu", "--prompt", "caf\udcc3\udca9"]).videos
     assert kept.prompt == "café"  # as Python reads UTF-8 in a locale of ASCII
     assert text_problem("two\nlines\tand Kreis \u2013 龙") is None
     (tmp_path / "crlf.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
-    request = parse(PROGRAM, ["--demo", "--device", "cpu", "--prompt-file", str(tmp_path / "crlf.txt")])
+    request = parse(FORK, ["--demo", "--device", "cpu", "--prompt-file", str(tmp_path / "crlf.txt")])
     assert [video.prompt for video in request.videos] == ["one", "two"]
 
 
@@ -318,9 +317,7 @@ def test_absurd_numbers_are_refused_before_anything_grows(arguments, part):
 
 
 def test_default_names_are_of_one_run_only():
-    names = {
-        parse(PROGRAM, ["--model-dir", str(ROOT / "mochi_xdit/demo_data"), "--prompt", "x"]).output for _ in range(9)
-    }
+    names = {parse(FORK, ["--model-dir", str(ROOT / "mochi_xdit/demo_data"), "--prompt", "x"]).output for _ in range(9)}
     assert len(names) == 9
 
 
@@ -346,7 +343,7 @@ def test_latents_go_elsewhere_when_their_folder_is_gone(tmp_path, monkeypatch):
 
 
 def test_the_clean_up_does_not_fail_itself():
-    request = parse(PROGRAM, ["--demo", "--device", "cpu"])
+    request = parse(FORK, ["--demo", "--device", "cpu"])
     for name in ("b" * 250 + ".mp4", "no/such/folder.mp4"):
         video = request.videos[0].__class__(**{**request.videos[0].__dict__, "output": Path(name)})
         assert clean_up(request.__class__(**{**request.__dict__, "videos": (video,)}), 0.0) == ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common import blocks
 from common.blocks import Blocks, FromFile, FromHost, FromShares, Image, Stream, bind, finish
-from common.decode import PeakMemory
+from common.decode_planning import PeakMemory
 from common.fp8 import FLOAT8, LARGEST, Float8Linear, fill_float8, has_float8_matmul, to_float8, use_float8
 from common.parallel import Layout, Mesh, distributed
 from common.placement import Placement, place, resident_bytes

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.decode import DecodePlan, PeakMemory, VideoDecoder, decode_memory
-from common.dry_run import official_workload
+from common.decode import DecodePlan, VideoDecoder
+from common.decode_planning import PeakMemory, decode_memory
 from common.estimate import FUSED, T5_XXL, Traffic, Workload, imagined
 from common.guidance import Guidance
 from common.layout import Coordinates, Layout
 from common.parallel import Mesh
-from common.registry import T5_XXL_PARAMETERS, Model, Size, Stack, forks, get_model, model_names
+from common.registry import T5_XXL_PARAMETERS, Model, Size, Stack, fork_of, forks, get_model, model_names
 from common.t5 import new_t5
 from common.usp import SequenceParallel
 from common.vae import CausalStream, LocalLink, spans
@@ -43,6 +43,11 @@ FEW = 4
 """Blocks are alike but for Mochi's last one and for the face that ConsisID's read, every second one of them."""
 
 
+def workload(model: Model, size: Size, mesh: Mesh) -> Workload:
+    """What a rank runs by the model's official numbers."""
+    return fork_of(model).module("sampling").workload(model, size, mesh)
+
+
 @dataclass
 class Counted:
     """What each forward pass of a step on one rank computes, sends and holds; and what was run."""
@@ -57,7 +62,7 @@ def run(model: Model, size: Size, layout: Layout, rank: int, depth: int = FEW) -
     """One step of one rank on the meta device, with `depth` blocks of the model; what is prepared once for all steps
     is not counted."""
     with imagined(layout, rank) as mesh:
-        work = shorten(official_workload(model, size, mesh), depth)
+        work = shorten(workload(model, size, mesh), depth)
         transformer = work.transformer.to(torch.bfloat16).requires_grad_(False)
         counted, running = Counted(work, [], [], []), []
 
@@ -166,7 +171,7 @@ def test_a_generation_sends_every_steps_bytes() -> None:
 @pytest.mark.slow
 def test_decoders_compute_what_is_said(name: str, latents: int) -> None:
     model = get_model(name)
-    work = official_workload(model, model.default_size, Mesh())
+    work = workload(model, model.default_size, Mesh())
     z = torch.empty(1, work.latents[0], latents, 6, 8, device="meta")
     with counting(Mesh()) as counts:
         decode_all(work.decoder, z)
@@ -187,7 +192,7 @@ def decode_all(decoder: VideoDecoder, z: torch.Tensor) -> None:
 @pytest.mark.slow
 def test_memory_of_decoding_is_what_the_decoders_hold(name: str, latents: int) -> None:
     model = get_model(name)
-    work = official_workload(model, model.default_size, Mesh())
+    work = workload(model, model.default_size, Mesh())
     decoder = work.decoder.to(torch.bfloat16)
     plan = DecodePlan("exact", max(decoder.chunk_choices))
     counted = decode_memory(decoder, (work.latents[0], latents, 60, 90), plan)
@@ -208,7 +213,7 @@ def test_memory_of_sampling_is_what_a_block_holds(name: str) -> None:
 @pytest.mark.parametrize("name", model_names())
 def test_parameters_are_those_of_the_transformer(name: str) -> None:
     model = get_model(name)
-    work = official_workload(model, model.default_size, Mesh())
+    work = workload(model, model.default_size, Mesh())
     assert sum(p.numel() for p in work.transformer.parameters()) == model.parameters
     assert max(stack.heads for stack in model.stacks) == model.heads
 

@@ -1,4 +1,4 @@
-"""Stages: where a rank is, what it cost, and what the user sees."""
+"""Report: where a rank is, what it cost, and what the user sees."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from common import progress
-from common.progress import Stages
+from common.progress import Report
 
 
 def test_where_follows_the_steps_and_is_reported():
     told: list[str] = []
-    stages = Stages(report=told.append)
+    stages = Report(tell=told.append)
     with stages.stage("loading transformer"):
         assert stages.where == "loading transformer"
     assert stages.where == "after loading transformer"
@@ -29,7 +29,7 @@ def test_where_follows_the_steps_and_is_reported():
 def test_loading_counts_bytes():
     told: list[str] = []
     screen = io.StringIO()
-    stages = Stages(Console(file=screen, width=80, force_terminal=True), report=told.append)
+    stages = Report(Console(file=screen, width=80, force_terminal=True), tell=told.append)
     with stages.loading("loading decoder") as progress:
         for done in range(0, 2001, 5):
             progress(done << 20, 2000 << 20)
@@ -40,7 +40,7 @@ def test_loading_counts_bytes():
 
 
 def test_a_failure_is_told_with_the_innermost_stage():
-    stages = Stages()
+    stages = Report()
     with pytest.raises(KeyError), stages.stage("decoding", total=4, unit="chunk") as step:
         step(2)
         with stages.stage("loading decoder"):
@@ -53,7 +53,7 @@ def test_a_failure_is_told_with_the_innermost_stage():
 
 
 def test_records_hold_seconds_steps_and_peaks():
-    stages = Stages()
+    stages = Report()
     with stages.stage("outer"):
         with stages.stage("inner", total=3) as step:
             held = bytearray(64 << 20)
@@ -73,7 +73,7 @@ def test_records_hold_seconds_steps_and_peaks():
 def test_plain_lines_without_a_terminal(monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
     screen = io.StringIO()
-    stages = Stages(Console(file=screen, width=40))
+    stages = Report(Console(file=screen, width=40))
     with stages.stage("sampling", total=2) as step:
         step()
         stages.warn("a [strange] prompt")
@@ -90,7 +90,7 @@ def test_plain_lines_without_a_terminal(monkeypatch):
 
 def test_bars_on_a_terminal():
     screen = io.StringIO()
-    stages = Stages(Console(file=screen, width=80, force_terminal=True))
+    stages = Report(Console(file=screen, width=80, force_terminal=True))
     with pytest.raises(ValueError), stages.stage("decoding", total=3, unit="chunk") as step:
         step()
         step()

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvideox_xdit.cli import PROGRAM as COGVIDEOX
+from cogvideox_xdit.fork import FORK as COGVIDEOX
 from cogvideox_xdit.pipeline import CogVideoXPipeline
-from common import program
 from common.placement import has_float8
 from common.weights import find_files, open_checkpoint, save
-from consisid_xdit.cli import PROGRAM as CONSISID
+from consisid_xdit.fork import FORK as CONSISID
 from consisid_xdit.pipeline import ConsisIDPipeline
-from mochi_xdit.cli import PROGRAM as MOCHI
+from mochi_xdit.fork import FORK as MOCHI
 from mochi_xdit.pipeline import MochiPipeline
 from mochi_xdit.weights import transformer_rename
 from tests.helpers import cogvideox, consisid, mochi
+from tests.helpers.programs import main
 
 
 def checkpoint(kind: str, folder: Path) -> Path:
@@ -49,10 +49,10 @@ def others(folder: Path) -> list[Path]:
 def test_the_copy_holds_what_fp8_would_have_loaded(kind, tmp_path, capsys):
     known, pipeline = KINDS[kind]
     source, copy = checkpoint(kind, tmp_path / "a"), tmp_path / "b"
-    assert program.main(known, ["quantize", "--model-dir", str(source), "--output", str(copy)]) == 0
+    assert main(known, ["quantize", "--model-dir", str(source), "--output", str(copy)]) == 0
     assert str(copy) in capsys.readouterr().out
-    made = pipeline.from_pretrained(source, dtype="fp8")._load_transformer().state_dict()
-    read = pipeline.from_pretrained(copy)._load_transformer().state_dict()
+    made = pipeline.from_pretrained(source, dtype="fp8").load_transformer().state_dict()
+    read = pipeline.from_pretrained(copy).load_transformer().state_dict()
     assert made.keys() == read.keys()
     for name, tensor in made.items():
         assert tensor.dtype == read[name].dtype, name
@@ -65,7 +65,7 @@ def test_the_copy_holds_what_fp8_would_have_loaded(kind, tmp_path, capsys):
 
 def test_the_matmul_weights_take_half(tmp_path):
     source = mochi.write_checkpoint(tmp_path / "a", "native")
-    program.main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(tmp_path / "b")])
+    main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(tmp_path / "b")])
     before, after = (open_checkpoint(tmp_path / name / "dit.safetensors") for name in "ab")
     assert has_float8(after) and not has_float8(before)
     name = "blocks.0.mlp_x.w1.weight"
@@ -86,18 +86,18 @@ def test_bad_folders_are_refused(tmp_path, capsys, output, said):
     source = mochi.write_checkpoint(tmp_path / "a", "native")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert program.main(MOCHI, ["quantize", "--model_dir", str(source), "--output", str(tmp_path / output)]) == 2
+    assert main(MOCHI, ["quantize", "--model_dir", str(source), "--output", str(tmp_path / output)]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_or_in_float8_already_is_refused(tmp_path, capsys):
     source, copy = mochi.write_checkpoint(tmp_path / "a", "native"), tmp_path / "b"
-    assert program.main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(copy)]) == 0
-    assert program.main(MOCHI, ["quantize", "--model-dir", str(copy), "--output", str(tmp_path / "c")]) == 2
+    assert main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(copy)]) == 0
+    assert main(MOCHI, ["quantize", "--model-dir", str(copy), "--output", str(tmp_path / "c")]) == 2
     assert "is in float8 already" in capsys.readouterr().err
-    assert program.main(COGVIDEOX, ["quantize", "--model-dir", str(source), "--output", str(tmp_path / "c")]) == 2
-    assert program.main(MOCHI, ["quantize", "--model-dir", str(tmp_path / "no"), "--output", str(tmp_path / "c")]) == 2
-    assert program.main(MOCHI, ["quantize"]) == 2
+    assert main(COGVIDEOX, ["quantize", "--model-dir", str(source), "--output", str(tmp_path / "c")]) == 2
+    assert main(MOCHI, ["quantize", "--model-dir", str(tmp_path / "no"), "--output", str(tmp_path / "c")]) == 2
+    assert main(MOCHI, ["quantize"]) == 2
     assert not (tmp_path / "c").exists()
     assert "Traceback" not in capsys.readouterr().err
 
@@ -115,7 +115,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 
 def quantize(source: Path, output: Path) -> int:
-    return program.main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(output)])
+    return main(MOCHI, ["quantize", "--model-dir", str(source), "--output", str(output)])
 
 
 def test_what_lies_behind_linked_folders_comes_along(tmp_path):
@@ -129,7 +129,7 @@ def test_what_lies_behind_linked_folders_comes_along(tmp_path):
     files = {p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*") if p.is_file()}
     assert {"transformer/config.json", "text_encoder/config.json", "tokenizer/spiece.model"} <= files
     assert not any("up" in name for name in files), "a link to a folder above is not followed"
-    MochiPipeline.from_pretrained(tmp_path / "b")._load_transformer()
+    MochiPipeline.from_pretrained(tmp_path / "b").load_transformer()
 
 
 def test_a_link_to_nothing_is_refused_before_the_work(tmp_path, capsys):

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from common import registry
 from common.layout import Coordinates, Layout
 from common.registry import fork_of, forks, get_model, model_names, models
+from common.request import Source
 from planner import cost, get_profile, plan
 from planner.cli import command
 from planner.layouts import choose_layout
@@ -91,7 +92,9 @@ def test_shared_code_names_no_model(folder: str) -> None:
 def test_every_fork_says_what_others_ask_for() -> None:
     assert len(set(model_names())) == len(models()) >= 7
     for fork in forks():
-        assert fork.module("cli").PROGRAM.name == fork.program and fork.module("cli").PROGRAM.models == fork.names
+        assert (
+            callable(fork.module("generate").generate) and fork.demos and fork.rules(Source()) is fork.models[0].rules
+        )
         for model in fork.models:
             assert not model.problems(model.default_size) and model.files and fork_of(model) is fork
             assert model.latents.tokens(model.default_size)[0] > 0 and model.demo is not None
@@ -99,11 +102,9 @@ def test_every_fork_says_what_others_ask_for() -> None:
 
 
 def test_the_program_and_the_planner_admit_the_same_sizes() -> None:
-    from common.request import Source
-
     for fork in forks():
         for model in fork.models:
-            rules = fork.module("cli").rules(Source(official=model.name))
+            rules = fork.rules(Source(official=model.name))
             assert replace(rules, dtype=model.rules.dtype) == model.rules
 
 

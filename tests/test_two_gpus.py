@@ -14,6 +14,7 @@ from cogvideox_xdit import CogVideoXPipeline
 from common.layout import Layout
 from common.parallel import distributed
 from common.selftest import self_test
+from common.settings import CompileOptions
 from tests.helpers.cogvideox import clip, write_checkpoint
 from tests.helpers.ranks import RankPool, needs_gpus
 
@@ -67,14 +68,14 @@ def test_shared_weights(run_ranks, folders):
 
 
 def test_compiled_blocks_over_a_ring(run_ranks, folders):
-    compare(run_ranks, Layout(ring=2), folders["2b"], TEXT, compiling={"blocks": True})
+    compare(run_ranks, Layout(ring=2), folders["2b"], TEXT, compiling=CompileOptions(compile=True))
 
 
 def failing(folder: Path) -> float:
     """Seconds from an error in rank 1's decoder, in the middle of a decode, to the caller."""
     with pytest.raises(ZeroDivisionError), distributed(Layout(ring=2), "cuda", timeout=20) as mesh:
         pipe = CogVideoXPipeline.from_pretrained(folder, mesh=mesh, dtype="fp32")
-        load, broke = pipe._load_decoder, [0.0]
+        load, broke = pipe.load_decoder, [0.0]
 
         def breaks(*_: Any) -> None:
             broke[0] = time.monotonic()
@@ -86,7 +87,7 @@ def failing(folder: Path) -> float:
             return model
 
         if mesh.world.rank == 1:
-            pipe._load_decoder = spoiled
+            pipe.load_decoder = spoiled
         pipe("a boat", num_steps=2, seed=1, **TEXT, **DECODE)
     return time.monotonic() - broke[0]
 

@@ -21,7 +21,7 @@ from common.parallel import Layout, Mesh, distributed
 from common.request import WrongUse
 from common.usp import SequenceParallel
 from common.xfuser_engine import XFuserSequenceParallel, sequence_parallel
-from mochi_xdit.cli import PROGRAM
+from mochi_xdit.fork import FORK
 
 installed = all(importlib.util.find_spec(name) for name in ("xfuser", "yunchang", "triton"))
 works = installed and metadata.version("xfuser") == "0.4.5"  # later ones do not import, see common/xfuser_engine.py
@@ -58,9 +58,9 @@ def test_refusals_name_the_reason_and_what_would_do() -> None:
 
 def test_the_command_line_refuses_it_on_a_cpu() -> None:
     with pytest.raises(WrongUse) as wrong:
-        parse(PROGRAM, ["--demo", "--engine", "xfuser", "--device", "cpu"])
+        parse(FORK, ["--demo", "--engine", "xfuser", "--device", "cpu"])
     assert [p for p in wrong.value.problems if p.startswith("--engine xfuser needs GPUs")]
-    assert parse(PROGRAM, ["--demo", "--device", "cpu"]).setup.engine == "native"
+    assert parse(FORK, ["--demo", "--device", "cpu"]).runtime.engine == "native"
 
 
 def stand_in_for_a_gpu(stack: ExitStack) -> None:

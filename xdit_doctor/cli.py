@@ -22,8 +22,9 @@ from typing import Any
 
 import click
 
-from common import launch
+from common import environment
 from common.extras import pip
+from common.supervise import supervise
 from planner.machine import this_machine
 from xdit_doctor.links import Job
 from xdit_doctor.profile import default_path, write
@@ -135,7 +136,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "cores": launch.cores(),
+        "cores": environment.cores(),
         "memory_gib": round(memory / 2**30, 1),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         # Not a setting of ours: shown because NCCL reads them, and a forgotten one has cost people their speed-up.
@@ -181,7 +182,7 @@ def measure(device: str, ranks: int, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "links.json"
         job = Job(device, ranks, message, matrix, output)
-        status = launch.supervise([sys.executable, "-m", "xdit_doctor.links"], ranks, cpu, pickle.dumps(job))
+        status = supervise([sys.executable, "-m", "xdit_doctor.links"], ranks, cpu, pickle.dumps(job))
         if status or not output.is_file():
             return {"self_test": f"failed: the ranks ended with status {status}; see the error above", "ranks": ranks}
         return json.loads(output.read_text(encoding="utf-8"))
@@ -191,8 +192,8 @@ def examine(device: str, ranks: int | None, model_dir: Path | None, quick: bool)
     """Everything, as plain data."""
     cards = gpus()
     if device == "auto":
-        device = "cuda" if launch.visible_gpus() else "cpu"
-    count = ranks or (launch.visible_gpus() if device == "cuda" else 2)
+        device = "cuda" if environment.visible_gpus() else "cpu"
+    count = ranks or (environment.visible_gpus() if device == "cuda" else 2)
     identity = this_machine(device)
     found: dict[str, Any] = {
         "machine": machine(),
@@ -340,7 +341,7 @@ def command(
     if verify:
         raise click.exceptions.Exit(gpu_check(mini=device == "cpu"))
     if device == "cuda":
-        visible = launch.visible_gpus()
+        visible = environment.visible_gpus()
         if not visible:
             raise click.UsageError("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         if ranks and ranks > visible:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common import launch
+from common.environment import this_process
+from common.link import Link, handed_down
 from common.parallel import Layout, Mesh, distributed
 from common.selftest import self_test
 
@@ -137,10 +138,10 @@ def ring(mesh: Mesh, message: int) -> float:
 
 
 def main() -> None:
-    """One rank under common.launch.supervise."""
-    job: Job = pickle.loads(launch.handed_down())
-    at = launch.place()
-    link = launch.Link(at)
+    """One rank under common.supervise."""
+    job: Job = pickle.loads(handed_down())
+    at = this_process()
+    link = Link(at)
     try:
         mesh = distributed(Layout(ulysses=job.ranks), job.device, timeout=job.timeout)
         found = run(job, mesh)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run import context as about
-from common import launch
+from common.environment import visible_gpus
 from common.layout import Layout, layouts_of
 from common.registry import Model, Size, fork_of, forks, get_model
 from planner.layouts import refusal
@@ -79,7 +79,7 @@ def smi(fields: tuple[str, ...], query: str = "gpu") -> list[dict[str, str]]:
 def find(models: list[str], mini: bool = False) -> Machine:
     """This machine, with all its visible GPUs up to eight. models: names; none for all, in miniature one of each
     fork. ValueError for a name that nobody has registered."""
-    gpus = 0 if mini else min(8, launch.visible_gpus())
+    gpus = 0 if mini else min(8, visible_gpus())
     every = [model for fork in forks() for model in (fork.models if gpus else fork.models[:1])]
     chosen = tuple(get_model(name).name for name in models) or tuple(model.name for model in every)
     if not gpus:

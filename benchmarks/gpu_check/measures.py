@@ -32,7 +32,7 @@ from common.fp8 import FLOAT8, to_float8
 from common.host import bind_to_gpu
 from common.memory import host_memory
 from common.parallel import Mesh
-from common.progress import Stages
+from common.progress import Report
 from common.registry import Size, fork_of, get_model
 from common.units import GIB
 from xdit_doctor.links import _seconds, compute
@@ -73,7 +73,7 @@ class Watch:
 
 
 class Diary:
-    """What `Stages` reports, with the time and the memory that PyTorch holds."""
+    """What `Report` reports, with the time and the memory that PyTorch holds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -93,18 +93,18 @@ class Diary:
 
 def generate(
     mesh: Mesh, name: str, folder: Path, size: Size, output: str, options: Mapping[str, Any], **more: Any
-) -> tuple[Tensor | None, Stages, Diary, Watch]:
+) -> tuple[Tensor | None, Report, Diary, Watch]:
     """One generation by the model's own pipeline. output: `latent` or `frames`. options: the pipeline's; more: of the
     call."""
     model, diary = get_model(name), Diary(mesh.device)
-    stages = Stages(device=mesh.device, report=diary)
-    pipe = fork_of(model).pipeline_class().from_pretrained(folder, mesh=mesh, stages=stages, **options)
+    report = Report(device=mesh.device, tell=diary)
+    pipe = fork_of(model).pipeline_class().from_pretrained(folder, mesh=mesh, report=report, **options)
     given = inputs(replace(model, config=pipe.config), size)
     given |= {"height": size.height, "width": size.width, "num_frames": size.num_frames}
     scale = 4.5 if size.guided else 1.0
     with Watch(mesh.device) as watch:
         result = pipe(PROMPT, num_steps=size.num_steps, cfg_scale=scale, seed=1, output=output, **given, **more)
-    return result, stages, diary, watch
+    return result, report, diary, watch
 
 
 def results(mesh: Mesh, name: str, folder: Path, size: Size) -> dict[str, Any]:
@@ -124,18 +124,18 @@ def sampling(
     if bind and mesh.device.type == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]))
     before = host_memory()
-    _, stages, diary, watch = generate(mesh, name, folder, size, "latent", options)
+    _, report, diary, watch = generate(mesh, name, folder, size, "latent", options)
     steps = diary.steps()
     start, held, spare = steps[0][0], steps[0][2], steps[0][3]
     device, host = watch.least(start, steps[-1][1])
     at_start = min(watch.seen, key=lambda one: abs(one[0] - start))[1]
-    record = next(r for r in stages.records if r.name == "sampling")
+    record = next(r for r in report.records if r.name == "sampling")
     later = [end - begin for begin, end, *_ in steps[1:]] or [steps[0][1] - start]
     found = {
         "first_s": steps[0][1] - start,
         "step_s": statistics.median(later),
         "spread_s": max(later) - min(later),
-        "loading_s": sum(r.seconds for r in stages.records if r.name.startswith("loading")),
+        "loading_s": sum(r.seconds for r in report.records if r.name.startswith("loading")),
         "peak_gib": record.peak_bytes / GIB,
         "held_gib": held / GIB,
         "taken_gib": (at_start + spare - device) / GIB,

@@ -21,6 +21,7 @@ from benchmarks.run import demo_folder
 from common.attention import KERNELS
 from common.layout import Layout
 from common.registry import Model, Size, fork_of, get_model
+from common.settings import CompileOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPTH = 6
@@ -30,14 +31,18 @@ FIRST_TESTS = "test_two_gpus.py"
 NO_FP8 = "the GPU does not multiply in fp8 (compute capability 8.9 or newer does)"
 MINI = "left out of a miniature on the CPU"
 OFF = {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+_AUTOTUNED = CompileOptions(compile=True, compile_mode="max-autotune-no-cudagraphs")
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"offload": "none"},
-    "bf16 compiled": {"offload": "none", "compiling": {"blocks": True}},
-    "bf16 autotuned": {"offload": "none", "compiling": {"blocks": True, "mode": "max-autotune-no-cudagraphs"}},
+    "bf16 compiled": {"offload": "none", "compiling": CompileOptions(compile=True)},
+    "bf16 autotuned": {
+        "offload": "none",
+        "compiling": CompileOptions(compile=True, compile_mode="max-autotune-no-cudagraphs"),
+    },
     "fp8": {"offload": "none", "dtype": "fp8"},
-    "fp8 compiled": {"offload": "none", "dtype": "fp8", "compiling": {"blocks": True}},
+    "fp8 compiled": {"offload": "none", "dtype": "fp8", "compiling": CompileOptions(compile=True)},
     "block": {"offload": "block"},
-    "block compiled": {"offload": "block", "compiling": {"blocks": True}},
+    "block compiled": {"offload": "block", "compiling": CompileOptions(compile=True)},
 }
 """Ways to run a step, as options of the pipelines."""
 
@@ -327,7 +332,8 @@ def _profile(machine: Machine) -> list[Cell]:
 
 
 def _doctor(machine: Machine) -> Row:
-    from xdit_doctor.cli import examine, profile
+    from xdit_doctor.cli import examine
+    from xdit_doctor.profile import profile
 
     found = examine(machine.device, machine.ranks, None, quick=machine.mini)
     if found["links"].get("self_test") != "passed":

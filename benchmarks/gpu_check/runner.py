@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.machine import Machine
-from common import launch
+from common import environment
 from common.demo import cache_home
 from common.host import allocator_default
 from common.layout import Layout
+from common.supervise import free_port
 
 SECONDS = 480.0
 """Of one part in one go."""
@@ -191,7 +192,7 @@ def on_ranks(
     environment: of the ranks, beside what the launcher sets. RankError when a rank fails, ends, or takes longer.
     """
     layout = layout or Layout()
-    port, ranks, processes = launch.free_port(), [], []
+    port, ranks, processes = free_port(), [], []
     for rank in range(layout.ranks):
         mine, theirs = machine.processes.Pipe(duplex=False)
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.ranks)}
@@ -244,7 +245,7 @@ def _rank(
     from common.parallel import distributed
 
     if device == "cpu":
-        torch.set_num_threads(max(1, launch.cores() // layout.ranks))
+        torch.set_num_threads(max(1, environment.cores() // layout.ranks))
     try:
         mesh = distributed(layout, device, timeout=seconds)
         answer = (True, function(mesh, *arguments))

@@ -11,20 +11,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common.registry import Size
+from common.settings import DecodeOptions
+
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from cogvideox_xdit.config import read_checkpoint
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.sampling import workload as cogvideox_workload
 from cogvideox_xdit.solver import Solver
 from common.estimate import Estimator, Precision
-from common.generation import draw_noise
+from common.latents import draw_noise
 from common.parallel import Mesh
 from common.placement import Placement
-from common.progress import Stages
+from common.progress import Report
 from mochi_xdit.pipeline import MochiPipeline
 from mochi_xdit.sampling import workload as mochi_workload
 
@@ -38,7 +40,7 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def added(work: Callable[[], object], stages: Stages) -> int:
+def added(work: Callable[[], object], stages: Report) -> int:
     """Bytes of resident memory at the peak of `work`, beyond what there was before it.
 
     stages: where the pipeline keeps its own peaks; Linux's is reset each time one is read.
@@ -68,7 +70,7 @@ def mochi(pipe: MochiPipeline, stage: str, height: int, width: int, frames: int)
     if stage == "text":
         return lambda: pipe.encode_text({0: "a red circle moves " * 99}, pipe.config.text_tokens, True)
     if stage == "decode":
-        return lambda: pipe.decode(draw_noise(shape, 0), vae="exact", vae_chunk=2)
+        return lambda: pipe.decode(draw_noise(shape, 0), DecodeOptions("exact", 2))
     text = (torch.randn(1, pipe.config.text_tokens, pipe.config.text_dim), None)
     return lambda: pipe._sample(draw_noise(shape, 0), {0: text, 1: (None, None)}, [1.0, 0.0], [1.0])
 
@@ -77,7 +79,7 @@ def cogvideox(pipe: CogVideoXPipeline, stage: str, height: int, width: int, fram
     size, padding = pipe.latent_size(height, width, frames)
     if stage == "decode":
         latents = draw_noise((1, pipe.config.out_channels, size[0] - padding, *size[1:]), 0)
-        return lambda: pipe.decode(latents, vae="exact")
+        return lambda: pipe.decode(latents, DecodeOptions("exact"))
     text = {0: torch.randn(1, pipe.config.text_length, pipe.config.text_dim)}
     solver = Solver(pipe.checkpoint.scheduler, 1)
     return lambda: pipe._sample(pipe._start(size, padding, 0, None, None, solver), text, solver, [1.0])
@@ -89,18 +91,17 @@ def main() -> None:
     model, given, stage, offload, *numbers = sys.argv[1:]
     folder, (height, width, frames) = Path(given), map(int, numbers)
     warm_up()
-    options = {"dtype": "fp32", "text_dtype": "bf16", "offload": offload, "stages": Stages()}
+    options = {"dtype": "fp32", "text_dtype": "bf16", "offload": offload, "report": Report()}
     if model == "mochi":
         pipe = MochiPipeline(folder, **options)
-        measured = added(mochi(pipe, stage, height, width, frames), pipe.stages)
-        work = mochi_workload(folder, Mesh(), height, width, frames, guided=False, dtype=torch.float32)
+        measured = added(mochi(pipe, stage, height, width, frames), pipe.report)
+        workload = mochi_workload
     else:
         pipe = CogVideoXPipeline(folder, **options)
-        measured = added(cogvideox(pipe, stage, height, width, frames), pipe.stages)
-        read = read_checkpoint(folder)
-        sizes = (height, width, frames)
-        work = cogvideox_workload(read.transformer, read.vae, Mesh(), *sizes, guided=False, dtype=torch.float32)
-    counted = Estimator(work.with_text(lambda: folder), Mesh(), PRECISION, "cpu", ("exact", 2, None))
+        measured = added(cogvideox(pipe, stage, height, width, frames), pipe.report)
+        workload = cogvideox_workload
+    work = workload(folder, Size(width, height, frames, 1, guided=False), Mesh(), torch.float32)
+    counted = Estimator(work, Mesh(), PRECISION, "cpu", DecodeOptions("exact", 2))
     print(measured, counted.estimate(Placement(offload)).stages[stage].total)
 
 

@@ -14,7 +14,7 @@ from tests.rehearsal.trace import COMPUTE, Moment
 from tests.rehearsal.traffic import ATTENTION, MULTIPLIES
 
 STEP_SYNCS = {
-    "common/generation.py:require_finite": "NaN is told at the step where it arose; one number a step",
+    "common/latents.py:require_finite": "NaN is told at the step where it arose; one number a step",
     "common/progress.py:_synchronize": "the times of steps and the bar count finished work; once a step, at its end",
 }
 """Where the host waits for the GPU inside a sampling step, and why it may."""

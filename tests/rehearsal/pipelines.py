@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import cogvideox_xdit.pipeline
 import common.blocks
-import common.generation
+import common.decode_video
 import common.weights
 from cogvideox_xdit import CogVideoXPipeline
 from common.parallel import Mesh
+from common.settings import CompileOptions, DecodeOptions
 from common.text import TextFeatures
 from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures
@@ -90,7 +91,7 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
         mock.patch.object(common.weights._Reader, "_bytes", lambda *_: None),
         mock.patch.multiple(common.blocks, Pinned=Locked, ThreadPoolExecutor=threads),
         # Counted on the meta device, which takes as long as two chunks: every plan fits.
-        mock.patch.object(common.generation, "decode_memory", lambda *_, **__: 2**30),
+        mock.patch.object(common.decode_video, "decode_memory", lambda *_, **__: 2**30),
         mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=pictures, video_frames=pictures),
     ):
         yield
@@ -109,9 +110,9 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
             attention=scene.attention,
             offload=scene.offload,
             shard_weights=scene.shard,
-            compiling={"blocks": scene.compiled, "backend": "eager"},
+            compiling=CompileOptions(compile=scene.compiled, backend="eager"),
             overlap_groups=scene.groups,
-            stages=tracer.steps,
+            report=tracer.steps,
             **options,
         )
         pipe._load_text_encoder = lambda: Said(model.text_width)  # type: ignore[method-assign]
@@ -125,7 +126,7 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
         elif model.config.image_channels:
             given["image"] = "picture.png"
         with no_cuda_for_dynamo(scene.compiled):
-            return pipe("a boat", num_steps=STEPS, vae=scene.vae, output=scene.output, **given)
+            return pipe("a boat", num_steps=STEPS, decode=DecodeOptions(scene.vae), output=scene.output, **given)
 
 
 def no_cuda_for_dynamo(compiled: bool) -> AbstractContextManager[object]:

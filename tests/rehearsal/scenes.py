@@ -91,7 +91,7 @@ def _true(tensor: Tensor) -> bool:
 
 
 ANSWERS = {
-    "common/generation.py:require_finite": _true,
+    "common/latents.py:require_finite": _true,
     "common/decode.py:require_finite_pixels": _true,
     "common/parallel.py:all_min": lambda tensor: Machine().free,
     "mochi_xdit/transformer.py:_valid": lambda tensor: False if tensor.dtype == torch.bool else WORDS,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from common.progress import Stages
+from common.progress import Report
 from tests.helpers.recorder import Collective
 
 HOST = "host"
@@ -84,7 +84,7 @@ class Trace:
         return sum(row[0] for row in rows), sum(row[1] for row in rows)
 
 
-class Steps(Stages):
+class Steps(Report):
     """Tells a tracer which stage and step is running."""
 
     def __init__(self, device: torch.device) -> None:

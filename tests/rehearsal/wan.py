@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.compile import Compile
+from common.compile import compile_transformer
 from common.decode import DecodePlan, decode_frames
-from common.generation import Models, parse_dtype, require_finite
+from common.dtypes import parse_dtype
 from common.guidance import Guidance
+from common.latents import require_finite
 from common.parallel import Mesh, on_main
+from common.pipeline import Pipeline
 from common.placement import Placement, place
+from common.settings import CompileOptions
 from common.usp import SequenceParallel
 from common.vae import TimeSplit, encode_moments, lay_out
 from common.weights import load, on_meta, open_checkpoint, save
@@ -60,13 +63,17 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
 
 
 class _Generation:
-    """Stages one after another, each with its model."""
+    """Report one after another, each with its model."""
+
+    keeps = False
+    stage_model = Pipeline.stage_model
 
     def __init__(self, scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> None:
         model = MODELS[scene.model] if scene.layers is None else MODELS[scene.model].shallow(scene.layers)
         self.scene, self.folder, self.mesh = scene, folder, mesh
         self.config, self.size, self.vae = model.config, model.size, autoencoder(scene.model)
-        self.stages, self.models = tracer.steps, Models()
+        self.report = tracer.steps
+        self.loaded: dict[str, Any] = {}
         self.guidance, self.split = Guidance(mesh.cfg), TimeSplit(mesh.world)
         self.dtype = parse_dtype("bf16" if scene.dtype == "fp8" else scene.dtype)
         self.sp = SequenceParallel(mesh, scene.attention, scene.groups, self.dtype)
@@ -81,11 +88,11 @@ class _Generation:
         if encoded is not None:
             mask = torch.empty(1, config.image_channels - encoded.shape[1], *size, device=mesh.device)
             beside = torch.cat((mask, encoded), dim=1)
-        with self.models.use("transformer", self._transformer) as model:
+        with self.stage_model("transformer", self._transformer) as model:
             conds = {b: model.prepare(text[b], size, beside, seen) for b in self.guidance.branches(SCALE)}
             tokens = pack(torch.empty(1, config.out_channels, *size).to(mesh.device), config.patch)
             z = sp.shard(tokens)
-            with self.stages.stage("sampling", total=STEPS) as step:
+            with self.report.stage("sampling", total=STEPS) as step:
                 for i in range(STEPS):
                     predictions = {b: model(z, 1000.0 / (i + 1), conds[b]) for b in self.guidance.branches(SCALE)}
                     z = z - 0.5 * self.guidance.combine(predictions, SCALE)
@@ -96,17 +103,17 @@ class _Generation:
     def encode(self) -> Tensor:
         """Latents (1, C, *size) of a video."""
         vae, (time, rows, columns) = self.vae, self.size
-        with self.models.use("encoder", lambda: self._half("encoder", WanEncoder)) as encoder:
+        with self.stage_model("encoder", lambda: self._half("encoder", WanEncoder)) as encoder:
             video = torch.empty(1, 3, vae.time * (time - 1) + 1, rows * vae.space, columns * vae.space)
-            with self.stages.stage("encoding video"):
+            with self.report.stage("encoding video"):
                 given = video.to(self.mesh.device, self.dtype)
                 moments = encode_moments(encoder, given, encoder.chunks(video.shape[2]), self.split)
         return moments.chunk(2, dim=1)[0]
 
     def decode(self, latents: Tensor) -> Tensor | None:
-        with self.models.use("decoder", lambda: self._half("decoder", WanDecoder)) as decoder:
+        with self.stage_model("decoder", lambda: self._half("decoder", WanDecoder)) as decoder:
             plan = DecodePlan(self.scene.vae, 2, (32, 40) if self.scene.vae == "tiled" else None)
-            with self.stages.stage("decoding"):
+            with self.report.stage("decoding"):
                 pieces = decode_frames(decoder, latents, plan, self.split)
                 kept = [piece for piece in pieces if piece is not None]
         return torch.cat(kept) if kept else None
@@ -116,7 +123,7 @@ class _Generation:
         placement = Placement(scene.offload, scene.shard, scene.dtype == "fp8")
         where = (self.mesh.device, self.dtype, exact_names(self.config), placement, self.mesh.weights)
         model = place(on_meta(WanTransformer, self.config, self.sp), checkpoint, None, *where)
-        Compile(blocks=scene.compiled, backend="eager").transformer(model)
+        compile_transformer(model, CompileOptions(compile=scene.compiled, backend="eager"))
         return model
 
     def _half(self, name: str, build: Any) -> Any:

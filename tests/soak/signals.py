@@ -22,8 +22,8 @@ from pathlib import Path
 
 import psutil
 
-from common import program
-from mochi_xdit.cli import PROGRAM
+from mochi_xdit.fork import FORK
+from tests.helpers import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
@@ -111,7 +111,7 @@ def _files(folder: Path, status: int) -> list[str]:
         problems.append(f"ended well with {sorted(names)}")
     if latents.exists():
         again = ("--demo", "--gpus", "1", "--device", "cpu", "--from-latents", str(latents))
-        if program.main(PROGRAM, [*again, "--output", str(folder / "again.mp4")]) != 0:
+        if programs.main(FORK, [*again, "--output", str(folder / "again.mp4")]) != 0:
             problems.append("the latents that were kept do not decode")
     return problems
 

@@ -10,7 +10,6 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.parallel import Mesh
-from common.request import Source
+from common.registry import forks
 from tools.demo.reading import read
 from tools.demo.text_encoder import named
 from tools.demo.world import FIELDS, VALUES, Scene, dataset, render
@@ -60,19 +59,19 @@ def psnr(reconstruct: Callable[[Tensor], Tensor], count: int, frames: int) -> fl
 
 FRAMES = {"mochi": 13, "cogvideox": 17, "consisid": 17}
 """Models, and how many frames their demo clips have."""
-_PIPELINES = {"mochi": "MochiPipeline", "cogvideox": "CogVideoXPipeline", "consisid": "ConsisIDPipeline"}
+_FORKS = {fork.name: fork for fork in forks()}
 
 
 def rules(model: str) -> tuple[Path, Any]:
     """A model's demo checkpoint and its own number of steps and guidance."""
-    program = import_module(f"{model}_xdit.cli").PROGRAM
-    return program.make_demo(program.demos[0]), program.rules(Source(demo=program.demos[0]))
+    fork = _FORKS[model]
+    name, own = next(iter(fork.demos.items()))
+    return fork.module("demo").demo_checkpoint(name), own
 
 
 def pipeline(model: str, folder: Path, mesh: Mesh | None = None, **options: Any) -> Any:
     """The pipeline of `model` over a demo checkpoint, its parts kept loaded."""
-    kind = getattr(import_module(f"{model}_xdit"), _PIPELINES[model])
-    return kind.from_pretrained(folder, mesh, keep_loaded=True, **options)
+    return _FORKS[model].pipeline_class().from_pretrained(folder, mesh, keep_loaded=True, **options)
 
 
 def generator(model: str, pipe: Any, **settings: Any) -> Callable[[str, int], Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from common.parallel import Layout, Mesh, distributed
+from common.settings import DecodeOptions
 from mochi_xdit.transformer import pack
 from tools.demo.evaluate import FRAMES, READ, evaluate, generator, pipeline, rules
 
@@ -55,7 +56,8 @@ def maker(model: str, options: dict[str, Any], mesh: Mesh | None = None) -> Call
     rest = {name: value for name, value in options.items() if name not in DECODING}
     folder, own = rules(model)
     pipe = pipeline(model, folder, mesh, **rest)
-    return generator(model, pipe, num_steps=own.num_steps, cfg_scale=own.cfg_scale, **decoding)
+    decode = DecodeOptions(**decoding)
+    return generator(model, pipe, num_steps=own.num_steps, cfg_scale=own.cfg_scale, decode=decode)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -89,7 +91,7 @@ def forward_error() -> float:
     for dtype in ("bf16", "fp8"):
         pipe = pipeline("mochi", rules("mochi")[0], dtype=dtype)
         text = pipe._encode(PROMPTS[0], None)[0]
-        with torch.inference_mode(), pipe.models.use("transformer", pipe._load_transformer) as model:
+        with torch.inference_mode(), pipe.stage_model("transformer", pipe.load_transformer) as model:
             latents = torch.randn(1, 12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
             cond = model.prepare((3, 8, 8), *text)
             outputs.append(model(pack(latents), torch.tensor([500.0]), cond))

@@ -54,8 +54,7 @@ def table(rows: list[tuple[str, str]], heads: tuple[str, str]) -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    programs = [fork.module("cli").PROGRAM for fork in forks()]
-    commands = {p.name: [o for o in command(p).params if not getattr(o, "hidden", False)] for p in programs}
+    commands = {f.program: [o for o in command(f).params if not getattr(o, "hidden", False)] for f in forks()}
     names = [{o.name for o in options} for options in commands.values()]
     shared = set.intersection(*names)
     lines = ["# Flags", "", "Made by `python -m tools.docs.flags` from the programs' own command lines.", ""]

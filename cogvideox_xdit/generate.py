@@ -1,0 +1,51 @@
+"""The videos of one request, start to end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.outputs import kept_latents, outputs
+from common.progress import Report
+from common.request import Request, as_wrong_use
+
+if TYPE_CHECKING:
+    from common.parallel import Mesh
+
+
+def generate(request: Request, mesh: Mesh, report: Report) -> None:
+    """Make every video of a request. Runs in every rank."""
+    from cogvideox_xdit.demo import IMAGE, is_random
+    from cogvideox_xdit.pipeline import CogVideoXPipeline
+
+    options = request.options
+    with as_wrong_use(), report.stage("opening the checkpoint", quiet=True):
+        pipe = CogVideoXPipeline.from_pretrained(
+            request.folder, mesh, request.runtime, report, scheduler=options.scheduler
+        )
+        image = options.image
+        if image is None and request.source.demo is not None and pipe.config.image_channels:
+            image = pipe.model_dir / IMAGE
+        pipe.config.check_task(image is not None, options.video is not None)
+        starts_from_frames = image is not None or options.video is not None
+        pipe.check_weights(request.sampled, frames=request.sampled and starts_from_frames)
+    if request.source.demo is not None and is_random(pipe.model_dir):
+        report.note("this demo checkpoint has random weights: the picture is noise")
+    for output in outputs(request, mesh, report):
+        video = output.video
+        latents = kept_latents(video, pipe.config.out_channels)
+        if latents is not None:
+            frames = pipe.decode(latents, request.decode)
+        else:
+            frames = pipe(
+                video.prompt,
+                video.negative_prompt,
+                seed=output.seed,
+                image=image,
+                video=options.video,
+                strength=options.strength,
+                dynamic_cfg=options.dynamic_cfg,
+                decode=request.decode,
+                latents_file=video.latents_file,
+                **vars(video.sampling),
+            )
+        output.write(frames)

@@ -1,0 +1,75 @@
+"""The options that CogVideoX alone has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import click
+
+from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP
+from common.checks import nearest
+from common.options import Option
+from common.request import ForkOptions, Source, Video
+
+
+@dataclass(frozen=True)
+class CogVideoXOptions(ForkOptions):
+    image: Path | None = None
+    """The first frame, for image to video checkpoints."""
+    video: Path | None = None
+    """What a text checkpoint starts from."""
+    strength: float = 0.8
+    """How much of the schedule is run on `video`, of (0, 1]."""
+    scheduler: str | None = None
+    """ddim or dpm; None: the checkpoint's own."""
+    dynamic_cfg: bool = False
+    """Guidance varies over the steps."""
+
+    command_line: ClassVar = (
+        Option(["--image"], type=click.Path(path_type=Path), help="First frame, for image to video checkpoints."),
+        Option(["--video"], type=click.Path(path_type=Path), help="Video to start from, for text checkpoints."),
+        Option(["--strength"], type=float, default=0.8, help="How much of --video is made anew, of (0, 1]."),
+        Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own."),
+        Option(["--dynamic-cfg"], is_flag=True, help="Let the guidance vary, as the official demo does with dpm."),
+    )
+
+    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+        """What is wrong with the image, the video and the strength. They are read as far as they are used."""
+        found = []
+        strength, sampling = self.strength, videos[0].sampling
+        if self.image is not None and self.video is not None:
+            found.append("--image and --video exclude each other; give one of them")
+        if self.image is not None:
+            found += unreadable_image(self.image)
+        if strength is not None and not 0 < strength <= 1:
+            found.append(f"--strength {strength} must be above 0 and at most 1")
+        elif self.video is not None and strength is not None and int(sampling.num_steps * strength) < 1:
+            found.append(f"--strength {strength} of --num-steps {sampling.num_steps} leaves no step; raise one of them")
+        return found + ([] if self.video is None else _short_video(self.video, sampling.num_frames))
+
+
+def unreadable_image(path: Path) -> list[str]:
+    """What is wrong with the file of --image."""
+    from common.video import read_image
+
+    try:
+        read_image(path)
+    except ValueError as error:
+        return [f"--image {error}"]
+    return []
+
+
+def _short_video(path: Path, num_frames: int) -> list[str]:
+    from common.video import read_frames
+
+    try:
+        count = sum(1 for _ in read_frames(path, num_frames))
+    except ValueError as error:
+        return [f"--video {error}"]
+    if count >= num_frames:
+        return []
+    near = nearest(count, FRAME_STEP, FRAME_OFFSETS).split(" or ")[0]
+    return [f"--video {path} has {count} frames, fewer than --num-frames {num_frames}; --num-frames {near} would do"]

@@ -1,0 +1,75 @@
+"""The options that ConsisID alone has."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import click
+
+from cogvideox_xdit.options import unreadable_image
+from common.extras import install
+from common.files import absence, writing_problem
+from common.options import Option
+from common.request import ForkOptions, Source, Video
+from consisid_xdit.config import TRAINED
+
+EXTRA = {"cv2": "opencv-python-headless", "onnxruntime": "onnxruntime"}
+_FILE = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True)
+class ConsisIDOptions(ForkOptions):
+    id_embeddings: Path | None = None
+    """A file of identity features, in place of `image`."""
+    image: Path | None = None
+    """A photograph of the person."""
+    save_id_embeddings: Path | None = None
+    """Where the photograph's identity features are kept."""
+    scheduler: str | None = None
+    """ddim or dpm; None: the checkpoint's own."""
+    dynamic_cfg: bool = False
+    """Guidance varies over the steps."""
+
+    command_line: ClassVar = (
+        Option(["--id-embeddings"], type=_FILE, help="Identity features in place of --image; needs no face models."),
+        Option(["--image"], type=_FILE, help="Photograph; its largest face is taken."),
+        Option(["--save-id-embeddings"], type=_FILE, help="Write the photograph's identity features (safetensors)."),
+        Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own."),
+        Option(["--dynamic-cfg"], is_flag=True, help="Let the guidance vary, as CogVideoX's demo does with dpm."),
+    )
+
+    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+        """What is wrong with the photograph and the files of identity features."""
+        image, file, save = self.image, self.id_embeddings, self.save_id_embeddings
+        found = []
+        needed = source.demo is None and videos[0].latents is None and not dry_run
+        if image is None and file is None and needed:
+            found.append("--image is missing; name a photograph of the person, or use --id-embeddings")
+        if image is not None:
+            found += unreadable_image(image)
+        if image is not None and file is not None:
+            found.append("--image and --id-embeddings exclude each other; give one of them")
+        if image is not None and source.demo == TRAINED:
+            found.append(
+                "--demo shapes has no face models; name a file with --id-embeddings, "
+                "or use --demo face for a photograph"
+            )
+        if image is not None and (missing := missing_packages()):
+            found.append(
+                f"--image needs {' and '.join(missing)}: {install('face')}; or make the features elsewhere "
+                "with --save-id-embeddings and pass them with --id-embeddings"
+            )
+        if file is not None and (problem := absence(file, "file")):
+            found.append(f"--id-embeddings {problem}")
+        if save is not None and (problem := writing_problem(save)):
+            found.append(f"--save-id-embeddings: {problem}")
+        return found
+
+
+def missing_packages() -> list[str]:
+    """Packages of the extra `face` that are not installed."""
+    return [package for module, package in EXTRA.items() if importlib.util.find_spec(module) is None]

@@ -1,0 +1,41 @@
+"""The videos of one request, start to end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.outputs import kept_latents, outputs
+from common.progress import Report
+from common.request import Request, as_wrong_use
+
+if TYPE_CHECKING:
+    from common.parallel import Mesh
+
+
+def generate(request: Request, mesh: Mesh, report: Report) -> None:
+    """Make every video of a request. Runs in every rank."""
+    from mochi_xdit.demo import is_random
+    from mochi_xdit.pipeline import MochiPipeline
+
+    with as_wrong_use(), report.stage("opening the checkpoint", quiet=True):
+        pipe = MochiPipeline.from_pretrained(request.folder, mesh, request.runtime, report)
+        spoken = any(v.prompt or (v.negative_prompt and request.guided(v)) for v in request.videos)
+        pipe.check_weights(sample=request.sampled, text=spoken)
+    if request.source.demo is not None and is_random(pipe.model_dir):
+        report.note("the demo checkpoint has random weights: the picture is noise")
+    for output in outputs(request, mesh, report):
+        video = output.video
+        latents = kept_latents(video, pipe.config.channels)
+        if latents is not None:
+            frames = pipe.decode(latents, request.decode)
+        else:
+            frames = pipe(
+                video.prompt,
+                video.negative_prompt,
+                seed=output.seed,
+                decode=request.decode,
+                latents_file=video.latents_file,
+                **vars(video.sampling),
+                **vars(request.options),
+            )
+        output.write(frames)

@@ -1,0 +1,39 @@
+"""A fork's command, called in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from common import launch
+from common.checks import Rules
+from common.outputs import Output
+from common.progress import Report
+from common.registry import Fork
+from common.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def main(fork: Fork, arguments: Sequence[str]) -> int:
+    """What the fork's `main` would exit with."""
+    return launch.run(fork, fork.module("generate").generate, arguments)
+
+
+def frames_of(fork: Fork, request: Request) -> list[Tensor]:
+    """The frames of a request's videos on one rank, which are not written."""
+    from common.parallel import Mesh
+
+    made: list[Tensor] = []
+    with mock.patch.object(Output, "write", lambda self, frames: made.append(frames)):
+        fork.module("generate").generate(request, Mesh(), Report())
+    return made
+
+
+def demo_of(fork: Fork) -> tuple[Path, Rules]:
+    """The folder of a fork's first demo, and its size and other defaults."""
+    name, rules = next(iter(fork.demos.items()))
+    return fork.module("demo").demo_checkpoint(name), rules
