@@ -40,7 +40,7 @@ from benchmarks.fitting import (
     sheet,
 )
 from benchmarks.published import Row, excluded, group_of, rows
-from common.extras import install
+from common.system.extras import install
 from planner.hardware import DATA, get_profile
 
 

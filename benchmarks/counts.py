@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import door, forks
-from common.layout import Coordinates, Layout, layouts_of
-from common.registry import Model, Size, get_model, model_names
+from common.registry.forks import Model, Size, get_model, model_names
+from common.registry.layout import Coordinates, Layout, layouts_of
 from planner import reference
 from planner.cost import Pass, passes, sent
 from planner.layouts import refusal

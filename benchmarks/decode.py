@@ -36,11 +36,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import door, forks
-from common.decode import DecodePlan, VideoDecoder, decode_frames
-from common.decode_planning import decode_memory, decode_plans
-from common.parallel import Layout, Mesh, distributed
-from common.registry import get_model, model_names
-from common.vae import CausalStream, LocalLink, TimeSplit, lay_out
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.registry.forks import get_model, model_names
+from common.video.causal import CausalStream, LocalLink, TimeSplit, lay_out
+from common.video.decode import DecodePlan, VideoDecoder, decode_frames
+from common.video.decode_planning import decode_memory, decode_plans
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

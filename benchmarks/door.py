@@ -12,10 +12,10 @@ from pathlib import Path
 
 import click
 
-from common import environment
-from common.files import writing_problem
-from common.layout import MOST_RANKS
-from common.registry import get_model
+from common.registry.forks import get_model
+from common.registry.layout import MOST_RANKS
+from common.system import environment
+from common.system.files import writing_problem
 
 
 def whole(most: int, least: int = 1) -> Callable[[str], int]:

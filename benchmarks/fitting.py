@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.published import Group, Row, group_of, special_priors
-from common.layout import Layout
-from common.registry import Model, Size, get_model
+from common.registry.forks import Model, Size, get_model
+from common.registry.layout import Layout
 from planner.hardware import Links, Profile, get_profile
 from planner.model import Pass, Spread, outside_seconds, spread, step_seconds, workload
 

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import door, forks
-from common.registry import get_model, model_names
-from common.units import GIB
+from common.registry.forks import get_model, model_names
+from common.system.units import GIB
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

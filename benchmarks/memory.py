@@ -3,8 +3,8 @@
     python benchmarks/memory.py                     # a model of each fork at its published size
     python benchmarks/memory.py --gpus 8 --model mochi
 
-Counted without weights or GPUs by `common.estimate`, in bf16, in GiB. Not counted: the CUDA context (about half a
-GiB), NCCL's buffers and the allocator's rounding. One command's own figures: `mochi-xdit --dry-run`.
+Counted without weights or GPUs by `common.memory.estimate`, in bf16, in GiB. Not counted: the CUDA context (about half
+a GiB), NCCL's buffers and the allocator's rounding. One command's own figures: `mochi-xdit --dry-run`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if __package__ in (None, ""):
 import click
 
 from benchmarks import door
-from common.choice import Room, candidates, choose_placement
-from common.estimate import Estimator, Precision, imagined
-from common.layout import MOST_RANKS, Layout
-from common.placement import Placement
-from common.registry import Model, fork_of, forks
-from common.units import GIB
+from common.memory.choice import Room, candidates, choose_placement
+from common.memory.estimate import Estimator, Precision, imagined
+from common.registry.forks import Model, fork_of, forks
+from common.registry.layout import MOST_RANKS, Layout
+from common.system.units import GIB
+from common.weights.placement import Placement
 from planner import choose_layout, get_model
 
 CARDS = (80, 48, 24, 16, 12, 10, 8)

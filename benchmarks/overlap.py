@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from benchmarks import door
 from benchmarks.step import DTYPES, Timer
-from common.parallel import Layout, Mesh, distributed
-from common.usp import SequenceParallel
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.usp import SequenceParallel
 
 
 def parse() -> argparse.Namespace:

@@ -23,7 +23,7 @@ import click
 from benchmarks import door
 from benchmarks.plots import profile_of, seconds_of
 from benchmarks.published import HERE, Row, excluded, rows, shown
-from common.registry import fork_of, get_model, model_names
+from common.registry.forks import fork_of, get_model, model_names
 from planner.hardware import get_profile
 from planner.layouts import plan
 from planner.model import predict

@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import door, forks
-from common.blocks import FromShares
-from common.parallel import Layout, distributed
-from common.placement import Placement, resident_bytes
-from common.registry import get_model, model_names
-from common.units import GIB
-from common.usp import SequenceParallel
+from common.parallel.mesh import Layout, distributed
+from common.parallel.usp import SequenceParallel
+from common.registry.forks import get_model, model_names
+from common.system.units import GIB
+from common.weights.blocks import FromShares
+from common.weights.placement import Placement, resident_bytes
 
 ROWS = [(1, "stage", False, False), (1, "block", False, False), (1, "disk", False, False)]
 ROWS += [(1, "stage", False, True), (1, "disk", False, True)]

@@ -14,8 +14,8 @@ if __package__ in (None, ""):
 import click
 
 from benchmarks.published import Row, excluded, rows, shown
-from common.extras import install
-from common.registry import get_model
+from common.registry.forks import get_model
+from common.system.extras import install
 from planner.hardware import get_profile
 from planner.layouts import plan
 from planner.model import Prediction, predict

@@ -27,8 +27,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common import environment
-from common.supervise import supervise
+from common.run.supervise import supervise
+from common.system import environment
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -38,10 +38,10 @@ import click
 from benchmarks import door
 from benchmarks.published import Row, rows
 from benchmarks.worker import PROGRAMS, Job
-from common.attention import KERNELS
-from common.checks import kernel_problems, xfuser_problems
-from common.layout import MOST_RANKS, Layout, layouts_of
-from common.registry import Model, Size, fork_of, get_model, model_names
+from common.parallel.attention import KERNELS
+from common.registry.checks import kernel_problems, xfuser_problems
+from common.registry.forks import Model, Size, fork_of, get_model, model_names
+from common.registry.layout import MOST_RANKS, Layout, layouts_of
 from planner.layouts import MOST_FRAMES, MOST_PIXELS, MOST_STEPS, refusal
 
 RESULTS = Path("outputs") / "bench"
@@ -370,7 +370,7 @@ def _size(options: dict[str, Any], model: Model, table: Sequence[Row], demo: boo
 
 def _hollow(model: Model) -> Path:
     from benchmarks.true_size import make
-    from common.demo import cache_home
+    from common.run.demo import cache_home
 
     return make(model, cache_home() / "true-size" / model.name)
 

@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common.compile import compile_transformer
+from common.model.compile import compile_transformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 from benchmarks import door, forks
 from benchmarks.step_models import Case, Model
-from common.guidance import Guidance
-from common.parallel import Layout, Mesh, distributed
-from common.registry import get_model, model_names
-from common.settings import CompileOptions
-from common.usp import SequenceParallel
+from common.parallel.guidance import Guidance
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.usp import SequenceParallel
+from common.registry.forks import get_model, model_names
+from common.registry.settings import CompileOptions
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

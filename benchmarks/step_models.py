@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from common.demo import fill
-from common.usp import SequenceParallel
-from common.weights import save
+from common.parallel.usp import SequenceParallel
+from common.run.demo import fill
+from common.weights.load import save
 
 Size = tuple[int, int, int]
 STEM = "diffusion_pytorch_model"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import forks
-from common.checkpoint import DTYPE_NAMES
-from common.demo import t5_config, train_tokenizer
-from common.registry import Model
-from common.t5 import new_t5
-from common.weights import Rename, _source, _writes
+from common.registry.forks import Model
+from common.run.demo import t5_config, train_tokenizer
+from common.text.t5 import new_t5
+from common.weights.checkpoint import DTYPE_NAMES
+from common.weights.load import Rename, _source, _writes
 
 T5_XXL = {"d_model": 4096, "layers": 24, "heads": 64, "d_kv": 64, "d_ff": 10240}
 T5_VOCABULARY = 32128

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.environment import this_process
-from common.link import Link, handed_down
+from common.run.link import Link, handed_down
+from common.system.environment import this_process
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import forks
-from common.dtypes import parse_dtype
-from common.parallel import Layout, Mesh, distributed
-from common.progress import Report
-from common.registry import Model, Size, fork_of, get_model
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.registry.forks import Model, Size, fork_of, get_model
+from common.system.progress import Report
+from common.weights.dtypes import parse_dtype
 
 PROMPT = "A boat moves slowly to the left over a calm sea at sunset, seen from a cliff above the bay."
 STAGES = {"encoding": "text", "encoding video": "image", "sampling": "sampling", "decoding": "decode"}
@@ -192,7 +192,7 @@ def _peer_round(pipe: Any, job: Job, device: torch.device, steps: int, seed: int
 
 
 def main() -> None:
-    """One rank under common.supervise."""
+    """One rank under common.run.supervise."""
     job: Job = pickle.loads(handed_down())
     at = this_process()
     link = Link(at)

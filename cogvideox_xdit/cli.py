@@ -8,13 +8,13 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder's modules are not top-level names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.entry import begin
+    from common.system.entry import begin
 
     begin()
 
 from cogvideox_xdit.fork import FORK
 from cogvideox_xdit.generate import generate
-from common import launch
+from common.run import launch
 
 
 def main() -> None:

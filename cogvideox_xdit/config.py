@@ -7,8 +7,18 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from common.checks import Rules
-from common.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, numbers, one_of, read_object, shown
+from common.registry.checks import Rules
+from common.weights.schema import (
+    MAX_LAYERS,
+    CheckpointError,
+    bounded,
+    build,
+    check_keys,
+    numbers,
+    one_of,
+    read_object,
+    shown,
+)
 
 PIXELS = 8  # rows and columns of the video per row and column of the latents
 FRAME_STEP = 8

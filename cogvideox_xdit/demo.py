@@ -17,8 +17,8 @@ from cogvideox_xdit.config import CONFIGS, TRAINED, TransformerConfig, VAEConfig
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 from cogvideox_xdit.weights import STEM, rename_table
-from common.demo import cache_home, fill, made_once, write_text_encoder
-from common.weights import Rename, save
+from common.run.demo import cache_home, fill, made_once, write_text_encoder
+from common.weights.load import Rename, save
 
 SEED = 20240806
 _REVISION = 2

@@ -7,8 +7,8 @@ from typing import Any
 
 from cogvideox_xdit.config import CONFIGS, DEMOS, TransformerConfig, VAEConfig, official_rules, read_rules
 from cogvideox_xdit.options import CogVideoXOptions
-from common.downloads import APACHE, diffusers_files
-from common.registry import (
+from common.registry.downloads import APACHE, diffusers_files
+from common.registry.forks import (
     CrossAttention,
     Decoder,
     Decoding,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.outputs import kept_latents, outputs
-from common.progress import Report
-from common.request import Request, as_wrong_use
+from common.registry.request import Request, as_wrong_use
+from common.run.outputs import kept_latents, outputs
+from common.system.progress import Report
 
 if TYPE_CHECKING:
-    from common.parallel import Mesh
+    from common.parallel.mesh import Mesh
 
 
 def generate(request: Request, mesh: Mesh, report: Report) -> None:

@@ -11,8 +11,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from common.pictures import as_rgb, fit_picture, read_image
-from common.video import read_frames
+from common.video.files import read_frames
+from common.video.pictures import as_rgb, fit_picture, read_image
 
 Picture: TypeAlias = "str | Path | np.ndarray | Tensor | PIL.Image.Image"
 Clip: TypeAlias = "str | Path | np.ndarray | Tensor"
@@ -23,7 +23,7 @@ def image_frames(image: Picture, height: int, width: int, fit: str = "stretch", 
     """A picture in the video's size: (1, height, width, 3) uint8.
 
     image: a file, a PIL image, or (H, W, 3) uint8. Raises ValueError when it is none of them.
-    fit: as of `common.pictures.fit_picture`. note: told once what that did, where the shape is another.
+    fit: as of `common.video.pictures.fit_picture`. note: told once what that did, where the shape is another.
     """
     if isinstance(image, (str, Path)):
         image = read_image(image)

@@ -10,9 +10,9 @@ from typing import ClassVar
 import click
 
 from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP
-from common.checks import nearest
-from common.options import Option
-from common.request import ForkOptions, Source, Video
+from common.registry.checks import nearest
+from common.registry.request import ForkOptions, Source, Video
+from common.run.options import Option
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CogVideoXOptions(ForkOptions):
 
 def unreadable_image(path: Path) -> list[str]:
     """What is wrong with the file of --image."""
-    from common.video import read_image
+    from common.video.files import read_image
 
     try:
         read_image(path)
@@ -63,7 +63,7 @@ def unreadable_image(path: Path) -> list[str]:
 
 
 def _short_video(path: Path, num_frames: int) -> list[str]:
-    from common.video import read_frames
+    from common.video.files import read_frames
 
     try:
         count = sum(1 for _ in read_frames(path, num_frames))

@@ -15,15 +15,15 @@ from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
-from common.dtypes import latent_dtype
-from common.guidance import NEGATIVE, POSITIVE
-from common.latents import check_latents, save_latents
-from common.parallel import Mesh, on_main
-from common.pipeline import Pipeline
-from common.progress import Report
-from common.quantize import TransformerFiles
-from common.settings import DecodeOptions, Runtime
-from common.vae import TimeSplit, lay_out
+from common.parallel.guidance import NEGATIVE, POSITIVE
+from common.parallel.mesh import Mesh, on_main
+from common.registry.settings import DecodeOptions, Runtime
+from common.run.pipeline import Pipeline
+from common.run.quantize import TransformerFiles
+from common.system.progress import Report
+from common.video.causal import TimeSplit, lay_out
+from common.video.latents import check_latents, save_latents
+from common.weights.dtypes import latent_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +32,7 @@ STRENGTH = 0.8
 
 
 class CogVideoXPipeline(Pipeline):
-    """CogVideoX over a checkpoint folder in the diffusers layout. For the options see `common.pipeline.Pipeline`.
+    """CogVideoX over a checkpoint folder in the diffusers layout. For the options see `common.run.pipeline.Pipeline`.
 
     scheduler: `ddim` or `dpm` in place of the checkpoint's own.
     """

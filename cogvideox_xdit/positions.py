@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit.config import TransformerConfig
-from common.usp import SequenceParallel
+from common.parallel.usp import SequenceParallel
 
 Grid = tuple[int, int, int]  # frames, rows and columns of tokens
 

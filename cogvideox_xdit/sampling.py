@@ -14,15 +14,15 @@ from cogvideox_xdit.config import TransformerConfig, VAEConfig, read_checkpoint
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, pack, unpack
 from cogvideox_xdit.transformer import Size as Grid
 from cogvideox_xdit.vae import CogVideoXDecoder
-from common.dtypes import latent_dtype
-from common.estimate import Workload
-from common.guidance import Guidance
-from common.latents import require_finite
-from common.parallel import Mesh
-from common.progress import Report
-from common.registry import Model, Size
-from common.usp import SequenceParallel
-from common.weights import on_meta
+from common.memory.estimate import Workload
+from common.parallel.guidance import Guidance
+from common.parallel.mesh import Mesh
+from common.parallel.usp import SequenceParallel
+from common.registry.forks import Model, Size
+from common.system.progress import Report
+from common.video.latents import require_finite
+from common.weights.dtypes import latent_dtype
+from common.weights.load import on_meta
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def workload(
     negative: bool = False,
     text_encoder_dir: str | Path | None = None,
 ) -> Workload:
-    """What one rank runs for one video, for `common.estimate`: one sampling step.
+    """What one rank runs for one video, for `common.memory.estimate`: one sampling step.
 
     source: a checkpoint's folder, or a registered model's numbers. negative: of no matter, an empty prompt is as long.
     The encoder of an image is not part of it.

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from cogvideox_xdit import positions
 from cogvideox_xdit.config import TransformerConfig
-from common.blocks import Blocks
-from common.elementwise import add_gated, in_place
-from common.linear import in_parts, linear_gelu
-from common.rope import rotate_pairs, rotation
-from common.usp import SequenceParallel
+from common.model.elementwise import add_gated, in_place
+from common.model.linear import in_parts, linear_gelu
+from common.model.rope import rotate_pairs, rotation
+from common.parallel.usp import SequenceParallel
+from common.weights.blocks import Blocks
 
 Size = tuple[int, int, int]  # latent frames, rows, columns
 OFS = 2.0  # the one value the 1.5 image checkpoint was trained with

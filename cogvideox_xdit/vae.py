@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvideox_xdit.config import VAEConfig
-from common.decode import VideoDecoder
-from common.vae import LARGEST_CONVOLUTION, CausalConv3d, CausalStream, TimeSplit, empty_for, encode_moments, silu
+from common.video.causal import (
+    LARGEST_CONVOLUTION,
+    CausalConv3d,
+    CausalStream,
+    TimeSplit,
+    empty_for,
+    encode_moments,
+    silu,
+)
+from common.video.decode import VideoDecoder
 
 LATENT_CHUNK = 2
 FRAME_CHUNK = 8

@@ -1,4 +1,4 @@
-"""Weights in the official (diffusers) layout, both ways: see `common.weights` for what a table means."""
+"""Weights in the official (diffusers) layout, both ways: see `common.weights.load` for what a table means."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from cogvideox_xdit.config import TransformerConfig, VAEConfig, read_checkpoint
-from common.parallel import Axis
-from common.placement import Placement, place
-from common.quantize import TransformerFiles
-from common.usp import SequenceParallel
-from common.weights import Checkpoint, Concat, Progress, Rename, check, find_files, load, on_meta, open_checkpoint
+from common.parallel.mesh import Axis
+from common.parallel.usp import SequenceParallel
+from common.run.quantize import TransformerFiles
+from common.weights.load import Checkpoint, Concat, Progress, Rename, check, find_files, load, on_meta, open_checkpoint
+from common.weights.placement import Placement, place
 
 if TYPE_CHECKING:
     from cogvideox_xdit.transformer import CogVideoXTransformer
@@ -71,7 +71,7 @@ def load_transformer(
 ) -> CogVideoXTransformer:
     """The transformer of a checkpoint folder on `device`.
 
-    See `common.weights.load` for memory and errors, and `common.placement.place` for placement and world.
+    See `common.weights.load.load` for memory and errors, and `common.weights.placement.place` for placement and world.
     """
     from cogvideox_xdit.transformer import CogVideoXTransformer
 

@@ -1,1 +1,1 @@
-"""What the three forks share: ranks, sequence-parallel attention, guidance, weights, text, VAE, video files."""
+"""What the forks share, by rooms; see docs/map.md."""

@@ -1,4 +1,4 @@
-from common.entry import begin
+from common.system.entry import begin
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from cogvideox_xdit.config import (
     transformer_config,
     transformer_json,
 )
-from common.checks import Rules
-from common.schema import MAX_LAYERS, bounded, build
+from common.registry.checks import Rules
+from common.weights.schema import MAX_LAYERS, bounded, build
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.attention import attention
-from common.schema import MAX_LAYERS, bounded
+from common.parallel.attention import attention
+from common.weights.schema import MAX_LAYERS, bounded
 from consisid_xdit.weights import load_pth
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

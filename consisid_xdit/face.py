@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointError, open_checkpoint, write_file
-from common.schema import build, check_keys, read_object, shown
+from common.weights.checkpoint import CheckpointError, open_checkpoint, write_file
+from common.weights.schema import build, check_keys, read_object, shown
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.eva import EvaConfig, EvaTower, load_eva
 from consisid_xdit.face_detect import (

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cogvideox_xdit.demo import write_json
-from common.demo import fill
+from common.run.demo import fill
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.eva import EvaConfig, EvaTower
 from consisid_xdit.face import CONFIG, DETECTOR, FOLDER, LANDMARKS, PARSER, RECOGNISER, TOWER, FaceConfig

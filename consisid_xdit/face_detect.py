@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from common.extras import install
+from common.system.extras import install
 
 Picture = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from common.attention import attention
+from common.parallel.attention import attention
 
 
 class FaceAttention(nn.Module):

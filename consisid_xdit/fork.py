@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cogvideox_xdit.fork import checkpoint
-from common.downloads import Part, diffusers_files, file
-from common.registry import CrossAttention, Demo, Fork, Size
+from common.registry.downloads import Part, diffusers_files, file
+from common.registry.forks import CrossAttention, Demo, Fork, Size
 from consisid_xdit.config import DEMOS, PREVIEW, ConsisIDConfig, read_rules
 from consisid_xdit.options import ConsisIDOptions
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.outputs import kept_latents, outputs
-from common.progress import Report
-from common.request import Request, as_wrong_use
+from common.registry.request import Request, as_wrong_use
+from common.run.outputs import kept_latents, outputs
+from common.system.progress import Report
 from consisid_xdit.options import missing_packages
 
 if TYPE_CHECKING:
-    from common.parallel import Mesh
+    from common.parallel.mesh import Mesh
     from consisid_xdit.face import IdentityFeatures
     from consisid_xdit.pipeline import ConsisIDPipeline
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 import click
 
 from cogvideox_xdit.options import unreadable_image
-from common.extras import install
-from common.files import absence, writing_problem
-from common.options import Option
-from common.request import ForkOptions, Source, Video
+from common.registry.request import ForkOptions, Source, Video
+from common.run.options import Option
+from common.system.extras import install
+from common.system.files import absence, writing_problem
 from consisid_xdit.config import TRAINED
 
 EXTRA = {"cv2": "opencv-python-headless", "onnxruntime": "onnxruntime"}

@@ -17,11 +17,11 @@ from cogvideox_xdit.inputs import Picture, image_frames
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
-from common.parallel import on_main
-from common.pictures import as_rgb, read_image
-from common.placement import place
-from common.quantize import TransformerFiles
-from common.weights import find_files, on_meta, open_checkpoint
+from common.parallel.mesh import on_main
+from common.run.quantize import TransformerFiles
+from common.video.pictures import as_rgb, read_image
+from common.weights.load import find_files, on_meta, open_checkpoint
+from common.weights.placement import place
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.face import FaceReader, IdentityFeatures, load_identity
 from consisid_xdit.keypoints import draw_keypoints

@@ -1,4 +1,4 @@
-"""What one rank runs for one video, for `common.estimate`. The loop is CogVideoX's."""
+"""What one rank runs for one video, for `common.memory.estimate`. The loop is CogVideoX's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.sampling import work_of
 from cogvideox_xdit.transformer import Condition
 from cogvideox_xdit.transformer import Size as Grid
-from common.estimate import Workload
-from common.parallel import Mesh
-from common.registry import Model, Size
+from common.memory.estimate import Workload
+from common.parallel.mesh import Mesh
+from common.registry.forks import Model, Size
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.transformer import ConsisIDTransformer
 

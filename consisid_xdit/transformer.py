@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox_xdit.transformer import OFS, CogVideoXTransformer, Condition, Size
-from common.usp import SequenceParallel
+from common.parallel.usp import SequenceParallel
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.facial import FaceAttention, LocalFacialExtractor
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from cogvideox_xdit.weights import STEM
 from cogvideox_xdit.weights import rename_table as cogvideox_table
-from common.checkpoint import load_pickle
-from common.quantize import TransformerFiles
-from common.weights import Rename, find_files, on_meta, open_checkpoint
+from common.run.quantize import TransformerFiles
+from common.weights.checkpoint import load_pickle
+from common.weights.load import Rename, find_files, on_meta, open_checkpoint
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.transformer import ConsisIDTransformer, face_modules
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder's modules are not top-level names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.entry import begin
+    from common.system.entry import begin
 
     begin()
 
-from common import launch
+from common.run import launch
 from mochi_xdit.fork import FORK
 from mochi_xdit.generate import generate
 

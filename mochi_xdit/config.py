@@ -8,9 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from common.checks import Rules
-from common.headers import read_header
-from common.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, read_object, shown
+from common.registry.checks import Rules
+from common.weights.headers import read_header
+from common.weights.schema import MAX_LAYERS, CheckpointError, bounded, build, check_keys, read_object, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MAX_RATIO = 4096

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.demo import cache_home, fill, made_once, write_text_encoder
-from common.weights import save
+from common.run.demo import cache_home, fill, made_once, write_text_encoder
+from common.weights.load import save
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder, MochiEncoder

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from common.downloads import APACHE, GOOGLE_T5, Part, file, t5_of
-from common.registry import Decoder, Decoding, Demo, Fork, Latents, Model, Size, Stack, Stream, Text
+from common.registry.downloads import APACHE, GOOGLE_T5, Part, file, t5_of
+from common.registry.forks import Decoder, Decoding, Demo, Fork, Latents, Model, Size, Stack, Stream, Text
 from mochi_xdit.config import DEMO, OFFICIAL, MochiConfig, MochiVAEConfig, official_rules
 from mochi_xdit.options import MochiOptions
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.options import Option
-from common.request import ForkOptions, Source, Video
+from common.registry.request import ForkOptions, Source, Video
+from common.run.options import Option
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.guidance import NEGATIVE, POSITIVE
-from common.latents import check_latents, draw_noise, save_latents
-from common.parallel import Mesh
-from common.pipeline import Pipeline
-from common.progress import Report
-from common.quantize import TransformerFiles
-from common.settings import DecodeOptions, Runtime
-from common.weights import load, on_meta
+from common.parallel.guidance import NEGATIVE, POSITIVE
+from common.parallel.mesh import Mesh
+from common.registry.settings import DecodeOptions, Runtime
+from common.run.pipeline import Pipeline
+from common.run.quantize import TransformerFiles
+from common.system.progress import Report
+from common.video.latents import check_latents, draw_noise, save_latents
+from common.weights.load import load, on_meta
 from mochi_xdit.config import MochiRules, official_rules
 from mochi_xdit.sampling import linear_quadratic_sigmas, sample
 from mochi_xdit.transformer import MochiTransformer
@@ -35,7 +35,8 @@ Text = tuple[Tensor | None, Tensor | None]
 
 
 class MochiPipeline(Pipeline):
-    """Mochi over a checkpoint folder, native or diffusers layout. For the options see `common.pipeline.Pipeline`."""
+    """Mochi over a checkpoint folder, native or diffusers layout. For the options see
+    `common.run.pipeline.Pipeline`."""
 
     def __init__(
         self,

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.dtypes import latent_dtype
-from common.estimate import Workload
-from common.guidance import NEGATIVE, POSITIVE, Guidance
-from common.latents import require_finite
-from common.parallel import Mesh
-from common.progress import Report
-from common.registry import Model, Size
-from common.usp import SequenceParallel
-from common.weights import on_meta
+from common.memory.estimate import Workload
+from common.parallel.guidance import NEGATIVE, POSITIVE, Guidance
+from common.parallel.mesh import Mesh
+from common.parallel.usp import SequenceParallel
+from common.registry.forks import Model, Size
+from common.system.progress import Report
+from common.video.latents import require_finite
+from common.weights.dtypes import latent_dtype
+from common.weights.load import on_meta
 from mochi_xdit.transformer import MochiCondition, MochiTransformer, pack, unpack
 from mochi_xdit.vae import MochiDecoder
 from mochi_xdit.weights import EXACT, find_decoder, find_text_encoder, find_transformer
@@ -78,7 +78,7 @@ def workload(
     negative: bool = False,
     text_encoder_dir: str | Path | None = None,
 ) -> Workload:
-    """What one rank runs for one video, for `common.estimate`: one sampling step.
+    """What one rank runs for one video, for `common.memory.estimate`: one sampling step.
 
     source: a checkpoint's folder, or a registered model's numbers. negative: the branch of the negative prompt has one.
     Prompts count with as many tokens as fit. Errors as of `find_transformer`.

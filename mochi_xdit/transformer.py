@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attention import join_heads
-from common.blocks import Blocks
-from common.elementwise import add_gated, at_least_fp32, rms_norm, swiglu
-from common.linear import in_parts
-from common.rope import rotate_pairs, rotation
-from common.usp import SequenceParallel
+from common.model.elementwise import add_gated, at_least_fp32, rms_norm, swiglu
+from common.model.linear import in_parts
+from common.model.rope import rotate_pairs, rotation
+from common.parallel.attention import join_heads
+from common.parallel.usp import SequenceParallel
+from common.weights.blocks import Blocks
 from mochi_xdit.config import MochiConfig
 
 NORM_EPS = 1e-6

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from common.parallel import Axis, Mesh
-from common.placement import Placement, place
-from common.quantize import TransformerFiles
-from common.schema import read_object
-from common.usp import SequenceParallel
-from common.weights import (
+from common.parallel.mesh import Axis, Mesh
+from common.parallel.usp import SequenceParallel
+from common.run.quantize import TransformerFiles
+from common.weights.load import (
     Checkpoint,
     CheckpointError,
     Concat,
@@ -33,6 +31,8 @@ from common.weights import (
     on_meta,
     open_checkpoint,
 )
+from common.weights.placement import Placement, place
+from common.weights.schema import read_object
 from mochi_xdit.config import NATIVE_TRANSFORMER, MochiConfig, MochiVAEConfig, read_config
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def load_transformer(
 ) -> MochiTransformer:
     """The transformer of a native or diffusers folder on `device`.
 
-    See `common.weights.load` for memory and errors, and `common.placement.place` for placement and world.
+    See `common.weights.load.load` for memory and errors, and `common.weights.placement.place` for placement and world.
     """
     part = find_transformer(folder, dtype)
     module = _meta_transformer(part, sp)

@@ -1,7 +1,7 @@
 """Predicts time, memory and traffic of every layout of a registered model on a machine. Imports no torch, no model."""
 
-from common.layout import Layout
-from common.registry import Model, Size, get_model, model_names
+from common.registry.forks import Model, Size, get_model, model_names
+from common.registry.layout import Layout
 from planner.hardware import Profile, get_profile
 from planner.layouts import Plan, choose_layout, plan
 from planner.model import Prediction, predict

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from common.layout import Layout, as_options
-from common.registry import get_model, model_names
+from common.registry.forks import get_model, model_names
+from common.registry.layout import Layout, as_options
 from planner.hardware import SCHEMES, describe, get_profile, known_names, names, published_machines, with_links
 from planner.layouts import Plan, enough, plan
 from planner.machine import local_profile

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.layout import Coordinates, Layout, split_evenly
-from common.registry import Model, Size, Stack
+from common.registry.forks import Model, Size, Stack
+from common.registry.layout import Coordinates, Layout, split_evenly
 
 BYTES = 2
 """Of a weight or an activation in bf16 or fp16."""

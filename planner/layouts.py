@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from common.layout import MOST_RANKS, RULE, Layout, guidance_first, layouts_of
-from common.registry import Model, Size, get_model
-from common.registry import models as known_models
+from common.registry.forks import Model, Size, get_model
+from common.registry.forks import models as known_models
+from common.registry.layout import MOST_RANKS, RULE, Layout, guidance_first, layouts_of
 from planner.hardware import Profile, get_profile
 from planner.machine import local_profile
 from planner.model import RUNTIME_GIB, Prediction, memory_gib, predict

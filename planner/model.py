@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from common.layout import Coordinates, Layout
-from common.registry import Model, Size, Stack
+from common.registry.forks import Model, Size, Stack
+from common.registry.layout import Coordinates, Layout
 from planner import cost, reference
 from planner.cost import BYTES, Pass
 from planner.hardware import GIGA, Links, Profile

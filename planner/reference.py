@@ -8,8 +8,8 @@ uneven shards.
 
 from __future__ import annotations
 
-from common.layout import Layout
-from common.registry import Model, Size, Stack
+from common.registry.forks import Model, Size, Stack
+from common.registry.layout import Layout
 from planner.cost import BYTES, Pass, Sent, tokens_of
 
 

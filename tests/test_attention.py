@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from common import attention as kernels
-from common.attention import Kernel, check_kernel, choose_kernel
-from common.compile import compile_transformer
-from common.parallel import Axis, Layout, Mesh
-from common.settings import CompileOptions
-from common.usp import SequenceParallel
-from common.weights import assign, on_meta
+from common.model.compile import compile_transformer
+from common.parallel import attention as kernels
+from common.parallel.attention import Kernel, check_kernel, choose_kernel
+from common.parallel.mesh import Axis, Layout, Mesh
+from common.parallel.usp import SequenceParallel
+from common.registry.settings import CompileOptions
+from common.weights.load import assign, on_meta
 from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer
 from tests.helpers.fake_cuda import fake_cuda

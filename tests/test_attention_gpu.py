@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.attention import KERNELS, Kernel, attention, attention_with_lse, choose_kernel
+from common.parallel.attention import KERNELS, Kernel, attention, attention_with_lse, choose_kernel
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(1, 256, 256, 24, 128), (2, 77, 333, 3, 64), (1, 1, 1, 1, 128), (1, 129, 31, 5, 64)]

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from benchmarks import performance, plots, run, true_size
 from benchmarks.published import rows
-from common.checkpoint import open_checkpoint
-from common.layout import Layout
-from common.registry import Size, get_model
-from common.weights import load, on_meta
+from common.registry.forks import Size, get_model
+from common.registry.layout import Layout
+from common.weights.checkpoint import open_checkpoint
+from common.weights.load import load, on_meta
 
 
 def bench(*arguments: str, expect: int = 0):
@@ -136,7 +136,7 @@ def loaded(name: str, model, folder: Path) -> torch.nn.Module:
     from cogvideox_xdit.config import read_checkpoint
     from cogvideox_xdit.weights import load_decoder
     from cogvideox_xdit.weights import load_transformer as load_cogvideox
-    from common.usp import SequenceParallel
+    from common.parallel.usp import SequenceParallel
 
     if name == "mochi":
         from mochi_xdit.vae import MochiDecoder

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import calibrate, memory, performance, plots, run
-from common import environment
+from common.system import environment
 from tests.test_docs import PAGES, ROOT
 
 ZERO = "is not a whole number from 1"

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common.elementwise
-import common.linear
-import common.rope
-from common.elementwise import add_gated, rms_norm
-from common.linear import linear_gelu
-from common.rope import rotate_pairs, rotation
-from common.usp import SequenceParallel
+import common.model.elementwise
+import common.model.linear
+import common.model.rope
+from common.model.elementwise import add_gated, rms_norm
+from common.model.linear import linear_gelu
+from common.model.rope import rotate_pairs, rotation
+from common.parallel.usp import SequenceParallel
 from tests.helpers.fake_cuda import fake_cuda
 from tests.rehearsal.blocks import count_block
 from tests.rehearsal.floor import floor_of
@@ -26,7 +26,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for module in (common.elementwise, common.linear, common.rope):
+    for module in (common.model.elementwise, common.model.linear, common.model.rope):
         monkeypatch.setattr(module, "fuses", lambda x: True)
 
 

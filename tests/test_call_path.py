@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.blocks import Blocks
-from common.registry import Fork, forks
-from common.vae import CausalConv3d
+from common.registry.forks import Fork, forks
+from common.video.causal import CausalConv3d
+from common.weights.blocks import Blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = [fork for fork in forks() if fork.demos]
@@ -45,7 +45,7 @@ def ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Fork], di
             blocks.update(b for part in module.children() if isinstance(part, Blocks) for b in part.children())
             if module in blocks and hasattr(module, "regions"):  # the text encoder's have none
                 found.setdefault("block", way())
-            if isinstance(module, CausalConv3d) and "common/decode.py" in (files := way()):
+            if isinstance(module, CausalConv3d) and "common/video/decode.py" in (files := way()):
                 found.setdefault("convolution", files)
 
         monkeypatch.chdir(tmp_path)
@@ -74,5 +74,5 @@ def test_the_page_tells_the_way(ways) -> None:
     told = [re.findall(r"`([a-z_]+/[\w/]+\.py)`", line) for line in page.splitlines() if line.startswith("| `")]
     found = ways(FORKS[0])
     sampling, decoding = found["block"], found["convolution"]
-    assert [files[0] for files in told] == [*sampling, *decoding[decoding.index("common/pipeline.py") :]]
+    assert [files[0] for files in told] == [*sampling, *decoding[decoding.index("common/run/pipeline.py") :]]
     assert len(sampling) - 1 == 6 and len(decoding) - 1 - decoding.index("mochi_xdit/pipeline.py") == 4

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.vae import CausalConv3d, CausalStream, LocalLink, lay_out
+from common.video.causal import CausalConv3d, CausalStream, LocalLink, lay_out
 from tests.helpers.causal_net import latents, net, stream_through
 
 
@@ -101,7 +101,7 @@ def test_large_convolutions_go_in_stretches_of_time(monkeypatch, mode, stride):
     x = latents(9)
     whole = conv(x, CausalStream())
     for frames in (1, 4, 5, 100):
-        monkeypatch.setattr("common.vae.LARGEST_CONVOLUTION", frames * x[:, :, 0].numel())
+        monkeypatch.setattr("common.video.causal.LARGEST_CONVOLUTION", frames * x[:, :, 0].numel())
         assert torch.allclose(conv(x, CausalStream()), whole, rtol=0, atol=1e-14)
     assert whole.shape[2] == 9 // stride + 9 % stride
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvideox_xdit.pipeline import CogVideoXPipeline
-from common.checkpoint import CheckpointError
-from common.t5 import EncoderFiles, check_t5
-from common.text import FeatureCache, encode
+from common.text.encoder import FeatureCache, encode
+from common.text.t5 import EncoderFiles, check_t5
+from common.weights.checkpoint import CheckpointError
 from consisid_xdit.pipeline import ConsisIDPipeline
 from mochi_xdit.fork import FORK as MOCHI
 from mochi_xdit.pipeline import MochiPipeline

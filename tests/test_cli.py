@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from common import environment
-from common.checks import Ranks, Rules, choose_degrees, layout_problems, nearest
-from common.cli import parse
-from common.environment import Process
-from common.request import Request, WrongUse, draw_seeds, settings
+from common.registry.checks import Ranks, Rules, choose_degrees, layout_problems, nearest
+from common.registry.request import Request, WrongUse, draw_seeds, settings
+from common.run.command_line import parse
+from common.system import environment
+from common.system.environment import Process
 from mochi_xdit.fork import FORK
 
 ROOT = Path(__file__).resolve().parents[1]

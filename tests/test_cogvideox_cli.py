@@ -17,10 +17,10 @@ from cogvideox_xdit import CogVideoXPipeline
 from cogvideox_xdit.config import CONFIGS, VAEConfig, transformer_json, vae_json
 from cogvideox_xdit.demo import demo_checkpoint, demo_config, model_index, scheduler_json, write_json
 from cogvideox_xdit.fork import FORK
-from common.cli import parse
-from common.formats import write_frames
-from common.request import Request, WrongUse
-from common.video import read_video
+from common.registry.request import Request, WrongUse
+from common.run.command_line import parse
+from common.video.files import read_video
+from common.video.formats import write_frames
 from tests.helpers.cogvideox import write_checkpoint
 from tests.helpers.programs import frames_of, main
 

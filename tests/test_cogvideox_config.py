@@ -19,7 +19,7 @@ from cogvideox_xdit.config import (
 )
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.weights import rename_table
-from common.weights import load, on_meta, open_checkpoint, save
+from common.weights.load import load, on_meta, open_checkpoint, save
 
 SHAPES = Path(__file__).parent / "data" / "cogvideox_transformer_shapes.json"
 NAMES = {

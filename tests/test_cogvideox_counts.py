@@ -10,10 +10,10 @@ import torch
 
 from cogvideox_xdit.config import CONFIGS, TransformerConfig
 from cogvideox_xdit.transformer import CogVideoXTransformer
-from common.estimate import imagined
-from common.parallel import Layout, Mesh
-from common.usp import SequenceParallel
-from common.weights import on_meta
+from common.memory.estimate import imagined
+from common.parallel.mesh import Layout, Mesh
+from common.parallel.usp import SequenceParallel
+from common.weights.load import on_meta
 from tests.helpers.counting import Counts, counting
 
 TRUE_SIZES = {"2b": (13, 60, 90), "5b": (13, 60, 90), "1.5": (22, 96, 170)}  # latents; 1.5 with its padding frame

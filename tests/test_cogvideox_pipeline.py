@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cogvideox_xdit import CogVideoXPipeline
 from cogvideox_xdit.solver import SCHEDULERS
-from common.parallel import Layout, Mesh, distributed
+from common.parallel.mesh import Layout, Mesh, distributed
 from tests.helpers.cogvideox import write_checkpoint
 from tests.helpers.ranks import RankPool
 

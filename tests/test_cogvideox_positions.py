@@ -11,9 +11,9 @@ import torch
 from cogvideox_xdit.config import CONFIGS
 from cogvideox_xdit.positions import crop_region, rope, sine_cosine
 from cogvideox_xdit.transformer import CogVideoXTransformer
-from common.estimate import imagined
-from common.parallel import Layout
-from common.usp import SequenceParallel
+from common.memory.estimate import imagined
+from common.parallel.mesh import Layout
+from common.parallel.usp import SequenceParallel
 from tests.helpers.cogvideox import TEXT, denoise, inputs, ours, reference, reference_output, small, stored
 
 ALONE, CPU = SequenceParallel(), torch.device("cpu")

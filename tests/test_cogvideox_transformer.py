@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack, unpack
-from common.estimate import imagined
-from common.parallel import Layout, distributed
-from common.usp import SequenceParallel
+from common.memory.estimate import imagined
+from common.parallel.mesh import Layout, distributed
+from common.parallel.usp import SequenceParallel
 from tests.helpers.cogvideox import (
     KINDS,
     SIZES,

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
-from common.decode import DecodePlan, decode_frames, to_uint8
-from common.decode_planning import PeakMemory, decode_memory, decode_plans
-from common.parallel import Layout, distributed
-from common.vae import CausalStream, LocalLink, TimeSplit, spans
+from common.parallel.mesh import Layout, distributed
+from common.video.causal import CausalStream, LocalLink, TimeSplit, spans
+from common.video.decode import DecodePlan, decode_frames, to_uint8
+from common.video.decode_planning import PeakMemory, decode_memory, decode_plans
 
 SMALL = VAEConfig(channels=(8, 8, 12, 16), layers=1, groups=4)
 SHAPES = Path(__file__).parent / "data" / "cogvideox_vae_shapes.json"

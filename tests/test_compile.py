@@ -18,10 +18,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from cogvideox_xdit import CogVideoXPipeline
-from common.compile import compile_transformer
-from common.parallel import Layout, distributed
-from common.settings import CompileOptions, DecodeOptions
-from common.usp import SequenceParallel
+from common.model.compile import compile_transformer
+from common.parallel.mesh import Layout, distributed
+from common.parallel.usp import SequenceParallel
+from common.registry.settings import CompileOptions, DecodeOptions
 from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures
 from mochi_xdit import MochiPipeline

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import environment
-from common.cli import parse
-from common.extras import install
-from common.parallel import Mesh
-from common.request import Request, WrongUse
-from common.video import read_video
+from common.parallel.mesh import Mesh
+from common.registry.request import Request, WrongUse
+from common.run.command_line import parse
+from common.system import environment
+from common.system.extras import install
+from common.video.files import read_video
 from consisid_xdit import cli, options
 from consisid_xdit.fork import FORK
 from consisid_xdit.pipeline import ConsisIDPipeline

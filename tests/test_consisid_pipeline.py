@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.parallel import Layout, Mesh, distributed
+from common.parallel.mesh import Layout, Mesh, distributed
 from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.facial import LocalFacialExtractor

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit.transformer import CogVideoXTransformer
-from common.estimate import imagined
-from common.parallel import Layout, Mesh, distributed
-from common.usp import SequenceParallel
-from common.weights import load, on_meta, open_checkpoint, save
+from common.memory.estimate import imagined
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.usp import SequenceParallel
+from common.weights.load import load, on_meta, open_checkpoint, save
 from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_config, consisid_json
 from consisid_xdit.facial import LocalFacialExtractor
 from consisid_xdit.transformer import ConsisIDTransformer

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.decode import DecodePlan, decode_frames, to_uint8
-from common.parallel import Layout, distributed
-from common.tiles import cut, tiles
-from common.vae import CausalStream, TimeSplit
+from common.parallel.mesh import Layout, distributed
+from common.video.causal import CausalStream, TimeSplit
+from common.video.decode import DecodePlan, decode_frames, to_uint8
+from common.video.tiles import cut, tiles
 from tests.helpers.causal_net import Net, latents, net
 
 

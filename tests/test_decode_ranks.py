@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.decode import DecodePlan, decode_frames, to_uint8
-from common.parallel import Layout, distributed, edges
-from common.vae import CausalStream, TimeSplit, encode_moments
+from common.parallel.mesh import Layout, distributed, edges
+from common.video.causal import CausalStream, TimeSplit, encode_moments
+from common.video.decode import DecodePlan, decode_frames, to_uint8
 from tests.helpers.causal_net import latents, net
 
 

@@ -10,11 +10,11 @@ import torch
 
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.vae import CogVideoXDecoder
-from common.decode import VideoDecoder
-from common.decode_video import decode_video
-from common.parallel import Layout, distributed
-from common.progress import Report
-from common.settings import DecodeOptions
+from common.parallel.mesh import Layout, distributed
+from common.registry.settings import DecodeOptions
+from common.system.progress import Report
+from common.video.decode import VideoDecoder
+from common.video.decode_video import decode_video
 from mochi_xdit.config import MochiVAEConfig
 from mochi_xdit.vae import MochiDecoder
 
@@ -41,7 +41,7 @@ def counted(name: str, latents: int) -> list[int]:
 
     model.register_forward_pre_hook(note)
     z = torch.randn(1, 12 if name == "mochi" else 16, latents, 2, 2)
-    with mock.patch("common.decode_video.free_memory", lambda *_: 2**40):
+    with mock.patch("common.video.decode_video.free_memory", lambda *_: 2**40):
         decode_video(model, z, mesh, DecodeOptions(), Report())
     return given
 

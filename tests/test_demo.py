@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 
-from common.decode import decode_frames
-from common.demo import cache_home, made_once, write_text_encoder
-from common.t5 import EncoderFiles
-from common.text import encode
-from common.weights import load, on_meta
+from common.run.demo import cache_home, made_once, write_text_encoder
+from common.text.encoder import encode
+from common.text.t5 import EncoderFiles
+from common.video.decode import decode_frames
+from common.weights.load import load, on_meta
 from mochi_xdit.demo import SHIPPED, demo_checkpoint, demo_config, random_checkpoint
 from mochi_xdit.vae import MochiDecoder, MochiEncoder
 from mochi_xdit.weights import find_decoder, find_encoder, load_transformer

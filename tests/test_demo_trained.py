@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.registry import forks
+from common.registry.forks import forks
 from tests.helpers.programs import demo_of
 from tools.demo.reading import read
 from tools.demo.world import SHAPES, dataset

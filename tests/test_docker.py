@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.registry import HERE, forks
+from common.registry.forks import HERE, forks
 
 if sys.version_info >= (3, 11):
     import tomllib

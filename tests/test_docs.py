@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import _unknown, command
-from common.registry import Fork, forks
+from common.registry.forks import Fork, forks
+from common.run.command_line import _unknown, command
 from planner.cli import command as plan
 from tools.docs import flags, tables
 from xdit_doctor.cli import command as doctor

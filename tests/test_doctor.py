@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from common.parallel import Layout, distributed
+from common.parallel.mesh import Layout, distributed
 from planner.hardware import Machine, get_profile, read_profile
 from planner.machine import local_profile
 from xdit_doctor import cli as doctor

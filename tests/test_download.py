@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.downloads import weights
-from common.registry import get_model, model_names
+from common.registry.downloads import weights
+from common.registry.forks import get_model, model_names
 from tests.helpers.hub import Hub, download, there
 
 BIG = os.urandom(3 << 20)

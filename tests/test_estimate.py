@@ -18,17 +18,17 @@ from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
 from cogvideox_xdit.fork import FORK as COGVIDEOX
 from cogvideox_xdit.fork import checkpoint as cogvideox_model
-from common.choice import WORKSPACE, Choice, Room, candidates, choose_placement
-from common.decode import DecodePlan
-from common.decode_planning import MARGIN, SPARE
-from common.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
-from common.fp8 import Float8Linear
-from common.layout import Coordinates
-from common.parallel import Layout, Mesh, distributed
-from common.placement import Placement, resident_bytes
-from common.registry import Model, Size, Text, fork_of
-from common.units import GIB
-from common.usp import SequenceParallel
+from common.memory.choice import WORKSPACE, Choice, Room, candidates, choose_placement
+from common.memory.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.usp import SequenceParallel
+from common.registry.forks import Model, Size, Text, fork_of
+from common.registry.layout import Coordinates
+from common.system.units import GIB
+from common.video.decode import DecodePlan
+from common.video.decode_planning import MARGIN, SPARE
+from common.weights.float8 import Float8Linear
+from common.weights.placement import Placement, resident_bytes
 from consisid_xdit.fork import FORK as CONSISID
 from consisid_xdit.fork import face_attention
 from mochi_xdit import MochiPipeline
@@ -131,7 +131,7 @@ def test_the_decode_keeps_to_the_memory_it_is_given(tmp_path, monkeypatch, keep)
         used.append(plan)
         return iter([torch.zeros(1)])
 
-    monkeypatch.setattr("common.decode_video.decode_frames", decoded)
+    monkeypatch.setattr("common.video.decode_video.decode_frames", decoded)
     work = mochi_workload(folder, Size(256, 192, 19, 1), Mesh(), torch.float32)
     counted = Estimator(work, Mesh(), Precision(torch.float32, text=torch.float32), "cpu")
     placement = Placement("none" if keep else "stage")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.extras import ROOT, install, packages, pip
+from common.system.extras import ROOT, install, packages, pip
 
 
 def test_from_a_checkout_pip_takes_the_extra_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

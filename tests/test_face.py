@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.parallel import Layout, distributed, on_main
+from common.parallel.mesh import Layout, distributed, on_main
 from consisid_xdit.demo import demo_config, portrait
 from consisid_xdit.face import FaceReader, IdentityFeatures, choose_face, load_identity, save_identity, shrink, warnings
 from consisid_xdit.face_demo import write_face_models

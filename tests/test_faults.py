@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.parallel import Axis, Layout, Mesh, distributed
-from common.registry import Fork
-from common.video import read_video
+from common.parallel.mesh import Axis, Layout, Mesh, distributed
+from common.registry.forks import Fork
+from common.video.files import read_video
 from mochi_xdit.fork import FORK as MOCHI
 from tests.fake_fork.fork import FORK as FAKE
 from tests.helpers.programs import demo_of, main
@@ -169,7 +169,7 @@ def _silent_group(rank_that_is_deaf: int) -> str:
     """What the self-test says when one rank does not take part. It ends the process; here the end is caught."""
     import threading
 
-    from common import selftest
+    from common.parallel import self_test as selftest
 
     with distributed(Layout(ring=2), "cpu", timeout=4) as mesh:
         told = threading.Event()
@@ -194,7 +194,7 @@ def test_the_self_test_names_a_group_that_hangs(run_ranks):
 
 
 def _healthy_groups(cfg: int, ring: int, ulysses: int) -> bool:
-    from common.selftest import self_test
+    from common.parallel.self_test import self_test
 
     with distributed(Layout(cfg, ring, ulysses), "cpu") as mesh:
         self_test(mesh, 60, lambda error: None)

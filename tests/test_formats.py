@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from common.files import PartialFolder, remove_partial
-from common.formats import (
+from common.system.files import PartialFolder, remove_partial
+from common.video.files import Audio, VideoFile, _ffmpeg, read_video
+from common.video.formats import (
     FORMATS,
     FRAME_NAMES,
     destination_problem,
@@ -24,10 +25,9 @@ from common.formats import (
     suffix_of,
     write_frames,
 )
-from common.metadata import with_webp_exif
-from common.pictures import read_image, write_picture
-from common.video import Audio, VideoFile, _ffmpeg, read_video
-from common.writers import FrameFolder
+from common.video.metadata import with_webp_exif
+from common.video.pictures import read_image, write_picture
+from common.video.writers import FrameFolder
 
 TITLE, COMMENT = "a lemon; 50% =\nKreis \u2013 龙", json.dumps({"seed": 7, "prompt": "é"}, ensure_ascii=False)
 NAMES = ["x.mp4", "x.webm", "x.gif", "x.webp", "x.npy", "x.safetensors", "x"]
@@ -121,7 +121,7 @@ def test_a_gif_lasts_as_long_as_it_should(tmp_path):
 
 
 def test_an_ffmpeg_that_is_none_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.video._ffmpeg", lambda: "/no/such/ffmpeg")
+    monkeypatch.setattr("common.video.files._ffmpeg", lambda: "/no/such/ffmpeg")
     with pytest.raises(OSError, match="cannot start /no/such/ffmpeg: no such file"):
         write_frames(tmp_path / "x.mp4", ramp(1), 8)
     assert os.listdir(tmp_path) == []

@@ -22,7 +22,7 @@ from benchmarks.gpu_check import __main__ as program
 from benchmarks.gpu_check import checkpoints, claims, measures, parts, runner
 from benchmarks.gpu_check.machine import Machine
 from benchmarks.gpu_check.runner import Cell, Kept, Part
-from common.registry import get_model, models
+from common.registry.forks import get_model, models
 from xdit_doctor import cli as doctor
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.transformer import pack as cogvideox_pack
-from common.demo import fill
+from common.run.demo import fill
 from consisid_xdit.transformer import ConsisIDTransformer
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.transformer import pack as mochi_pack

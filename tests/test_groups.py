@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from cogvideox_xdit import CogVideoXPipeline
-from common import interface
-from common.environment import Process
-from common.layout import Layout
-from common.parallel import Mesh, distributed, resolve_device
-from common.selftest import self_test
-from common.settings import DecodeOptions
+from common.parallel import network as interface
+from common.parallel.mesh import Mesh, distributed, resolve_device
+from common.parallel.self_test import self_test
+from common.registry.layout import Layout
+from common.registry.settings import DecodeOptions
+from common.system.environment import Process
 from tests.helpers.cogvideox import clip, write_checkpoint
 from tests.helpers.fake_cuda import fake_cuda
 from tests.helpers.recorder import Record, agree, record_rank, recording
@@ -170,8 +170,9 @@ def test_an_error_leaves_its_rank_without_waiting_for_the_others(run_ranks, fold
 CHOOSER = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from common import cli, launch
-from common.layout import Layout
+from common.run import command_line as cli
+from common.run import launch
+from common.registry.layout import Layout
 from tests.fake_fork.fork import FORK
 from tests.fake_fork.generate import generate
 rank = int(os.environ["RANK"])
@@ -260,8 +261,8 @@ ip("addr", "add", "10.77.0.5/24", "dev", "train0")
 ip("link", "set", "train0", "up")
 ip("link", "set", "far0", "up")
 ip("route", "add", "default", "via", "10.77.0.1")
-from common.interface import choose_interface
-from common.environment import Process
+from common.parallel.network import choose_interface
+from common.system.environment import Process
 for master in ("10.77.0.9", "10.77.0.5", "127.0.0.1", "localhost", "myself"):
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     os.environ["MASTER_ADDR"] = master

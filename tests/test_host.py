@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common import host
+from common.system import host
 
 ADDRESSES = ("0000:17:00.0", "0000:65:00.0", "0000:ca:00.0", "0000:e3:00.0")
 

@@ -18,9 +18,9 @@ from cogvideox_xdit import config as cogvideox
 from cogvideox_xdit.config import CONFIGS, read_checkpoint, transformer_json, vae_json
 from cogvideox_xdit.demo import model_index, scheduler_json
 from cogvideox_xdit.fork import FORK as COGVIDEOX
-from common.checkpoint import CheckpointError, load_pickle, open_checkpoint, read_index
-from common.headers import read_header
-from common.schema import read_object
+from common.weights.checkpoint import CheckpointError, load_pickle, open_checkpoint, read_index
+from common.weights.headers import read_header
+from common.weights.schema import read_object
 from consisid_xdit.config import PREVIEW, consisid_json, read_consisid
 from mochi_xdit.config import read_config
 from mochi_xdit.fork import FORK as MOCHI
@@ -59,7 +59,7 @@ def little_memory(room: int = 512 << 20) -> Iterator[None]:
 
 
 def tiny_file(path: Path) -> bytes:
-    from common.weights import save
+    from common.weights.load import save
 
     save({"a.weight": torch.ones(2, 2), "b": torch.zeros(3, dtype=torch.bfloat16)}, path)
     return path.read_bytes()
@@ -305,7 +305,7 @@ def test_an_unforeseen_error_of_a_dry_run_is_one_line(tmp_path, capsys, monkeypa
     def fails(*args: object) -> int:
         raise OverflowError("int too big to convert")
 
-    monkeypatch.setattr("common.dry_run.run", fails)
+    monkeypatch.setattr("common.run.dry_run.run", fails)
     assert main(MOCHI, ["--dry-run", "--device", "cpu", "--gpus", "1"]) == 1
     assert capsys.readouterr().err == "error: int too big to convert\n"
 

@@ -14,13 +14,14 @@ import psutil
 import pytest
 import torch
 
-from common import environment, launch
-from common import supervise as supervise_module
-from common.environment import Process, this_process
-from common.failure import Failure, describe, is_out_of_memory, verdict
-from common.parallel import Layout, distributed
-from common.stopping import stoppable
-from common.supervise import _shared_environment, free_port, supervise
+from common.parallel.mesh import Layout, distributed
+from common.run import launch
+from common.run import supervise as supervise_module
+from common.run.supervise import _shared_environment, free_port, supervise
+from common.system import environment
+from common.system.environment import Process, this_process
+from common.system.failure import Failure, describe, is_out_of_memory, verdict
+from common.system.stopping import stoppable
 from tests.fake_fork.fork import FORK as FAKE
 from tests.helpers.programs import main
 
@@ -28,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from common import link as common_link
-from common.environment import this_process
-from common.link import Link, handed_down
+from common.run import link as common_link
+from common.system.environment import this_process
+from common.run.link import Link, handed_down
 at = this_process()
 link = Link(at)
 with open(sys.argv[1] + f"/{{at.rank}}", "w") as file:
@@ -162,7 +163,7 @@ def test_signal_handlers_are_put_back(tmp_path):
 def parent(tmp_path):
     """A launcher in a process of its own whose two ranks wait."""
     command = script(tmp_path, "wait()")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.supervise import supervise; "
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.run.supervise import supervise; "
     code += f"sys.exit(supervise({command!r}, 2, cpu=True))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert eventually(lambda: len(alive(tmp_path)) == 2)
@@ -195,7 +196,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, capfd, number):
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_ranks_start_where_standard_streams_are_closed(tmp_path, closed):
     command = script(tmp_path, "os.fstat(0); os.fstat(1); os.fstat(2); link.stderr.write('told'); link.leave(0)")
-    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from common.supervise import supervise; "
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from common.run.supervise import supervise; "
     code += f"os._exit(supervise({command!r}, 2, cpu=True, request=b'request'))"
     shell = f'exec {sys.executable} -c "$0" ' + " ".join(f"{number}>&-" for number in closed)
     done = subprocess.run(["sh", "-c", shell, code], capture_output=True, text=True)
@@ -214,7 +215,7 @@ def test_ranks_die_with_their_parent_where_the_kernel_sends_no_signal(tmp_path):
     (tmp_path / "rank.py").write_text(
         RANK.replace("at = ", "common_link._die_with_parent = lambda: None; at = ") + "wait()"
     )
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.supervise import supervise; "
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.run.supervise import supervise; "
     process = subprocess.Popen([sys.executable, "-c", code + f"supervise({command!r}, 2, cpu=True)"])
     assert eventually(lambda: len(alive(tmp_path)) == 2)
     process.kill()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.memory import host_memory
+from common.parallel.device_memory import host_memory
 
 GB = 10**9
 
@@ -79,7 +79,7 @@ def test_a_real_group_is_seen():
             group.rmdir()
         pytest.skip("making a control group needs privileges")
     code = "import sys; from pathlib import Path; Path(sys.argv[1], 'cgroup.procs').write_text('0'); "
-    code += "from common.memory import host_memory; print(host_memory())"
+    code += "from common.parallel.device_memory import host_memory; print(host_memory())"
     try:
         done = subprocess.run([sys.executable, "-c", code, str(group)], capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.cli import parse
-from common.decode import DecodePlan, decode_frames
-from common.latents import draw_noise, load_latents
-from common.parallel import Layout, Mesh, distributed
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.run.command_line import parse
+from common.video.decode import DecodePlan, decode_frames
+from common.video.latents import draw_noise, load_latents
 from mochi_xdit import MochiPipeline
 from mochi_xdit.config import FAST, OFFICIAL
 from mochi_xdit.fork import FORK
@@ -236,7 +236,7 @@ def test_decode_falls_back_to_a_smaller_plan(native, monkeypatch, error):
             raise error
         return decode_frames(decoder, z, plan, split)
 
-    monkeypatch.setattr("common.decode_video.decode_frames", short_of_memory)
+    monkeypatch.setattr("common.video.decode_video.decode_frames", short_of_memory)
     assert (pipe.decode(latents).int() - expected.int()).abs().max() <= 1
     assert len(plans) > 1 and plans[-1].mode == "exact"
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.compile import compile_transformer
-from common.parallel import Layout, distributed
-from common.placement import check_model
-from common.quantize import TransformerFiles
-from common.settings import CompileOptions
-from common.usp import SequenceParallel
-from common.weights import CheckpointError, Concat, Rename, Swap, load, on_meta, open_checkpoint, save
+from common.model.compile import compile_transformer
+from common.parallel.mesh import Layout, distributed
+from common.parallel.usp import SequenceParallel
+from common.registry.settings import CompileOptions
+from common.run.quantize import TransformerFiles
+from common.weights.load import CheckpointError, Concat, Rename, Swap, load, on_meta, open_checkpoint, save
+from common.weights.placement import check_model
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.weights import (

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from common.decode import DecodePlan, decode_frames, to_uint8
-from common.decode_planning import decode_memory, decode_plans
-from common.parallel import Layout, distributed
-from common.vae import CausalStream, LocalLink, TimeSplit, spans
-from common.weights import Concat
+from common.parallel.mesh import Layout, distributed
+from common.video.causal import CausalStream, LocalLink, TimeSplit, spans
+from common.video.decode import DecodePlan, decode_frames, to_uint8
+from common.video.decode_planning import decode_memory, decode_plans
+from common.weights.load import Concat
 from mochi_xdit.config import MochiVAEConfig
 from mochi_xdit.vae import (
     MochiDecoder,

@@ -16,9 +16,12 @@ import pytest
 import torch
 
 from cogvideox_xdit.fork import FORK as COGVIDEOX
-from common import files, video
-from common.cli import parse
-from common.files import (
+from common.parallel.mesh import Mesh
+from common.registry.request import WrongUse
+from common.run.command_line import parse
+from common.run.outputs import Output, clean_up
+from common.system import files
+from common.system.files import (
     Partial,
     as_argument,
     claimed,
@@ -28,12 +31,10 @@ from common.files import (
     text_problem,
     writing_problem,
 )
-from common.latents import load_latents, save_latents
-from common.outputs import Output, clean_up
-from common.parallel import Mesh
-from common.progress import Report
-from common.request import WrongUse
-from common.video import VideoFile, read_video, write_json
+from common.system.progress import Report
+from common.video import files as video
+from common.video.files import VideoFile, read_video, write_json
+from common.video.latents import load_latents, save_latents
 from mochi_xdit.fork import FORK
 
 ROOT = Path(__file__).resolve().parents[1]

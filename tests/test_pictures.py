@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cogvideox_xdit.inputs import image_frames, video_frames
-from common.pictures import FITS, fit_picture, fit_remark
+from common.video.pictures import FITS, fit_picture, fit_remark
 
 GREEN = (0, 255, 0)
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import blocks
-from common.blocks import Blocks, FromFile, FromHost, FromShares, Image, Stream, bind, finish
-from common.decode_planning import PeakMemory
-from common.fp8 import FLOAT8, LARGEST, Float8Linear, fill_float8, has_float8_matmul, to_float8, use_float8
-from common.parallel import Layout, Mesh, distributed
-from common.placement import Placement, place, resident_bytes
-from common.usp import SequenceParallel
-from common.weights import CheckpointError, load, on_meta, open_checkpoint, save
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.usp import SequenceParallel
+from common.video.decode_planning import PeakMemory
+from common.weights import blocks
+from common.weights.blocks import Blocks, FromFile, FromHost, FromShares, Image, Stream, bind, finish
+from common.weights.float8 import FLOAT8, LARGEST, Float8Linear, fill_float8, has_float8_matmul, to_float8, use_float8
+from common.weights.load import CheckpointError, load, on_meta, open_checkpoint, save
+from common.weights.placement import Placement, place, resident_bytes
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.weights import find_transformer, load_transformer
 from tests.helpers.mochi import TINY, denoise, write_checkpoint

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from benchmarks import calibrate, fitting
 from benchmarks.published import Row, excluded, rows
-from common import degrees
-from common.layout import RULE, Layout, layouts_of
-from common.registry import Size, model_names
+from common.registry.forks import Size, model_names
+from common.registry.layout import RULE, Layout, layouts_of
+from common.run import degrees
 from planner import choose_layout, get_model, get_profile, machine, plan, predict
 from planner.hardware import names
 from planner.layouts import enough, refusal

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.decode import DecodePlan, VideoDecoder
-from common.decode_planning import PeakMemory, decode_memory
-from common.estimate import FUSED, T5_XXL, Traffic, Workload, imagined
-from common.guidance import Guidance
-from common.layout import Coordinates, Layout
-from common.parallel import Mesh
-from common.registry import T5_XXL_PARAMETERS, Model, Size, Stack, fork_of, forks, get_model, model_names
-from common.t5 import new_t5
-from common.usp import SequenceParallel
-from common.vae import CausalStream, LocalLink, spans
+from common.memory.estimate import FUSED, T5_XXL, Traffic, Workload, imagined
+from common.parallel.guidance import Guidance
+from common.parallel.mesh import Mesh
+from common.parallel.usp import SequenceParallel
+from common.registry.forks import T5_XXL_PARAMETERS, Model, Size, Stack, fork_of, forks, get_model, model_names
+from common.registry.layout import Coordinates, Layout
+from common.text.t5 import new_t5
+from common.video.causal import CausalStream, LocalLink, spans
+from common.video.decode import DecodePlan, VideoDecoder
+from common.video.decode_planning import PeakMemory, decode_memory
 from planner import cost
 from planner.model import GIB, memory_gib
 from tests.helpers.counting import counting, shorten
@@ -180,7 +180,7 @@ def test_decoders_compute_what_is_said(name: str, latents: int) -> None:
 
 
 def decode_all(decoder: VideoDecoder, z: torch.Tensor) -> None:
-    """All chunks in order, as `common.decode` runs them on one rank."""
+    """All chunks in order, as `common.video.decode` runs them on one rank."""
     link = LocalLink()
     parts = spans(decoder.chunks(z.shape[2], max(decoder.chunk_choices)))
     for k, part in enumerate(parts):

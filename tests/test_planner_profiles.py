@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common import degrees
-from common.layout import RULE, Layout
+from common.registry.layout import RULE, Layout
+from common.run import degrees
 from planner import choose_layout, get_profile, machine
 from planner.hardware import Machine
 from tests.helpers.planning import ask

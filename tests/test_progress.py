@@ -8,8 +8,8 @@ import time
 import pytest
 from rich.console import Console
 
-from common import progress
-from common.progress import Report
+from common.system import progress
+from common.system.progress import Report
 
 
 def test_where_follows_the_steps_and_is_reported():

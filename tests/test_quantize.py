@@ -12,8 +12,8 @@ import torch
 
 from cogvideox_xdit.fork import FORK as COGVIDEOX
 from cogvideox_xdit.pipeline import CogVideoXPipeline
-from common.placement import has_float8
-from common.weights import find_files, open_checkpoint, save
+from common.weights.load import find_files, open_checkpoint, save
+from common.weights.placement import has_float8
 from consisid_xdit.fork import FORK as CONSISID
 from consisid_xdit.pipeline import ConsisIDPipeline
 from mochi_xdit.fork import FORK as MOCHI
@@ -108,7 +108,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("common.quantize._link", full)
+    monkeypatch.setattr("common.run.quantize._link", full)
     assert quantize(source, tmp_path / "b") == 1
     assert "No space left" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["a"]
@@ -148,7 +148,7 @@ def test_shards_of_a_half_precision_file_are_found(tmp_path, monkeypatch, varian
         shard.unlink()
     state = {name: tensor.bfloat16() for name, tensor in mochi.build()[0].state_dict().items()}
     save(state, folder / f"{stem}.{variant}.safetensors", transformer_rename(mochi.TINY))
-    monkeypatch.setattr("common.quantize.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("common.run.quantize.SHARD_BYTES", 50_000)
     assert quantize(source, tmp_path / "b") == 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert has_float8(open_checkpoint(find_files(tmp_path / "b" / "transformer", stem, dtype)))
@@ -165,7 +165,7 @@ def test_an_empty_folder_is_taken_and_another_runs_copy_is_not(tmp_path, capsys,
         later.mkdir(exist_ok=True)
         (later / "theirs").touch()
 
-    monkeypatch.setattr("common.quantize._link", overtaken)
+    monkeypatch.setattr("common.run.quantize._link", overtaken)
     assert quantize(source, later) == 1
     assert f"{later}: another run has made it meanwhile" in capsys.readouterr().err
     assert os.listdir(later) == ["theirs"] and sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
@@ -181,7 +181,7 @@ def test_a_second_signal_while_the_first_is_obeyed_leaves_nothing(tmp_path, monk
             signal.raise_signal(signal.SIGINT)
         remove(path, **options)
 
-    monkeypatch.setattr("common.quantize._link", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("common.run.quantize._link", lambda *args: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("shutil.rmtree", interrupted)
     assert quantize(source, tmp_path / "b") == 130
     assert os.listdir(tmp_path) == ["a"] and len(removed) == 2
@@ -191,7 +191,7 @@ def test_a_second_signal_while_the_first_is_obeyed_leaves_nothing(tmp_path, monk
 def test_a_signal_leaves_nothing_and_the_command_can_be_repeated(tmp_path, monkeypatch, number):
     source = mochi.write_checkpoint(tmp_path / "a", "native")
     with monkeypatch.context() as patch:
-        patch.setattr("common.quantize._link", lambda *args: signal.raise_signal(number))
+        patch.setattr("common.run.quantize._link", lambda *args: signal.raise_signal(number))
         assert quantize(source, tmp_path / "b") == 128 + number
     assert os.listdir(tmp_path) == ["a"]
     assert quantize(source, tmp_path / "b") == 0

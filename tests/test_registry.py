@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from common import registry
-from common.layout import Coordinates, Layout
-from common.registry import fork_of, forks, get_model, model_names, models
-from common.request import Source
+from common.registry import forks as registry
+from common.registry.forks import fork_of, forks, get_model, model_names, models
+from common.registry.layout import Coordinates, Layout
+from common.registry.request import Source
 from planner import cost, get_profile, plan
 from planner.cli import command
 from planner.layouts import choose_layout
@@ -36,20 +36,20 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from common import launch` and `from common.launch import Link` alike.
+            # `from common import launch` and `from common.run.launch import Link` alike.
             inside = (ROOT / node.module.replace(".", "/")).is_dir()
             found |= {f"{node.module}.{alias.name}" for alias in node.names} if inside else {node.module}
     return {name for name in found if name.split(".")[0] in OURS}
 
 
 def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).glob("*.py"))
+    return sorted((ROOT / folder).glob("**/*.py" if folder == "common" else "*.py"))
 
 
 def test_the_planner_knows_the_registry_and_layouts_only() -> None:
     for path in files("planner"):
         outside = {name for name in imports(path) if not name.startswith("planner")}
-        assert outside <= {"common.registry", "common.layout"}, path.name
+        assert outside <= {"common.registry.forks", "common.registry.layout"}, path.name
 
 
 def test_only_the_run_code_asks_the_planner() -> None:
@@ -84,7 +84,7 @@ def words(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download", "benchmarks"])
 def test_shared_code_names_no_model(folder: str) -> None:
     for path in files(folder):
-        allowed = registry.HERE if path.name == "registry.py" else ()
+        allowed = registry.HERE if path.name == "forks.py" else ()
         named = [w for w in words(path) if any(f.name in w for f in forks()) and w.strip('"') not in allowed]
         assert not named, path
 
@@ -178,7 +178,7 @@ def test_a_fork_from_outside_is_downloaded(hub: Hub, tmp_path: Path) -> None:
 def test_a_broken_registration_is_told_and_left_out(tmp_path: Path, entry: str, told: str) -> None:
     install(tmp_path, entry)
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\n"
-    code += "from common.registry import model_names; print(*model_names()); print('torch' in sys.modules)"
+    code += "from common.registry.forks import model_names; print(*model_names()); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0 and told in done.stderr and len(done.stderr.splitlines()) == 1
     assert done.stdout.split() == [*model_names(), "False"]

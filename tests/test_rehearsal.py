@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.layout import Layout
-from common.parallel import Mesh
-from common.usp import exchange
+from common.parallel.mesh import Mesh
+from common.parallel.usp import exchange
+from common.registry.layout import Layout
 from tests.helpers.fake_cuda import fake_cuda
 from tests.helpers.recorder import agree
 from tests.rehearsal.blocks import count_block

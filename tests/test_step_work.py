@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.transformer import pack as cogvideox_pack
-from common.demo import fill
-from common.parallel import Layout, distributed
-from common.usp import SequenceParallel
+from common.parallel.mesh import Layout, distributed
+from common.parallel.usp import SequenceParallel
+from common.run.demo import fill
 from consisid_xdit.transformer import ConsisIDTransformer
 from mochi_xdit import MochiPipeline
 from mochi_xdit.transformer import MochiTransformer

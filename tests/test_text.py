@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.demo import write_text_encoder
-from common.parallel import Layout, distributed, on_main
-from common.t5 import EncoderFiles
-from common.text import TextEncoder, TextFeatures
-from common.text import encode as encode_by
-from common.tokenizer import Tokenizer
+from common.parallel.mesh import Layout, distributed, on_main
+from common.run.demo import write_text_encoder
+from common.text.encoder import TextEncoder, TextFeatures
+from common.text.encoder import encode as encode_by
+from common.text.t5 import EncoderFiles
+from common.text.tokenizer import Tokenizer
 
 CAPTIONS = [f"A {c} {s} moves {d}." for c in ("red", "blue") for s in ("circle", "square") for d in ("left", "up")]
 PROMPTS = ["A red circle moves left.", "blue", ""]
@@ -187,7 +187,7 @@ def test_cache_returns_the_same_and_knows_its_encoder(folder, copy, tmp_path, mo
     first = encode(PROMPTS, folder, 16, cache_dir=cache)
     assert len(list(cache.iterdir())) == 3
     with TextEncoder(EncoderFiles.find(folder), cache_dir=cache) as encoder:
-        monkeypatch.setattr("common.t5.load_t5", None)
+        monkeypatch.setattr("common.text.t5.load_t5", None)
         again = encoder.encode(PROMPTS, 16, True)
     assert torch.equal(first.features, again.features) and first.used == again.used
     monkeypatch.undo()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit import CogVideoXPipeline
-from common.layout import Layout
-from common.parallel import distributed
-from common.selftest import self_test
-from common.settings import CompileOptions
+from common.parallel.mesh import distributed
+from common.parallel.self_test import self_test
+from common.registry.layout import Layout
+from common.registry.settings import CompileOptions
 from tests.helpers.cogvideox import clip, write_checkpoint
 from tests.helpers.ranks import RankPool, needs_gpus
 

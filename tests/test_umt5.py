@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.demo import fill
-from common.fp8 import fill_float8
-from common.t5 import FLOAT8_LAYERS, UMT5, EncoderFiles, UMT5Numbers, new_t5
-from common.text import TextEncoder, encode
-from common.weights import CheckpointError, save
+from common.run.demo import fill
+from common.text.encoder import TextEncoder, encode
+from common.text.t5 import FLOAT8_LAYERS, UMT5, EncoderFiles, UMT5Numbers, new_t5
+from common.weights.float8 import fill_float8
+from common.weights.load import CheckpointError, save
 from wan_xdit.text import clean, find_text_encoder, rename_table
 
 CAPTIONS = [f"A {c} {s} moves {d}." for c in ("red", "blue") for s in ("circle", "square") for d in ("left", "up")]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.attention import attention, attention_with_lse, check_kernel
-from common.checkpoint import CheckpointError
-from common.estimate import imagined
-from common.guidance import Guidance
-from common.layout import split_evenly
-from common.parallel import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
-from common.usp import SequenceParallel, head_groups
+from common.memory.estimate import imagined
+from common.parallel.attention import attention, attention_with_lse, check_kernel
+from common.parallel.guidance import Guidance
+from common.parallel.mesh import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
+from common.parallel.usp import SequenceParallel, head_groups
+from common.registry.layout import split_evenly
+from common.weights.checkpoint import CheckpointError
 from tests.helpers.counting import Issued, count_attention
 
 SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.formats import write_frames
-from common.video import VideoFile, _ffmpeg, read_image, read_video, write_json
+from common.video.files import VideoFile, _ffmpeg, read_image, read_video, write_json
+from common.video.formats import write_frames
 
 
 def ramp(count: int, height: int, width: int) -> np.ndarray:

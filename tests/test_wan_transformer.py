@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from common.demo import fill
-from common.fp8 import Float8Linear
-from common.parallel import Layout, distributed
-from common.placement import Placement, place
-from common.usp import SequenceParallel
-from common.weights import load, on_meta, open_checkpoint, save
+from common.parallel.mesh import Layout, distributed
+from common.parallel.usp import SequenceParallel
+from common.run.demo import fill
+from common.weights.float8 import Float8Linear
+from common.weights.load import load, on_meta, open_checkpoint, save
+from common.weights.placement import Placement, place
 from wan_xdit.config import TransformerConfig, read_transformer
 from wan_xdit.transformer import WanTransformer, pack, sinusoid, unpack
 from wan_xdit.weights import LAYOUTS, exact_names, rename_table

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common.vae import CausalStream, LocalLink, spans
-from common.weights import load, on_meta, open_checkpoint, save
+from common.video.causal import CausalStream, LocalLink, spans
+from common.weights.load import load, on_meta, open_checkpoint, save
 from wan_xdit.config import VAE_2_2, VAEConfig
 from wan_xdit.vae import WanDecoder, WanEncoder, fold, unfold
 from wan_xdit.weights import LAYOUTS, decoder_table, encoder_table

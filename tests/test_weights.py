@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common import weights
-from common.weights import (
+from common.weights import load as weights
+from common.weights.load import (
     CheckpointError,
     Concat,
     Swap,

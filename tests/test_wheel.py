@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from common.registry import HERE
+from common.registry.forks import HERE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", *HERE, "wan_xdit", "planner", "xdit_doctor", "xdit_download")

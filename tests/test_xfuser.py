@@ -15,16 +15,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from common.checks import xfuser_problems
-from common.cli import parse
-from common.parallel import Layout, Mesh, distributed
-from common.request import WrongUse
-from common.usp import SequenceParallel
-from common.xfuser_engine import XFuserSequenceParallel, sequence_parallel
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.usp import SequenceParallel
+from common.parallel.xfuser import XFuserSequenceParallel, sequence_parallel
+from common.registry.checks import xfuser_problems
+from common.registry.request import WrongUse
+from common.run.command_line import parse
 from mochi_xdit.fork import FORK
 
 installed = all(importlib.util.find_spec(name) for name in ("xfuser", "yunchang", "triton"))
-works = installed and metadata.version("xfuser") == "0.4.5"  # later ones do not import, see common/xfuser_engine.py
+works = installed and metadata.version("xfuser") == "0.4.5"  # later ones do not import, see common/parallel/xfuser.py
 needs_xfuser = pytest.mark.skipif(not works, reason="xfuser 0.4.5 is not installed")
 HEADS, WIDTH = 4, 16
 
@@ -81,7 +81,7 @@ def stand_in_for_a_gpu(stack: ExitStack) -> None:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, scale=scale)
 
     stack.enter_context(patch.object(kernels, "_scaled_dot_product_flash_attention", flash))
-    stack.enter_context(patch("common.xfuser_engine.xfuser_problems", lambda device, *a, **k: accelerated(*a, **k)))
+    stack.enter_context(patch("common.parallel.xfuser.xfuser_problems", lambda device, *a, **k: accelerated(*a, **k)))
 
 
 def accelerated(*arguments: object, **named: object) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 FORK = '''
 from dataclasses import dataclass
 
-from common.checks import Rules
-from common.downloads import Part, file, weights
-from common.registry import CrossAttention, Decoder, Decoding, Fork, Latents, Model, Size, Stack, Stream, Text
+from common.registry.checks import Rules
+from common.registry.downloads import Part, file, weights
+from common.registry.forks import CrossAttention, Decoder, Decoding, Fork, Latents, Model, Size, Stack, Stream, Text
 
 WIDTH = 512
 BLOCK = 24 * WIDTH * WIDTH

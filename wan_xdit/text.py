@@ -15,9 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.checkpoint import CheckpointError, load_pickle, open_checkpoint
-from common.schema import MAX_LAYERS, build
-from common.t5 import UMT5, EncoderFiles, UMT5Numbers
+from common.text.t5 import UMT5, EncoderFiles, UMT5Numbers
+from common.weights.checkpoint import CheckpointError, load_pickle, open_checkpoint
+from common.weights.schema import MAX_LAYERS, build
 
 TOKENS = 512
 """Positions of the text that the transformer sees: features, then zeros."""
@@ -74,7 +74,7 @@ def find_text_encoder(directory: str | Path) -> EncoderFiles:
 
 
 def rename_table(layers: int) -> dict[str, str]:
-    """transformers' modules of UMT5EncoderModel -> the original's, as `common.weights.save` takes it."""
+    """transformers' modules of UMT5EncoderModel -> the original's, as `common.weights.load.save` takes it."""
     blocks = {
         f"encoder.block.{i}.{ours}": f"blocks.{i}.{theirs}" for i in range(layers) for ours, theirs in _BLOCK.items()
     }

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attention import attention
-from common.blocks import Blocks
-from common.elementwise import add, add_gated, at_least_fp32, rms_norm
-from common.linear import in_parts, linear_gelu
-from common.rope import rotate_pairs, rotation
-from common.usp import SequenceParallel
+from common.model.elementwise import add, add_gated, at_least_fp32, rms_norm
+from common.model.linear import in_parts, linear_gelu
+from common.model.rope import rotate_pairs, rotation
+from common.parallel.attention import attention
+from common.parallel.usp import SequenceParallel
+from common.weights.blocks import Blocks
 from wan_xdit.config import TransformerConfig
 
 Size = tuple[int, int, int]  # latent frames, rows, columns

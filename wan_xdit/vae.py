@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.decode import VideoDecoder
-from common.layout import split_evenly
-from common.vae import CausalConv3d, CausalStream, silu
+from common.registry.layout import split_evenly
+from common.video.causal import CausalConv3d, CausalStream, silu
+from common.video.decode import VideoDecoder
 from wan_xdit.config import VAEConfig
 
 

@@ -1,8 +1,8 @@
-"""Weights in the original and in the diffusers layout, both ways: see `common.weights` for what a table means."""
+"""Weights in the original and in the diffusers layout, both ways: see `common.weights.load` for what a table means."""
 
 from __future__ import annotations
 
-from common.weights import Concat, Rename
+from common.weights.load import Concat, Rename
 from wan_xdit.config import TransformerConfig, VAEConfig
 
 _ORIGINAL_TOP = {

@@ -22,9 +22,9 @@ from typing import Any
 
 import click
 
-from common import environment
-from common.extras import pip
-from common.supervise import supervise
+from common.run.supervise import supervise
+from common.system import environment
+from common.system.extras import pip
 from planner.machine import this_machine
 from xdit_doctor.links import Job
 from xdit_doctor.profile import default_path, write
@@ -106,7 +106,7 @@ def kernels(device: str) -> dict[str, str]:
     """For each attention kernel `ok`, or why it cannot run."""
     import torch
 
-    from common.attention import KERNELS, check_kernel
+    from common.parallel.attention import KERNELS, check_kernel
 
     found = {}
     for kernel in KERNELS:
@@ -146,8 +146,8 @@ def machine() -> dict[str, Any]:
 
 def checkpoint(folder: Path) -> dict[str, Any]:
     """Reads every safetensors header under a checkpoint folder: files, GB, and what is damaged or missing."""
-    from common.checkpoint import open_checkpoint
-    from common.schema import CheckpointError, read_object
+    from common.weights.checkpoint import open_checkpoint
+    from common.weights.schema import CheckpointError, read_object
 
     if not folder.is_dir():
         return {"folder": str(folder), "problems": [f"{folder} is not a directory"]}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.environment import this_process
-from common.link import Link, handed_down
-from common.parallel import Layout, Mesh, distributed
-from common.selftest import self_test
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.self_test import self_test
+from common.run.link import Link, handed_down
+from common.system.environment import this_process
 
 ROUNDS = 5
 SELF_TEST_SECONDS = 30.0
@@ -138,7 +138,7 @@ def ring(mesh: Mesh, message: int) -> float:
 
 
 def main() -> None:
-    """One rank under common.supervise."""
+    """One rank under common.run.supervise."""
     job: Job = pickle.loads(handed_down())
     at = this_process()
     link = Link(at)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.layout import MOST_RANKS
+from common.registry.layout import MOST_RANKS
 from planner.hardware import Machine, get_profile
 from planner.machine import profile_path, recognise
 

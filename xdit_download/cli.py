@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from common.registry import get_model, model_names
-from common.units import gb
+from common.registry.forks import get_model, model_names
+from common.system.units import gb
 from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room, plan, verify
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.downloads import Part
-from common.registry import Model
-from common.units import gb
+from common.registry.downloads import Part
+from common.registry.forks import Model
+from common.system.units import gb
 
 BLOCK = 1 << 22
 

@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from common.registry import Model, fork_of, get_model
+from common.registry.forks import Model, fork_of, get_model
 
 
 def of(model: Model) -> Any:

@@ -19,11 +19,11 @@ from cogvideox_xdit.config import TransformerConfig, VAEConfig, transformer_conf
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack, unpack
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 from cogvideox_xdit.weights import load_transformer, rename_table
-from common import registry
-from common.decode import VideoDecoder
-from common.registry import Model
-from common.usp import SequenceParallel
-from common.weights import on_meta
+from common.parallel.usp import SequenceParallel
+from common.registry import forks as registry
+from common.registry.forks import Model
+from common.video.decode import VideoDecoder
+from common.weights.load import on_meta
 
 
 def step(model: Model, heads: int, depth: int, words: int) -> Reduced:

@@ -15,10 +15,10 @@ from benchmarks.forks.cogvideox import decoder, their_decoder
 from benchmarks.step_models import STEM, Case, Size, latent_size, write
 from benchmarks.true_size import Hollow, bf16
 from cogvideox_xdit import demo
-from common import registry
-from common.registry import Model
-from common.usp import SequenceParallel
-from common.weights import load, on_meta, open_checkpoint
+from common.parallel.usp import SequenceParallel
+from common.registry import forks as registry
+from common.registry.forks import Model
+from common.weights.load import load, on_meta, open_checkpoint
 from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_config, consisid_json
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from benchmarks.forks import narrowed
 from benchmarks.step_models import STEM, Case, Size, latent_size, write
 from benchmarks.true_size import Hollow, bf16, hollow
-from common.decode import VideoDecoder
-from common.registry import Model
-from common.usp import SequenceParallel
-from common.weights import on_meta, save
+from common.parallel.usp import SequenceParallel
+from common.registry.forks import Model
+from common.video.decode import VideoDecoder
+from common.weights.load import on_meta, save
 from mochi_xdit import demo, weights
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer, pack, unpack

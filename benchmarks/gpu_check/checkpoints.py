@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks import true_size
-from common.checkpoint import open_checkpoint
-from common.registry import Model
+from common.registry.forks import Model
+from common.weights.checkpoint import open_checkpoint
 
 _POOL = 1 << 22
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16}

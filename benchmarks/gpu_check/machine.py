@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run import context as about
-from common.environment import visible_gpus
-from common.layout import Layout, layouts_of
-from common.registry import Model, Size, fork_of, forks, get_model
+from common.registry.forks import Model, Size, fork_of, forks, get_model
+from common.registry.layout import Layout, layouts_of
+from common.system.environment import visible_gpus
 from planner.layouts import refusal
 
 FIELDS = ("name", "memory.total", "driver_version", "compute_cap", "pcie.link.gen.max", "clocks.max.sm", "power.limit")

@@ -27,14 +27,14 @@ from torch import Tensor
 from benchmarks import decode, forks, overlap, step
 from benchmarks.gpu_check.machine import smi
 from benchmarks.worker import PROMPT, inputs
-from common.attention import attention_with_lse, choose_kernel
-from common.fp8 import FLOAT8, to_float8
-from common.host import bind_to_gpu
-from common.memory import host_memory
-from common.parallel import Mesh
-from common.progress import Report
-from common.registry import Size, fork_of, get_model
-from common.units import GIB
+from common.parallel.attention import attention_with_lse, choose_kernel
+from common.parallel.device_memory import host_memory
+from common.parallel.mesh import Mesh
+from common.registry.forks import Size, fork_of, get_model
+from common.system.host import bind_to_gpu
+from common.system.progress import Report
+from common.system.units import GIB
+from common.weights.float8 import FLOAT8, to_float8
 from xdit_doctor.links import _seconds, compute
 
 STEP = "sampling step"
@@ -242,7 +242,7 @@ def fast_accumulation(mesh: Mesh, tokens: int, width: int, out: int) -> dict[str
 
 def host_copies(mesh: Mesh, nbytes: int) -> dict[str, float]:
     """GB/s towards the GPU from memory that blocks wait in, and from PyTorch's own pinned memory."""
-    from common.blocks import Pinned
+    from common.weights.blocks import Pinned
 
     ours, theirs = Pinned(nbytes), torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(nbytes, dtype=torch.uint8, device=mesh.device)

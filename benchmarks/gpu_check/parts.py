@@ -18,10 +18,10 @@ from benchmarks.gpu_check import checkpoints, measures
 from benchmarks.gpu_check.machine import Machine, sockets
 from benchmarks.gpu_check.runner import Cell, Part, Row, on_ranks
 from benchmarks.run import demo_folder
-from common.attention import KERNELS
-from common.layout import Layout
-from common.registry import Model, Size, fork_of, get_model
-from common.settings import CompileOptions
+from common.parallel.attention import KERNELS
+from common.registry.forks import Model, Size, fork_of, get_model
+from common.registry.layout import Layout
+from common.registry.settings import CompileOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPTH = 6

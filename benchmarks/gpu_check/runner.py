@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.machine import Machine
-from common import environment
-from common.demo import cache_home
-from common.host import allocator_default
-from common.layout import Layout
-from common.supervise import free_port
+from common.registry.layout import Layout
+from common.run.demo import cache_home
+from common.run.supervise import free_port
+from common.system import environment
+from common.system.host import allocator_default
 
 SECONDS = 480.0
 """Of one part in one go."""
@@ -242,7 +242,7 @@ def _rank(
     os.environ |= allocator_default(os.environ | place) | place  # before CUDA is first used
     import torch
 
-    from common.parallel import distributed
+    from common.parallel.mesh import distributed
 
     if device == "cpu":
         torch.set_num_threads(max(1, environment.cores() // layout.ranks))

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.layout import Layout
-from common.registry import Model, Size, get_model
+from common.registry.forks import Model, Size, get_model
+from common.registry.layout import Layout
 
 HERE = Path(__file__).parent
 

@@ -8,7 +8,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import launch
+from common.run import launch
 from tests.fake_fork.fork import FORK
 from tests.fake_fork.generate import generate
 

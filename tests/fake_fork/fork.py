@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.checks import Rules
-from common.registry import Decoder, Decoding, Fork, Latents, Model, Text
+from common.registry.checks import Rules
+from common.registry.forks import Decoder, Decoding, Fork, Latents, Model, Text
 from tests.fake_fork.options import FakeOptions
 
 RULES = Rules(heads=4, width=32, height=32, num_frames=7, num_steps=8, cfg_scale=4.5, fps=8, default_prompt="a test")

@@ -6,8 +6,8 @@ import os
 import signal
 import time
 
-from common.outputs import Output, outputs
-from common.request import Request, as_wrong_use
+from common.registry.request import Request, as_wrong_use
+from common.run.outputs import Output, outputs
 
 
 def generate(request: Request, mesh, report) -> None:

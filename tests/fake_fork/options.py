@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.options import Option
-from common.request import ForkOptions
+from common.registry.request import ForkOptions
+from common.run.options import Option
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from common.decode import VideoDecoder
-from common.vae import CausalConv3d, CausalStream, spans
+from common.video.causal import CausalConv3d, CausalStream, spans
+from common.video.decode import VideoDecoder
 
 
 class Net(VideoDecoder):

@@ -18,8 +18,8 @@ from cogvideox_xdit.config import CONFIGS, TransformerConfig, VAEConfig, transfo
 from cogvideox_xdit.demo import random_checkpoint, scaling
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack, unpack
 from cogvideox_xdit.weights import rename_table
-from common.usp import SequenceParallel
-from common.weights import load, on_meta, open_checkpoint
+from common.parallel.usp import SequenceParallel
+from common.weights.load import load, on_meta, open_checkpoint
 
 if TYPE_CHECKING:  # the ranks of the pool import this file, and the reference takes seconds to import
     from diffusers import CogVideoXTransformer3DModel

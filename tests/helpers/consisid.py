@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cogvideox_xdit.config import VAEConfig
-from common.usp import SequenceParallel
-from common.weights import load, on_meta, open_checkpoint
+from common.parallel.usp import SequenceParallel
+from common.weights.load import load, on_meta, open_checkpoint
 from consisid_xdit.config import PREVIEW, ConsisIDConfig, consisid_json
 from consisid_xdit.demo import random_checkpoint
 from consisid_xdit.transformer import ConsisIDTransformer

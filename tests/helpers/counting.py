@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.estimate import FUSED, Traffic, Workload, imagined
-from common.parallel import Layout, Mesh
-from common.usp import SequenceParallel
+from common.memory.estimate import FUSED, Traffic, Workload, imagined
+from common.parallel.mesh import Layout, Mesh
+from common.parallel.usp import SequenceParallel
 
 
 class Issued(Traffic):

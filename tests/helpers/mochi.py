@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.demo import fill, write_text_encoder
-from common.weights import save
+from common.run.demo import fill, write_text_encoder
+from common.weights.load import save
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.vae import MochiDecoder, MochiEncoder

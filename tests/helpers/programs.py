@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from common import launch
-from common.checks import Rules
-from common.outputs import Output
-from common.progress import Report
-from common.registry import Fork
-from common.request import Request
+from common.registry.checks import Rules
+from common.registry.forks import Fork
+from common.registry.request import Request
+from common.run import launch
+from common.run.outputs import Output
+from common.system.progress import Report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ def main(fork: Fork, arguments: Sequence[str]) -> int:
 
 def frames_of(fork: Fork, request: Request) -> list[Tensor]:
     """The frames of a request's videos on one rank, which are not written."""
-    from common.parallel import Mesh
+    from common.parallel.mesh import Mesh
 
     made: list[Tensor] = []
     with mock.patch.object(Output, "write", lambda self, frames: made.append(frames)):

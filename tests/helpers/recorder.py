@@ -26,9 +26,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import common.parallel
-from common.layout import Layout
-from common.parallel import Mesh, build_mesh
+import common.parallel.mesh
+from common.parallel.mesh import Mesh, build_mesh
+from common.registry.layout import Layout
 
 MESSAGES = ("send", "recv_", "recv_any_source_")  # between two ranks: each end has its own name for the message
 _LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # nothing is sent
@@ -188,14 +188,14 @@ def record_rank(
 
 def fake_mesh(layout: Layout, device: torch.device) -> Mesh:
     """`build_mesh` within `fake_groups`. DeviceMesh computes with ranks in tensors, which must not be fake."""
-    connect = common.parallel._connect
+    connect = common.parallel.mesh._connect
     with unset_fake_temporarily() as mode:
 
         def connecting(*args: Any) -> None:
             with mode or nullcontext():
                 connect(*args)
 
-        with mock.patch.object(common.parallel, "_connect", connecting):
+        with mock.patch.object(common.parallel.mesh, "_connect", connecting):
             return build_mesh(layout, device)
 
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common.registry import Size
-from common.settings import DecodeOptions
+from common.registry.forks import Size
+from common.registry.settings import DecodeOptions
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -22,11 +22,11 @@ import torch
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.sampling import workload as cogvideox_workload
 from cogvideox_xdit.solver import Solver
-from common.estimate import Estimator, Precision
-from common.latents import draw_noise
-from common.parallel import Mesh
-from common.placement import Placement
-from common.progress import Report
+from common.memory.estimate import Estimator, Precision
+from common.parallel.mesh import Mesh
+from common.system.progress import Report
+from common.video.latents import draw_noise
+from common.weights.placement import Placement
 from mochi_xdit.pipeline import MochiPipeline
 from mochi_xdit.sampling import workload as mochi_workload
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common.parallel import Mesh
-from common.usp import SequenceParallel
+from common.parallel.mesh import Mesh
+from common.parallel.usp import SequenceParallel
 from tests.helpers.fake_cuda import fake_cuda
 from tests.rehearsal.models import MODELS, Model
 from tests.rehearsal.traffic import MULTIPLIES, Launch, Traffic, by_place

@@ -14,13 +14,13 @@ from tests.rehearsal.trace import COMPUTE, Moment
 from tests.rehearsal.traffic import ATTENTION, MULTIPLIES
 
 STEP_SYNCS = {
-    "common/latents.py:require_finite": "NaN is told at the step where it arose; one number a step",
-    "common/progress.py:_synchronize": "the times of steps and the bar count finished work; once a step, at its end",
+    "common/video/latents.py:require_finite": "NaN is told at the step where it arose; one number a step",
+    "common/system/progress.py:_synchronize": "times and the bar count finished work; once a step, at its end",
 }
 """Where the host waits for the GPU inside a sampling step, and why it may."""
 STEP_COPIES = {
-    "common/blocks.py:copy": "a block in host memory, from page-locked memory, on a stream of its own",
-    "common/weights.py:_fill": "a block read from its file, by the reading thread on a stream of its own",
+    "common/weights/blocks.py:copy": "a block in host memory, from page-locked memory, on a stream of its own",
+    "common/weights/load.py:_fill": "a block read from its file, by the reading thread on a stream of its own",
     "cogvideox_xdit/sampling.py:local": "the DPM solver's noise, which a CPU generator draws for every layout alike",
 }
 """What is copied between devices inside a sampling step, and why."""
@@ -67,7 +67,7 @@ def check_steps(scene: Scene, ran: Ran) -> None:
     for copy in ran.trace.copies:
         if copy.step.startswith(SAMPLING):
             assert copy.where in STEP_COPIES, f"a copy to {copy.target} in {copy.where}, {copy.step}"
-            if copy.where == "common/blocks.py:copy":
+            if copy.where == "common/weights/blocks.py:copy":
                 assert not copy.waits and copy.stream != COMPUTE, f"a block's copy is not asynchronous: {copy}"
 
 

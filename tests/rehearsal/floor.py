@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from common.parallel import Mesh
-from common.usp import SequenceParallel
-from common.weights import on_meta
+from common.parallel.mesh import Mesh
+from common.parallel.usp import SequenceParallel
+from common.weights.load import on_meta
 from tests.rehearsal.blocks import count_block
 from tests.rehearsal.models import MODELS, Model
 

@@ -16,8 +16,8 @@ from cogvideox_xdit import demo as cogvideox
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
-from common.checkpoint import DTYPE_NAMES
-from common.weights import on_meta, save
+from common.weights.checkpoint import DTYPE_NAMES
+from common.weights.load import on_meta, save
 from consisid_xdit.config import consisid_json
 from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table
@@ -59,8 +59,8 @@ def write_folder(folder: Path, model: str, layers: int | None = None) -> Path:
 
 
 def sparse() -> AbstractContextManager[object]:
-    """Within it `common.weights.save` writes headers alone, and files as long as they would be."""
-    return mock.patch("common.weights.write_file", _write_header)
+    """Within it `common.weights.load.save` writes headers alone, and files as long as they would be."""
+    return mock.patch("common.weights.load.write_file", _write_header)
 
 
 def _write_header(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[str, str]) -> None:

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 import wan_xdit.config as wan
 from cogvideox_xdit.config import CONFIGS as COGVIDEOX
 from cogvideox_xdit.transformer import CogVideoXTransformer
-from common.estimate import typed
-from common.usp import SequenceParallel
-from common.weights import assign, on_meta
+from common.memory.estimate import typed
+from common.parallel.usp import SequenceParallel
+from common.weights.load import assign, on_meta
 from consisid_xdit.config import PREVIEW
 from consisid_xdit.sampling import PATCHES
 from consisid_xdit.transformer import ConsisIDTransformer

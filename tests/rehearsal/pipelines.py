@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import cogvideox_xdit.pipeline
-import common.blocks
-import common.decode_video
-import common.weights
+import common.video.decode_video
+import common.weights.blocks
+import common.weights.load
 from cogvideox_xdit import CogVideoXPipeline
-from common.parallel import Mesh
-from common.settings import CompileOptions, DecodeOptions
-from common.text import TextFeatures
+from common.parallel.mesh import Mesh
+from common.registry.settings import CompileOptions, DecodeOptions
+from common.text.encoder import TextFeatures
 from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures
 from consisid_xdit.sampling import PATCHES
@@ -45,7 +45,7 @@ class Said:
 
 
 class Locked:
-    """In place of `common.blocks.Pinned`: page-locked memory by name."""
+    """In place of `common.weights.blocks.Pinned`: page-locked memory by name."""
 
     def __init__(self, nbytes: int) -> None:
         self.bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
@@ -88,10 +88,10 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
 
     with (
         installed(),
-        mock.patch.object(common.weights._Reader, "_bytes", lambda *_: None),
-        mock.patch.multiple(common.blocks, Pinned=Locked, ThreadPoolExecutor=threads),
+        mock.patch.object(common.weights.load._Reader, "_bytes", lambda *_: None),
+        mock.patch.multiple(common.weights.blocks, Pinned=Locked, ThreadPoolExecutor=threads),
         # Counted on the meta device, which takes as long as two chunks: every plan fits.
-        mock.patch.object(common.decode_video, "decode_memory", lambda *_, **__: 2**30),
+        mock.patch.object(common.video.decode_video, "decode_memory", lambda *_, **__: 2**30),
         mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=pictures, video_frames=pictures),
     ):
         yield

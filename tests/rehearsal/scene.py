@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.layout import Layout
-from common.parallel import Mesh
+from common.parallel.mesh import Mesh
+from common.registry.layout import Layout
 from tests.helpers.fake_cuda import fake_cuda
 from tests.helpers.recorder import Collective, Record, fake_groups, fake_mesh
 from tests.rehearsal.trace import Trace, Where

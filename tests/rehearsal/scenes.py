@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.layout import Layout
+from common.registry.layout import Layout
 from tests.helpers.fake_cuda import Machine
 from tests.rehearsal import folders, pipelines, wan
 from tests.rehearsal.checks import check, check_result
@@ -91,9 +91,9 @@ def _true(tensor: Tensor) -> bool:
 
 
 ANSWERS = {
-    "common/latents.py:require_finite": _true,
-    "common/decode.py:require_finite_pixels": _true,
-    "common/parallel.py:all_min": lambda tensor: Machine().free,
+    "common/video/latents.py:require_finite": _true,
+    "common/video/decode.py:require_finite_pixels": _true,
+    "common/parallel/mesh.py:all_min": lambda tensor: Machine().free,
     "mochi_xdit/transformer.py:_valid": lambda tensor: False if tensor.dtype == torch.bool else WORDS,
 }
 """What the host reads from a GPU in a whole generation: NaN once a step and once a chunk, free memory before a decode

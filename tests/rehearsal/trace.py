@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from common.progress import Report
+from common.system.progress import Report
 from tests.helpers.recorder import Collective
 
 HOST = "host"

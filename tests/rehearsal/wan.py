@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.compile import compile_transformer
-from common.decode import DecodePlan, decode_frames
-from common.dtypes import parse_dtype
-from common.guidance import Guidance
-from common.latents import require_finite
-from common.parallel import Mesh, on_main
-from common.pipeline import Pipeline
-from common.placement import Placement, place
-from common.settings import CompileOptions
-from common.usp import SequenceParallel
-from common.vae import TimeSplit, encode_moments, lay_out
-from common.weights import load, on_meta, open_checkpoint, save
+from common.model.compile import compile_transformer
+from common.parallel.guidance import Guidance
+from common.parallel.mesh import Mesh, on_main
+from common.parallel.usp import SequenceParallel
+from common.registry.settings import CompileOptions
+from common.run.pipeline import Pipeline
+from common.video.causal import TimeSplit, encode_moments, lay_out
+from common.video.decode import DecodePlan, decode_frames
+from common.video.latents import require_finite
+from common.weights.dtypes import parse_dtype
+from common.weights.load import load, on_meta, open_checkpoint, save
+from common.weights.placement import Placement, place
 from tests.rehearsal.folders import BF16, sparse
 from tests.rehearsal.models import MODELS
 from tests.rehearsal.pipelines import no_cuda_for_dynamo, stand_ins

@@ -22,9 +22,9 @@ from cogvideox_xdit.config import TransformerConfig, VAEConfig
 from cogvideox_xdit.demo import TRAINED_VAE, scheduler_json, trained_config, write_checkpoint
 from cogvideox_xdit.solver import Solver
 from cogvideox_xdit.transformer import CogVideoXTransformer, Size, pack
-from common.demo import fill
-from common.t5 import EncoderFiles
-from common.text import TextEncoder
+from common.run.demo import fill
+from common.text.encoder import TextEncoder
+from common.text.t5 import EncoderFiles
 from tools.demo.cogvideox_vae import FRAMES, load_autoencoder
 from tools.demo.mochi_vae import clips
 from tools.demo.training import Losses, Plan, WrittenOut, in_bf16, train, write_atomically

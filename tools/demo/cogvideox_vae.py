@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.demo import TRAINED_VAE
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, SpatialNorm
-from common.vae import CausalStream, LocalLink
+from common.video.causal import CausalStream, LocalLink
 from tools.demo.mochi_vae import clips
 from tools.demo.training import Losses, Plan, in_bf16, train, write_atomically
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.parallel import Mesh
-from common.registry import forks
+from common.parallel.mesh import Mesh
+from common.registry.forks import forks
 from tools.demo.reading import read
 from tools.demo.text_encoder import named
 from tools.demo.world import FIELDS, VALUES, Scene, dataset, render
@@ -109,7 +109,7 @@ def reconstruction(model: str, pipe: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _mochi_reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
-    from common.weights import load, on_meta
+    from common.weights.load import load, on_meta
     from mochi_xdit.vae import MochiEncoder, normalize
     from mochi_xdit.weights import find_encoder
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from common.parallel import Layout, Mesh, distributed
-from common.settings import DecodeOptions
+from common.parallel.mesh import Layout, Mesh, distributed
+from common.registry.settings import DecodeOptions
 from mochi_xdit.transformer import pack
 from tools.demo.evaluate import FRAMES, READ, evaluate, generator, pipeline, rules
 

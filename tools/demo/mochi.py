@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.demo import fill
-from common.t5 import EncoderFiles
-from common.text import TextEncoder
+from common.run.demo import fill
+from common.text.encoder import TextEncoder
+from common.text.t5 import EncoderFiles
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.demo import demo_config, write_checkpoint
 from mochi_xdit.transformer import MochiTransformer, pack

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from common.vae import CausalStream
+from common.video.causal import CausalStream
 from mochi_xdit.vae import fourier_features
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.vae import CausalStream
+from common.video.causal import CausalStream
 from mochi_xdit.config import MochiVAEConfig
 from mochi_xdit.demo import VAE
 from mochi_xdit.vae import MochiDecoder, MochiEncoder, fourier_features

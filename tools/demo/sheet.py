@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.video import read_video
+from common.video.files import read_video
 
 PROMPTS = (
     "A big red circle moves slowly to the right on a black background.",

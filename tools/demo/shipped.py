@@ -14,8 +14,8 @@ from cogvideox_xdit.demo import SHIPPED as COGVIDEOX
 from cogvideox_xdit.demo import trained_config as cogvideox_config
 from cogvideox_xdit.weights import load_decoder, load_encoder
 from cogvideox_xdit.weights import transformer_files as cogvideox_files
-from common.schema import read_object
-from common.weights import load
+from common.weights.load import load
+from common.weights.schema import read_object
 from consisid_xdit.demo import SHIPPED as CONSISID
 from consisid_xdit.demo import trained_config as consisid_config
 from consisid_xdit.weights import transformer_files as consisid_files

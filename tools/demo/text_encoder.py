@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.demo import fill, save_text_encoder, t5_config, train_tokenizer
-from common.t5 import new_t5
-from common.tokenizer import PAD, Tokenizer
+from common.run.demo import fill, save_text_encoder, t5_config, train_tokenizer
+from common.text.t5 import new_t5
+from common.text.tokenizer import PAD, Tokenizer
 from tools.demo.training import Losses, Plan, train
 from tools.demo.world import FIELDS, VALUES, Scene, caption, draw
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common.usp import SequenceParallel
+from common.parallel.usp import SequenceParallel
 
 Losses = dict[str, Tensor]
 """`loss` is minimised, the others are logged."""

@@ -1,6 +1,6 @@
 """`python -m tools.docs.drawing`: the drawing in docs/parallel.md, from the very code it explains.
 
-Which tokens and heads a rank has at each moment of one attention call comes from `common.layout`.
+Which tokens and heads a rank has at each moment of one attention call comes from `common.registry.layout`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from common.layout import split_evenly
+from common.registry.layout import split_evenly
 
 RING, ULYSSES, TOKENS, HEADS = 2, 2, 11, 5
 COLOURS = ("#4c78a8", "#72b7b2", "#e45756", "#f2a541")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from common.cli import command
-from common.registry import forks
+from common.registry.forks import forks
+from common.run.command_line import command
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 KNOWN = {

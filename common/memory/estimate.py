@@ -1,0 +1,320 @@
+"""What a video takes before anything is loaded: memory of each stage on a rank, FLOPs and bytes of a step.
+
+A fork says what a rank runs as a `Workload`: its modules on the meta device and one sampling step. `Estimator` runs
+that without data, counts what lives at once, what is multiplied and what is sent, and adds the weights as a
+`Placement` lays them out. So the figures are those of the code that runs, not of formulas beside it.
+
+Not counted: the CUDA context (0.5 GB, gone from free memory before it is asked for), NCCL's buffers, the workspaces
+and rounding of kernels and allocators (`headroom` is for those), and the image encoders of some models.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from common.parallel.mesh import Axis, Layout, Mesh, build_mesh
+from common.registry.settings import DecodeOptions
+from common.text.t5 import FLOAT8_LAYERS, EncoderFiles, new_t5
+from common.video.decode import DecodePlan, VideoDecoder
+from common.video.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode
+from common.weights.blocks import Blocks, FromShares, Image
+from common.weights.float8 import Float8Linear, plans_float8_matmul, use_float8
+from common.weights.load import assign
+from common.weights.placement import Placement
+
+STAGES = ("text", "sampling", "decode")
+BUFFERS = 2
+T5_XXL: Mapping[str, Any] = {
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank runs for one video.
+
+    transformer: on the meta device, with `blocks` and `matmuls`; parameters of any floating dtype.
+    step: (model) -> None; prepares and computes one sampling step as the pipeline does, on the meta device.
+    decoder: on the meta device. latents: (C, T, h, w) that it decodes. frames: (T, H, W) that come out.
+    text: T5's config.json, None for T5_XXL's. tokens: the length to which a prompt may grow.
+    exact: the transformer's parameters that are held in fp32 at least.
+    """
+
+    transformer: nn.Module
+    step: Callable[[Any], object]
+    decoder: VideoDecoder
+    latents: tuple[int, int, int, int]
+    frames: tuple[int, int, int]
+    tokens: int
+    text: Mapping[str, Any] | None = None
+    exact: tuple[str, ...] = ()
+
+    def with_text(self, find: Callable[[], Path | None]) -> Workload:
+        """With the T5 of a folder, where there is one; `find` may raise ValueError when there is none."""
+        try:
+            folder = find()
+            numbers = None if folder is None else EncoderFiles.find(folder).numbers()
+        except ValueError:
+            return self  # told when a prompt needs it: a run without one does not
+        return self if numbers is None else replace(self, text=asdict(numbers))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype: of transformer and decoder. float8: its blocks' matmul weights. text, text_float8: the same for T5."""
+
+    dtype: torch.dtype = torch.bfloat16
+    float8: bool = False
+    text: torch.dtype = torch.bfloat16
+    text_float8: bool = False
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the device at a stage's peak: weights that are resident, and tensors made on the way."""
+
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One rank with one placement. host: bytes of weights in host memory. sent: bytes a step sends, by axis."""
+
+    placement: Placement
+    keep: bool
+    stages: Mapping[str, StageMemory]
+    host: int
+    flops: int
+    sent: Mapping[str, int]
+    plan: DecodePlan
+
+    @property
+    def fullest(self) -> str:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda name: self.stages[name].total)
+
+    @property
+    def peak(self) -> int:
+        return self.stages[self.fullest].total
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that functional collectives inside it hand to other ranks: `sent`, by the axis' name."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+        self.axes: dict[str, tuple[str, int]] = {}
+        for name in ("world", "sequence", "cfg", "ring", "ulysses"):
+            axis: Axis = getattr(mesh, name)
+            if axis.group is not None:
+                self.axes[axis.group.group_name] = (name, axis.rank)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            send, _, sent, group = args
+            name, own = self.axes[group]
+            rows = sum(sent) - sent[own]
+            self.sent[name] += rows * (send.nbytes // max(send.shape[0], 1))
+        return func(*args, **(kwargs or {}))
+
+
+def imagined(layout: Layout, rank: int = 0) -> Mesh:
+    """The mesh that a rank of `layout` would have, over process groups that send nothing. Left by `with`."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if layout.ranks == 1:
+        return Mesh(layout=layout)
+    dist.init_process_group("fake", rank=rank, world_size=layout.ranks, store=FakeStore())
+    return build_mesh(layout, torch.device("cpu"))
+
+
+class Estimator:
+    """Counts a rank's workload once; any number of placements are then sums.
+
+    mesh: the rank's place, real or `imagined`; nothing is sent. device: cpu or cuda, where it would run.
+    """
+
+    def __init__(
+        self,
+        work: Workload,
+        mesh: Mesh,
+        precision: Precision | None = None,
+        device: str = "cuda",
+        decode: DecodeOptions | None = None,
+    ) -> None:
+        self.work, self.mesh, self.device = work, mesh, device
+        self.precision = precision = precision or Precision()
+        self.multiplies = plans_float8_matmul(device)
+        self.model = typed(work.transformer, precision.dtype, work.exact, precision.float8, self.multiplies)
+        self.images = block_images(self.model)
+        self.outer = _nbytes(self.model, without="blocks.")
+        self.text = self._text() if mesh.is_main else None
+        self.activations, self.flops, self.sent = self._step()
+        self.decoder = work.decoder.to(precision.dtype)
+        self.peaks: dict[DecodePlan, int] = {}
+        options = decode or DecodeOptions()
+        tile = options.tile(self.decoder.scale)
+        self.plans = decode_plans(self.decoder, work.latents, mesh.world.size, options.vae, options.vae_chunk, tile)
+
+    def estimate(self, placement: Placement, keep: bool = False, free: float = float("inf")) -> Estimate:
+        """keep: models stay on the device from one stage to the next. free: bytes, for the choice of a decode plan."""
+        placement = replace(placement, float8=self.precision.float8)
+        transformer, host = placed_bytes(self.outer, self.images, placement, self.mesh.world.size)
+        text = StageMemory(0, 0) if self.text is None else self._text_memory(placement)
+        decoder = _nbytes(self.decoder)
+        plan, frames = self._decode(free - decoder - (text.weights + transformer if keep else 0))
+        weights = {"text": text.weights, "sampling": transformer, "decode": decoder}
+        if keep:
+            weights = dict.fromkeys(STAGES, sum(weights.values()))
+        working = {"text": text.activations, "sampling": self.activations, "decode": frames}
+        stages = {name: StageMemory(weights[name], working[name]) for name in STAGES}
+        sent = Counter(self.sent)
+        if placement.shard and self.mesh.world.size > 1:
+            shares = sum(FromShares.share_bytes(i.nbytes, self.mesh.world.size) for i in self.images)
+            sent["weights"] = self.passes * shares * (self.mesh.world.size - 1)
+        return Estimate(placement, keep, stages, host, self.flops, sent, plan)
+
+    @torch.inference_mode()
+    def _step(self) -> tuple[int, int, Counter[str]]:
+        """Bytes at the peak of one step, its FLOPs, what it sends; counts the forward passes in `passes` too."""
+        self.passes = 0
+
+        def count(*_: object) -> None:
+            self.passes += 1
+
+        hook = self.model.register_forward_pre_hook(count)
+        with (
+            FlopCounterMode(display=False, custom_mapping=FUSED) as flops,
+            Traffic(self.mesh) as traffic,
+            PeakMemory() as memory,
+        ):
+            self.work.step(self.model)
+        hook.remove()
+        return memory.peak, flops.get_total_flops(), traffic.sent
+
+    @torch.inference_mode()
+    def _text(self) -> tuple[int, list[Image], int]:
+        """T5's bytes outside of its layers, the layers' images, bytes at the peak of encoding one prompt."""
+        t5 = new_t5(dict(self.work.text or T5_XXL)).to(self.precision.text)
+        t5.encoder.embed_tokens.weight = t5.shared.weight  # type: ignore[union-attr]
+        layers = t5.encoder.block = Blocks(t5.encoder.block)  # type: ignore[union-attr,arg-type]
+        for layer in layers if self.precision.text_float8 else ():
+            use_float8(layer, FLOAT8_LAYERS, self.multiplies)
+        with PeakMemory() as memory:
+            t5(input_ids=torch.zeros(1, self.work.tokens, dtype=torch.long, device="meta"))
+        images = [Image.of(layer, partial(_kind, layer)) for layer in layers]
+        return _nbytes(t5, without="encoder.block."), images, memory.peak
+
+    def _text_memory(self, placement: Placement) -> StageMemory:
+        assert self.text is not None
+        outer, layers, working = self.text
+        # T5 is on one rank: what streams comes from its files.
+        where = Placement("disk" if placement.streams else "stage")
+        return StageMemory(placed_bytes(outer, layers, where, 1)[0], working)
+
+    def _decode(self, free: float) -> tuple[DecodePlan, int]:
+        """The first plan that fits, and bytes at its peak; frames are gathered on rank 0's CPU."""
+        plan = plan_decode(self.decoder, self.work.latents, free, self.plans, self._plan_bytes)[0]
+        frames, height, width = self.work.frames
+        # Chunks lie beside the whole while they are joined.
+        kept = 2 * frames * height * width * 3 if self.device == "cpu" and self.mesh.is_main else 0
+        return plan, self._plan_bytes(plan) + kept
+
+    def _plan_bytes(self, plan: DecodePlan) -> int:
+        if plan not in self.peaks:
+            self.peaks[plan] = decode_memory(self.decoder, self.work.latents, plan, self.device, self.mesh.world.size)
+        return self.peaks[plan]
+
+
+def typed(
+    model: nn.Module,
+    dtype: torch.dtype,
+    exact: tuple[str, ...] = (),
+    float8: bool = False,
+    multiplies: bool = False,
+) -> nn.Module:
+    """A model on the meta device with the dtypes that its weights get when they are loaded; changed in place.
+
+    multiplies: as for `common.weights.float8.Float8Linear`.
+    """
+    model.to(dtype).requires_grad_(False)
+    for name in exact:
+        slot = model.get_parameter(name)
+        assign(model, name, torch.empty_like(slot, dtype=torch.promote_types(dtype, torch.float32)))
+    blocks = model.blocks
+    assert isinstance(blocks, Blocks)
+    for block in blocks if float8 else ():
+        use_float8(block, model.matmuls, multiplies)  # type: ignore[arg-type]
+        for layer in block.modules():
+            if isinstance(layer, Float8Linear) and layer.bias is not None:
+                assign(layer, "bias", torch.empty_like(layer.bias, dtype=dtype))
+    return model
+
+
+def _kind(module: nn.Module, name: str) -> torch.dtype:
+    return module.state_dict(keep_vars=True)[name].dtype
+
+
+def block_images(model: nn.Module) -> list[Image]:
+    """How each block's bytes lie when they stream."""
+    assert isinstance(model.blocks, Blocks)
+    return [Image.of(block, partial(_kind, block)) for block in model.blocks]
+
+
+def _nbytes(model: nn.Module, without: str | None = None) -> int:
+    """Bytes of a module's tensors, each once, but for names that start with `without`."""
+    seen: dict[int, int] = {}
+    for name, slot in model.state_dict(keep_vars=True).items():
+        if without is None or not name.startswith(without):
+            seen[id(slot)] = slot.nbytes
+    return sum(seen.values())
+
+
+def placed_bytes(outer: int, images: list[Image], placement: Placement, ranks: int) -> tuple[int, int]:
+    """Bytes of a model on a rank's device and in its host memory; see `common.weights.placement.place`."""
+    whole = sum(entry.nbytes for image in images for entry in image.entries.values())
+    room = max(image.nbytes for image in images)
+    count = min(BUFFERS, len(images))
+    if placement.shard and ranks > 1:
+        shares = [FromShares.share_bytes(image.nbytes, ranks) for image in images]
+        buffers = count * ranks * FromShares.share_bytes(room, ranks)
+        if placement.offload == "block":
+            return outer + buffers + max(shares), sum(shares)
+        return outer + buffers + sum(shares), 0
+    if placement.offload in ("none", "stage"):
+        return outer + whole, 0
+    held = sum(image.nbytes for image in images) if placement.offload == "block" else 0
+    return outer + count * room, held
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""What `FlopCounterMode` does not know: the kernel that stands for attention on the meta device."""

@@ -1,0 +1,207 @@
+"""Checks at the door, as plain functions: each returns what is wrong, with the nearest values that would do.
+
+Nothing here imports torch: a mistake on the command line is told in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.registry.layout import Layout, as_options, guidance_first, layouts_of
+from common.system.extras import install
+
+ENGINES = ("native", "xfuser")
+DTYPES = ("bf16", "fp16", "fp32", "fp64", "fp8")
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+"""Of `torch.compile`'s, those without CUDA graphs: blocks share their code but not the addresses of their weights."""
+OFFLOADS = ("none", "stage", "block", "disk")
+DECODE_MODES = ("auto", "exact", "tiled")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one checkpoint admits, and its official defaults. A fork states its numbers in one of these.
+
+    Sizes are pixels; an admissible frame count is `frame_step * k` plus one of `frame_offsets`, and at least 1.
+    sizes: the only (width, height), where not every one will do. heads: attention heads, the limit of the ulysses
+    degree.
+    """
+
+    heads: int
+    width: int
+    height: int
+    num_frames: int
+    num_steps: int
+    cfg_scale: float
+    fps: int
+    size_multiple: int = 16
+    frame_step: int = 6
+    frame_offsets: tuple[int, ...] = (1,)
+    sizes: tuple[tuple[int, int], ...] = ()
+    dtype: str = "bf16"
+    default_prompt: str | None = None
+
+    def size_of(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
+        """Height, width and frames: what is None is the checkpoint's own."""
+        given = ((height, self.height), (width, self.width), (num_frames, self.num_frames))
+        made = [own if value is None else value for value, own in given]
+        return made[0], made[1], made[2]
+
+    def guided(self, scale: float) -> bool:
+        """Whether this guidance scale needs the branch of the negative prompt."""
+        return scale != 1
+
+    def problems(self, width: int, height: int, num_frames: int) -> list[str]:
+        """What is wrong with a size and a frame count."""
+        found = []
+        for name, value in (("--width", width), ("--height", height)):
+            if value < 1 or value % self.size_multiple:
+                near = nearest(value, self.size_multiple, at_least=self.size_multiple)
+                found.append(f"{name} {value} is not a positive multiple of {self.size_multiple}; nearest: {near}")
+        if self.sizes and not found and (width, height) not in self.sizes:
+            allowed = " or ".join(f"{w} x {h}" for w, h in self.sizes)
+            found.append(f"this checkpoint makes videos of {allowed} pixels only")
+        if num_frames < 1 or all((num_frames - offset) % self.frame_step for offset in self.frame_offsets):
+            forms = " or ".join(f"{self.frame_step}k+{offset}".removesuffix("+0") for offset in self.frame_offsets)
+            near = nearest(num_frames, self.frame_step, self.frame_offsets, at_least=1)
+            found.append(f"--num-frames {num_frames} is not of the form {forms}; nearest: {near}")
+        return found
+
+
+def nearest(value: int, step: int, offsets: Sequence[int] = (0,), at_least: int = 1) -> str:
+    """The admissible values `step * k + offset` on both sides of `value`, as "19 or 25"."""
+    below = [(value - offset) // step * step + offset for offset in offsets]
+    values = [v for v in (max(below), min(below) + step) if v >= at_least] or [at_least]
+    return " or ".join(str(v) for v in values)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many processes, and who said so: `source` reads after the number ("8 GPUs are visible")."""
+
+    count: int
+    source: str
+
+
+def choose_degrees(
+    ranks: int,
+    heads: int,
+    guided: bool,
+    cfg: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+) -> Layout:
+    """Fill in the degrees that are None so that cfg * ring * ulysses == ranks, by
+    `common.registry.layout.guidance_first`.
+
+    Raises ValueError, with the nearest layouts that fit, when there is no such product.
+    """
+    asked = (cfg, ring, ulysses)
+    fitting = [
+        layout
+        for layout in layouts_of(ranks)
+        if layout.ulysses <= heads
+        and all(want in (None, have) for want, have in zip(asked, layout.degrees))
+        # Without guidance there is no second branch to compute.
+        and (guided or layout.cfg == 1 or cfg == 2)
+    ]
+    if not fitting:
+        raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, asked)}")
+    return min(fitting, key=guidance_first(guided))
+
+
+def near_layouts(ranks: int, heads: int, asked: tuple[int | None, ...], count: int = 3) -> str:
+    """The layouts of `ranks` nearest to what was asked, as options one can type."""
+
+    def distance(layout: Layout) -> float:
+        return sum(abs(math.log(have / want)) for have, want in zip(layout.degrees, asked) if want)
+
+    layouts = [layout for layout in layouts_of(ranks) if layout.ulysses <= heads]
+    return "; ".join(as_options(layout) for layout in sorted(layouts, key=distance)[:count])
+
+
+def _ranks(count: int) -> str:
+    return "rank" if count == 1 else "ranks"
+
+
+def layout_problems(
+    ranks: Ranks, heads: int, guided: bool, cfg: int | None, ring: int | None, ulysses: int | None
+) -> list[str]:
+    """What is wrong with the degrees that were given, for this many ranks."""
+    found = [
+        f"{name} {degree} is not a positive number; 1 turns it off"
+        for name, degree in (("--ulysses-degree", ulysses), ("--ring-degree", ring))
+        if degree is not None and degree < 1
+    ]
+    if found:
+        return found
+    if ulysses and ulysses > heads:
+        found.append(
+            f"--ulysses-degree {ulysses} is more than the model's {heads} attention heads; "
+            f"at most {heads}, the rest can go to --ring-degree"
+        )
+    asked = (
+        f"--ulysses-degree {ulysses or 1} x --ring-degree {ring or 1}{' x 2 for --cfg-parallel' if cfg == 2 else ''}"
+    )
+    needed = (ulysses or 1) * (ring or 1) * (cfg or 1)
+    if needed > ranks.count or ranks.count % needed or (ring and ulysses and cfg and needed != ranks.count):
+        near = near_layouts(ranks.count, heads, (cfg, ring, ulysses))
+        found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; these would do: {near}")
+    elif not found:
+        try:
+            choose_degrees(ranks.count, heads, guided, cfg, ring, ulysses)
+        except ValueError as error:
+            found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; {error}")
+    return found
+
+
+def kernel_problems(kernel: str, device: str, dtype: str) -> list[str]:
+    """Why `--attention` cannot be this kernel, as far as that is known without a look at the GPU. device: cpu or cuda.
+
+    The rest (packages, compute capability, head width) is `common.parallel.attention.check_kernel`'s.
+    """
+    if kernel in ("auto", "sdpa"):
+        return []
+    if device != "cuda":
+        return [f"--attention {kernel} needs an NVIDIA GPU; use sdpa or auto here"]
+    if dtype in ("fp32", "fp64"):
+        return [f"--attention {kernel} computes in bf16 or fp16, not in {dtype}; use sdpa or auto, or --dtype bf16"]
+    return []
+
+
+def xfuser_problems(
+    device: str, attention: str = "auto", dtype: str = "bf16", heads: int = 1, ulysses: int = 1
+) -> list[str]:
+    """Why `--engine xfuser` cannot run this. device: cpu or cuda. heads, ulysses: the model's and the degree."""
+    native = "use --engine native"
+    if device != "cuda":
+        return [f"--engine xfuser needs GPUs: xfuser's attention does not exist without one; {native}"]
+    found = []
+    for module in ("xfuser", "yunchang"):
+        if importlib.util.find_spec(module) is None:
+            found.append(f"--engine xfuser needs the package {module}: {install('xfuser')}; or {native}")
+    if dtype not in ("bf16", "fp16"):
+        found.append(f"--engine xfuser runs in bf16 or fp16, not in {dtype}: its kernels are half precision; {native}")
+    if attention == "cudnn":
+        found.append(f"--engine xfuser cannot use --attention cudnn: it gives its ring no log-sum-exp; {native}")
+    if heads % ulysses:
+        fitting = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
+        found.append(
+            f"--engine xfuser gives every ulysses rank equally many heads, but {heads} do not divide by "
+            f"--ulysses-degree {ulysses}; degrees that do: {fitting}; or {native}"
+        )
+    return found
+
+
+def dry_run_problems(name: str, weights: object, models: Sequence[str]) -> list[str]:
+    """What is wrong with `--dry-run NAME` ("" for a bare one) beside a model_dir or demo, for a program's models."""
+    if not models:
+        return ["--dry-run is not possible: this program does not say what it would run"]
+    if name and name not in models:
+        return [f"--dry-run {name} is no model of this program; choose one of {', '.join(models)}"]
+    if name and weights:
+        return [f"--dry-run {name} and {weights} exclude each other; leave one of them out"]
+    return []

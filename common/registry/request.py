@@ -1,0 +1,164 @@
+"""What one command asks for, as frozen values: which weights, how, and which videos.
+
+No torch here: these values exist before the first rank does.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from common.registry.checks import Rules
+from common.registry.layout import Layout
+from common.registry.settings import DecodeOptions, Runtime, Sampling
+from common.system.files import spare_file
+
+
+class WrongUse(ValueError):
+    """A command that cannot run: exit status 2, one line per problem."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
+@contextmanager
+def as_wrong_use() -> Iterator[None]:
+    """Where a plain ValueError means that the command asks for what this machine or checkpoint does not have."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise WrongUse([str(error)]) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from. None of the three: the fork's first model, by its official numbers alone."""
+
+    model_dir: Path | None = None
+    """A checkpoint directory; for a demo it is filled in when that has been made."""
+    demo: str | None = None
+    """The name of a demo checkpoint."""
+    official: str | None = None
+    """For a dry run: the name of a model of which only its numbers are there."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to make."""
+
+    prompt: str
+    negative_prompt: str
+    sampling: Sampling
+    fps: int
+    output: Path
+    seed: int | None = None
+    """None: rank 0 draws one for the whole command, and the video's is that plus `take`."""
+    take: int = 0
+    """Its place among the videos of the same prompt."""
+    latents: Path | None = None
+    """Decode this file instead of sampling."""
+
+    @property
+    def latents_file(self) -> Path:
+        """Where the pipeline leaves the final latents before it decodes; removed once the mp4 is complete."""
+        return self.output.with_suffix(".latents.safetensors")
+
+    @property
+    def sidecar(self) -> Path:
+        return self.output.with_suffix(".json")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that is written of this video."""
+        return self.output, self.sidecar, self.latents_file
+
+    @property
+    def latents_files(self) -> tuple[Path, Path]:
+        """Where the latents may be: beside the output, or, when its folder does not take them, elsewhere."""
+        return self.latents_file, spare_file(self.latents_file)
+
+
+@dataclass(frozen=True)
+class ForkOptions:
+    """A fork's own options: a subclass has a field for each, of the option's name."""
+
+    command_line: ClassVar[tuple[click.Option, ...]] = ()
+
+    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+        """What is wrong with them for these videos. Without torch."""
+        return []
+
+
+@dataclass(frozen=True)
+class Request:
+    """A whole command: how, what, and remarks for the user."""
+
+    program: str
+    source: Source
+    rules: Rules
+    """What the checkpoint admits."""
+    layout: Layout
+    runtime: Runtime
+    decode: DecodeOptions
+    options: Any
+    """The fork's `ForkOptions`."""
+    videos: tuple[Video, ...]
+    output: Path
+    """As given; several videos add numbers to it."""
+    layout_chosen: str = ""
+    """Why the program chose this layout; empty where it did not."""
+    timeout: float = 1800.0
+    debug: bool = False
+    dry_run: bool = False
+    """Only say what would be done."""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.runtime.device == "cpu"
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's, where there is one: at the latest when a demo has been made."""
+        assert self.source.model_dir is not None
+        return self.source.model_dir
+
+    @property
+    def sampled(self) -> bool:
+        """Whether anything is sampled, not only decoded."""
+        return any(video.latents is None for video in self.videos)
+
+    def guided(self, video: Video) -> bool:
+        """Whether the branch of the negative prompt is computed, needed or not."""
+        return self.rules.guided(video.sampling.cfg_scale) or self.layout.cfg > 1
+
+
+def draw_seeds(videos: Sequence[Video]) -> list[Video]:
+    """The videos with seeds. Rank 0 draws for all ranks, then sends the list."""
+    drawn = random.SystemRandom().randrange(2**32)
+    return [replace(v, seed=drawn + v.take) if v.seed is None else v for v in videos]
+
+
+def settings(request: Request, video: Video) -> dict[str, Any]:
+    """Every setting of one video, plain values for the json."""
+    parts = (request.runtime, request.runtime.compiling, request.decode, request.options, video.sampling, video)
+    flat: dict[str, Any] = {}
+    for part in parts:
+        shown = (one for one in fields(part) if not one.metadata.get("internal"))
+        flat |= {one.name: getattr(part, one.name) for one in shown}
+    for name in ("compiling", "sampling", "take"):
+        del flat[name]
+    source = request.source
+    # Where a demo was made is of no use on another machine: its name is.
+    flat |= {"model_dir": None if source.demo else source.model_dir, "demo": source.demo, "timeout": request.timeout}
+    flat |= {"ranks": request.layout.ranks, "layout": asdict(request.layout) | {"ranks": request.layout.ranks}}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(flat.items())}

@@ -1,0 +1,411 @@
+"""The command line that the forks share: click options in, frozen dataclasses out.
+
+`parse` collects everything that is wrong with a command and raises it as one `WrongUse`, before torch is imported.
+Hyphens and underscores are alike in every option (`--model-dir`, `--model_dir`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.registry.checks import (
+    Ranks,
+    Rules,
+    dry_run_problems,
+    kernel_problems,
+    layout_problems,
+    xfuser_problems,
+)
+from common.registry.forks import Fork, Size
+from common.registry.layout import Layout
+from common.registry.request import Request, Source, Video, WrongUse
+from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
+from common.run.degrees import choose_layout
+from common.run.options import MOST, SYNONYMS, options
+from common.system import environment
+from common.system.files import absence, as_text, reason, resolved, shown, taken_problem, text_problem, writing_problem
+from common.system.host import gpus_are_hidden
+
+MAX_SEED = 2**63 - 1
+MAX_SCALE = 1000.0
+MAX_MEMORY = 1_000_000  # GiB
+MAX_PROMPT_FILE = 64 << 20
+MAX_TIMEOUT = 10_000_000
+UNUSABLE_GPU = "there is a GPU driver, but PyTorch sees no GPU (a CPU build, or a driver older than its CUDA?)"
+DEMO_RANKS = 2
+"""Of a demo on a CPU."""
+
+
+def command(fork: Fork) -> click.Command:
+    """The click command; `parse` reads with it, documentation can be made from it."""
+    return click.Command(
+        fork.program,
+        params=options(fork),
+        help="Make a video from a prompt, on one GPU, many, or none. Also runs under torchrun. "
+        f"`{fork.program} quantize --help`: write a checkpoint in eight bits.",
+        context_settings={
+            "token_normalize_func": _spelled_out,
+            "help_option_names": ["-h", "--help"],
+            "ignore_unknown_options": True,
+            "allow_extra_args": True,
+            "show_default": True,
+            "max_content_width": 110,
+        },
+    )
+
+
+def _spelled_out(token: str) -> str:
+    token = token.replace("_", "-")
+    return SYNONYMS.get(token, token)
+
+
+def parse(fork: Fork, arguments: Sequence[str], at: environment.Process | None = None) -> Request:
+    """A checked Request from command line arguments.
+
+    at: this process among others; ranks of a running world bring their number. Default: alone.
+    Raises WrongUse with all problems, and click's Exit after --help or --version.
+    """
+    spec = command(fork)
+    try:
+        context = spec.make_context(fork.program, list(arguments))
+    except click.UsageError as error:
+        raise WrongUse([error.format_message()]) from None
+    problems = list(context.meta.get("problems", []))
+    problems += _unknown(context.args, [name for option in spec.params for name in option.opts])
+    return _Reader(fork, context.params, problems, at or environment.Process()).request()
+
+
+def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    found = []
+    for i, argument in enumerate(arguments):
+        if argument.startswith("-"):
+            name = argument.split("=")[0].replace("_", "-")
+            near = difflib.get_close_matches(name, known, n=1)
+            found.append(f"no such option: {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        elif i == 0 or not arguments[i - 1].startswith("-"):
+            found.append(f"unexpected argument {argument!r}; quote a prompt that has spaces")
+    return found
+
+
+class _Reader:
+    """Turns option values into a Request, noting every problem on the way."""
+
+    def __init__(self, fork: Fork, values: Mapping[str, Any], problems: list[str], at: environment.Process) -> None:
+        texts = {name: as_text(values[name]) for name in ("prompt", "negative_prompt") if values[name] is not None}
+        self.fork, self.values, self.problems, self.process = fork, {**values, **texts}, problems, at
+        self.output, self.probe = Path(), True  # probe: whether the output is still to be tried
+        self.gpus = 0 if values["device"] == "cpu" else environment.visible_gpus()
+        self.dry = values["dry_run"] is not None
+        if self.dry and values["device"] == "cuda" and not self.gpus:
+            self.gpus = max(1, values["gpus"] or 1)  # imagined: a dry run asks nothing of them
+
+    def request(self) -> Request:
+        source, rules = self._source()
+        videos = self._videos(source, rules)
+        self._positive("vae_chunk")
+        self._positive("overlap_groups")
+        if self.values["vae"] == "exact" and self.values["vae_tile"]:
+            self.problems.append("--vae exact does not cut the picture; leave --vae-tile out, or use --vae tiled")
+        if (folder := self.values["text_encoder_dir"]) is not None and (problem := absence(folder, "folder")):
+            self.problems.append(f"--text-encoder-dir {problem}")
+        if (room := self.values["max_memory"]) is not None and not 0 < room <= MAX_MEMORY:
+            self.problems.append(f"--max-memory {room} is not a number of GiB above 0 and up to {MAX_MEMORY}")
+        if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
+            self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
+        if self._unusable_gpu() and source.model_dir is not None and not self.dry:
+            self.problems.append(f"{UNUSABLE_GPU}; install a driver and a PyTorch that fit, or say --device cpu")
+        self._placement()
+        options = filled(self.fork.options, self.values)
+        self.problems += options.problems(source, videos, self.dry)
+        layout, chosen = self._layout(rules, videos[0].sampling)
+        runtime = self._runtime(rules, len(videos) > 1)
+        if runtime.engine == "xfuser":
+            self.problems += xfuser_problems(
+                runtime.device, runtime.attention, runtime.dtype, rules.heads, layout.ulysses
+            )
+        if self.problems:
+            raise WrongUse(list(dict.fromkeys(self.problems)))
+        return filled(
+            Request,
+            self.values,
+            program=self.fork.program,
+            source=source,
+            rules=rules,
+            layout=layout,
+            layout_chosen=chosen,
+            runtime=runtime,
+            decode=filled(DecodeOptions, self.values),
+            options=options,
+            videos=tuple(videos),
+            output=self.output,
+            dry_run=self.dry,
+            remarks=tuple(self._remarks()),
+        )
+
+    def _runtime(self, rules: Rules, several: bool) -> Runtime:
+        kept = {"none": True, None: several}.get(self.values["offload"], False)
+        return filled(
+            Runtime,
+            self.values,
+            device="cuda" if self.gpus else "cpu",
+            dtype=self.values["dtype"] or rules.dtype,
+            keep_loaded=self._value("keep_loaded", kept),
+            compiling=filled(CompileOptions, {name: v for name, v in self.values.items() if v is not None}),
+        )
+
+    def _source(self) -> tuple[Source, Rules]:
+        model_dir, demo = self.values["model_dir"], self.values["demo"]
+        official = self.fork.rules(Source())  # to check the rest by, where the source itself is wrong
+        if self.dry and (name := self._official(model_dir or demo)):
+            return Source(official=name), self.fork.rules(Source(official=name))
+        if model_dir is not None and demo is not None:
+            self.problems.append("--model-dir and --demo exclude each other; give one of them")
+        elif model_dir is None and demo is None:
+            self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
+        elif model_dir is not None and (problem := absence(model_dir, "folder")):
+            self.problems.append(f"--model-dir {problem}")
+        else:
+            source = Source(model_dir, demo)
+            try:
+                return source, self.fork.rules(source)
+            except (ValueError, OSError) as error:
+                self.problems.append(f"--model-dir {model_dir}: {error}")
+        return Source(model_dir, demo), official
+
+    def _official(self, weights: object) -> str | None:
+        """The official model whose numbers a dry run takes; None where there are weights to look at."""
+        name, models = self.values["dry_run"], self.fork.names
+        self.problems += (found := dry_run_problems(name, weights, models))
+        return None if found or weights else name or models[0]
+
+    def _value(self, name: str, default: Any) -> Any:
+        given = self.values[name]
+        return default if given is None else given
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = self.values[name]
+            option = f"--{name.replace('_', '-')} {value}"
+            if value is not None and value < 1:
+                self.problems.append(f"{option} is not a positive number; at least 1")
+            elif value is not None and value > MOST[name]:
+                self.problems.append(f"{option} is more than any machine makes; at most {MOST[name]}")
+
+    def _sizes(self, rules: Rules) -> tuple[int, int, int]:
+        """Width, height and frames; where they are absurd, the official ones, so that nothing else trips over them."""
+        sizes = {name: self._value(name, getattr(rules, name)) for name in ("width", "height", "num_frames")}
+        absurd = [name for name, value in sizes.items() if value > MOST[name]]
+        if absurd:
+            self._positive(*absurd)
+            return rules.width, rules.height, rules.num_frames
+        self.problems += rules.problems(*sizes.values())
+        return sizes["width"], sizes["height"], sizes["num_frames"]
+
+    def _videos(self, source: Source, rules: Rules) -> list[Video]:
+        self._positive("num_steps", "fps", "num_videos")
+        width, height, num_frames = self._sizes(rules)
+        scale = self._value("cfg_scale", rules.cfg_scale)
+        if not 0 <= scale <= MAX_SCALE:
+            self.problems.append(f"--cfg-scale {scale} is not a number from 0 to {MAX_SCALE}")
+        seed, count = self.values["seed"], min(max(1, self._value("num_videos", 1)), MOST["num_videos"])
+        if seed is not None and not 0 <= seed <= MAX_SEED - count:
+            self.problems.append(f"--seed {seed} is outside 0 .. {MAX_SEED - count}")
+        self.output = self._output(source)
+        base = Video(
+            prompt="",
+            negative_prompt=self._value("negative_prompt", ""),
+            sampling=Sampling(width, height, num_frames, self._value("num_steps", rules.num_steps), scale),
+            fps=self._value("fps", rules.fps),
+            output=self.output,
+            seed=seed,
+            latents=self._latents(),
+        )
+        prompts = self._prompts(rules)
+        for name in ("prompt", "negative_prompt"):
+            if (problem := text_problem(self._value(name, ""))) is not None:
+                self.problems.append(f"--{name.replace('_', '-')}: {problem}")
+        if len(prompts) * count > MOST["num_videos"]:
+            self.problems.append(f"{len(prompts)} prompts x {count} videos are more than {MOST['num_videos']}")
+            count = 1
+        return self._writable(_numbered(base, prompts, count))
+
+    def _writable(self, videos: list[Video]) -> list[Video]:
+        """The videos, after a look at every file that they will leave, by the longest name that it has on the way."""
+        if self.process.rank == 0 and self.probe:
+            longest = max(videos, key=lambda video: len(str(video.output)))
+            problems = [writing_problem(path) for path in longest.files]
+            problems += [taken_problem(path) for video in videos if video is not longest for path in video.files]
+            self.problems += [f"--output: {problem}" for problem in dict.fromkeys(problems) if problem][:5]
+        return videos
+
+    def _placement(self) -> None:
+        offload, kept, cache = self.values["offload"], self.values["keep_loaded"], self.values["text_cache"]
+        if offload == "disk" and self.values["shard_weights"]:
+            self.problems.append(
+                "--shard-weights with --offload disk: no rank keeps weights then; leave one out, or use --offload block"
+            )
+        if (offload, kept) in (("none", False), ("stage", True)):
+            flag = "--keep-loaded" if kept else "--no-keep-loaded"
+            self.problems.append(f"--offload {offload} and {flag} say the opposite; give one of them")
+        if cache is not None and (problem := absence(cache, "folder")) and not problem.endswith("does not exist"):
+            self.problems.append(f"--text-cache {problem}")
+
+    def _latents(self) -> Path | None:
+        path = self.values["from_latents"]
+        if path is not None and (problem := absence(path, "file")):
+            self.problems.append(f"--from-latents {problem}")
+        if path is not None and (self.values["prompt_file"] or (self.values["num_videos"] or 1) > 1):
+            self.problems.append("--from-latents decodes one video; leave --prompt-file and --num-videos out")
+        return path
+
+    def _prompts(self, rules: Rules) -> list[str]:
+        prompt, file = self.values["prompt"], self.values["prompt_file"]
+        if prompt is not None and file is not None:
+            self.problems.append("--prompt and --prompt-file exclude each other; give one of them")
+        elif file is not None:
+            return self._prompts_of(file) or [""]
+        elif prompt is None and self.values["from_latents"] is None:
+            if rules.default_prompt is None and not self.dry:
+                self.problems.append("--prompt is missing; say what the video shows")
+            return [rules.default_prompt or ""]
+        return [prompt or ""]
+
+    def _prompts_of(self, file: Path) -> list[str]:
+        name = f"--prompt-file {shown(file)}"
+        try:
+            with file.open("rb") as stream:
+                content = stream.read(MAX_PROMPT_FILE + 1)
+            lines = content.decode("utf-8-sig").split("\n")
+        except OSError as error:
+            self.problems.append(f"{name} cannot be read: {reason(error)}")
+            return []
+        except (UnicodeDecodeError, ValueError) as error:
+            where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+            self.problems.append(f"{name} is not UTF-8 text{where}")
+            return []
+        if len(content) > MAX_PROMPT_FILE:
+            self.problems.append(f"{name} is larger than {MAX_PROMPT_FILE >> 20} MiB; split it")
+            return []
+        for number, line in enumerate(lines, 1):
+            if (problem := text_problem(line)) is not None:
+                self.problems.append(f"{name}, line {number}: {problem}")
+                return []
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            self.problems.append(f"{name} holds no prompt; write one a line")
+        return prompts
+
+    def _output(self, source: Source) -> Path:
+        output = self.values["output"]
+        if output is None and source.demo is not None:
+            output = Path("demo.mp4")
+        elif output is None:
+            return self._default_output()
+        try:
+            output = resolved(output)
+        except ValueError as error:
+            self.problems.append(f"--output {error}")
+            self.probe = False
+            return Path("video.mp4")
+        if (taken := taken_problem(output)) is not None:
+            self.problems += [f"--output: {taken}"] if self.process.rank == 0 else []
+            self.probe = False
+            return Path("video.mp4")
+        if output.suffix != ".mp4":
+            name = f"{output.stem or 'video'}.mp4"
+            self.problems.append(f"--output {shown(output)} must end in .mp4, such as {shown(name)}")
+        return output
+
+    def _default_output(self) -> Path:
+        """A name of this run's own: several may begin within one second."""
+        name = f"{self.fork.program.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.mp4"
+        folder = Path("outputs")
+        # A folder that is missing is made when the run begins; here it only has to be possible.
+        self.probe = folder.exists()
+        if not self.probe and self.process.rank == 0 and (problem := writing_problem(Path(name))):
+            self.problems.append(f"--output: {problem}")
+        return folder / name
+
+    def _layout(self, rules: Rules, sampling: Sampling) -> tuple[Layout, str]:
+        """The layout, and why it was chosen where the program chose a degree of it."""
+        ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
+        cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
+        self._positive("gpus")
+        absurd = [name for name in ("gpus", "ulysses_degree", "ring_degree") if (self.values[name] or 0) > MOST[name]]
+        if absurd:
+            self._positive(*(name for name in absurd if name != "gpus"))
+            return Layout(), ""
+        if self.values["device"] == "cuda" and not self.gpus:
+            self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
+        dtype = self.values["dtype"] or rules.dtype
+        self.problems += kernel_problems(self.values["attention"], "cuda" if self.gpus else "cpu", dtype)
+        ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
+        guided = rules.guided(self._value("cfg_scale", rules.cfg_scale))
+        wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
+        self.problems += wrong
+        if wrong:
+            return Layout(), ""
+        size = Size(sampling.width, sampling.height, sampling.num_frames, sampling.num_steps, guided)
+        given = (cfg, ring, ulysses, "cuda" if self.gpus else "cpu", size)
+        return choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given)
+
+    def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
+        asked, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)
+        if self.process.launcher is not None:
+            world = self.process.world_size
+            if asked and asked != world:
+                self.problems.append(f"--gpus {asked}, but torchrun started {world} ranks; leave --gpus out")
+            if gpus > 1 and self.process.local_world_size > gpus:  # one: each rank may be shown its own
+                self.problems.append(f"{self.process.local_world_size} ranks on this machine, but {_visible(gpus)}")
+            return Ranks(world, f"{world} are running")
+        if asked and asked > 0:
+            if gpus and asked > gpus:
+                self.problems.append(f"--gpus {asked}, but {_visible(gpus)}; at most {gpus}")
+            return Ranks(asked, f"--gpus is {asked}")
+        if given:
+            return Ranks(gpus, _visible(gpus)) if gpus and product > gpus else Ranks(product, f"{product} would run")
+        if gpus:
+            return Ranks(gpus, _visible(gpus))
+        alone = DEMO_RANKS if self.values["demo"] else 1
+        return Ranks(alone, f"{alone} would run on the CPU")
+
+    def _unusable_gpu(self) -> bool:
+        unseen = self.values["device"] == "auto" and not self.gpus and environment.driver_present()
+        return unseen and not gpus_are_hidden(os.environ)
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        if self._unusable_gpu():
+            remarks.append(f"{UNUSABLE_GPU}: running on the CPU")
+        if self.values["use_xdit"] or self.values["use_fsdp"]:
+            remarks.append("--use-xdit and --use-fsdp have no effect: the parallel path is the only one here")
+        if self.values["cpu_offload"]:
+            remarks.append("--cpu-offload has no effect: a stage is loaded when it is needed and freed after it")
+        return remarks
+
+
+def _visible(gpus: int) -> str:
+    return f"{gpus} GPU{' is' if gpus == 1 else 's are'} visible"
+
+
+def _numbered(base: Video, prompts: Sequence[str], count: int) -> list[Video]:
+    """Every prompt `count` times; the k-th of each prompt has the k-th seed. Several get numbers in their names."""
+    total = len(prompts) * count
+    videos = []
+    for index in range(total):
+        seed = None if base.seed is None else base.seed + index % count
+        output = base.output
+        if total > 1:
+            output = output.with_stem(f"{output.stem}-{index + 1:0{len(str(total))}}")
+        videos.append(replace(base, prompt=prompts[index // count], seed=seed, take=index % count, output=output))
+    return videos

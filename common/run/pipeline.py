@@ -1,0 +1,187 @@
+"""What the forks' pipelines share: a rank's place, text features, models that load and leave, the decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from common.model.compile import compile_decoder, compile_transformer
+from common.parallel.device_memory import release_memory
+from common.parallel.guidance import Guidance
+from common.parallel.mesh import Mesh, on_main, resolve_device
+from common.parallel.xfuser import sequence_parallel
+from common.registry.settings import DecodeOptions, Runtime
+from common.system.progress import Report
+from common.text.encoder import Encoder, TextEncoder, TextFeatures
+from common.text.t5 import EncoderFiles
+from common.video.causal import lay_out
+from common.video.decode import VideoDecoder
+from common.video.decode_planning import AgreedPlans
+from common.video.decode_video import decode_video
+from common.weights.blocks import finish
+from common.weights.dtypes import parse_dtype
+from common.weights.placement import Placement, check_model, resident_bytes
+
+if TYPE_CHECKING:
+    from common.run.quantize import TransformerFiles
+
+TextBranch = tuple[Tensor, Tensor]
+"""Features (1, L, D) of one guidance branch's prompt and the mask (1, L) of its tokens that are no padding."""
+
+
+class Pipeline:
+    """Loads each stage's model when its turn comes, and lets it go before the next one's.
+
+    model_dir: the checkpoint's folder. mesh: this rank's place (`common.parallel.mesh.distributed`); without one, a
+    single process on `device`. runtime: where and how it computes; options: fields of
+    `common.registry.settings.Runtime` by name, in place of its own. report: where progress and times go.
+    """
+
+    config: Any
+    """The transformer's numbers, of the fork's own class."""
+    own_dtype = "bf16"
+    """Of the blocks, where nobody says it."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        runtime: Runtime | None = None,
+        report: Report | None = None,
+        **options: Any,
+    ) -> None:
+        runtime = replace(runtime or Runtime(), **options)
+        mesh = mesh or Mesh(device=resolve_device(runtime.device or "cpu"))
+        self.model_dir, self.mesh, self.device, self.runtime = Path(model_dir), mesh, mesh.device, runtime
+        dtype = self.own_dtype if runtime.dtype is None else runtime.dtype
+        self.dtype = parse_dtype("bf16" if dtype == "fp8" else dtype)
+        text = runtime.text_dtype
+        self.text_dtype = self.dtype if text in (None, "fp8") else parse_dtype(text)
+        self.placement = Placement(runtime.offload or "stage", runtime.shard_weights, dtype == "fp8")
+        self.report = report or Report(device=mesh.device)
+        self.sp = sequence_parallel(mesh, runtime.attention, runtime.engine, runtime.overlap_groups, self.dtype)
+        self.guidance = Guidance(mesh.cfg)
+        self.loaded: dict[str, Any] = {}
+        self.agreed_plans: AgreedPlans = {}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether models stay on the device between stages and calls."""
+        return self.runtime.keep_loaded or self.runtime.offload == "none"
+
+    def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
+        """Compare all tensors that a call would load with the models', by headers alone: names, shapes and dtypes.
+
+        sample: there is something to sample, not only latents to decode. text: there is a prompt to encode. frames: it
+        starts from pictures. CheckpointError names file and tensor, so that none is found missing after an hour.
+        """
+        self.check_vae(frames)
+        if not sample:
+            return
+        files = self.transformer_files()
+        check_model(files.module, files.checkpoint, files.rename)
+        if text and self.mesh.is_main:
+            self.text_files().check(self.config.text_dim)
+
+    def check_vae(self, frames: bool) -> None:
+        """The autoencoder's part of `check_weights`: the decoder, and for frames the encoder."""
+        raise NotImplementedError
+
+    def transformer_files(self) -> TransformerFiles:
+        raise NotImplementedError
+
+    def text_folder(self) -> Path:
+        """Where the text encoder lies; ValueError when it is nowhere."""
+        return Path(self.runtime.text_encoder_dir or self.model_dir)
+
+    def text_files(self) -> Encoder:
+        """The encoder that the model's text comes from, its files found; ValueError says what is missing."""
+        return EncoderFiles.find(self.text_folder())
+
+    @contextmanager
+    def stage_model(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
+        """The model `name`, loaded now or still there; it leaves the device afterwards unless models are kept.
+
+        Any number of models take turns this way. The caller must not hold on to one: that is what keeps memory from
+        falling.
+        """
+        if name not in self.loaded:
+            # Not after the previous stage: its own frame still held the model then.
+            release_memory()
+            self.loaded[name] = load()
+        try:
+            yield self.loaded[name]
+            if not self.keeps and isinstance(self.loaded[name], nn.Module):
+                finish(self.loaded[name])
+        finally:
+            if not self.keeps:
+                del self.loaded[name]
+
+    def encode_text(self, prompts: Mapping[int, str], limit: int, use_mask: bool) -> dict[int, TextBranch]:
+        """Features of each branch's prompt, on every rank. The encoder runs on rank 0 alone and is gone before this
+        returns.
+
+        limit: tokens, longer prompts are truncated with a warning. use_mask: whether padding is kept from the encoder
+        too. Collective.
+        """
+
+        def encode() -> TextFeatures:
+            with self.stage_model("text encoder", self._load_text_encoder) as encoder, self.report.stage("encoding"):
+                return encoder.encode(list(prompts.values()), limit, use_mask)
+
+        with self.report.stage("text features", quiet=True):
+            found = on_main(self.mesh, encode)
+        text = {}
+        for i, (branch, said) in enumerate(prompts.items()):
+            text[branch] = (found.features[i : i + 1], found.mask[i : i + 1])
+            self.report.note(f"{'negative ' if branch else ''}prompt: {found.used[i]} of {limit} tokens")
+            if found.cut[i]:
+                self.report.warn(f"the prompt {said[:40]!r}... is too long; this was cut off: {found.cut[i]!r}")
+        return text
+
+    def _load_text_encoder(self) -> TextEncoder:
+        with self.report.stage("loading text encoder"):
+            return TextEncoder(
+                self.text_files(),
+                self.device,
+                self.text_dtype,
+                self.runtime.text_cache,
+                float8=self.runtime.text_dtype == "fp8",
+                stream=self.placement.streams,
+            )
+
+    def decode(self, latents: Tensor, options: DecodeOptions | None = None) -> Tensor | None:
+        """Latents (1, C, T, h, w) to all frames, uint8 (frames, 8h, 8w, 3) on rank 0, None elsewhere. Collective."""
+        with self.stage_model("decoder", self._compiled_decoder) as decoder:
+            most = self.runtime.max_bytes
+            room = None if most is None else most - self._held()
+            return decode_video(
+                decoder, latents, self.mesh, options or DecodeOptions(), self.report, room, self.agreed_plans
+            )
+
+    def _held(self) -> int:
+        """Bytes of the weights that are loaded here now."""
+        loaded = [m.model if isinstance(m, TextEncoder) else m for m in self.loaded.values()]
+        return sum(resident_bytes(model) for model in loaded if isinstance(model, nn.Module))
+
+    def load_decoder(self) -> VideoDecoder:
+        raise NotImplementedError
+
+    def _compiled_decoder(self) -> VideoDecoder:
+        decoder = lay_out(self.load_decoder(), self.device)
+        compile_decoder(decoder, self.runtime.compiling)
+        return decoder
+
+    def load_transformer(self) -> nn.Module:
+        """The fork's transformer, loaded as `placement` says."""
+        raise NotImplementedError
+
+    def compiled_transformer(self) -> Any:
+        model = self.load_transformer()
+        compile_transformer(model, self.runtime.compiling)
+        return model

@@ -1,0 +1,185 @@
+"""One rank's whole life: join the others, agree on the request, run the fork's `generate`, leave."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from common.registry.forks import Fork
+from common.registry.request import Request, WrongUse, as_wrong_use
+from common.run.link import Link
+from common.run.outputs import clean_up
+from common.system.environment import Process, split_cores
+from common.system.host import allocator_default, bind_to_gpu
+from common.system.progress import Report
+from common.system.stopping import Asked, Stopped, stoppable
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from common.parallel.mesh import Mesh
+
+Generate: TypeAlias = "Callable[[Request, Mesh, Report], None]"
+"""Makes the videos of a request, the same function in every rank."""
+SELF_TEST_SECONDS = 60.0
+
+
+def run(
+    fork: Fork,
+    generate: Generate,
+    request: Request,
+    process: Process,
+    started: float,
+    arguments: Sequence[str] = (),
+    release: Callable[[], None] = lambda: None,
+) -> int:
+    """One rank's whole life; returns its exit status, or ends the process when peers may still be waiting for it.
+
+    arguments: the command line that the request was read from, where every rank has read its own.
+    release: called before the process ends in whatever way.
+    """
+    link = Link(process, request.debug)
+    report = _report(link, request)
+
+    def after_failure() -> str:
+        kept = clean_up(request, started) if process.rank == 0 and process.launcher != "supervise" else ""
+        release()
+        return kept
+
+    try:
+        # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
+        alone = process.world_size == 1
+        with stoppable() if alone else nullcontext(Asked()) as asked, _told(link, report, after_failure, asked):
+            with as_wrong_use():
+                request, mesh = _connect(request, process, report, arguments)
+                _self_test(mesh, request, report, link)
+                request = _resolved(fork, request, mesh, process, report)
+            generate(request, mesh, report)
+            _wait_for_all(mesh)
+        if process.world_size > 1:
+            release()
+            link.leave(0)
+    except Stopped as stopped:
+        after_failure()
+        return stopped.status
+    except KeyboardInterrupt:
+        after_failure()
+        return 130
+    except _Failed as failed:
+        return failed.status
+    return 0
+
+
+def _report(link: Link, request: Request) -> Report:
+    console = None
+    if link.process.rank == 0:
+        from rich.console import Console
+
+        console = Console(file=link.stderr)
+    report = Report(console, link.at_stage)
+    for remark in request.remarks:
+        report.note(remark)
+    return report
+
+
+class _Failed(Exception):
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+@contextmanager
+def _told(link: Link, report: Report, after_failure: Callable[[], str], asked: Asked) -> Iterator[None]:
+    """Tell the user of an exception once. With peers, leave at once: they would wait in a collective for us.
+
+    asked: a signal that came; an exception is then only what a library made of it, as imports do.
+    WrongUse is status 2.
+    """
+    try:
+        yield
+    except Exception as error:
+        if asked.number is not None:
+            raise Stopped(asked.number) from None
+        status = 2 if isinstance(error, WrongUse) else 1
+        link.failed(report.where, error, status, after_failure())
+        if link.process.world_size > 1:
+            link.leave(status)
+        raise _Failed(status) from None
+
+
+def _connect(request: Request, process: Process, report: Report, arguments: Sequence[str]) -> tuple[Request, Mesh]:
+    """The request that all ranks run, and this rank's mesh. Collective."""
+    with report.stage("starting", quiet=True):
+        if not request.on_cpu:  # before torch starts its threads and CUDA reads its settings
+            os.environ.update(allocator_default(os.environ))
+            bind_to_gpu(process.local_rank)
+        from common.parallel.mesh import distributed, meet
+
+        store = meet(request.timeout)
+        if process.launcher == "torchrun" and store is not None:
+            request = _of_rank_0(request, process, store, arguments)
+        if request.on_cpu:
+            split_cores(process)
+        mesh = distributed(request.layout, request.runtime.device, request.timeout, store)
+    report.device = mesh.device
+    count = request.layout.ranks
+    why = request.layout_chosen and f" ({request.layout_chosen})"
+    report.note(f"{'1 rank' if count == 1 else f'{count} ranks'} on {mesh.device.type}: {request.layout}{why}")
+    return request, mesh
+
+
+def _of_rank_0(request: Request, process: Process, store: Store, arguments: Sequence[str]) -> Request:
+    """Rank 0's request, on every rank: what was chosen by looking at the machine (layout, device) must be one choice.
+
+    Before any process group exists, for groups of different layouts would wait for each other without end. Raises
+    ValueError on a rank whose command line is another.
+    """
+    if process.rank == 0:
+        store.set("request", pickle.dumps((list(arguments), request)).hex())
+        return request
+    theirs, request = pickle.loads(bytes.fromhex(store.get("request").decode()))
+    if list(arguments) != theirs:
+        mine = shlex.join(arguments)
+        raise ValueError(f"this rank was started with `{mine}`, rank 0 with `{shlex.join(theirs)}`; give all the same")
+    return request
+
+
+def _self_test(mesh: Mesh, request: Request, report: Report, link: Link) -> None:
+    from common.parallel.self_test import self_test
+
+    with report.stage("testing the connections", quiet=True):
+        limit = min(request.timeout, SELF_TEST_SECONDS)
+        self_test(mesh, limit, lambda error: link.failed(report.where, error))
+
+
+def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report: Report) -> Request:
+    """The request with a real checkpoint directory, and a placement of its weights, of which a line is told.
+
+    A demo checkpoint is made by one rank of each machine. Collective.
+    """
+    from common.memory.choice import with_placement
+
+    name = request.source.demo
+    if name is not None:
+        with report.stage("making the demo checkpoint", quiet=True):
+            make = fork.module("demo").demo_checkpoint
+            if process.local_rank == 0:
+                make(name)
+            _wait_for_all(mesh)
+            request = replace(request, source=replace(request.source, model_dir=make(name)))
+    with report.stage("opening the checkpoint", quiet=True):
+        request, why = with_placement(fork, request, mesh, process.local_world_size)
+    if why is not None:
+        report.note(f"weights: {why}")
+    return request
+
+
+def _wait_for_all(mesh: Mesh) -> None:
+    if mesh.world.group is not None:
+        import torch
+
+        torch.distributed.all_reduce(torch.zeros(1), group=mesh.world.group)

@@ -1,0 +1,300 @@
+"""Causal video autoencoders in bounded memory: streaming in time, on one rank or dealt over many.
+
+A causal layer needs nothing but the last frames of what came before, so a video can pass through chunk by chunk and
+come out as if it had passed in one piece. `CausalStream` is all a model sees of this: a causal convolution asks for
+`stream.before(self, x, frames)` and computes. Where the frames come from is the link's business: the first frame
+repeated, this rank's memory (`LocalLink`), or the rank that computes the chunk before (`PairLink`).
+
+Over P ranks chunk k belongs to rank k mod P, and a convolution's tail leaves for the next rank before the
+convolution runs. So chunk k + 1 follows chunk k one layer behind: a wavefront over (chunk, layer).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.parallel.mesh import Axis
+
+# Elements of the input of one convolution call. What a call needs beside input and output (the padded copy, the
+# workspace) grows with it, and CUDA's 3D kernels index with 32 bits.
+LARGEST_CONVOLUTION = 2**27
+
+M = TypeVar("M", bound=nn.Module)
+
+# A message on its way and the tensor that must live until it has arrived.
+Sent = tuple[dist.Work | None, Tensor]
+
+
+def wait_for(sent: Sent | None) -> None:
+    if sent is not None and sent[0] is not None:
+        sent[0].wait()
+
+
+class Link(Protocol):
+    """Carries each layer's last frames from one chunk of a video to the next."""
+
+    def send(self, key: Hashable, tail: Tensor) -> None: ...
+
+    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        """The `frames` frames before `x`, (B, C, frames, H, W), with the dtype and device of `x`."""
+        ...
+
+    def close(self) -> None:
+        """The video is through: wait until everything sent has been taken."""
+        ...
+
+
+class LocalLink:
+    """Tails kept in this process. `offload` parks them in host memory, for videos of which only a part is in hand."""
+
+    def __init__(self, offload: bool = False) -> None:
+        self.offload = offload
+        self.kept: defaultdict[Hashable, deque[Tensor]] = defaultdict(deque)
+
+    def send(self, key: Hashable, tail: Tensor) -> None:
+        # A view would keep the whole chunk's activations alive.
+        kept = tail.to("cpu", copy=True) if self.offload else tail.clone()
+        self.kept[key].append(kept)
+
+    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        return self.kept[key].popleft().to(x.device)
+
+    def close(self) -> None:
+        self.kept.clear()
+
+
+class PairLink:
+    """Tails to the next rank and from the one before, each over a process group of just these two ranks.
+
+    Both ends go through (chunk, layer) in the same order, so the order of the messages says what they are. A send is
+    waited for only when the same layer sends again, one round later: by then its receiver, which depends on nothing
+    this rank has still to do, has taken it. At most one tail a layer is on its way.
+
+    Each layer has one buffer to send from and one to receive into, for the whole video. Fresh tensors would not be
+    reused on a GPU: the allocator gives out memory that a message has used only after the message is known to be done,
+    and the host queues a whole chunk ahead. Reuse is safe there since NCCL's stream first waits for all that the
+    computing stream had queued when the message was posted, the last use of what was received before among it; and
+    waiting for a message makes the computing stream, not the host, wait, so that a buffer is filled again only after
+    its send is done.
+    """
+
+    def __init__(self, before: dist.ProcessGroup, after: dist.ProcessGroup) -> None:
+        self.before, self.after = before, after
+        self.sending: dict[Hashable, Sent] = {}
+        self.received: dict[Hashable, Tensor] = {}
+
+    def send(self, key: Hashable, tail: Tensor) -> None:
+        sent = self.sending.pop(key, None)
+        wait_for(sent)
+        buffer = _like(tail, tail.shape, sent and sent[1]).copy_(tail)
+        self.sending[key] = (dist.isend(buffer, group=self.after, group_dst=1 - dist.get_rank(self.after)), buffer)
+
+    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+        """See `Link`. What is returned holds until the same layer receives again."""
+        shape = torch.Size((*x.shape[:2], frames, *x.shape[3:]))
+        self.received[key] = tail = _like(x, shape, self.received.get(key))
+        wait_for((dist.irecv(tail, group=self.before, group_src=1 - dist.get_rank(self.before)), tail))
+        return tail
+
+    def close(self) -> None:
+        for sent in self.sending.values():
+            wait_for(sent)
+        self.sending.clear()
+        self.received.clear()
+
+
+def _like(x: Tensor, shape: torch.Size, kept: Tensor | None) -> Tensor:
+    """`kept` where it has the shape, and dtype and device of `x`; else a new tensor that has."""
+    fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (shape, x.dtype, x.device)
+    return kept if fits and kept is not None else x.new_empty(shape)
+
+
+class CausalStream:
+    """One chunk's place in its video. The default is the whole video as one chunk, which also trains."""
+
+    def __init__(self, link: Link | None = None, first: bool = True, last: bool = True) -> None:
+        self.link = link or LocalLink()
+        self.first, self.last = first, last
+
+    def before(self, key: Hashable, x: Tensor, frames: int, zeros: bool = False) -> Tensor:
+        """The `frames` frames before `x` (B, C, T, H, W): copies of its first frame where the video begins, or zeros.
+
+        `key` names the layer. The chunk's own last frames are handed on before anything is awaited, unless the chunk
+        is so short that they reach into the chunk before.
+        """
+        if frames == 0:
+            return x[:, :, :0]
+        enough = x.shape[2] >= frames
+        if enough and not self.last:
+            self.link.send(key, x[:, :, -frames:])
+        if not self.first:
+            before = self.link.receive(key, x, frames)
+        elif zeros:
+            before = x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
+        else:
+            before = x[:, :, :1].expand(-1, -1, frames, -1, -1)
+        if not enough and not self.last:
+            self.link.send(key, torch.cat([before, x], dim=2)[:, :, -frames:])
+        return before
+
+    def skip(self, x: Tensor, frames: int) -> Tensor:
+        """`x` without the video's first `frames` frames, which only its first chunk has."""
+        return x[:, :, frames:] if self.first else x
+
+
+def silu(x: Tensor) -> Tensor:
+    """In place where no gradient is needed: what lives at once is what decides how much fits."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that sees no later frame; padding in space is half the kernel, in the given mode.
+
+    zeros_before: what stands before the video's first frame is zeros, instead of copies of it.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int | tuple[int, int, int],
+        padding_mode: Literal["zeros", "replicate"] = "zeros",
+        stride: int | tuple[int, int, int] = 1,
+        zeros_before: bool = False,
+    ) -> None:
+        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        padding = (0, (kernel[1] - 1) // 2, (kernel[2] - 1) // 2)
+        super().__init__(channels_in, channels_out, kernel, stride, padding, padding_mode=padding_mode)
+        self.zeros_before = zeros_before
+
+        self.border = padding[1:] if padding_mode == "replicate" else (0, 0)
+
+    def forward(self, x: Tensor, stream: CausalStream) -> Tensor:  # type: ignore[override]
+        before = stream.before(self, x, self.kernel_size[0] - 1, self.zeros_before)
+        cuts = self._cuts(before.shape[2] + x.shape[2], x[:, :, 0].numel())
+        if len(cuts) == 1:
+            # Rebound, so that what was handed in does not live beside its copy while that is convolved.
+            x = self._input(before, x, cuts[0][0])
+            return self._convolve(x)
+        rows, columns = (self._size(x.shape[dim], dim) for dim in (3, 4))
+        total = self._size(before.shape[2] + x.shape[2], 2)
+        out = empty_for(self.weight, (x.shape[0], self.out_channels, total, rows, columns), x)
+        for cut, made in cuts:
+            out[:, :, made] = self._convolve(self._input(before, x, cut))
+        return out
+
+    def _size(self, length: int, dim: int) -> int:
+        """What `length` along `dim` becomes."""
+        i = dim - 2
+        return (length + 2 * int(self.padding[i]) - self.kernel_size[i]) // self.stride[i] + 1
+
+    def _cuts(self, frames: int, size: int) -> list[tuple[slice, slice]]:
+        """Overlapping stretches of `frames` frames, and the frames that each of them makes."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        total = self._size(frames, 2)
+        most = max(1, (LARGEST_CONVOLUTION // size - kernel) // stride + 1)
+        made = [slice(i, min(i + most, total)) for i in range(0, total, most)]
+        return [(slice(m.start * stride, (m.stop - 1) * stride + kernel), m) for m in made]
+
+    def _input(self, before: Tensor, x: Tensor, cut: slice) -> Tensor:
+        """The frames `cut` of both together and the border that repeats their edges, written once, into one tensor."""
+        n, (top, left) = before.shape[2], self.border
+        old, new = before[:, :, cut], x[:, :, max(cut.start - n, 0) : max(cut.stop - n, 0)]
+        if not (old.shape[2] or top or left):
+            return new
+        height, width = x.shape[3:]
+        size = (*x.shape[:2], old.shape[2] + new.shape[2], height + 2 * top, width + 2 * left)
+        whole = empty_for(self.weight, size, x)
+        inside = whole[:, :, :, top : top + height, left : left + width]
+        if old.shape[2]:
+            inside[:, :, : old.shape[2]] = old
+        inside[:, :, old.shape[2] :] = new
+        # Rows, then columns: these bring the corners along.
+        for dim, border, length in ((3, top, height), (4, left, width)):
+            whole.narrow(dim, 0, border).copy_(whole.narrow(dim, border, 1))
+            whole.narrow(dim, border + length, border).copy_(whole.narrow(dim, border + length - 1, 1))
+        return whole
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        return F.conv3d(x, self.weight, self.bias, self.stride, padding)
+
+
+def lay_out(model: M, device: torch.device) -> M:
+    """The model with its convolutions' weights, in place, in the memory order that the device's kernels want.
+
+    On a GPU that is channels last: cuDNN's fast kernels read and write nothing else, and would otherwise bring what
+    each call reads and writes into that order and back. `CausalConv3d` hands its weight what lies as the weight does.
+    """
+    if device.type == "cuda":
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                order = torch.channels_last_3d if isinstance(module, nn.Conv3d) else torch.channels_last
+                module.weight.data = module.weight.data.contiguous(memory_format=order)
+    return model
+
+
+def empty_for(weight: Tensor, size: Sequence[int], like: Tensor) -> Tensor:
+    """An empty tensor (B, C, T, H, W) in the memory order of a convolution's weight; dtype and device of `like`."""
+    order = torch.contiguous_format if weight.is_contiguous() else torch.channels_last_3d
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=order)
+
+
+class TimeSplit:
+    """The ranks of an axis as a ring along which tails travel. The axis has `edges` where it has several ranks."""
+
+    def __init__(self, axis: Axis | None = None) -> None:
+        self.axis = axis or Axis()
+        assert self.axis.group is None or self.axis.edges is not None, "this axis was made without edges"
+
+    def link(self) -> Link:
+        """A fresh link for one video."""
+        return PairLink(*self.axis.edges) if self.axis.edges else LocalLink()
+
+
+def spans(lengths: Sequence[int]) -> list[slice]:
+    """Consecutive slices of the given lengths."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [slice(start, start + length) for start, length in zip(starts, lengths)]
+
+
+def encode_moments(
+    encoder: Callable[[Tensor, CausalStream], Tensor],
+    video: Tensor,
+    lengths: Sequence[int],
+    split: TimeSplit,
+) -> Tensor:
+    """Encode a video chunk by chunk, chunk k on rank k mod P; the whole result is on every rank.
+
+    encoder: (1, C, t, H, W) and a stream -> (1, C', t', h, w). video: (1, C, T, H, W), the same on every rank.
+    lengths: frames of each chunk. Collective over the axis of `split`.
+    """
+    axis, link, parts = split.axis, split.link(), spans(lengths)
+    mine = {}
+    for k in range(axis.rank, len(parts), axis.size):
+        stream = CausalStream(link, first=k == 0, last=k == len(parts) - 1)
+        mine[k] = encoder(video[:, :, parts[k]], stream)
+    link.close()
+    if axis.group is None:
+        return torch.cat([mine[k] for k in range(len(parts))], dim=2)
+    return _everywhere(mine, len(parts), axis, video)
+
+
+def _everywhere(mine: dict[int, Tensor], count: int, axis: Axis, like: Tensor) -> Tensor:
+    """All chunks on every rank, each broadcast by its owner, who alone knows its shape."""
+    described: list[dict[int, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(axis.size)]
+    dist.all_gather_object(described, {k: (c.shape, c.dtype) for k, c in mine.items()}, group=axis.group)
+    chunks = []
+    for k in range(count):
+        shape, dtype = described[k % axis.size][k]
+        chunk = mine[k].contiguous() if k in mine else torch.empty(shape, dtype=dtype, device=like.device)
+        dist.broadcast(chunk, group=axis.group, group_src=k % axis.size)
+        chunks.append(chunk)
+    return torch.cat(chunks, dim=2)

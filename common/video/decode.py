@@ -1,0 +1,231 @@
+"""From latents to frames, over one or many ranks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.parallel.mesh import Axis
+from common.video.causal import CausalStream, Link, LocalLink, Sent, TimeSplit, spans, wait_for
+from common.video.tiles import tiles
+
+OVERLAP = 8
+
+DecodeSize = tuple[int, int, int, int]
+"""Of latents: (C, T, h, w)."""
+
+
+class VideoDecoder(nn.Module):
+    """What a model's decoder says about itself. Chunk lengths are in latent frames.
+
+    scale: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the longest first; with
+    `chunks_fixed` there is no other, since the result depends on it. compiled_parts: classes of modules without memory
+    of earlier chunks, for `common.model.compile`.
+    """
+
+    scale: int
+    chunk_choices: tuple[int, ...]
+    compiled_parts: tuple[type[nn.Module], ...] = ()
+    chunks_fixed = False
+    rounding: str = "truncate"
+    """Of pixels to grey levels, as the reference's: see `to_uint8`."""
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """From the transformer's space to the decoder's own, (B, C, t, h, w). Here: they are one."""
+        return latents
+
+    def chunks(self, latents: int, chunk: int) -> list[int]:
+        """The lengths of the chunks that `latents` frames are decoded in, at most about `chunk` at a time."""
+        raise NotImplementedError
+
+    def frames(self, latents: int, first: bool) -> int:
+        """Frames that a chunk of `latents` becomes; `first` says that the video begins with it."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
+        """(B, C, t, h, w) -> (B, 3, frames(t), h * scale, w * scale), pixels in [-1, 1]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How to decode: `exact` gives the result of one full decode, `tiled` cuts the picture too.
+
+    chunk: latent frames at a time. tile: largest tile (height, width) and overlap, in latent pixels, when tiled.
+    """
+
+    mode: str = "exact"
+    chunk: int = 1
+    tile: tuple[int, int] | None = None
+    overlap: int = OVERLAP
+
+    def __str__(self) -> str:
+        where = f", tiles of {self.tile[0]}x{self.tile[1]} latent pixels" if self.tile else ""
+        frames = "1 latent frame" if self.chunk == 1 else f"{self.chunk} latent frames"
+        return f"{self.mode}, {frames} at a time{where}"
+
+
+def to_uint8(pixels: Tensor, rounding: str = "truncate") -> Tensor:
+    """Pixels (3, t, H, W) in [-1, 1] as frames (t, H, W, 3) uint8 on the CPU.
+
+    rounding: `truncate` (Mochi's reference) or `nearest` (reference pipelines that go through PIL images).
+    """
+    if pixels.dtype not in (torch.float32, torch.float64):
+        pixels = pixels.float()
+    scaled = ((pixels + 1) / 2).clamp(0, 1) * 255
+    if rounding == "nearest":
+        scaled = scaled.round()
+    return scaled.to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous()
+
+
+def require_finite_pixels(pixels: Tensor, frames: range) -> None:
+    """Raise FloatingPointError, naming `frames`, when their pixels hold NaN or infinity. One pass, nothing copied.
+
+    A clamp would turn infinity into white, and NaN becomes black in uint8: neither would be seen later.
+    """
+    if not bool(torch.stack(pixels.aminmax()).isfinite().all()):
+        where = f"frame {frames[0]}" if len(frames) == 1 else f"frames {frames[0]} to {frames[-1]}"
+        raise FloatingPointError(
+            f"the decoder made NaN or infinity in {where}; its weights may be damaged, or --dtype too narrow"
+        )
+
+
+def decode_frames(
+    decoder: VideoDecoder,
+    latents: Tensor,
+    plan: DecodePlan | None = None,
+    split: TimeSplit | None = None,
+) -> Iterator[Tensor | None]:
+    """Decode a video, yielding its frames in order as they become ready.
+
+    latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
+    split: the ranks that share the work; collective over its axis. Default: this process alone.
+    Yields on rank 0 uint8 CPU tensors (t, h * scale, w * scale, 3), one per chunk, together all frames; on the other
+    ranks None, now and then. Every rank must run it to its end: one that stops early leaves the others waiting.
+    Raises ValueError for more than one video, and on the rank that computed them FloatingPointError for frames that
+    are not finite.
+    """
+    if latents.ndim != 5 or latents.shape[0] != 1:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; one video is decoded at a time: (1, C, T, h, w)")
+    plan, split = plan or DecodePlan(), split or TimeSplit()
+    weight = next(decoder.parameters())
+    run = _Decode(decoder, decoder.denormalize(latents).to(weight.device, weight.dtype), plan, split)
+    yield from run.tiled() if plan.mode == "tiled" else run.exact()
+
+
+class _Decode:
+    """One run of `decode_frames`. Inference mode is entered where something is computed: it must not leak to the
+    caller while a generator rests."""
+
+    def __init__(self, decoder: VideoDecoder, z: Tensor, plan: DecodePlan, split: TimeSplit) -> None:
+        self.decoder, self.z, self.split = decoder, z, split
+        lengths = decoder.chunks(z.shape[2], plan.chunk)
+        self.times = spans(lengths)
+        self.frames = [decoder.frames(n, first=k == 0) for k, n in enumerate(lengths)]
+        self.shown = [range(span.start, span.stop) for span in spans(self.frames)]
+        self.height, self.width = z.shape[3], z.shape[4]
+        self.tiles = tiles(self.height, self.width, plan.tile, plan.overlap)
+
+    def stream(self, k: int, link: Link) -> CausalStream:
+        return CausalStream(link, first=k == 0, last=k == len(self.times) - 1)
+
+    def exact(self) -> Iterator[Tensor | None]:
+        """Chunk k of the whole picture on rank k mod P."""
+        link, scale = self.split.link(), self.decoder.scale
+
+        @torch.inference_mode()
+        def work(k: int) -> Tensor:
+            pixels = self.decoder(self.z[:, :, self.times[k]], self.stream(k, link))
+            require_finite_pixels(pixels, self.shown[k])
+            return to_uint8(pixels[0], self.decoder.rounding)
+
+        def blank(k: int) -> Tensor:
+            return torch.empty(self.frames[k], self.height * scale, self.width * scale, 3, dtype=torch.uint8)
+
+        owners = [k % self.split.axis.size for k in range(len(self.times))]
+        yield from deal(owners, self.split.axis, work, blank)
+        link.close()
+
+    def tiled(self) -> Iterator[Tensor | None]:
+        """Tile j, streamed in time, on rank j mod P; rank 0 blends the tiles of one chunk at a time."""
+        axis, count = self.split.axis, len(self.tiles)
+        # Every tile's tails wait while the others are computed: together they are as large as the whole picture's.
+        offload = self.z.device.type != "cpu"
+        links = {j: LocalLink(offload) for j in range(axis.rank, count, axis.size)}
+
+        @torch.inference_mode()
+        def work(item: int) -> Tensor:
+            k, j = divmod(item, count)
+            z = self.tiles[j].of(self.z[:, :, self.times[k]])
+            pixels = self.decoder(z, self.stream(k, links[j]))
+            require_finite_pixels(pixels, self.shown[k])
+            return pixels[0].cpu().contiguous()
+
+        def blank(item: int) -> Tensor:
+            k, j = divmod(item, count)
+            return torch.empty(3, self.frames[k], *self.tiles[j].size(self.decoder.scale), dtype=self.z.dtype)
+
+        owners = [item % count % axis.size for item in range(len(self.times) * count)]
+        pieces = deal(owners, axis, work, blank)
+        if axis.rank != 0:
+            yield from pieces
+            return
+        for frames in self.frames:
+            canvas = self.canvas(frames)
+            for tile in self.tiles:
+                # In a fixed order, so that the sum is the same on any number of ranks.
+                piece = next(pieces)
+                assert piece is not None
+                tile.blend(canvas, piece, self.decoder.scale)
+            yield to_uint8(canvas, self.decoder.rounding)
+
+    def canvas(self, frames: int) -> Tensor:
+        dtype = torch.float64 if self.z.dtype == torch.float64 else torch.float32
+        size = (self.height * self.decoder.scale, self.width * self.decoder.scale)
+        return torch.zeros(3, frames, *size, dtype=dtype, device=self.z.device)
+
+
+def deal(
+    owners: Sequence[int],
+    axis: Axis,
+    work: Callable[[int], Tensor],
+    blank: Callable[[int], Tensor],
+) -> Iterator[Tensor | None]:
+    """Item i is computed by rank owners[i]; rank 0 yields every item in order, the others None for each of theirs.
+
+    work(i): the item, a contiguous CPU tensor. blank(i): an empty tensor of its shape and dtype.
+    Rank 0 computes its next item before it waits for those of the others, so it never holds up the wavefront, and
+    holds no more than the items between two of its own. The others keep one finished item until it is taken.
+    """
+    if axis.rank == 0:
+        awaited: deque[Sent] = deque()
+        for item, owner in enumerate(owners):
+            if owner == 0:
+                mine = work(item)
+                yield from _arrivals(awaited)
+                yield mine
+            else:
+                box = blank(item)
+                awaited.append((dist.irecv(box, group=axis.group, group_src=owner), box))
+        yield from _arrivals(awaited)
+        return
+    sending: Sent | None = None
+    for item, owner in enumerate(owners):
+        if owner == axis.rank:
+            mine = work(item)
+            wait_for(sending)
+            sending = (dist.isend(mine, group=axis.group, group_dst=0), mine)
+            yield None
+    wait_for(sending)
+
+
+def _arrivals(awaited: deque[Sent]) -> Iterator[Tensor]:
+    while awaited:
+        message = awaited.popleft()
+        wait_for(message)
+        yield message[1]

@@ -1,0 +1,236 @@
+"""Safetensors files: headers, memory-mapped tensors, and a writer that holds one tensor at a time.
+
+The format (see `common.weights.headers`) is read and written here and not by the library so that an error names the
+tensor a truncated file cuts, so that a file larger than the machine's memory can be mapped, and so that parts of
+tensors go to and come from files without a copy of the whole shard in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.weights.headers import Entry, read_header
+from common.weights.schema import CheckpointError, plain_file, quoted, read_object
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_VARIANTS = ("", "bf16", "fp16")
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: where its bytes lie, not the bytes."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(Mapping[str, Stored]):
+    """The tensors of one or several safetensors files, by name. Holds headers; data is mapped when asked for."""
+
+    def __init__(self, entries: Mapping[str, Stored], label: str, metadata: Mapping[str, str]) -> None:
+        self._entries = dict(entries)
+        self._maps: dict[Path, mmap.mmap] = {}
+        self.label = label
+        """The file, or the index, by which errors name this checkpoint."""
+        self.metadata = dict(metadata)
+        """The `__metadata__` strings of the files."""
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def select(self, prefix: str, strip: bool = False) -> Checkpoint:
+        """The tensors whose name starts with `prefix`, with the prefix removed if `strip`."""
+        cut = len(prefix) if strip else 0
+        part = {name[cut:]: entry for name, entry in self._entries.items() if name.startswith(prefix)}
+        return Checkpoint(part, self.label, self.metadata)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as a view of the memory-mapped file, on the CPU, in the stored dtype."""
+        entry = self[name]
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.file not in self._maps:
+            self._maps[entry.file] = _map(entry.file)
+        # A tensor keeps the map alive; the map keeps no tensor alive. Odd offsets come from other writers.
+        if entry.offset % entry.dtype.itemsize:
+            raw = torch.frombuffer(self._maps[entry.file], dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
+            return raw.clone().view(entry.dtype).view(entry.shape)
+        count = entry.nbytes // entry.dtype.itemsize
+        flat = torch.frombuffer(self._maps[entry.file], dtype=entry.dtype, count=count, offset=entry.offset)
+        return flat.view(entry.shape)
+
+
+def _map(path: Path) -> mmap.mmap:
+    # Private and writable: pages are shared with every other process until one writes to them. Without NORESERVE the
+    # kernel would refuse a file larger than the machine's memory although nothing of it is ever copied.
+    with open(path, "rb") as file:
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
+    """Read the headers of safetensors files.
+
+    `files` is one `.safetensors` file, several (shards), or one `*.index.json` that names the shards.
+    Raises CheckpointError for a missing file or shard, a file that is not safetensors, a truncated one, a tensor that
+    the index promises and the shard lacks, and a tensor that lies in two files.
+    """
+    paths = [Path(files)] if isinstance(files, (str, Path)) else [Path(file) for file in files]
+    if not paths:
+        raise CheckpointError("no checkpoint files were given")
+    label = str(paths[0]) if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
+    placed: dict[str, str] = {}
+    if len(paths) == 1 and paths[0].name.endswith(".json"):
+        index = paths[0]
+        placed = read_index(index)
+        paths = [index.parent / shard for shard in dict.fromkeys(placed.values())]
+        for path in paths:
+            if not path.is_file():
+                raise CheckpointError(f"{index}: shard {quoted(path.name)} is missing from {index.parent}")
+    entries: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        found, strings = read_header(path)
+        for name in found.keys() & entries.keys():
+            raise CheckpointError(f"{path}: tensor {quoted(name)} is also in {entries[name].file}")
+        entries |= {name: _stored(path, name, entry) for name, entry in found.items()}
+        metadata |= strings
+    for name, shard in placed.items():
+        if name not in entries:
+            at = paths[0].parent / shard
+            raise CheckpointError(f"{at}: tensor {quoted(name)} is missing, but {label} says it is there")
+    return Checkpoint(entries, label, metadata)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says. CheckpointError for what is none, or leads out of its folder."""
+    placed = read_object(path).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
+        raise CheckpointError(f"{path}: not an index of weights (weight_map does not map names to files)")
+    for shard in dict.fromkeys(placed.values()):
+        place = PurePosixPath(shard)
+        if place.is_absolute() or ".." in place.parts or not place.name or "\0" in shard:
+            raise CheckpointError(f"{path} names {quoted(shard)}; an index may name files of its own folder only")
+    return placed
+
+
+def _stored(path: Path, name: str, entry: Entry) -> Stored:
+    return Stored(name, path, _DTYPES[entry.dtype], entry.shape, entry.offset, entry.nbytes)
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a `torch.save` file is of the format since torch 1.6, which can be mapped."""
+    with plain_file(path) as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def load_pickle(path: Path) -> Any:
+    """What a `torch.save` file holds, on the CPU; nothing in it is run. Mapped, unless it is of the format before 1.6.
+
+    CheckpointError names the file when it is damaged, or holds more than tensors.
+    """
+    zipped = is_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} is no file of plain tensors: it holds code ({wanted[1]}), which could do anything on this "
+                "machine, and is not loaded; take the model's safetensors file, or a copy from its own page"
+            ) from None
+        raise CheckpointError(f"{path} is damaged, or no file of plain tensors; nothing else is loaded") from None
+    except Exception as error:  # zip, unicode, memory and runtime errors alike
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is damaged or truncated: {said or type(error).__name__}") from None
+
+
+def find_files(folder: str | Path, stem: str, dtype: torch.dtype | None = None) -> Path:
+    """The checkpoint of a diffusers or transformers folder: `<stem>.safetensors` or `<stem>.safetensors.index.json`.
+
+    The half-precision variants (`<stem>.bf16.safetensors`, `<stem>.safetensors.index.bf16.json`, fp16 alike) are
+    preferred when `dtype` is theirs, and taken when there is nothing else. Pass the result to `open_checkpoint`.
+    Raises CheckpointError that lists what was looked for.
+    """
+    folder = Path(folder)
+    wanted = "bf16" if dtype == torch.bfloat16 else "fp16" if dtype == torch.float16 else ""
+    for variant in sorted(_VARIANTS, key=lambda variant: variant != wanted):
+        dotted = f".{variant}" if variant else ""
+        for name in (f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors"):
+            if (folder / name).is_file():
+                return folder / name
+    raise CheckpointError(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json")
+
+
+def plain_stem(file: Path) -> str:
+    """What `find_files` looks for to find `file`, a single file or an index of any variant."""
+    stem = file.name.split(".safetensors")[0]
+    base, dot, variant = stem.rpartition(".")
+    return base if dot and variant in _VARIANTS else stem
+
+
+def write_file(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[str, str]) -> None:
+    # Widest elements first keeps every tensor aligned to its own size, which mapping it without a copy needs.
+    order = sorted(views, key=lambda name: (-views[name][0].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name in order:
+        group = views[name]
+        rows = sum(view.shape[0] for view in group) if len(group) > 1 else None
+        shape = list(group[0].shape) if rows is None else [rows, *group[0].shape[1:]]
+        size = sum(view.numel() * view.dtype.itemsize for view in group)
+        header[name] = {"dtype": DTYPE_NAMES[group[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                for view in views[name]:
+                    file.write(view.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
