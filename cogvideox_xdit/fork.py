@@ -43,7 +43,7 @@ def stack(config: TransformerConfig, latents: Latents, text: Text, cross: tuple[
         head_dim=config.head_dim,
         streams=(Stream(latents, block, ends, latents.token_channels), Stream(text, block)),
         once=once,
-        feed_forward=2 * 4 * width,
+        feed_forward=4 * width,
         cross=cross,
     )
 

@@ -258,9 +258,9 @@ def memory_gib(model: Model, size: Size, layout: Layout, scheme: str) -> dict[st
 def _block_bytes(stack: Stack, size: Size, layout: Layout) -> int:
     """A rank's tensors at the widest moment of a block.
 
-    Residual, its normalised copy, q, k, v and their exchanged copies or the hidden layer of the feed-forward and its
-    input, some of it in fp32.
+    Residual, its normalised copy and one result beside q, k, v with what attention makes of them, their exchanged
+    copies (of two exchanges where there are two), or the hidden layer of the feed-forward.
     """
     rows = max(sum(cost.tokens_of(stack, size, branch)) for branch in (0, 1)) / layout.sequence
-    exchanged = (14 if layout.sequence > 1 else 8) * stack.width
-    return math.ceil(rows) * (4 * stack.width + max(stack.feed_forward, exchanged)) * BYTES
+    exchanged = 19 if layout.ring > 1 and layout.ulysses > 1 else 14 if layout.sequence > 1 else 4
+    return math.ceil(rows) * (3 * stack.width + max(stack.feed_forward, exchanged * stack.width)) * BYTES

@@ -143,7 +143,7 @@ def test_a_plan_is_tried_out_once_and_only_where_memory_is_short(run_ranks):
 )
 def test_a_probe_sees_memory_run_out_whoever_says_it(monkeypatch, error):
     given_back = []
-    monkeypatch.setattr("common.video.decode.release_memory", lambda: given_back.append(1))
+    monkeypatch.setattr("common.video.decode_planning.release_memory", lambda: given_back.append(1))
     model = net(torch.float32)
     assert probe(model, (2, 4, 3, 5), DecodePlan()) and len(given_back) == 1
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
