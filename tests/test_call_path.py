@@ -25,7 +25,7 @@ def way() -> list[str]:
     frame, files = sys._getframe(1), []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv"):
             files.append(str(path.relative_to(ROOT)))
         frame = frame.f_back
     return [name for name, _ in groupby(reversed(files))]
