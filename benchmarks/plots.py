@@ -160,7 +160,7 @@ def breakdown(path: Path) -> None:
 
 
 def measured(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Report of every measured row of the results files."""
+    """Stages of every measured row of the results files."""
     named = [
         (f"{r['key']['model']}\n{r['key']['program']} {r['key']['cfg']}x{r['key']['ring']}x{r['key']['ulysses']}", r)
         for one in results

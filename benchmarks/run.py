@@ -27,9 +27,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.run.supervise import supervise
-from common.system import environment
-
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -42,6 +39,8 @@ from common.parallel.attention import KERNELS
 from common.registry.checks import kernel_problems, xfuser_problems
 from common.registry.forks import Model, Size, fork_of, get_model, model_names
 from common.registry.layout import MOST_RANKS, Layout, layouts_of
+from common.run.supervise import supervise
+from common.system import environment
 from planner.layouts import MOST_FRAMES, MOST_PIXELS, MOST_STEPS, refusal
 
 RESULTS = Path("outputs") / "bench"
@@ -103,7 +102,7 @@ def table_rows(name: str) -> list[Row]:
 def demo_folder(model: Model) -> Path:
     """The small checkpoint that the programs make on first use."""
     assert model.demo is not None
-    return fork_of(model).module("demo").demo_checkpoint(model.demo.name)
+    return fork_of(model).demo_folder(model.demo.name)
 
 
 class Results:

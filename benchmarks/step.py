@@ -29,8 +29,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common.model.compile import compile_transformer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -39,6 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks import door, forks
 from benchmarks.step_models import Case, Model
+from common.model.compile import compile_transformer
 from common.parallel.guidance import Guidance
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.usp import SequenceParallel

@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.run.link import Link, handed_down
-from common.system.environment import this_process
-
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -24,6 +21,8 @@ import torch.distributed as dist
 from benchmarks import forks
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.registry.forks import Model, Size, fork_of, get_model
+from common.run.link import Link, handed_down
+from common.system.environment import this_process
 from common.system.progress import Report
 from common.weights.dtypes import parse_dtype
 

@@ -156,6 +156,8 @@ def official_rules(config: TransformerConfig) -> CogVideoXRules:
     )
 
 
+STRENGTH = 0.8
+"""How much of the schedule is run on a video, where nobody says it."""
 TRAINED = "shapes"
 """The demo that shows something: trained on moving shapes (`tools/demo` in the repository)."""
 DEMO = CogVideoXRules(

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import click
 
-from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP
+from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH
 from common.registry.checks import nearest
 from common.registry.request import ForkOptions, Source, Video
 from common.run.options import Option
@@ -21,7 +21,7 @@ class CogVideoXOptions(ForkOptions):
     """The first frame, for image to video checkpoints."""
     video: Path | None = None
     """What a text checkpoint starts from."""
-    strength: float = 0.8
+    strength: float = STRENGTH
     """How much of the schedule is run on `video`, of (0, 1]."""
     scheduler: str | None = None
     """ddim or dpm; None: the checkpoint's own."""
@@ -31,7 +31,7 @@ class CogVideoXOptions(ForkOptions):
     command_line: ClassVar = (
         Option(["--image"], type=click.Path(path_type=Path), help="First frame, for image to video checkpoints."),
         Option(["--video"], type=click.Path(path_type=Path), help="Video to start from, for text checkpoints."),
-        Option(["--strength"], type=float, default=0.8, help="How much of --video is made anew, of (0, 1]."),
+        Option(["--strength"], type=float, default=STRENGTH, help="How much of --video is made anew, of (0, 1]."),
         Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own."),
         Option(["--dynamic-cfg"], is_flag=True, help="Let the guidance vary, as the official demo does with dpm."),
     )
@@ -53,7 +53,7 @@ class CogVideoXOptions(ForkOptions):
 
 def unreadable_image(path: Path) -> list[str]:
     """What is wrong with the file of --image."""
-    from common.video.files import read_image
+    from common.video.pictures import read_image
 
     try:
         read_image(path)

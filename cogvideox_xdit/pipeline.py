@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogvideox_xdit.config import FRAME_STEP, CheckpointConfig, official_rules, read_checkpoint
+from cogvideox_xdit.config import FRAME_STEP, STRENGTH, CheckpointConfig, official_rules, read_checkpoint
 from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, video_frames
 from cogvideox_xdit.sampling import Start, draw, sample
 from cogvideox_xdit.solver import Solver, dynamic_scale
@@ -16,19 +16,13 @@ from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
 from common.parallel.guidance import NEGATIVE, POSITIVE
-from common.parallel.mesh import Mesh, on_main
-from common.registry.settings import DecodeOptions, Runtime
+from common.parallel.mesh import on_main
+from common.registry.settings import DecodeOptions
 from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
-from common.system.progress import Report
 from common.video.causal import TimeSplit, lay_out
 from common.video.latents import check_latents, save_latents
 from common.weights.dtypes import latent_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-STRENGTH = 0.8
 
 
 class CogVideoXPipeline(Pipeline):
@@ -37,39 +31,15 @@ class CogVideoXPipeline(Pipeline):
     scheduler: `ddim` or `dpm` in place of the checkpoint's own.
     """
 
-    def __init__(
-        self,
-        model_dir: str | Path,
-        mesh: Mesh | None = None,
-        runtime: Runtime | None = None,
-        report: Report | None = None,
-        scheduler: str | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model_dir: str | Path, *where: Any, scheduler: str | None = None, **options: Any) -> None:
         self.checkpoint = self.read_config(Path(model_dir))
         self.rules = official_rules(self.checkpoint.transformer)
         self.own_dtype = self.rules.dtype
-        super().__init__(model_dir, mesh, runtime, report, **options)
+        super().__init__(model_dir, *where, **options)
         self.scheduler = scheduler
         self.config, self.vae_config = self.checkpoint.transformer, self.checkpoint.vae
         self.sp.require_heads(self.config.heads, self.config.head_dim)
         Solver(self.checkpoint.scheduler, self.rules.num_steps, scheduler)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_dir: str | Path,
-        mesh: Mesh | None = None,
-        runtime: Runtime | None = None,
-        report: Report | None = None,
-        **options: Any,
-    ) -> Self:
-        """A pipeline over a checkpoint folder in the diffusers layout; only json files are read here.
-
-        Arguments as for the constructor. ValueError for a folder that is no CogVideoX checkpoint or names something
-        unknown, a device or kernel that is not there, or more Ulysses ranks than attention heads.
-        """
-        return cls(model_dir, mesh, runtime, report, **options)
 
     @torch.inference_mode()
     def __call__(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cogvideox_xdit.config import TransformerConfig, VAEConfig, read_checkpoint
+from cogvideox_xdit.config import CheckpointConfig, VAEConfig, read_checkpoint
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, pack, unpack
 from cogvideox_xdit.transformer import Size as Grid
 from cogvideox_xdit.vae import CogVideoXDecoder
@@ -92,26 +92,6 @@ class OneStep:
         return x + v
 
 
-def workload(
-    source: Path | Model,
-    size: Size,
-    mesh: Mesh,
-    dtype: torch.dtype = torch.bfloat16,
-    negative: bool = False,
-    text_encoder_dir: str | Path | None = None,
-) -> Workload:
-    """What one rank runs for one video, for `common.memory.estimate`: one sampling step.
-
-    source: a checkpoint's folder, or a registered model's numbers. negative: of no matter, an empty prompt is as long.
-    The encoder of an image is not part of it.
-    """
-    if isinstance(source, Path):
-        checkpoint = read_checkpoint(source)
-        work = work_of(checkpoint.transformer, checkpoint.vae, size, mesh, dtype)
-        return work.with_text(lambda: Path(text_encoder_dir or source))
-    return work_of(source.config, VAEConfig(), size, mesh, dtype)
-
-
 Prepare = Callable[[Any, Tensor, Grid, Tensor | None], Condition]
 """(model, text, size, image) -> one branch's condition."""
 
@@ -120,16 +100,28 @@ def _prepare(model: CogVideoXTransformer, text: Tensor, grid: Grid, image: Tenso
     return model.prepare(text, grid, image)
 
 
-def work_of(
-    config: TransformerConfig,
-    vae: VAEConfig,
+def workload(
+    source: Path | Model,
     size: Size,
     mesh: Mesh,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.bfloat16,
+    negative: bool = False,
+    text_encoder_dir: str | Path | None = None,
+    read: Callable[[Path], CheckpointConfig] = read_checkpoint,
     build: type[CogVideoXTransformer] = CogVideoXTransformer,
     prepare: Prepare = _prepare,
 ) -> Workload:
-    """`workload` by numbers. build, prepare: the transformer's class and its conditions, for models on this one."""
+    """What one rank runs for one video, for `common.memory.estimate`: one sampling step.
+
+    source: a checkpoint's folder, or a registered model's numbers. negative: of no matter, an empty prompt is as long.
+    read, build, prepare: a folder's numbers, the transformer's class and its conditions, for models on this one. The
+    encoder of an image is not part of it.
+    """
+    if isinstance(source, Path):
+        checkpoint = read(source)
+        config, vae = checkpoint.transformer, checkpoint.vae
+    else:
+        config, vae = source.config, VAEConfig()
     decoded = (size.num_frames - 1) // vae.time_compression + 1
     frames = decoded + -decoded % config.patch[0]
     grid = (frames, size.height // vae.space_compression, size.width // vae.space_compression)
@@ -147,7 +139,7 @@ def work_of(
         start = Start(empty(config.out_channels), image, torch.Generator())
         return sample(model, start, conds, OneStep(), [scale], guidance, Report())
 
-    return Workload(
+    work = Workload(
         on_meta(build, config, sp),
         step,
         on_meta(CogVideoXDecoder, vae),
@@ -155,3 +147,4 @@ def work_of(
         (size.num_frames, size.height, size.width),
         config.text_length,
     )
+    return work.with_text(lambda: Path(text_encoder_dir or source)) if isinstance(source, Path) else work

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from common.parallel.guidance import NEGATIVE, POSITIVE
-from common.parallel.mesh import Mesh
-from common.registry.settings import DecodeOptions, Runtime
+from common.registry.settings import DecodeOptions
 from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
-from common.system.progress import Report
 from common.video.latents import check_latents, draw_noise, save_latents
 from common.weights.load import load, on_meta
 from mochi_xdit.config import MochiRules, official_rules
@@ -38,35 +36,12 @@ class MochiPipeline(Pipeline):
     """Mochi over a checkpoint folder, native or diffusers layout. For the options see
     `common.run.pipeline.Pipeline`."""
 
-    def __init__(
-        self,
-        model_dir: str | Path,
-        mesh: Mesh | None = None,
-        runtime: Runtime | None = None,
-        report: Report | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model_dir, mesh, runtime, report, **options)
+    def __init__(self, model_dir: str | Path, *where: Any, **options: Any) -> None:
+        super().__init__(model_dir, *where, **options)
         self.config = find_transformer(self.model_dir, self.dtype).config
         self.vae_config = find_decoder(self.model_dir, self.dtype).config
         self.rules = official_rules(self.model_dir)
         self.sp.require_heads(self.config.heads, self.config.head_dim)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_dir: str | Path,
-        mesh: Mesh | None = None,
-        runtime: Runtime | None = None,
-        report: Report | None = None,
-        **options: Any,
-    ) -> MochiPipeline:
-        """A pipeline over a checkpoint folder, native or diffusers layout; only headers are read here.
-
-        Arguments as for the constructor. ValueError for a folder that is no Mochi checkpoint, a device or kernel that
-        is not there, or more Ulysses ranks than attention heads.
-        """
-        return cls(model_dir, mesh, runtime, report, **options)
 
     @torch.inference_mode()
     def __call__(

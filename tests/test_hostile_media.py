@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from cogvideox_xdit.inputs import image_frames, video_frames
 from cogvideox_xdit.options import unreadable_image
-from common.video.files import read_frames, read_image, read_video
+from common.video.files import read_frames, read_video
 from common.video.formats import write_frames
+from common.video.pictures import read_image
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.face import FaceConfig, IdentityFeatures, load_identity
 from tests.fuzz.media import FORMATS, REFUSED, mutated_files, picture

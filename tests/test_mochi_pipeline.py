@@ -178,7 +178,7 @@ def test_seed_and_inputs_decide(native):
     assert not torch.equal(first, generate(native, output="latent", cfg_scale=[4.5, 4.5, 1.0, 1.0]))
 
 
-# --- Report -----------------------------------------------------------------------------------------------------------
+# --- Stages -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_empty_prompt_never_loads_the_text_encoder(native, tmp_path):

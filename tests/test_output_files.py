@@ -33,8 +33,9 @@ from common.system.files import (
 )
 from common.system.progress import Report
 from common.video import files as video
-from common.video.files import VideoFile, read_video, write_json
+from common.video.files import VideoFile, read_video
 from common.video.latents import load_latents, save_latents
+from common.video.writers import write_json
 from mochi_xdit.fork import FORK
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.video.files import VideoFile, _ffmpeg, read_image, read_video, write_json
+from common.video.files import VideoFile, _ffmpeg, read_video
 from common.video.formats import write_frames
+from common.video.pictures import read_image
+from common.video.writers import write_json
 
 
 def ramp(count: int, height: int, width: int) -> np.ndarray:

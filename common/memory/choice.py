@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from common.memory.estimate import Estimate, Estimator, Precision
+from common.memory.estimate import Estimate, Estimator
 from common.parallel.device_memory import free_memory, host_memory
 from common.parallel.mesh import Mesh, all_min, on_main
 from common.registry.forks import Fork, Size
 from common.registry.request import Request
 from common.registry.settings import Runtime
 from common.system.units import gib
-from common.weights.dtypes import parse_dtype
+from common.weights.dtypes import Precision
 from common.weights.placement import Placement
 
 SLACK = 1.25
@@ -107,27 +107,19 @@ def _advice(stage: str, ranks: int) -> str:
     return more.get(stage, f"use {spread}, or make {smaller}") + "; or free memory that other programs hold"
 
 
-def precision(runtime: Runtime) -> Precision:
-    """The dtypes that a runtime gives its models; see `common.run.pipeline.Pipeline`."""
-    float8, text8 = runtime.dtype == "fp8", runtime.text_dtype == "fp8"
-    dtype = parse_dtype("bf16" if float8 else runtime.dtype)
-    text = dtype if runtime.text_dtype is None or text8 else parse_dtype(runtime.text_dtype)
-    return Precision(dtype, float8, text, text8)
-
-
 def estimator(fork: Fork, request: Request, mesh: Mesh) -> Estimator:
     """What a rank needs for a request's first video, which has the checkpoint's folder or an official model."""
     video, source, runtime = request.videos[0], request.source, request.runtime
-    sampling = video.sampling
+    sampling, precision = video.sampling, Precision.of(runtime)
     work = fork.module("sampling").workload(
         fork.model(source.official) if source.model_dir is None else source.model_dir,
         Size(sampling.width, sampling.height, sampling.num_frames, sampling.num_steps, request.guided(video)),
         mesh,
-        precision(runtime).dtype,
+        precision.dtype,
         negative=bool(video.negative_prompt),
         text_encoder_dir=runtime.text_encoder_dir,
     )
-    return Estimator(work, mesh, precision(runtime), runtime.device, request.decode)
+    return Estimator(work, mesh, precision, runtime.device, request.decode)
 
 
 def room_on(mesh: Mesh, runtime: Runtime, local_ranks: int) -> Room:

@@ -29,6 +29,7 @@ from common.text.t5 import FLOAT8_LAYERS, EncoderFiles, new_t5
 from common.video.decode import DecodePlan, VideoDecoder
 from common.video.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode
 from common.weights.blocks import Blocks, FromShares, Image
+from common.weights.dtypes import Precision
 from common.weights.float8 import Float8Linear, plans_float8_matmul, use_float8
 from common.weights.load import assign
 from common.weights.placement import Placement
@@ -76,16 +77,6 @@ class Workload:
         except ValueError:
             return self  # told when a prompt needs it: a run without one does not
         return self if numbers is None else replace(self, text=asdict(numbers))
-
-
-@dataclass(frozen=True)
-class Precision:
-    """dtype: of transformer and decoder. float8: its blocks' matmul weights. text, text_float8: the same for T5."""
-
-    dtype: torch.dtype = torch.bfloat16
-    float8: bool = False
-    text: torch.dtype = torch.bfloat16
-    text_float8: bool = False
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,10 @@ class Fork:
         """Imports torch."""
         return getattr(importlib.import_module(self.package), self.pipeline)
 
+    def demo_folder(self, name: str | None = None) -> Path:
+        """The folder of a demo, the default one for None; made unless it is there."""
+        return self.module("demo").demo_checkpoint(name or next(iter(self.demos)))
+
     def module(self, name: str) -> ModuleType:
         """A module of the fork's package, which may import torch."""
         return importlib.import_module(f"{self.package}.{name}")

@@ -25,7 +25,7 @@ def run(fork: Fork, request: Request) -> int:
     if not fork.has("sampling"):
         raise ValueError(f"--dry-run is not possible: {fork.program} does not say what it would run")
     if request.source.demo is not None:
-        folder = fork.module("demo").demo_checkpoint(request.source.demo)
+        folder = fork.demo_folder(request.source.demo)
         request = replace(request, source=replace(request.source, model_dir=folder))
     _head(request)
     layout = request.layout

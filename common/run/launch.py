@@ -37,21 +37,10 @@ def run(fork: Fork, generate: rank.Generate, arguments: Sequence[str] | None = N
     if arguments[:1] == ["quantize"]:
         return quantize.run(fork, arguments[1:])
     started = time.time()
-    try:
-        process = this_process()
-        request = parse(fork, arguments, process)
-    except WrongUse as wrong:
-        if process.local_rank == 0:
-            for problem in wrong.problems:
-                say(f"error: {shown(problem)}")
-        return 2
-    except ValueError as error:
-        say(f"error: {error}")
-        return 2
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except KeyboardInterrupt:
-        return 130
+    read = _read(fork, arguments)
+    if isinstance(read, int):
+        return read
+    process, request = read
     ensure_temporary_folder(request.output.parent)
     if request.dry_run:
         return _dry_run(fork, request, process)
@@ -67,6 +56,26 @@ def run(fork: Fork, generate: rank.Generate, arguments: Sequence[str] | None = N
         if process.launcher is None and request.layout.ranks > 1:
             return _start(fork, generate, request, arguments, started)
         return rank.run(fork, generate, request, process, started, arguments, release)
+
+
+def _read(fork: Fork, arguments: Sequence[str]) -> tuple[Process, Request] | int:
+    """This process among others and the request; the exit status where there is none, of which the user is told."""
+    try:
+        process = this_process()
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    try:
+        return process, parse(fork, arguments, process)
+    except WrongUse as wrong:
+        if process.local_rank == 0:
+            for problem in wrong.problems:
+                say(f"error: {shown(problem)}")
+        return 2
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except KeyboardInterrupt:
+        return 130
 
 
 def _dry_run(fork: Fork, request: Request, process: Process) -> int:

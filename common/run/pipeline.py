@@ -24,10 +24,12 @@ from common.video.decode import VideoDecoder
 from common.video.decode_planning import AgreedPlans
 from common.video.decode_video import decode_video
 from common.weights.blocks import finish
-from common.weights.dtypes import parse_dtype
+from common.weights.dtypes import Precision
 from common.weights.placement import Placement, check_model, resident_bytes
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from common.run.quantize import TransformerFiles
 
 TextBranch = tuple[Tensor, Tensor]
@@ -58,16 +60,30 @@ class Pipeline:
         runtime = replace(runtime or Runtime(), **options)
         mesh = mesh or Mesh(device=resolve_device(runtime.device or "cpu"))
         self.model_dir, self.mesh, self.device, self.runtime = Path(model_dir), mesh, mesh.device, runtime
-        dtype = self.own_dtype if runtime.dtype is None else runtime.dtype
-        self.dtype = parse_dtype("bf16" if dtype == "fp8" else dtype)
-        text = runtime.text_dtype
-        self.text_dtype = self.dtype if text in (None, "fp8") else parse_dtype(text)
-        self.placement = Placement(runtime.offload or "stage", runtime.shard_weights, dtype == "fp8")
+        self.precision = Precision.of(runtime, self.own_dtype)
+        self.dtype = self.precision.dtype
+        self.placement = Placement(runtime.offload or "stage", runtime.shard_weights, self.precision.float8)
         self.report = report or Report(device=mesh.device)
         self.sp = sequence_parallel(mesh, runtime.attention, runtime.engine, runtime.overlap_groups, self.dtype)
         self.guidance = Guidance(mesh.cfg)
         self.loaded: dict[str, Any] = {}
         self.agreed_plans: AgreedPlans = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_dir: str | Path,
+        mesh: Mesh | None = None,
+        runtime: Runtime | None = None,
+        report: Report | None = None,
+        **options: Any,
+    ) -> Self:
+        """A pipeline over a checkpoint folder; only headers and json files are read here.
+
+        Arguments as for the constructor. ValueError for a folder that is no checkpoint of this model or names something
+        unknown, a device or kernel that is not there, or more Ulysses ranks than attention heads.
+        """
+        return cls(model_dir, mesh, runtime, report, **options)
 
     @property
     def keeps(self) -> bool:
@@ -149,9 +165,9 @@ class Pipeline:
             return TextEncoder(
                 self.text_files(),
                 self.device,
-                self.text_dtype,
+                self.precision.text,
                 self.runtime.text_cache,
-                float8=self.runtime.text_dtype == "fp8",
+                float8=self.precision.text_float8,
                 stream=self.placement.streams,
             )
 

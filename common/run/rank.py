@@ -166,11 +166,10 @@ def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report
     name = request.source.demo
     if name is not None:
         with report.stage("making the demo checkpoint", quiet=True):
-            make = fork.module("demo").demo_checkpoint
             if process.local_rank == 0:
-                make(name)
+                fork.demo_folder(name)
             _wait_for_all(mesh)
-            request = replace(request, source=replace(request.source, model_dir=make(name)))
+            request = replace(request, source=replace(request.source, model_dir=fork.demo_folder(name)))
     with report.stage("opening the checkpoint", quiet=True):
         request, why = with_placement(fork, request, mesh, process.local_world_size)
     if why is not None:

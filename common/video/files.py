@@ -20,10 +20,7 @@ import numpy as np
 from common.system.files import Partial, WriteError, absence, as_argument, reason, shown
 from common.video.metadata import exif, truncated, with_gif_comment, with_webp_exif
 from common.video.pictures import MAX_PIXELS, QUALITY, one_line
-from common.video.pictures import as_rgb as as_rgb
-from common.video.pictures import read_image as read_image
 from common.video.writers import FrameWriter
-from common.video.writers import write_json as write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

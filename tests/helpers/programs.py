@@ -35,5 +35,4 @@ def frames_of(fork: Fork, request: Request) -> list[Tensor]:
 
 def demo_of(fork: Fork) -> tuple[Path, Rules]:
     """The folder of a fork's first demo, and its size and other defaults."""
-    name, rules = next(iter(fork.demos.items()))
-    return fork.module("demo").demo_checkpoint(name), rules
+    return fork.demo_folder(), next(iter(fork.demos.values()))

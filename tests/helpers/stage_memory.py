@@ -11,9 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common.registry.forks import Size
-from common.registry.settings import DecodeOptions
-
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -24,6 +21,8 @@ from cogvideox_xdit.sampling import workload as cogvideox_workload
 from cogvideox_xdit.solver import Solver
 from common.memory.estimate import Estimator, Precision
 from common.parallel.mesh import Mesh
+from common.registry.forks import Size
+from common.registry.settings import DecodeOptions
 from common.system.progress import Report
 from common.video.latents import draw_noise
 from common.weights.placement import Placement

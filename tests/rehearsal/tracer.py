@@ -10,7 +10,6 @@ when they are posted; who waits for one makes the computing stream wait, not the
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from tests.helpers.fake_cuda import Machine, Stream
 from tests.helpers.recorder import MESSAGES, Collective, Record, Watch, describe, is_collective
 from tests.rehearsal.trace import COMPUTE, HOST, READER, Clock, Copy, Moment, Steps, Sync, Trace, Where
-from tests.rehearsal.traffic import OURS, ROOT, launches, name_of, take_apart
+from tests.rehearsal.traffic import file_of, innermost, launches, name_of, take_apart
 
 
 @dataclass
@@ -364,13 +363,8 @@ def _is_input(name: str, tensor: Tensor, args: Any) -> bool:
 
 def place() -> Where:
     """`file:function` of the product's innermost frame."""
-    frame = sys._getframe(1)
-    while frame:
-        file = frame.f_code.co_filename
-        if file.startswith(OURS):
-            return f"{file.removeprefix(f'{ROOT}/')}:{frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "?"
+    frame = innermost()
+    return f"{file_of(frame)}:{frame.f_code.co_name}" if frame else "?"
 
 
 ASYNCHRONOUS = (

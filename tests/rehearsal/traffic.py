@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -143,15 +144,22 @@ def span(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
+def innermost() -> FrameType | None:
+    """The product's innermost frame."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame and not frame.f_code.co_filename.startswith(OURS):
+        frame = frame.f_back
+    return frame
+
+
+def file_of(frame: FrameType) -> str:
+    return frame.f_code.co_filename.removeprefix(f"{ROOT}/")
+
+
 def place() -> str:
     """`file:line` of the product's innermost frame."""
-    frame = sys._getframe(1)
-    while frame:
-        file = frame.f_code.co_filename
-        if file.startswith(OURS):
-            return f"{file.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "?"
+    frame = innermost()
+    return f"{file_of(frame)}:{frame.f_lineno}" if frame else "?"
 
 
 def by_place(launched: Collection[Launch]) -> list[tuple[str, str, int, int]]:

@@ -63,7 +63,7 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
 
 
 class _Generation:
-    """Report one after another, each with its model."""
+    """Stages one after another, each with its model."""
 
     keeps = False
     stage_model = Pipeline.stage_model

@@ -65,8 +65,7 @@ _FORKS = {fork.name: fork for fork in forks()}
 def rules(model: str) -> tuple[Path, Any]:
     """A model's demo checkpoint and its own number of steps and guidance."""
     fork = _FORKS[model]
-    name, own = next(iter(fork.demos.items()))
-    return fork.module("demo").demo_checkpoint(name), own
+    return fork.demo_folder(), next(iter(fork.demos.values()))
 
 
 def pipeline(model: str, folder: Path, mesh: Mesh | None = None, **options: Any) -> Any:
