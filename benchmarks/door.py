@@ -51,6 +51,11 @@ def amount(most: float) -> Callable[[str], float]:
     return read
 
 
+def rate(text: str) -> float:
+    """An argparse type: Mbit/s of a link, 0 for no limit."""
+    return 0.0 if text == "0" else amount(10**6)(text)
+
+
 def new_file(text: str) -> Path:
     """An argparse type: a file that can be written."""
     if (problem := writing_problem(Path(text))) is not None:
