@@ -135,7 +135,12 @@ def random_checkpoint(
         fill(part, SEED + i)
     transformer, encoder, decoder = parts
     write_checkpoint(folder, kind, transformer, vae, encoder, decoder, dtype)
-    sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": max(config.text_dim // 4, 1), "d_ff": 2 * config.text_dim}
+    sizes: dict[str, Any] = {
+        "d_model": config.text_dim,
+        "heads": 4,
+        "d_kv": max(config.text_dim // 4, 1),
+        "d_ff": 2 * config.text_dim,
+    }
     write_text_encoder(folder, _CAPTIONS, SEED + len(parts), config.text_length, **sizes)
 
 

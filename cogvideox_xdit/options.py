@@ -12,7 +12,7 @@ import click
 from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH
 from common.registry.checks import nearest
 from common.registry.request import ForkOptions, Source, Video
-from common.run.options import Option
+from common.run.options import Option, unreadable_image
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,6 @@ class CogVideoXOptions(ForkOptions):
         elif self.video is not None and strength is not None and int(sampling.num_steps * strength) < 1:
             found.append(f"--strength {strength} of --num-steps {sampling.num_steps} leaves no step; raise one of them")
         return found + ([] if self.video is None else _short_video(self.video, sampling.num_frames))
-
-
-def unreadable_image(path: Path) -> list[str]:
-    """What is wrong with the file of --image."""
-    from common.video.pictures import read_image
-
-    try:
-        read_image(path)
-    except ValueError as error:
-        return [f"--image {error}"]
-    return []
 
 
 def _short_video(path: Path, num_frames: int) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit.config import FRAME_STEP, STRENGTH, CheckpointConfig, official_rules, read_checkpoint
-from cogvideox_xdit.inputs import Clip, Picture, image_frames, pixels, video_frames
 from cogvideox_xdit.sampling import Start, draw, sample
 from cogvideox_xdit.solver import Solver, dynamic_scale
 from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size
@@ -21,6 +20,7 @@ from common.registry.settings import DecodeOptions
 from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
 from common.video.causal import TimeSplit, lay_out
+from common.video.inputs import Clip, Picture, image_frames, pixels, video_frames
 from common.video.latents import check_latents, save_latents
 from common.weights.dtypes import latent_dtype
 

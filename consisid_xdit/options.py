@@ -10,9 +10,8 @@ from typing import ClassVar
 
 import click
 
-from cogvideox_xdit.options import unreadable_image
 from common.registry.request import ForkOptions, Source, Video
-from common.run.options import Option
+from common.run.options import Option, unreadable_image
 from common.system.extras import install
 from common.system.files import absence, writing_problem
 from consisid_xdit.config import TRAINED

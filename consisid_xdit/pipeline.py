@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cogvideox_xdit.inputs import Picture, image_frames
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.transformer import Size
 from cogvideox_xdit.weights import STEM
 from common.parallel.mesh import on_main
 from common.run.quantize import TransformerFiles
+from common.video.inputs import Picture, image_frames
 from common.video.pictures import as_rgb, read_image
 from common.weights.load import find_files, on_meta, open_checkpoint
 from common.weights.placement import place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ VAE = MochiVAEConfig(
 
 def demo_config(vae: MochiVAEConfig = VAE) -> MochiConfig:
     """Four layers of four heads of 32: 1.5 million parameters in the transformer."""
-    sizes = {"depth": 4, "heads": 4, "head_dim": 32, "hidden_y": 64, "text_dim": 64, "text_tokens": 64}
+    sizes: dict[str, Any] = {"depth": 4, "heads": 4, "head_dim": 32, "hidden_y": 64, "text_dim": 64, "text_tokens": 64}
     # The diffusers layout does not store these two: they follow from the widths.
     return MochiConfig(**sizes, mlp_x=4 * 128 * 2 // 3, mlp_y=4 * 64 * 2 // 3, vae=vae)
 
@@ -68,7 +69,7 @@ def random_checkpoint(folder: Path, config: MochiConfig | None = None, seed: int
     fill(decoder, seed + 2)
     write_checkpoint(folder, config, transformer.state_dict(), encoder, decoder)
     head_dim = max(config.text_dim // 4, 1)
-    sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": head_dim, "d_ff": 2 * config.text_dim}
+    sizes: dict[str, Any] = {"d_model": config.text_dim, "heads": 4, "d_kv": head_dim, "d_ff": 2 * config.text_dim}
     write_text_encoder(folder, _captions(), seed + 3, config.text_tokens, **sizes)
 
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, features
 from safetensors.torch import save_file
 
-from cogvideox_xdit.inputs import image_frames, video_frames
-from cogvideox_xdit.options import unreadable_image
+from common.run.options import unreadable_image
 from common.video.files import read_frames, read_video
 from common.video.formats import write_frames
+from common.video.inputs import image_frames, video_frames
 from common.video.pictures import read_image
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.face import FaceConfig, IdentityFeatures, load_identity

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvideox_xdit.inputs import image_frames, video_frames
+from common.video.inputs import image_frames, video_frames
 from common.video.pictures import FITS, fit_picture, fit_remark
 
 GREEN = (0, 255, 0)

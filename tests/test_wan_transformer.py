@@ -21,9 +21,9 @@ from wan_xdit.weights import LAYOUTS, exact_names, rename_table
 
 DATA = Path(__file__).parent / "data"
 GOLDENS = ("wan21_t2v_tiny", "wan21_i2v_tiny", "wan22_ti2v_tiny")
-TINY = TransformerConfig(width=60, heads=5, layers=2, ffn=72, in_channels=4, out_channels=4, text_width=24)
+TINY = TransformerConfig(width=60, heads=5, layers=2, ffn=72, in_channels=4, out_channels=4, text_dim=24)
 IMAGE = TransformerConfig(
-    width=60, heads=5, layers=2, ffn=72, in_channels=9, out_channels=4, text_width=24, image_width=16
+    width=60, heads=5, layers=2, ffn=72, in_channels=9, out_channels=4, text_dim=24, image_width=16
 )
 
 
@@ -98,7 +98,7 @@ def oracle(config, dtype):
         attention_head_dim=config.head_width,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
-        text_dim=config.text_width,
+        text_dim=config.text_dim,
         freq_dim=config.time_width,
         ffn_dim=config.ffn,
         num_layers=config.layers,
@@ -121,7 +121,7 @@ def test_the_times_sinusoid_is_diffusers():
 def inputs(config, dtype, size=(3, 6, 10), batch=1):
     draw = torch.Generator().manual_seed(5)
     latents = torch.randn(batch, config.out_channels, *size, generator=draw, dtype=torch.float64).to(dtype)
-    text = torch.randn(batch, 7, config.text_width, generator=draw, dtype=torch.float64).to(dtype)
+    text = torch.randn(batch, 7, config.text_dim, generator=draw, dtype=torch.float64).to(dtype)
     beside = image = None
     if config.image_channels:
         beside = torch.randn(batch, config.image_channels, *size, generator=draw, dtype=torch.float64).to(dtype)

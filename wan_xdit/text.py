@@ -11,7 +11,9 @@ import html
 import re
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +23,10 @@ from common.weights.schema import MAX_LAYERS, build
 
 TOKENS = 512
 """Positions of the text that the transformer sees: features, then zeros."""
+UMT5_XXL: Mapping[str, Any] = asdict(
+    UMT5Numbers(vocab_size=256384, d_model=4096, d_ff=10240, num_layers=24, num_heads=64)
+)
+"""The numbers of the one that the published checkpoints come with."""
 TOKENIZER = Path("google/umt5-xxl")
 WEIGHTS = ("models_t5_*.pth", "models_t5_*.safetensors")
 _TOP = {"shared": "token_embedding", "encoder.final_layer_norm": "norm"}

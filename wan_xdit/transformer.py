@@ -7,13 +7,13 @@ the queries are. Letters: W width, H heads, D head width, N tokens of all ranks,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.model.elementwise import add, add_gated, at_least_fp32, rms_norm
+from common.model.elementwise import add, add_gated, at_least_fp32, in_place, rms_norm
 from common.model.linear import in_parts, linear_gelu
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.attention import attention
@@ -53,6 +53,7 @@ class Condition:
     rope: Tensor  # (2, n, 1, D / 2, 2), see `rotation`
     lengths: tuple[int, ...]  # tokens of every rank
     cross: tuple[tuple[KeysValues, ...], ...] | None = None  # by block: keys and values of text and image, where kept
+    still: int = 0  # tokens of this rank's, its first ones, that stay as they are: they are at time 0
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -61,6 +62,23 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
         return F.layer_norm(x, x.shape[-1:], (1 + scale[0, 0]).to(x.dtype), shift[0, 0].to(x.dtype), eps)
     x = x.to(at_least_fp32(x.dtype))
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def norm_spans(x: Tensor, shift: Tensor, scale: Tensor, eps: float, still: int) -> Tensor:
+    """`modulated_norm`; with `still` shift and scale have a row for so many tokens and one for the rest."""
+    if not still:
+        return modulated_norm(x, shift, scale, eps)
+    spans = zip((x[:, :still], x[:, still:]), shift.split(1, dim=1), scale.split(1, dim=1))
+    return torch.cat([modulated_norm(*span, eps) for span in spans], dim=1)
+
+
+def gate_spans(x: Tensor, branch: Tensor, gate: Tensor, still: int) -> Tensor:
+    """`add_gated`; with `still`, gates of two spans of tokens as for `norm_spans`."""
+    if not still:
+        return add_gated(x, branch, gate)
+    spans = zip((slice(still), slice(still, None)), gate.split(1, dim=1))
+    parts = [add_gated(x[:, at], branch[:, at], gate) for at, gate in spans]
+    return x if in_place() else torch.cat(parts, dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -135,15 +153,18 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(config.ffn, config.width)
 
     def forward(self, x: Tensor, c: Tensor, cond: Condition, kept: tuple[KeysValues, ...] | None = None) -> Tensor:
-        """x: (B, n, W). c: (B, 1 or n, 6, W) the projected time. kept: this block's entry of `cond.cross`."""
+        """x: (B, n, W). c: (B, 1 or n, 6, W) the projected time, with `cond.still` (B, 2, 6, W).
+
+        kept: this block's entry of `cond.cross`.
+        """
         dtype = self.attention.q_norm.weight.dtype  # matmuls' weights may be in eight bits
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.modulation[:, None] + c).unbind(2)
-        h = modulated_norm(x, shift, scale, self.eps).to(dtype)
-        x = add_gated(x, self.attention(h, cond), gate)
+        h = norm_spans(x, shift, scale, self.eps, cond.still).to(dtype)
+        x = gate_spans(x, self.attention(h, cond), gate, cond.still)
         h = self.cross_norm(x.to(self.cross_norm.weight.dtype)).to(dtype)
         x = add(x, self.cross(h, cond, kept))
-        h = modulated_norm(x, ff_shift, ff_scale, self.eps).to(dtype)
-        return add_gated(x, self.ff_out(linear_gelu(self.ff_in, h)), ff_gate)
+        h = norm_spans(x, ff_shift, ff_scale, self.eps, cond.still).to(dtype)
+        return gate_spans(x, self.ff_out(linear_gelu(self.ff_in, h)), ff_gate, cond.still)
 
 
 class PatchEmbed(nn.Module):
@@ -207,7 +228,7 @@ class WanTransformer(nn.Module):
         self.sp.require_heads(config.heads)
         width = config.width
         self.patch = PatchEmbed(config)
-        self.text_in, self.text_out = nn.Linear(config.text_width, width), nn.Linear(width, width)
+        self.text_in, self.text_out = nn.Linear(config.text_dim, width), nn.Linear(width, width)
         self.image = ImageEmbed(config.image_width, width) if config.image_width else None
         self.time_in, self.time_out = nn.Linear(config.time_width, width), nn.Linear(width, width)
         self.time_proj = nn.Linear(width, 6 * width)
@@ -224,15 +245,22 @@ class WanTransformer(nn.Module):
         return self.patch.proj.weight.device
 
     def prepare(
-        self, text: Tensor, size: Size, beside: Tensor | None = None, image: Tensor | None = None, keep: bool = True
+        self,
+        text: Tensor,
+        size: Size,
+        beside: Tensor | None = None,
+        image: Tensor | None = None,
+        keep: bool = True,
+        still: int = 0,
     ) -> Condition:
         """Everything that does not depend on the step; once per guidance branch.
 
-        text: (B, L, text_width) UMT5 features without padding, L <= text_length; zeros fill it up, as in training
+        text: (B, L, text_dim) UMT5 features without padding, L <= text_length; zeros fill it up, as in training
         size: latent frames, rows, columns
         beside: (1 or B, C, *size) mask and image latents, for checkpoints with `image_channels`
         image: (B, M, image_width) CLIP tokens, for checkpoints with an `image_width`
         keep: keep the cross-attention's keys and values of every block: 2 (L + M) W numbers each
+        still: how many of this rank's tokens, its first ones, stay as they are and are at time 0
         Raises ValueError when the checkpoint cannot take the size, the text or the (missing) image.
         """
         self._check(text, beside, image)
@@ -246,17 +274,15 @@ class WanTransformer(nn.Module):
         seen = self.image(image.to(self.device, self.dtype)) if image is not None and self.image is not None else None
         lengths = sp.lengths(grid[0] * grid[1] * grid[2])
         rope = rope_table(grid, config.head_width, sp, self.device, self.dtype)
-        cond = Condition(size, self.patch.beside(tokens), y, seen, rope, lengths)
-        return self._with_cross(cond) if keep else cond
-
-    def _with_cross(self, cond: Condition) -> Condition:
-        kept = tuple(block.cross.keys_values(cond) for block in self.blocks)  # type: ignore[union-attr, operator]
-        return Condition(cond.size, cond.beside, cond.text, cond.image, cond.rope, cond.lengths, kept)
+        cond = Condition(size, self.patch.beside(tokens), y, seen, rope, lengths, still=still)
+        if not keep:
+            return cond
+        return replace(cond, cross=tuple(block.cross.keys_values(cond) for block in self.blocks))  # type: ignore[operator]
 
     def _check(self, text: Tensor, beside: Tensor | None, image: Tensor | None) -> None:
         config = self.config
-        if text.ndim != 3 or text.shape[2] != config.text_width or text.shape[1] > config.text_length:
-            expected = f"(batch, at most {config.text_length}, {config.text_width})"
+        if text.ndim != 3 or text.shape[2] != config.text_dim or text.shape[1] > config.text_length:
+            expected = f"(batch, at most {config.text_length}, {config.text_dim})"
             raise ValueError(f"text features have shape {tuple(text.shape)}, expected {expected}")
         given = 0 if beside is None else beside.shape[1]
         if given != config.image_channels:
@@ -268,15 +294,18 @@ class WanTransformer(nn.Module):
         """One prediction for this rank's tokens.
 
         x: (B, n, C * patch volume) packed noisy latents. t: the time, 0 to 1000: a number, (B,), or (B, n) for tokens
-        with times of their own. Returns the shape of x, in the weights' dtype.
+        with times of their own; with `cond.still` a number. Returns the shape of x, in the weights' dtype.
         """
+        if cond.still:
+            t = torch.full((1, 2), float(t), device=self.device)
+            t[:, 0] = 0
         c = self.time_embedding(t)
         steps = self.time_proj(F.silu(c)).unflatten(-1, (6, -1))
         x = self.patch(x.to(self.dtype), cond.beside).to(self.residual or self.dtype)
         for i, block in enumerate(self.blocks):
             x = block(x, steps, cond, cond.cross[i] if cond.cross is not None else None)
         shift, scale = (self.modulation[:, None] + c[:, :, None]).unbind(2)
-        x = self.head(modulated_norm(x, shift, scale, self.config.eps).to(self.dtype))
+        x = self.head(norm_spans(x, shift, scale, self.config.eps, cond.still).to(self.dtype))
         # The matrix puts out patch positions first, channels last; packed latents are the other way round.
         return x.unflatten(-1, (self.config.patch_volume, -1)).transpose(-1, -2).flatten(-2)
 

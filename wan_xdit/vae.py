@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.registry.layout import split_evenly
-from common.video.causal import CausalConv3d, CausalStream, silu
+from common.video.causal import CausalConv3d, CausalStream, TimeSplit, encode_moments, silu
 from common.video.decode import VideoDecoder
+from common.weights.dtypes import latent_dtype
 from wan_xdit.config import VAEConfig
 
 
@@ -284,6 +285,18 @@ def _stats(config: VAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
         torch.tensor(v, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1) for v in (config.mean, config.std)
     )
     return mean, std
+
+
+def encode(encoder: WanEncoder, video: Tensor, split: TimeSplit | None = None) -> Tensor:
+    """A video's latents (1, C, t, h, w) in the transformer's space, on every rank: the means, no sample.
+
+    video: (1, 3, T, H, W) in [-1, 1], the same on every rank. The chunks are dealt over the ranks of `split`, which
+    makes this collective. Statistics are taken in fp32 at least.
+    """
+    weight = encoder.conv_out.weight
+    video = video.to(weight.device, weight.dtype)
+    moments = encode_moments(encoder, video, encoder.chunks(video.shape[2]), split or TimeSplit())
+    return normalize(moments.chunk(2, dim=1)[0].to(latent_dtype(weight.dtype)), encoder.config)
 
 
 def normalize(latents: Tensor, config: VAEConfig) -> Tensor:

@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
-from common.weights.load import Concat, Rename
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from common.parallel.mesh import Axis
+from common.parallel.usp import SequenceParallel
+from common.run.quantize import TransformerFiles
+from common.weights.load import (
+    Checkpoint,
+    Concat,
+    Progress,
+    Rename,
+    check,
+    find_files,
+    load,
+    on_meta,
+    open_checkpoint,
+)
+from common.weights.placement import Placement, place
+from wan_xdit.checkpoint import CheckpointFiles, find_checkpoint
 from wan_xdit.config import TransformerConfig, VAEConfig
+
+if TYPE_CHECKING:
+    from wan_xdit.transformer import WanTransformer
+    from wan_xdit.vae import WanDecoder, WanEncoder
+
+STEM = "diffusion_pytorch_model"
 
 _ORIGINAL_TOP = {
     "patch.proj": "patch_embedding",
@@ -166,3 +193,81 @@ def _diffusers_places(half: str, config: VAEConfig, stage: int, depth: int) -> t
     outer, resize = ("up_blocks", "upsampler") if half == "decoder" else ("down_blocks", "downsampler")
     resize = resize if config.shortcuts else f"{resize}s.0"
     return [f"{outer}.{stage}.resnets.{k}" for k in range(depth)], f"{outer}.{stage}.{resize}"
+
+
+def load_transformer(
+    files: CheckpointFiles,
+    expert: int = 0,
+    sp: SequenceParallel | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    placement: Placement | None = None,
+    world: Axis | None = None,
+    residual: torch.dtype | None = None,
+) -> WanTransformer:
+    """A checkpoint's transformer on `device`; of two experts, 0 is the one for high noise.
+
+    residual: as for `WanTransformer`. See `common.weights.load.load` for memory and errors, and
+    `common.weights.placement.place` for placement and world.
+    """
+    from wan_xdit.transformer import WanTransformer
+
+    checkpoint = open_checkpoint(find_files(files.experts[expert], STEM, dtype))
+    model = on_meta(WanTransformer, files.config, sp, residual)
+    table, exact = rename_table(files.config, files.layout), exact_names(files.config)
+    return place(model, checkpoint, table, device, dtype, exact, placement, world, progress)
+
+
+def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16, expert: int = 0) -> TransformerFiles:
+    """What `quantize` and checks read: a transformer of the folder, not loaded. CheckpointError as for loading."""
+    from wan_xdit.transformer import WanTransformer
+
+    files = find_checkpoint(folder)
+    file = find_files(files.experts[expert], STEM, dtype)
+    module, table = on_meta(WanTransformer, files.config), rename_table(files.config, files.layout)
+    return TransformerFiles(module, open_checkpoint(file), table, file, exact_names(files.config))
+
+
+def load_decoder(
+    files: CheckpointFiles, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> WanDecoder:
+    """The decoder of a checkpoint's autoencoder."""
+    from wan_xdit.vae import WanDecoder
+
+    table, ignore = decoder_table(files.vae_config, files.layout), _OTHER_HALF["decoder"]
+    return load(on_meta(WanDecoder, files.vae_config), _open_vae(files, dtype), table, device, dtype, ignore=ignore)
+
+
+def load_encoder(
+    files: CheckpointFiles, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> WanEncoder:
+    """The encoder of a checkpoint's autoencoder."""
+    from wan_xdit.vae import WanEncoder
+
+    table, ignore = encoder_table(files.vae_config, files.layout), _OTHER_HALF["encoder"]
+    return load(on_meta(WanEncoder, files.vae_config), _open_vae(files, dtype), table, device, dtype, ignore=ignore)
+
+
+def check_vae(files: CheckpointFiles, dtype: torch.dtype | None = None, encoder: bool = False) -> None:
+    """Raise what `load_decoder` would raise for the headers, and `load_encoder` where that is needed too."""
+    from wan_xdit.vae import WanDecoder, WanEncoder
+
+    checkpoint, config = _open_vae(files, dtype), files.vae_config
+    halves: list[tuple[type[nn.Module], Rename, str]] = [
+        (WanDecoder, decoder_table(config, files.layout), "decoder"),
+        (WanEncoder, encoder_table(config, files.layout), "encoder"),
+    ]
+    for build, table, name in halves if encoder else halves[:1]:
+        check(on_meta(build, config), checkpoint, table, _OTHER_HALF[name])
+
+
+_OTHER_HALF = {
+    "decoder": ("encoder.*", "conv1.*", "quant_conv.*"),
+    "encoder": ("decoder.*", "conv2.*", "post_quant_conv.*"),
+}
+"""What a half's file holds beside it, in either layout."""
+
+
+def _open_vae(files: CheckpointFiles, dtype: torch.dtype | None) -> Checkpoint:
+    return open_checkpoint(find_files(files.vae, STEM, dtype))

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from common.parallel.mesh import Axis, Layout, Mesh, build_mesh
 from common.registry.settings import DecodeOptions
-from common.text.t5 import FLOAT8_LAYERS, EncoderFiles, new_t5
+from common.text.t5 import FLOAT8_LAYERS, T5, EncoderFiles, Member, new_t5
 from common.video.decode import DecodePlan, VideoDecoder
 from common.video.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode
 from common.weights.blocks import Blocks, FromShares, Image
@@ -56,8 +56,9 @@ class Workload:
     transformer: on the meta device, with `blocks` and `matmuls`; parameters of any floating dtype.
     step: (model) -> None; prepares and computes one sampling step as the pipeline does, on the meta device.
     decoder: on the meta device. latents: (C, T, h, w) that it decodes. frames: (T, H, W) that come out.
-    text: T5's config.json, None for T5_XXL's. tokens: the length to which a prompt may grow.
-    exact: the transformer's parameters that are held in fp32 at least.
+    text: the config.json of the text encoder, None for T5_XXL's. tokens: the length to which a prompt may grow.
+    exact: the transformer's parameters that are held in fp32 at least. encoder: the text encoder's kind.
+    experts: transformers like this one that take turns; where models stay on the device, all of them do.
     """
 
     transformer: nn.Module
@@ -68,12 +69,15 @@ class Workload:
     tokens: int
     text: Mapping[str, Any] | None = None
     exact: tuple[str, ...] = ()
+    encoder: Member = T5
+    experts: int = 1
 
-    def with_text(self, find: Callable[[], Path | None]) -> Workload:
-        """With the T5 of a folder, where there is one; `find` may raise ValueError when there is none."""
+    def with_text(self, find: Callable[[], Path | EncoderFiles | None]) -> Workload:
+        """With the encoder of a folder (of T5), where there is one; `find` may raise ValueError when there is none."""
         try:
-            folder = find()
-            numbers = None if folder is None else EncoderFiles.find(folder).numbers()
+            found = find()
+            files = EncoderFiles.find(found) if isinstance(found, Path) else found
+            numbers = None if files is None else files.numbers()
         except ValueError:
             return self  # told when a prompt needs it: a run without one does not
         return self if numbers is None else replace(self, text=asdict(numbers))
@@ -178,10 +182,11 @@ class Estimator:
         transformer, host = placed_bytes(self.outer, self.images, placement, self.mesh.world.size)
         text = StageMemory(0, 0) if self.text is None else self._text_memory(placement)
         decoder = _nbytes(self.decoder)
-        plan, frames = self._decode(free - decoder - (text.weights + transformer if keep else 0))
+        plan, frames = self._decode(free - decoder - (text.weights + self.work.experts * transformer if keep else 0))
         weights = {"text": text.weights, "sampling": transformer, "decode": decoder}
         if keep:
-            weights = dict.fromkeys(STAGES, sum(weights.values()))
+            all_of_them = text.weights + self.work.experts * transformer + decoder
+            weights = dict.fromkeys(STAGES, all_of_them)
         working = {"text": text.activations, "sampling": self.activations, "decode": frames}
         stages = {name: StageMemory(weights[name], working[name]) for name in STAGES}
         sent = Counter(self.sent)
@@ -211,7 +216,7 @@ class Estimator:
     @torch.inference_mode()
     def _text(self) -> tuple[int, list[Image], int]:
         """T5's bytes outside of its layers, the layers' images, bytes at the peak of encoding one prompt."""
-        t5 = new_t5(dict(self.work.text or T5_XXL)).to(self.precision.text)
+        t5 = new_t5(dict(self.work.text or T5_XXL), member=self.work.encoder).to(self.precision.text)
         t5.encoder.embed_tokens.weight = t5.shared.weight  # type: ignore[union-attr]
         layers = t5.encoder.block = Blocks(t5.encoder.block)  # type: ignore[union-attr,arg-type]
         for layer in layers if self.precision.text_float8 else ():

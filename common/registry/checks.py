@@ -27,7 +27,7 @@ class Rules:
 
     Sizes are pixels; an admissible frame count is `frame_step * k` plus one of `frame_offsets`, and at least 1.
     sizes: the only (width, height), where not every one will do. heads: attention heads, the limit of the ulysses
-    degree.
+    degree. default_prompt, negative_prompt: what is said where nobody says it.
     """
 
     heads: int
@@ -43,6 +43,7 @@ class Rules:
     sizes: tuple[tuple[int, int], ...] = ()
     dtype: str = "bf16"
     default_prompt: str | None = None
+    negative_prompt: str = ""
 
     def size_of(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """Height, width and frames: what is None is the checkpoint's own."""

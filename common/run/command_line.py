@@ -223,7 +223,7 @@ class _Reader:
         self.output = self._output(source)
         base = Video(
             prompt="",
-            negative_prompt=self._value("negative_prompt", ""),
+            negative_prompt=self._value("negative_prompt", rules.negative_prompt),
             sampling=Sampling(width, height, num_frames, self._value("num_steps", rules.num_steps), scale),
             fps=self._value("fps", rules.fps),
             output=self.output,
@@ -232,7 +232,7 @@ class _Reader:
         )
         prompts = self._prompts(rules)
         for name in ("prompt", "negative_prompt"):
-            if (problem := text_problem(self._value(name, ""))) is not None:
+            if (problem := text_problem(self.values[name] or "")) is not None:
                 self.problems.append(f"--{name.replace('_', '-')}: {problem}")
         if len(prompts) * count > MOST["num_videos"]:
             self.problems.append(f"{len(prompts)} prompts x {count} videos are more than {MOST['num_videos']}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.text.t5 import new_t5
+from common.text.t5 import T5, Member, new_t5
 
 
 def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int = 256, normalization: str = "nmt_nfkc") -> int:
@@ -47,12 +47,12 @@ def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int = 256, 
     return SentencePieceProcessor(model_file=str(path)).vocab_size()
 
 
-def t5_config(vocab_size: int, **sizes: int) -> dict:
-    """config.json of a small encoder with the traits of t5-v1_1 (gated gelu, untied)."""
+def t5_config(vocab_size: int, member: Member = T5, **sizes: int) -> dict:
+    """config.json of a small encoder with the traits of t5-v1_1 (gated gelu, untied), or of UMT5."""
     names = {"d_model": 64, "layers": 2, "heads": 4, "d_kv": 16, "d_ff": 128} | sizes
     return {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
+        "architectures": [member.classes[1]],
+        "model_type": member.name.lower(),
         "d_model": names["d_model"],
         "d_kv": names["d_kv"],
         "d_ff": names["d_ff"],
@@ -89,12 +89,14 @@ def save_text_encoder(root: Path, model: nn.Module, config: dict, spiece: Path, 
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_text_encoder(root: Path, captions: Iterable[str], seed: int, limit: int = 256, **sizes: int) -> None:
-    """An untrained T5 encoder, its vocabulary learned from `captions`, weights from `seed`."""
+def write_text_encoder(
+    root: Path, captions: Iterable[str], seed: int, limit: int = 256, member: Member = T5, **sizes: int
+) -> None:
+    """An untrained T5 or UMT5 encoder, its vocabulary learned from `captions`, weights from `seed`."""
     with tempfile.TemporaryDirectory() as folder:
         spiece = Path(folder) / "spiece.model"
-        config = t5_config(train_tokenizer(captions, spiece), **sizes)
-        model = new_t5(config, "cpu")
+        config = t5_config(train_tokenizer(captions, spiece), member, **sizes)
+        model = new_t5(config, "cpu", member)
         fill(model, seed)
         save_text_encoder(root, model, config, spiece, limit)
 

@@ -64,6 +64,8 @@ def options(fork: Fork) -> list[click.Parameter]:
 
     path = click.Path(path_type=Path)
     choice = click.Choice
+    fixed = any(model.rules.negative_prompt for model in fork.models)
+    unsaid = " Default: the authors' own sentence; '' is an empty one." if fixed else ""
     unlisted = {"hidden": True, "is_flag": True}
     return [
         option("--model-dir", type=path, help="Checkpoint directory."),
@@ -78,7 +80,7 @@ def options(fork: Fork) -> list[click.Parameter]:
         option("--prompt", help="What the video shows."),
         option("--prompt-file", type=path, help="A text file, one prompt a line: one loading, many videos."),
         option("--num-videos", type=int, default=1, help="Videos per prompt, each with the next seed."),
-        option("--negative-prompt", default="", help="What it should not show."),
+        option("--negative-prompt", help=f"What it should not show.{unsaid}"),
         option("--width", type=int, help="Pixels."),
         option("--height", type=int, help="Pixels."),
         option("--num-frames", type=int, help="Frames of the video."),
@@ -168,3 +170,14 @@ def version() -> str:
         return metadata.version("xdit-zoo")
     except metadata.PackageNotFoundError:
         return "0 (not installed)"
+
+
+def unreadable_image(path: Path) -> list[str]:
+    """What is wrong with the file of --image, for forks that have such an option."""
+    from common.video.pictures import read_image
+
+    try:
+        read_image(path)
+    except ValueError as error:
+        return [f"--image {error}"]
+    return []

@@ -154,7 +154,7 @@ def _wan(config: wan.TransformerConfig, size: Size) -> Model:
         size,
         config.out_channels * config.patch_volume,
         config.text_length,
-        config.text_width,
+        config.text_dim,
         prepare,
         lambda device: 500.0,
         config.patch_volume,

@@ -81,7 +81,7 @@ class _Generation:
     def sample(self, encoded: Tensor | None) -> Tensor:
         """encoded: of the image, (1, C, *size). Returns the latents on every rank."""
         mesh, config, size, sp = self.mesh, self.config, self.size, self.sp
-        text = {b: on_main(mesh, lambda: torch.empty(1, WORDS, config.text_width)) for b in (0, 1)}
+        text = {b: on_main(mesh, lambda: torch.empty(1, WORDS, config.text_dim)) for b in (0, 1)}
         width, seen, beside = config.image_width, None, None
         if width is not None:
             seen = on_main(mesh, lambda: torch.empty(1, config.image_tokens, width))

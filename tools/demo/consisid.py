@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.demo import model_index, scheduler_json, write_json, write_part, write_vae
-from cogvideox_xdit.inputs import pixels
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack
+from common.video.inputs import pixels
 from consisid_xdit.config import consisid_json
 from consisid_xdit.demo import SHOWN, shape_identity, trained_config
 from consisid_xdit.face import save_identity

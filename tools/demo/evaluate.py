@@ -100,8 +100,8 @@ def reconstruction(model: str, pipe: Any) -> Callable[[Tensor], Tensor]:
     """From frames (T, H, W, 3) to what the autoencoder makes of them."""
     if model == "mochi":
         return _mochi_reconstruction(pipe)
-    from cogvideox_xdit.inputs import pixels
     from cogvideox_xdit.vae import encode
+    from common.video.inputs import pixels
 
     encoder, factor = pipe._load_encoder(), pipe.vae_config.scaling_factor
     return lambda clip: pipe.decode(encode(encoder, pixels(clip, torch.float32))[0].float() * factor)

@@ -1,0 +1,258 @@
+# ruff: noqa: RUF001 (a Chinese sentence has wide commas)
+"""A checkpoint's folder: its files, its kind among the published ones, and that kind's defaults. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.registry.checks import Rules
+from common.weights.schema import CheckpointError, read_object, shown
+from wan_xdit.config import (
+    I2V_14B,
+    I2V_A14B,
+    T2V_1_3B,
+    T2V_14B,
+    TI2V_5B,
+    VAE_2_1,
+    VAE_2_2,
+    TransformerConfig,
+    VAEConfig,
+    check_kind,
+    read_transformer,
+    read_vae,
+)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a published checkpoint computes. experts: transformers that take turns."""
+
+    config: TransformerConfig
+    vae_config: VAEConfig = VAE_2_1
+    experts: int = 1
+
+
+PUBLISHED: Mapping[str, Numbers] = {
+    "t2v-14b": Numbers(T2V_14B),
+    "t2v-1.3b": Numbers(T2V_1_3B),
+    "i2v-14b-480p": Numbers(I2V_14B),
+    "i2v-14b-720p": Numbers(I2V_14B),
+    "t2v-a14b": Numbers(T2V_14B, experts=2),
+    "i2v-a14b": Numbers(I2V_A14B, experts=2),
+    "ti2v-5b": Numbers(TI2V_5B, VAE_2_2),
+}
+"""By kind."""
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""What the authors say against where nobody says anything else: garish, overexposed, still, blurred, deformed, ..."""
+RESIDUALS = ("fp32", "bf16")
+"""Dtypes of the stream between the blocks: the authors' program sums it up in fp32."""
+SOLVERS = ("unipc", "dpm", "euler")
+SOLVER = SOLVERS[0]
+SHAKING = "镜头晃动，"
+"""Which 2.1's image models have in front: a shaking camera."""
+SMALL = 832 * 480
+"""Pixels up to which the 14B models of 2.1 have another shift."""
+
+
+@dataclass(frozen=True)
+class WanRules(Rules):
+    """With the schedule: see `wan_xdit.solver`.
+
+    shift: how far the noise levels are moved up; small_shift: the same up to 832 x 480 pixels, None: as shift.
+    boundary: of two experts the first has the noise levels from here up; cfg_scale_2: the other one's guidance.
+    """
+
+    shift: float = 5.0
+    small_shift: float | None = None
+    boundary: float | None = None
+    cfg_scale_2: float | None = None
+
+    def shift_of(self, width: int, height: int) -> float:
+        """The official shift for a size in pixels."""
+        small = self.small_shift is not None and width * height <= SMALL
+        return self.small_shift if small and self.small_shift is not None else self.shift
+
+    def second_scale(self, scale: float, second: float | None) -> float:
+        """Guidance of the second expert: what is given, the model's own beside its own first, or the first one's."""
+        if second is not None:
+            return second
+        return scale if self.cfg_scale_2 is None or scale != self.cfg_scale else self.cfg_scale_2
+
+
+_T2V_14B = WanRules(
+    heads=T2V_14B.heads,
+    width=1280,
+    height=720,
+    num_frames=81,
+    num_steps=50,
+    cfg_scale=5.0,
+    fps=16,
+    frame_step=4,
+    negative_prompt=NEGATIVE,
+    small_shift=3.0,
+)
+_I2V_14B = replace(_T2V_14B, num_steps=40, negative_prompt=SHAKING + NEGATIVE)
+_A14B = replace(_T2V_14B, num_steps=40, small_shift=None)
+RULES: Mapping[str, WanRules] = {
+    "t2v-14b": _T2V_14B,
+    "t2v-1.3b": replace(_T2V_14B, heads=T2V_1_3B.heads, width=832, height=480, small_shift=None),
+    "i2v-14b-480p": replace(_I2V_14B, width=832, height=480),
+    "i2v-14b-720p": _I2V_14B,
+    "t2v-a14b": replace(_A14B, shift=12.0, cfg_scale=4.0, cfg_scale_2=3.0, boundary=0.875),
+    "i2v-a14b": replace(_A14B, cfg_scale=3.5, cfg_scale_2=3.5, boundary=0.9),
+    "ti2v-5b": replace(
+        _T2V_14B,
+        heads=TI2V_5B.heads,
+        height=704,
+        num_frames=121,
+        fps=24,
+        size_multiple=32,
+        small_shift=None,
+    ),
+}
+"""Official defaults of each kind, and the sizes that it admits."""
+
+DEMO_KINDS = ("t2v-1.3b", "t2v-a14b", "i2v-a14b", "ti2v-5b")
+"""Kinds of which a demo with random weights can be made."""
+
+
+def demo_rules(kind: str) -> WanRules:
+    """Of the demo with random weights that has the traits of a published kind."""
+    return replace(
+        RULES[kind],
+        heads=4,
+        width=96,
+        height=64,
+        num_frames=17,
+        num_steps=10,
+        fps=8,
+        dtype="fp32",
+        negative_prompt="",
+        default_prompt="A red circle moves slowly to the left on a black background.",
+    )
+
+
+DEMOS: Mapping[str, Rules] = {kind: demo_rules(kind) for kind in DEMO_KINDS}
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A folder's numbers and where its parts lie, found and not read.
+
+    layout: whose names the tensors have, `original` or `diffusers`. experts: the transformer's folder or file, of two
+    experts the one for high noise first. vae: the autoencoder's. boundary: where the second expert takes over.
+    per_token: a first frame that is given stays as it is, and its tokens are at time 0.
+    """
+
+    layout: str
+    config: TransformerConfig
+    vae_config: VAEConfig
+    experts: tuple[Path, ...]
+    vae: Path
+    boundary: float | None = None
+    per_token: bool = False
+    small: bool = False
+    """A kind that is published for two sizes, in its smaller one."""
+
+    @property
+    def kind(self) -> str:
+        """The published kind whose defaults are this checkpoint's."""
+        if self.per_token:
+            return "ti2v-5b"
+        if len(self.experts) > 1:
+            return "i2v-a14b" if self.config.image_channels else "t2v-a14b"
+        if self.config.image_channels:
+            return "i2v-14b-480p" if self.small else "i2v-14b-720p"
+        return "t2v-1.3b" if self.config.heads <= T2V_1_3B.heads else "t2v-14b"
+
+    @property
+    def rules(self) -> WanRules:
+        """The kind's defaults, with this checkpoint's own numbers."""
+        vae, config = self.vae_config, self.config
+        boundary = self.boundary if len(self.experts) > 1 else None
+        official = RULES[self.kind]
+        return replace(
+            official,
+            heads=config.heads,
+            size_multiple=vae.space * config.patch[1],
+            frame_step=vae.time,
+            boundary=boundary,
+        )
+
+    def check_task(self, image: bool) -> None:
+        """ValueError unless the checkpoint can start from what is given."""
+        if self.config.image_channels and not image:
+            raise ValueError("this checkpoint makes a video from an image; give one (--image)")
+        if image and not (self.config.image_channels or self.per_token):
+            raise ValueError("this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)")
+
+
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+
+
+def find_checkpoint(folder: Path) -> CheckpointFiles:
+    """What lies in a checkpoint's folder. CheckpointError names what is missing or cannot be run; reads json alone."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise CheckpointError(f"no Wan checkpoint: {index_file} is missing")
+    return _diffusers(folder, read_object(index_file), str(index_file))
+
+
+def _diffusers(folder: Path, index: Mapping[str, object], where: str) -> CheckpointFiles:
+    kind = str(index.get("_class_name"))
+    if kind not in PIPELINES:
+        check_kind(kind, where)
+        raise CheckpointError(f"{where} says _class_name={shown(kind)}; known: {', '.join(PIPELINES)}")
+    boundary, per_token = index.get("boundary_ratio"), bool(index.get("expand_timesteps"))
+    names = ("transformer", "transformer_2") if _named(index, "transformer_2") else ("transformer",)
+    if len(names) > 1 and not (isinstance(boundary, (int, float)) and 0 < boundary < 1):
+        raise CheckpointError(f"{where} says boundary_ratio={shown(boundary)}; two experts need one between 0 and 1")
+    paths = [folder / name / "config.json" for name in names]
+    configs = [read_transformer(read_object(path), str(path)) for path in paths]
+    if any(config != configs[0] for config in configs):
+        raise CheckpointError(f"{paths[-1]}: this expert's numbers are not those of {paths[0]}")
+    vae = folder / "vae" / "config.json"
+    made = CheckpointFiles(
+        "diffusers",
+        configs[0],
+        read_vae(read_object(vae), str(vae)),
+        tuple(folder / name for name in names),
+        folder / "vae",
+        float(boundary) if isinstance(boundary, (int, float)) else None,
+        per_token,
+        "480p" in folder.resolve().name.lower(),
+    )
+    return checked(made, str(folder))
+
+
+def _named(index: Mapping[str, object], part: str) -> bool:
+    """Whether a model_index.json says that there is such a part."""
+    value = index.get(part)
+    return isinstance(value, list) and len(value) == 2 and value[1] is not None
+
+
+def checked(found: CheckpointFiles, where: str) -> CheckpointFiles:
+    """The checkpoint, whose parts fit each other; else CheckpointError."""
+    config, have = found.config, found.vae_config.latent_channels
+    if have != config.out_channels:
+        raise CheckpointError(
+            f"{where}: the VAE has {have} latent channels, the transformer needs {config.out_channels}"
+        )
+    if config.image_channels not in (0, found.vae_config.time + have):
+        wanted = config.out_channels + found.vae_config.time + have
+        raise CheckpointError(
+            f"{where}: in_channels is {config.in_channels}; known are {config.out_channels} (text to video) and "
+            f"{wanted} (image to video)"
+        )
+    return found
+
+
+def official_rules(folder: Path) -> WanRules:
+    """The admissible values for a checkpoint; ValueError when the folder is none."""
+    return find_checkpoint(folder).rules

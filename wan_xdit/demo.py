@@ -1,0 +1,185 @@
+"""Demo checkpoints: small models of the published kinds, random weights, loaded by the same code as the real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageDraw
+import torch
+from torch import Tensor, nn
+
+from common.run.demo import cache_home, fill, made_once, write_text_encoder
+from common.text.t5 import UMT5
+from common.weights.load import Rename, save
+from wan_xdit.checkpoint import DEMO_KINDS, RULES
+from wan_xdit.config import TransformerConfig, VAEConfig, transformer_json, vae_json
+from wan_xdit.transformer import WanTransformer
+from wan_xdit.vae import WanDecoder, WanEncoder
+from wan_xdit.weights import STEM, decoder_table, encoder_table, rename_table
+
+SEED = 20250225
+_REVISION = 1
+"""Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
+IMAGE = "image.png"
+"""In the folder of a demo that starts from a picture."""
+_VAE = VAEConfig(width=8, decoder_width=8, latent_channels=4, multiples=(1, 1, 2, 2), depth=1)
+VAES = {
+    "2.1": replace(_VAE, mean=(0.0,) * 4, std=(1.0,) * 4),
+    "2.2": replace(_VAE, latent_channels=6, fold=2, shortcuts=True, mean=(0.0,) * 6, std=(1.0,) * 6),
+}
+_COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
+_CAPTIONS = [
+    f"A {colour} {thing} moves slowly to the {side} on a black background."
+    for colour in _COLOURS
+    for thing in _THINGS
+    for side in ("left", "right")
+]
+
+
+def demo_vae(kind: str) -> VAEConfig:
+    """The small autoencoder of a kind."""
+    return VAES["2.2" if kind.startswith("ti2v") else "2.1"]
+
+
+def demo_config(kind: str) -> TransformerConfig:
+    """Four heads of 16 in two layers. ValueError for an unknown kind."""
+    if kind not in DEMO_KINDS:
+        raise ValueError(f"no demo called {kind!r}; wan-xdit has {', '.join(DEMO_KINDS)}")
+    vae = demo_vae(kind)
+    channels = vae.latent_channels
+    beside = channels + vae.time if kind.startswith("i2v") else 0
+    return TransformerConfig(
+        width=64,
+        heads=4,
+        layers=2,
+        ffn=128,
+        in_channels=channels + beside,
+        out_channels=channels,
+        text_dim=64,
+        text_length=64,
+        time_width=32,
+    )
+
+
+def is_random(folder: Path) -> bool:
+    """Whether this demo checkpoint's pictures are noise, those of random weights."""
+    return True
+
+
+def demo_checkpoint(kind: str = DEMO_KINDS[0], cache_dir: str | Path | None = None) -> Path:
+    """The folder of a demo checkpoint: random weights of a published kind.
+
+    Made at first use, whole or not at all, under `cache_dir` (the user's cache). Raises ValueError when that cannot be
+    written or when there is no demo of that name.
+    """
+    config, vae = demo_config(kind), demo_vae(kind)
+    target = cache_home(cache_dir) / f"wan-demo-{kind}-{_REVISION}"
+
+    def make(folder: Path) -> None:
+        random_checkpoint(folder, kind, config, vae)
+        if config.image_channels:
+            red_circle((64, 96)).save(folder / IMAGE)
+
+    return made_once(target, make)
+
+
+def red_circle(size: tuple[int, int]) -> PIL.Image.Image:
+    """A picture (height, width) to start from."""
+    height, width = size
+    image = PIL.Image.new("RGB", (width, height))
+    radius = min(size) // 4
+    box = (width // 2 - radius, height // 2 - radius, width // 2 + radius, height // 2 + radius)
+    PIL.ImageDraw.Draw(image).ellipse(box, fill=(220, 30, 30))
+    return image
+
+
+def random_checkpoint(
+    folder: Path, kind: str, config: TransformerConfig, vae: VAEConfig, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write random weights and an untrained UMT5 with a vocabulary into `folder`."""
+    count = 2 if kind.endswith("a14b") else 1
+    experts = [WanTransformer(config) for _ in range(count)]
+    encoder, decoder = WanEncoder(vae), WanDecoder(vae)
+    for i, part in enumerate((*experts, encoder, decoder)):
+        fill(part, SEED + i)
+    write_checkpoint(folder, kind, experts, vae, encoder, decoder, dtype)
+    sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": max(config.text_dim // 4, 1)}
+    sizes |= {"d_ff": 2 * config.text_dim}
+    write_text_encoder(folder, _CAPTIONS, SEED + count + 2, config.text_length, UMT5, **sizes)
+
+
+def write_checkpoint(
+    folder: Path,
+    kind: str,
+    experts: Sequence[WanTransformer],
+    vae: VAEConfig,
+    encoder: nn.Module,
+    decoder: nn.Module,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Everything but the text encoder, in the diffusers layout."""
+    for i, model in enumerate(experts):
+        name = "transformer" if i == 0 else f"transformer_{i + 1}"
+        table = rename_table(model.config, "diffusers")
+        write_part(folder / name, transformer_json(model.config), model.state_dict(), table, dtype)
+    write_vae(folder / "vae", vae, encoder, decoder, dtype)
+    shift = RULES[kind].shift
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(shift))
+    write_json(folder / "model_index.json", model_index(kind, len(experts)))
+
+
+def scheduler_json(shift: float) -> dict[str, Any]:
+    """A scheduler_config.json as the published folders have it."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "flow_shift": shift,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "use_flow_sigmas": True,
+    }
+
+
+def model_index(kind: str, experts: int) -> dict[str, Any]:
+    """A model_index.json of a kind."""
+    second = ["diffusers", "WanTransformer3DModel"] if experts > 1 else [None, None]
+    return {
+        "_class_name": "WanImageToVideoPipeline" if kind.startswith("i2v") else "WanPipeline",
+        "boundary_ratio": RULES[kind].boundary,
+        "expand_timesteps": kind.startswith("ti2v"),
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": second,
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+
+
+def write_vae(folder: Path, config: VAEConfig, encoder: nn.Module, decoder: nn.Module, dtype: torch.dtype) -> None:
+    state: dict[str, Tensor] = {}
+    table: dict[str, Any] = {}
+    halves = ((encoder, "encoder", encoder_table), (decoder, "decoder", decoder_table))
+    for module, half, names in halves:
+        state |= {f"{half}.{name}": tensor for name, tensor in module.state_dict().items()}
+        table |= {f"{half}.{ours}": theirs for ours, theirs in names(config, "diffusers").items()}
+    write_part(folder, vae_json(config), state, table, dtype)
+
+
+def write_part(
+    folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], rename: Rename | None, dtype: torch.dtype
+) -> None:
+    """A part of a diffusers folder: its config.json and its weights."""
+    write_json(folder / "config.json", config)
+    save({name: tensor.to(dtype) for name, tensor in state.items()}, folder / f"{STEM}.safetensors", rename)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,49 @@
+"""The videos of one request, start to end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.registry.request import Request, as_wrong_use
+from common.run.outputs import kept_latents, outputs
+from common.system.progress import Report
+
+if TYPE_CHECKING:
+    from common.parallel.mesh import Mesh
+
+
+def generate(request: Request, mesh: Mesh, report: Report) -> None:
+    """Make every video of a request. Runs in every rank."""
+    from wan_xdit.demo import IMAGE, is_random
+    from wan_xdit.pipeline import WanPipeline
+
+    options = request.options
+    with as_wrong_use(), report.stage("opening the checkpoint", quiet=True):
+        pipe = WanPipeline.from_pretrained(request.folder, mesh, request.runtime, report, residual=options.residual)
+        image = options.image
+        if image is None and request.source.demo is not None and pipe.config.image_channels:
+            image = pipe.model_dir / IMAGE
+        if request.sampled:
+            pipe.files.check_task(image is not None)
+        pipe.check_weights(request.sampled, frames=request.sampled and image is not None)
+    if request.source.demo is not None and is_random(pipe.model_dir):
+        report.note("this demo checkpoint has random weights: the picture is noise")
+    for output in outputs(request, mesh, report):
+        video = output.video
+        latents = kept_latents(video, pipe.config.out_channels)
+        if latents is not None:
+            frames = pipe.decode(latents, request.decode)
+        else:
+            frames = pipe(
+                video.prompt,
+                video.negative_prompt,
+                seed=output.seed,
+                image=image,
+                cfg_scale_2=options.cfg_scale_2,
+                shift=options.shift,
+                solver=options.solver,
+                decode=request.decode,
+                latents_file=video.latents_file,
+                **vars(video.sampling),
+            )
+        output.write(frames)

@@ -1,0 +1,190 @@
+"""Wan from prompt, and image where there is one, to frames. The number of ranks changes the time it takes and nothing
+else."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.model.compile import compile_transformer
+from common.parallel.guidance import NEGATIVE, POSITIVE
+from common.parallel.mesh import on_main
+from common.registry.settings import DecodeOptions
+from common.run.pipeline import Pipeline
+from common.run.quantize import TransformerFiles
+from common.text.t5 import EncoderFiles
+from common.video.causal import TimeSplit, lay_out
+from common.video.inputs import Picture, image_frames, pixels
+from common.video.latents import check_latents, draw_noise, save_latents
+from common.weights.dtypes import latent_dtype, parse_dtype
+from common.weights.placement import check_model
+from wan_xdit.checkpoint import RESIDUALS, SOLVER, find_checkpoint
+from wan_xdit.sampling import Start, Tokens, Turn, sample, turns
+from wan_xdit.solver import Solver, new_solver
+from wan_xdit.text import clean, find_text_encoder
+from wan_xdit.transformer import WanTransformer
+from wan_xdit.vae import WanDecoder, WanEncoder, encode
+from wan_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
+
+
+class WanPipeline(Pipeline):
+    """Wan 2.1 and 2.2 over a checkpoint folder. For the options see `common.run.pipeline.Pipeline`.
+
+    residual: dtype of the stream between the blocks, fp32 as in the authors' program or bf16 for the weights' own.
+    """
+
+    def __init__(self, model_dir: str | Path, *where: Any, residual: str = "fp32", **options: Any) -> None:
+        self.files = find_checkpoint(Path(model_dir))
+        self.rules = self.files.rules
+        super().__init__(model_dir, *where, **options)
+        if residual not in RESIDUALS:
+            raise ValueError(f"residual is {residual!r}; choose one of {', '.join(RESIDUALS)}")
+        self.residual = torch.promote_types(parse_dtype(residual), self.dtype) if residual == "fp32" else None
+        self.config, self.vae_config = self.files.config, self.files.vae_config
+        self.sp.require_heads(self.config.heads, self.config.head_width)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_steps: int | None = None,
+        cfg_scale: float | None = None,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        output: str = "frames",
+        image: Picture | None = None,
+        cfg_scale_2: float | None = None,
+        shift: float | None = None,
+        solver: str = SOLVER,
+        decode: DecodeOptions | None = None,
+        latents_file: str | Path | None = None,
+    ) -> Tensor | None:
+        """Generate one video. Collective: every rank calls it with the same arguments.
+
+        negative_prompt: None for the authors' own sentence; an empty one is empty.
+        height, width: pixels, multiples of 16, of 32 for TI2V-5B. num_frames: 4k + 1. What is None is the
+        checkpoint's own. cfg_scale: guidance, 1 for none; cfg_scale_2: of the second expert, for checkpoints with two.
+        latents: noise to start from, (1, C, T, h, w), in place of the seed's.
+        image: the first frame, for checkpoints that take one: a file, a PIL image or uint8 (H, W, 3).
+        shift, solver: see `wan_xdit.solver`.
+        output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
+        latents, (1, C, T, h, w), on every rank).
+        latents_file: where rank 0 puts the final latents before the decode begins.
+        Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
+        """
+        self.files.check_task(image is not None)
+        if output not in ("frames", "latent"):
+            raise ValueError(f"output is {output!r}; choose frames or latent")
+        rules = self.rules
+        height, width, num_frames = rules.size_of(height, width, num_frames)
+        shape = self._latent_shape(height, width, num_frames)
+        cfg_scale = rules.cfg_scale if cfg_scale is None else cfg_scale
+        steps = rules.num_steps if num_steps is None else num_steps
+        solving = new_solver(solver, steps, rules.shift_of(width, height) if shift is None else shift)
+        plan = turns(solving.timesteps, rules.boundary, (cfg_scale, rules.second_scale(cfg_scale, cfg_scale_2)))
+        if latents is None:
+            latents = draw_noise(shape, seed)
+        check_latents(latents, shape)
+        picture = None if image is None else on_main(self.mesh, lambda: image_frames(image, height, width))
+        guided = any(rules.guided(turn.scale) for turn in plan) or self.mesh.cfg.size > 1
+        unwanted = rules.negative_prompt if negative_prompt is None else negative_prompt
+        text = self._encode(prompt, unwanted if guided else None)
+        start = self._start(latents, picture, num_frames)
+        final = self._sample(start, text, None, solving, plan)
+        if latents_file is not None and self.mesh.is_main:
+            save_latents(latents_file, final, {"model": "wan", "prompt": prompt, "seed": seed}, self.report.warn)
+        if output == "latent":
+            return final
+        return self.decode(final, decode)
+
+    def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
+        super().check_weights(sample, text, frames)
+        for expert in range(1, len(self.files.experts)) if sample else ():
+            files = transformer_files(self.model_dir, self.dtype, expert)
+            check_model(files.module, files.checkpoint, files.rename)
+
+    def check_vae(self, frames: bool) -> None:
+        check_vae(self.files, self.dtype, frames)
+
+    def transformer_files(self) -> TransformerFiles:
+        return transformer_files(self.model_dir, self.dtype)
+
+    def text_files(self) -> EncoderFiles:
+        return find_text_encoder(self.text_folder())
+
+    def _latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int, int]:
+        """Of the latents of a video (1, C, T, h, w). ValueError for a size that the checkpoint does not admit."""
+        vae, multiple = self.vae_config, self.rules.size_multiple
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} is {value}; it must be a positive multiple of {multiple}")
+        if num_frames < 1 or (num_frames - 1) % vae.time:
+            raise ValueError(f"num_frames is {num_frames}; it must be {vae.time}k + 1")
+        time = (num_frames - 1) // vae.time + 1
+        return 1, self.config.out_channels, time, height // vae.space, width // vae.space
+
+    def _encode(self, prompt: str, negative: str | None) -> dict[int, Tensor]:
+        """UMT5 features (1, L, D) of the branches, zeros where no token is."""
+        said = {POSITIVE: clean(prompt)} | ({} if negative is None else {NEGATIVE: clean(negative)})
+        text = self.encode_text(said, self.config.text_length, use_mask=True)
+        return {branch: features for branch, (features, _) in text.items()}
+
+    def _start(self, latents: Tensor, picture: Tensor | None, num_frames: int) -> Start:
+        """picture: the first frame, (1, H, W, 3) uint8."""
+        if picture is None:
+            return Start(latents)
+        if self.files.per_token:
+            return Start(latents, first=self._latents_of(picture, 1))
+        known = self._latents_of(picture, num_frames)
+        mask = torch.zeros(1, self.vae_config.time, *known.shape[2:], dtype=known.dtype, device=known.device)
+        mask[:, :, 0] = 1
+        return Start(latents, torch.cat((mask, known), dim=1))
+
+    def _latents_of(self, picture: Tensor, frames: int) -> Tensor:
+        """Latents (1, C, t, h, w) of a video that shows the picture, then grey."""
+        wide = latent_dtype(self.dtype)
+        video = torch.nn.functional.pad(pixels(picture, wide), (0, 0, 0, 0, 0, frames - 1))
+        with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding image"):
+            return encode(encoder, video, TimeSplit(self.mesh.world)).to(wide)
+
+    def _sample(
+        self, start: Start, text: dict[int, Tensor], image: Tensor | None, solver: Solver, plan: list[Turn]
+    ) -> Tensor:
+        tokens = Tokens(start, self.sp, self.config.patch, self.device, self.dtype)
+        for turn in plan:
+            name = "transformer" if turn.expert == 0 else "second transformer"
+            with self.stage_model(name, partial(self._compiled_expert, turn.expert)) as model:
+                conds = {
+                    b: model.prepare(text[b], start.size, start.beside, image, still=tokens.still)
+                    for b in self.guidance.branches(turn.scale)
+                }
+                with self.report.stage("sampling", total=len(turn.steps)) as step:
+                    sample(model, tokens, conds, solver, turn, self.guidance, step)
+        return tokens.latents()
+
+    def _compiled_expert(self, expert: int) -> WanTransformer:
+        model = self.load_transformer(expert)
+        compile_transformer(model, self.runtime.compiling)
+        return model
+
+    def load_transformer(self, expert: int = 0) -> WanTransformer:
+        """Of two experts, 0 is the one for high noise."""
+        with self.report.loading("loading transformer") as progress:
+            options = (self.device, self.dtype, progress, self.placement, self.mesh.weights, self.residual)
+            return load_transformer(self.files, expert, self.sp, *options)
+
+    def _load_encoder(self) -> WanEncoder:
+        with self.report.stage("loading encoder"):
+            return lay_out(load_encoder(self.files, self.device, self.dtype), self.device)
+
+    def load_decoder(self) -> WanDecoder:
+        with self.report.stage("loading decoder"):
+            return load_decoder(self.files, self.device, self.dtype)
