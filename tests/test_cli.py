@@ -37,6 +37,10 @@ def read(*arguments: str, at: Process | None = None) -> Request:
     return parse(FORK, arguments, at)
 
 
+def cpu(ranks: int) -> tuple[str, ...]:
+    return "--device", "cpu", "--gpus", str(ranks)
+
+
 def problems(*arguments: str, at: Process | None = None) -> list[str]:
     with pytest.raises(WrongUse) as wrong:
         read(*arguments, at=at)
@@ -80,7 +84,8 @@ def test_degrees_fill_the_gpus_that_are_asked_for(checkpoint, monkeypatch):
     assert read("--model-dir", checkpoint, "--prompt", "x", "--cfg-scale", "1").layout.degrees == (1, 8, 1)
 
 
-def test_a_users_command_is_answered_in_full(checkpoint):
+def test_a_users_command_is_answered_in_full(checkpoint, monkeypatch):
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 8)
     found = problems(
         *("--model_dir", checkpoint, "--prompt", "x", "--use_xdit", "--gpus", "8", "--num_frames", "24"),
         *("--ulysses_degree", "4", "--ring_degree", "2", "--cfg_parallel"),
@@ -165,6 +170,37 @@ def test_more_ranks_than_gpus(checkpoint, monkeypatch):
     assert read(*common, at=at).layout.ranks == 4
 
 
+@pytest.mark.parametrize(
+    "asked", [("--gpus", "4"), ("--ring-degree", "4"), ("--ulysses-degree", "2", "--cfg-parallel")]
+)
+def test_ranks_that_count_on_gpus_do_not_end_up_on_the_cpu_unsaid(checkpoint, asked):
+    common = ("--model-dir", checkpoint, "--prompt", "x", *asked)
+    (line,) = problems(*common)
+    assert line.startswith("4 ranks were asked for, but no GPU is visible") and "--device cpu" in line
+    assert read(*common, "--device", "cpu").layout.ranks == 4 and not read(*common, "--device", "cpu").remarks
+    assert read("--demo", *asked).remarks == ("no GPU is visible: 4 ranks run on the CPU",)
+    planned = read("--dry-run", *asked)
+    assert (planned.runtime.device, planned.layout.ranks) == ("cuda", 4) and "planned for GPUs" in planned.remarks[0]
+    assert read("--dry-run", *asked, "--device", "cpu").on_cpu
+
+
+def test_two_branches_are_not_shared_out_where_there_is_one(checkpoint, monkeypatch):
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 4)
+    common = ("--model-dir", checkpoint, "--prompt", "x")
+    for more in ((), ("--gpus", "2"), ("--ring-degree", "2"), ("--dry-run",)):
+        (line,) = problems(*common, "--cfg-scale", "1", "--cfg-parallel", *more)
+        assert "there is one" in line and "leave --cfg-parallel out" in line
+    assert read(*common, "--cfg-scale", "1").layout.cfg == 1 and read(*common, "--cfg-parallel").layout.cfg == 2
+
+
+def test_one_rank_shares_no_weights(checkpoint, monkeypatch):
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 2)
+    common = ("--model-dir", checkpoint, "--prompt", "x", "--shard-weights")
+    alone = read(*common, "--gpus", "1")
+    assert not alone.runtime.shard_weights and "nobody to share with" in alone.remarks[0]
+    assert read(*common).runtime.shard_weights and not read(*common).remarks
+
+
 def test_launchers_may_show_each_rank_one_gpu(checkpoint, monkeypatch):
     """As srun --gpus-per-task=1 does: eight ranks of a machine, each with a GPU that it calls the first."""
     monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
@@ -228,7 +264,7 @@ def test_seeds_are_drawn_once_for_all():
 def test_settings_are_plain_values(checkpoint):
     import json
 
-    request = read("--model-dir", checkpoint, "--prompt", "x", "--gpus", "6", "--vae-tile", "320x240", "--seed", "1")
+    request = read("--model-dir", checkpoint, "--prompt", "x", *cpu(6), "--vae-tile", "320x240", "--seed", "1")
     flat = json.loads(json.dumps(settings(request, request.videos[0])))
     assert flat["layout"] == {"cfg": 2, "ring": 3, "ulysses": 1, "ranks": 6}
     assert flat["model_dir"] == checkpoint and flat["vae_tile"] == [240, 320] and flat["seed"] == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -307,6 +309,24 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, model: Model, monkeypatch:
     with pytest.raises(OSError, match="No space"):
         save({"x": torch.ones(1)}, file)
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_two_writers_of_one_file_do_not_spoil_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One writes while the other is half way through, then both finish: what lies there is one of them, whole."""
+    path, replace = tmp_path / "x.safetensors", os.replace
+    contents = [torch.full((1000,), float(i)) for i in range(2)]
+
+    def second_writer(*names: Any) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        partials = [p.read_bytes() for p in tmp_path.iterdir()]
+        save({"a": contents[1]}, path)
+        assert torch.equal(load_file(path)["a"], contents[1])
+        assert [p.read_bytes() for p in tmp_path.iterdir() if p != path] == partials
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", second_writer)
+    save({"a": contents[0]}, path)
+    assert torch.equal(load_file(path)["a"], contents[0]) and os.listdir(tmp_path) == [path.name]
 
 
 def test_table_must_cover_the_module(tmp_path: Path, model: Model) -> None:

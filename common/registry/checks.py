@@ -107,7 +107,7 @@ def choose_degrees(
         if layout.ulysses <= heads
         and all(want in (None, have) for want, have in zip(asked, layout.degrees))
         # Without guidance there is no second branch to compute.
-        and (guided or layout.cfg == 1 or cfg == 2)
+        and (guided or layout.cfg == 1)
     ]
     if not fitting:
         raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, asked)}")
@@ -144,6 +144,12 @@ def layout_problems(
             f"--ulysses-degree {ulysses} is more than the model's {heads} attention heads; "
             f"at most {heads}, the rest can go to --ring-degree"
         )
+    if cfg == 2 and not guided:
+        found.append(
+            "--cfg-parallel shares out two guidance branches, and without guidance (--cfg-scale 1) there is one: half "
+            "of the ranks would compute what is thrown away; leave --cfg-parallel out, or guide by another --cfg-scale"
+        )
+        return found
     asked = (
         f"--ulysses-degree {ulysses or 1} x --ring-degree {ring or 1}{' x 2 for --cfg-parallel' if cfg == 2 else ''}"
     )

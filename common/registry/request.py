@@ -138,8 +138,8 @@ class Request:
         return any(video.latents is None for video in self.videos)
 
     def guided(self, video: Video) -> bool:
-        """Whether the branch of the negative prompt is computed, needed or not."""
-        return self.rules.guided(video.sampling.cfg_scale) or self.layout.cfg > 1
+        """Whether the branch of the negative prompt is computed."""
+        return self.rules.guided(video.sampling.cfg_scale)
 
 
 def draw_seeds(videos: Sequence[Video]) -> list[Video]:

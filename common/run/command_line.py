@@ -106,8 +106,13 @@ class _Reader:
         self.output, self.probe = Path(), True  # probe: whether the output is still to be tried
         self.gpus = 0 if values["device"] == "cpu" else environment.visible_gpus()
         self.dry = values["dry_run"] is not None
-        if self.dry and values["device"] == "cuda" and not self.gpus:
-            self.gpus = max(1, values["gpus"] or 1)  # imagined: a dry run asks nothing of them
+        degrees = [values["ulysses_degree"], values["ring_degree"], 2 if values["cfg_parallel"] else 1]
+        asked = values["gpus"] or math.prod(max(1, degree or 1) for degree in degrees)
+        self.unseen = asked if not self.gpus and values["device"] == "auto" and asked > 1 else 0
+        """Ranks of a command that counts on GPUs, where none is visible."""
+        imagined = values["device"] == "cuda" or (self.unseen and values["demo"] is None)
+        if self.dry and imagined and not self.gpus:
+            self.gpus = max(1, asked)  # a dry run asks nothing of them
 
     def request(self) -> Request:
         source, rules = self._source()
@@ -128,7 +133,7 @@ class _Reader:
         options = filled(self.fork.options, self.values)
         self.problems += options.problems(source, videos, self.dry)
         layout, chosen = self._layout(rules, videos[0].sampling)
-        runtime = self._runtime(rules, len(videos) > 1)
+        runtime = self._runtime(rules, len(videos) > 1, layout.ranks)
         if runtime.engine == "xfuser":
             self.problems += xfuser_problems(
                 runtime.device, runtime.attention, runtime.dtype, rules.heads, layout.ulysses
@@ -149,10 +154,10 @@ class _Reader:
             videos=tuple(videos),
             output=self.output,
             dry_run=self.dry,
-            remarks=tuple(self._remarks()),
+            remarks=tuple(self._remarks(layout.ranks)),
         )
 
-    def _runtime(self, rules: Rules, several: bool) -> Runtime:
+    def _runtime(self, rules: Rules, several: bool, ranks: int) -> Runtime:
         kept = {"none": True, None: several}.get(self.values["offload"], False)
         return filled(
             Runtime,
@@ -160,6 +165,7 @@ class _Reader:
             device="cuda" if self.gpus else "cpu",
             dtype=self.values["dtype"] or rules.dtype,
             keep_loaded=self._value("keep_loaded", kept),
+            shard_weights=self.values["shard_weights"] and ranks > 1,
             compiling=filled(CompileOptions, {name: v for name, v in self.values.items() if v is not None}),
         )
 
@@ -347,6 +353,10 @@ class _Reader:
             return Layout(), ""
         if self.values["device"] == "cuda" and not self.gpus:
             self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
+        if self.unseen and not self.gpus and self.values["demo"] is None and self.process.launcher is None:
+            self.problems.append(
+                f"{self.unseen} ranks were asked for, but no GPU is visible; for ranks on the CPU add --device cpu"
+            )
         dtype = self.values["dtype"] or rules.dtype
         self.problems += kernel_problems(self.values["attention"], "cuda" if self.gpus else "cpu", dtype)
         ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
@@ -383,10 +393,15 @@ class _Reader:
         unseen = self.values["device"] == "auto" and not self.gpus and environment.driver_present()
         return unseen and not gpus_are_hidden(os.environ)
 
-    def _remarks(self) -> list[str]:
+    def _remarks(self, ranks: int) -> list[str]:
         remarks = []
         if self._unusable_gpu():
             remarks.append(f"{UNUSABLE_GPU}: running on the CPU")
+        if self.unseen:
+            where = "are planned for GPUs; --device cpu plans for this machine" if self.gpus else "run on the CPU"
+            remarks.append(f"no GPU is visible: {self.unseen} ranks {where}")
+        if self.values["shard_weights"] and ranks == 1:
+            remarks.append("--shard-weights has no effect on one rank, which has nobody to share with")
         if self.values["use_xdit"] or self.values["use_fsdp"]:
             remarks.append("--use-xdit and --use-fsdp have no effect: the parallel path is the only one here")
         if self.values["cpu_offload"]:

@@ -49,6 +49,8 @@ def _head(request: Request) -> None:
     print(f"video       {size}, {request.runtime.dtype}")
     why = request.layout_chosen and f"; {request.layout_chosen}"
     print(f"layout      {layout}, {layout.ranks} x {request.runtime.device}{why}")
+    for remark in request.remarks:
+        print(f"note        {remark}")
 
 
 def _step(counted: Estimator) -> None:

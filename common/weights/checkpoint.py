@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.system.files import Partial, writing
 from common.weights.headers import Entry, read_header
 from common.weights.schema import CheckpointError, plain_file, quoted, read_object
 
@@ -210,6 +210,7 @@ def plain_stem(file: Path) -> str:
 
 
 def write_file(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[str, str]) -> None:
+    """A file of these tensors, each the views of its rows one after another; whole or not at all. WriteError."""
     # Widest elements first keeps every tensor aligned to its own size, which mapping it without a copy needs.
     order = sorted(views, key=lambda name: (-views[name][0].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -223,14 +224,10 @@ def write_file(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
+    with Partial(path) as partial, writing(path):
+        with open(partial.name, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 for view in views[name]:
                     file.write(view.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        partial.commit()
