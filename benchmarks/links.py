@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import door, forks, namespaces
-from benchmarks.forks import wan
 from benchmarks.step import DTYPES, Ours, Theirs, Timer, load_side
 from benchmarks.step_models import Case, Model
 from common.parallel.mesh import Mesh, build_mesh, distributed
@@ -43,7 +42,6 @@ from common.registry.layout import Layout, layouts_of
 from common.system.stopping import Stopped, stoppable
 
 SIDES = ("ours", "one", "cache-dit")
-WAN = "wan2.1-1.3b"
 FOLDER = "LINKS_FOLDER"
 """The variable that tells a rank where the weights are."""
 
@@ -58,7 +56,7 @@ class Turn(NamedTuple):
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=named, default=model_names()[0], help=", ".join([*model_names(), WAN]))
+    parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--ranks", type=door.whole(64, least=2), default=2)
     parser.add_argument(
         "--layouts", type=layout, nargs="+", help="cfg x ring x ulysses, such as 1x2x1; default: all of the ranks"
@@ -80,15 +78,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def named(text: str) -> str:
-    """An argparse type: a registered model's name, or Wan's."""
-    return text if text == WAN else forks.named(text)
-
-
 def reduced(args: argparse.Namespace) -> Model:
     """What is measured. ValueError for numbers of heads or blocks that cannot be."""
-    if args.model == WAN:
-        return wan.reduced(args.heads, args.depth)
     registered = get_model(args.model)
     return forks.function(registered, "step")(registered, args.heads, args.depth, args.words)
 

@@ -13,7 +13,7 @@ import pytest
 from common.registry.forks import HERE
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", *HERE, "wan_xdit", "planner", "xdit_doctor", "xdit_download")
+PACKAGES = ("common", *HERE, "planner", "xdit_doctor", "xdit_download")
 COMMANDS = (*(name.replace("_", "-") for name in HERE), "xdit-plan", "xdit-doctor", "xdit-download")
 
 

@@ -15,8 +15,6 @@ from wan_xdit.config import (
     T2V_1_3B,
     T2V_14B,
     TI2V_5B,
-    VAE_2_1,
-    VAE_2_2,
     TransformerConfig,
     VAEConfig,
     check_kind,
@@ -24,26 +22,16 @@ from wan_xdit.config import (
     read_vae,
 )
 
-
-@dataclass(frozen=True)
-class Numbers:
-    """What a published checkpoint computes. experts: transformers that take turns."""
-
-    config: TransformerConfig
-    vae_config: VAEConfig = VAE_2_1
-    experts: int = 1
-
-
-PUBLISHED: Mapping[str, Numbers] = {
-    "t2v-14b": Numbers(T2V_14B),
-    "t2v-1.3b": Numbers(T2V_1_3B),
-    "i2v-14b-480p": Numbers(I2V_14B),
-    "i2v-14b-720p": Numbers(I2V_14B),
-    "t2v-a14b": Numbers(T2V_14B, experts=2),
-    "i2v-a14b": Numbers(I2V_A14B, experts=2),
-    "ti2v-5b": Numbers(TI2V_5B, VAE_2_2),
+PUBLISHED: Mapping[str, TransformerConfig] = {
+    "t2v-14b": T2V_14B,
+    "t2v-1.3b": T2V_1_3B,
+    "i2v-14b-480p": I2V_14B,
+    "i2v-14b-720p": I2V_14B,
+    "t2v-a14b": T2V_14B,
+    "i2v-a14b": I2V_A14B,
+    "ti2v-5b": TI2V_5B,
 }
-"""By kind."""
+"""The published kinds and the numbers of their transformers."""
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"

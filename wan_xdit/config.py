@@ -182,6 +182,11 @@ VAE_2_1 = VAEConfig(
 VAE_2_2 = VAEConfig(width=160, decoder_width=256, latent_channels=48, fold=2, shortcuts=True)
 
 
+def vae_of(config: TransformerConfig) -> VAEConfig:
+    """The autoencoder that a published transformer comes with."""
+    return VAE_2_2 if config.out_channels == VAE_2_2.latent_channels else VAE_2_1
+
+
 _VAE = {
     "width": "base_dim",
     "decoder_width": "decoder_base_dim",

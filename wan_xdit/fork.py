@@ -18,15 +18,21 @@ from common.registry.forks import (
     Stream,
     Text,
 )
+from common.registry.layout import split_evenly
 from wan_xdit.checkpoint import DEMOS, PUBLISHED, RULES, official_rules
-from wan_xdit.config import TransformerConfig, VAEConfig
+from wan_xdit.config import TransformerConfig, VAEConfig, vae_of
 from wan_xdit.options import WanOptions
 
 CHUNK = 4
 """Latent frames that are decoded at once."""
+COPIES = {False: 5.0, True: 7.0}
+"""Tensors of the last stage's pixels and of the decoder's width that are alive at once, as counted in the running
+decoders of 2.1 and of 2.2 (shortcuts)."""
+TAILS = {False: 32.0, True: 28.0}
+"""Frames of that size that the tails of all layers amount to, counted likewise."""
 UMT5_XXL_PARAMETERS = 5_680_910_336
 """Of UMT5-xxl's encoder."""
-DECODER_PARAMETERS = {False: 73_000_000, True: 555_000_000}
+DECODER_PARAMETERS = {False: 73_295_603, True: 555_051_580}
 """Of the autoencoder of 2.1 and of 2.2."""
 
 
@@ -77,15 +83,18 @@ def decoding(vae: VAEConfig, frames: int, rows: int, columns: int) -> Decoding:
 
 
 def _peak(vae: VAEConfig, latents: int, pixels: int) -> float:
-    """Bytes at the peak. pixels: of a frame before it is unfolded."""
-    chunk = -(-latents // -(-latents // CHUNK))
-    return 2 * pixels * vae.decoder_width * (4.0 * chunk * vae.time + 10)
+    """Bytes at the peak, which is at the last stage. pixels: of a frame before it is unfolded."""
+    chunks = split_evenly(latents, -(-latents // CHUNK))
+    kept = TAILS[vae.shortcuts] if len(chunks) > 1 else 0
+    # The second chunk has no frame that stands alone.
+    frames = max([chunks[0] * vae.time - (vae.time - 1)] + [chunk * vae.time for chunk in chunks[1:2]])
+    return 2 * pixels * vae.decoder_width * (COPIES[vae.shortcuts] * frames + kept)
 
 
 def published(kind: str, name: str, parameters: int, demo: str, *more: Part) -> Model:
     """A published checkpoint. name: of its repository; that in the diffusers layout ends in -Diffusers."""
-    numbers = PUBLISHED[kind]
-    config, vae = numbers.config, numbers.vae_config
+    config = PUBLISHED[kind]
+    vae = vae_of(config)
     latents = Latents(config.out_channels, config.patch, vae.time, vae.space)
     return Model(
         name=name.lower(),
@@ -98,8 +107,9 @@ def published(kind: str, name: str, parameters: int, demo: str, *more: Part) -> 
         decoder=Decoder(DECODER_PARAMETERS[vae.shortcuts], partial(decoding, vae)),
         files=diffusers_files(f"Wan-AI/{name}-Diffusers", APACHE, *more),
         folder=f"{name}-Diffusers",
+        aliases=(name.lower().replace("-t2v", ""),) if kind == "t2v-1.3b" else (),
         demo=Demo(demo, Size(96, 64, 17, 10)),
-        config=numbers,
+        config=config,
     )
 
 

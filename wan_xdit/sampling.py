@@ -18,7 +18,8 @@ from common.text.t5 import UMT5
 from common.video.latents import require_finite
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
-from wan_xdit.checkpoint import find_checkpoint
+from wan_xdit.checkpoint import WanRules, find_checkpoint
+from wan_xdit.config import vae_of
 from wan_xdit.solver import Solver, new_solver
 from wan_xdit.text import UMT5_XXL, find_text_encoder
 from wan_xdit.transformer import Condition, WanTransformer, pack, unpack
@@ -135,7 +136,8 @@ def workload(
         files = find_checkpoint(source)
         config, vae, experts = files.config, files.vae_config, len(files.experts)
     else:
-        config, vae, experts = source.config.config, source.config.vae_config, source.config.experts
+        assert isinstance(source.rules, WanRules)
+        config, vae, experts = source.config, vae_of(source.config), 1 if source.rules.boundary is None else 2
     grid = ((size.num_frames - 1) // vae.time + 1, size.height // vae.space, size.width // vae.space)
     sp, guidance = SequenceParallel(mesh), Guidance(mesh.cfg)
     solver, turn = new_solver("unipc", 2, 1.0), Turn(0, range(1), 2.0 if size.guided else 1.0)

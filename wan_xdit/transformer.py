@@ -92,13 +92,12 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.width, config.eps)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, h: Tensor, cond: Condition) -> Tensor:
-        """(B, n, W) -> (B, n, W)"""
+    def before(self, h: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, n, W) -> q, k and v (B, n, H, D)"""
         q, k, v = in_parts(self.qkv, h, 3)
         q, k = rms_norm(q, self.eps, self.q_norm.weight), rms_norm(k, self.eps, self.k_norm.weight)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
-        q, k = rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope)
-        return self.out(self.sp.attention(q, k, v, cond.lengths).flatten(2))
+        return rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope), v
 
 
 class CrossAttention(nn.Module):
@@ -127,13 +126,16 @@ class CrossAttention(nn.Module):
         k, v = kv.chunk(2, dim=-1)
         return norm(k).unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
-    def forward(self, h: Tensor, cond: Condition, kept: tuple[KeysValues, ...] | None) -> Tensor:
-        """(B, n, W) -> (B, n, W)"""
-        q = self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))
-        first, *others = [attention(q, k, v, self.kernel) for k, v in kept or self.keys_values(cond)]
+    def before(self, h: Tensor) -> Tensor:
+        """(B, n, W) -> q (B, n, H, D)"""
+        return self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))
+
+    def attend(self, q: Tensor, kept: tuple[KeysValues, ...]) -> Tensor:
+        """What the queries find in the text and, added to it, in the image: (B, n, H, D)."""
+        first, *others = [attention(q, k, v, self.kernel) for k, v in kept]
         for other in others:
             first = first + other
-        return self.out(first.flatten(2))
+        return first
 
 
 class Block(nn.Module):
@@ -141,6 +143,8 @@ class Block(nn.Module):
 
     The stream x keeps the dtype it comes with: fp32 as in the original, or the weights' own.
     """
+
+    regions = ("before_attention", "before_cross", "after_cross")
 
     def __init__(self, config: TransformerConfig, sp: SequenceParallel) -> None:
         super().__init__()
@@ -157,14 +161,37 @@ class Block(nn.Module):
 
         kept: this block's entry of `cond.cross`.
         """
-        dtype = self.attention.q_norm.weight.dtype  # matmuls' weights may be in eight bits
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.modulation[:, None] + c).unbind(2)
-        h = norm_spans(x, shift, scale, self.eps, cond.still).to(dtype)
-        x = gate_spans(x, self.attention(h, cond), gate, cond.still)
-        h = self.cross_norm(x.to(self.cross_norm.weight.dtype)).to(dtype)
-        x = add(x, self.cross(h, cond, kept))
-        h = norm_spans(x, ff_shift, ff_scale, self.eps, cond.still).to(dtype)
-        return gate_spans(x, self.ff_out(linear_gelu(self.ff_in, h)), ff_gate, cond.still)
+        q, k, v, rows = self.before_attention(x, c, cond)
+        found = self.attention.sp.attention(q, k, v, cond.lengths)
+        del q, k, v  # the feed-forward needs their memory
+        x, q = self.before_cross(x, found, rows, cond)
+        found = self.cross.attend(q, kept or self.cross.keys_values(cond))
+        return self.after_cross(x, found, rows, cond)
+
+    def before_attention(self, x: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, ...]:
+        """q, k and v (B, n, H, D) of the self-attention; and the time with the block's modulation, like c."""
+        rows = self.modulation[:, None] + c
+        shift, scale, *_ = rows.unbind(2)
+        h = norm_spans(x, shift, scale, self.eps, cond.still)
+        return *self.attention.before(h.to(self.dtype), cond), rows
+
+    def before_cross(self, x: Tensor, found: Tensor, rows: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """x after the self-attention, which has `found` (B, n, H, D); and the cross-attention's q (B, n, H, D)."""
+        x = gate_spans(x, self.attention.out(found.flatten(2)), rows[:, :, 2], cond.still)
+        h = self.cross_norm(x.to(self.cross_norm.weight.dtype))
+        return x, self.cross.before(h.to(self.dtype))
+
+    def after_cross(self, x: Tensor, found: Tensor, rows: Tensor, cond: Condition) -> Tensor:
+        """x after the cross-attention, which has `found` (B, n, H, D), and after the feed-forward."""
+        x = add(x, self.cross.out(found.flatten(2)))
+        *_, shift, scale, gate = rows.unbind(2)
+        h = norm_spans(x, shift, scale, self.eps, cond.still).to(self.dtype)
+        return gate_spans(x, self.ff_out(linear_gelu(self.ff_in, h)), gate, cond.still)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what goes through the matmuls, whose weights may be in eight bits."""
+        return self.attention.q_norm.weight.dtype
 
 
 class PatchEmbed(nn.Module):

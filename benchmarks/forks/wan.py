@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.step_models import STEM, Case, Size, latent_size, write
 from common.parallel.usp import SequenceParallel
+from common.registry.forks import Model
 from common.weights.load import load, on_meta, open_checkpoint
-from wan_xdit.config import T2V_1_3B, TransformerConfig
+from wan_xdit.config import TransformerConfig
 from wan_xdit.transformer import WanTransformer, pack, unpack
 from wan_xdit.weights import rename_table
 
@@ -20,10 +21,13 @@ TEXT_LENGTH = 64
 """Of 512: with few blocks the keys and values of the text, made once a generation, are all that differs."""
 
 
-def reduced(heads: int, depth: int) -> Reduced:
-    """2.1's 1.3B, text to video, for `benchmarks/links.py`: the family is in no registry yet."""
-    sizes = {"heads": heads, "width": 128 * heads, "ffn": T2V_1_3B.ffn * heads // T2V_1_3B.heads, "layers": depth}
-    return Reduced(replace(T2V_1_3B, text_width=512, text_length=TEXT_LENGTH, **sizes))
+def step(model: Model, heads: int, depth: int, words: int) -> Reduced:
+    """For `benchmarks/step.py` and `benchmarks/links.py`. ValueError for a model that they do not measure."""
+    config: TransformerConfig = model.config
+    if config.image_channels:
+        raise ValueError(f"{model.name}: a step is measured for text to video models only")
+    sizes = {"heads": heads, "width": config.head_width * heads, "ffn": config.ffn * heads // config.heads}
+    return Reduced(replace(config, text_dim=512, text_length=TEXT_LENGTH, layers=depth, **sizes))
 
 
 class Reduced:
@@ -33,7 +37,7 @@ class Reduced:
     def write(self, folder: Path) -> None:
         config = self.config
         heads = {"num_attention_heads": config.heads, "attention_head_dim": config.head_width}
-        sizes = {"num_layers": config.layers, "ffn_dim": config.ffn, "text_dim": config.text_width}
+        sizes = {"num_layers": config.layers, "ffn_dim": config.ffn, "text_dim": config.text_dim}
         write(folder, WanTransformer(config), rename_table(config, "diffusers"), heads | sizes)
 
     def ours(self, folder: Path, sp: SequenceParallel, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -55,7 +59,7 @@ class ReducedCase:
         self.config, self.size, self.dtype = config, size, dtype
         generator = torch.Generator().manual_seed(1)
         self.latents = torch.randn(1, config.out_channels, *size, generator=generator).to(device)
-        self.text = torch.randn(2, config.text_length, config.text_width, generator=generator).to(device)
+        self.text = torch.randn(2, config.text_length, config.text_dim, generator=generator).to(device)
         self.t = torch.full((1,), 500.0, device=device)
 
     def pack(self, latents: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from common.registry.checks import Rules
 from common.registry.downloads import Part
 from common.registry.request import ForkOptions, Source
 
-HERE = ("mochi_xdit", "cogvideox_xdit", "consisid_xdit")
+HERE = ("mochi_xdit", "cogvideox_xdit", "consisid_xdit", "wan_xdit")
 GROUP = "xdit_zoo.forks"
 T5_XXL_PARAMETERS = 4_762_310_656
 """Of T5 v1.1 XXL's encoder."""
