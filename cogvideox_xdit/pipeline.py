@@ -17,7 +17,7 @@ from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_t
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
 from common.registry.settings import DecodeOptions
-from common.run.pipeline import Pipeline
+from common.run.pipeline import Pipeline, with_diffusers_names
 from common.run.quantize import TransformerFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Clip, Picture, image_frames, pixels, video_frames
@@ -41,6 +41,7 @@ class CogVideoXPipeline(Pipeline):
         self.sp.require_heads(self.config.heads, self.config.head_dim)
         Solver(self.checkpoint.scheduler, self.rules.num_steps, scheduler)
 
+    @with_diffusers_names
     @torch.inference_mode()
     def __call__(
         self,
@@ -63,6 +64,7 @@ class CogVideoXPipeline(Pipeline):
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
+        Steps and guidance are also taken by diffusers' names, num_inference_steps and guidance_scale.
         height, width: pixels, multiples of 16. num_frames: 8k + 1 or 8k. What is None is the checkpoint's own.
         cfg_scale: guidance, none at 1 or less; dynamic_cfg lets it vary as the official demo does.
         latents: noise to start from, (1, C, T, height / 8, width / 8), in place of the seed's; T as `latent_size` says.

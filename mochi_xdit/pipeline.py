@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.registry.settings import DecodeOptions
-from common.run.pipeline import Pipeline
+from common.run.pipeline import Pipeline, with_diffusers_names
 from common.run.quantize import TransformerFiles
 from common.video.latents import check_latents, draw_noise, save_latents
 from common.weights.load import load, on_meta
@@ -43,6 +43,7 @@ class MochiPipeline(Pipeline):
         self.rules = official_rules(self.model_dir)
         self.sp.require_heads(self.config.heads, self.config.head_dim)
 
+    @with_diffusers_names
     @torch.inference_mode()
     def __call__(
         self,
@@ -63,6 +64,7 @@ class MochiPipeline(Pipeline):
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
+        Steps and guidance are also taken by diffusers' names, num_inference_steps and guidance_scale.
         height, width: pixels, multiples of 16. num_frames: 6k + 1. cfg_scale: one number, or one for each step.
         threshold_noise, linear_steps: of the schedule, see `mochi_xdit.sampling.linear_quadratic_sigmas`.
         What is None is the checkpoint's own: 848 x 480, 49 frames, 64 steps, or FastMochi's 8 with their schedule.

@@ -98,7 +98,7 @@ def test_a_users_command_is_answered_in_full(checkpoint, monkeypatch):
 def test_everything_wrong_is_reported_at_once(tmp_path):
     found = problems(
         *("--model-dir", "nowhere", "--width", "850", "--height", "-16", "--num-frames", "x", "--num-steps", "0"),
-        *("--cfg-scale", "nan", "--seed", "-1", "--output", "no/such/a.mp4", "--fps", "0", "--timeout", "0"),
+        *("--cfg-scale", "nan", "--seed", "-2", "--output", "no/such/a.mp4", "--fps", "0", "--timeout", "0"),
         *("--vae-chunk", "0", "--vae-tile", "3", "--promt", "hello", "--gpus", "0", "--threshold-noise", "2"),
     )
     told = "\n".join(found)
@@ -109,7 +109,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         "'--num-frames': 'x'",
         "--num-steps 0",
         "--cfg-scale nan",
-        "--seed -1",
+        "--seed -2 is outside",
         "no/such does not exist",
         "--fps 0",
         "--timeout 0",
@@ -259,6 +259,24 @@ def test_seeds_are_drawn_once_for_all():
     first, second, third = (video.seed for video in draw_seeds(videos))
     assert (second, third) == (first + 1, first + 2)
     assert draw_seeds(read("--demo", "--seed", "5").videos)[0].seed == 5
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (("--num_inference_steps", "7"), ("--num-steps", "7")),
+        (("--guidance-scale", "2.5"), ("--cfg-scale", "2.5")),
+        (("--seed", "-1"), ()),
+        (("--use_cfg_parallel", "--gpus", "2"), ("--cfg-parallel", "--gpus", "2")),
+    ],
+)
+def test_names_of_other_programs(theirs, ours):
+    mine = ("--demo", "--output", "a.mp4", "--device", "cpu")
+    assert read(*mine, *theirs) == read(*mine, *ours)
+
+
+def test_a_checkpoint_is_named_as_in_xdit(checkpoint):
+    assert read("--model", checkpoint, "--prompt", "x").source.model_dir == Path(checkpoint)
 
 
 def test_settings_are_plain_values(checkpoint):

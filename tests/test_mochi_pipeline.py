@@ -263,6 +263,17 @@ def test_bad_input_is_refused_at_the_door(native, bad, said):
         generate(native, **bad)
 
 
+def test_diffusers_names_of_steps_and_guidance(native):
+    pipe = MochiPipeline.from_pretrained(native, dtype="fp32")
+    here = pipe(PROMPT, **SIZE, num_steps=2, cfg_scale=3.0, output="latent")
+    theirs = pipe(PROMPT, **SIZE, num_inference_steps=2, guidance_scale=3.0, output="latent")
+    assert torch.equal(here, theirs)
+    with pytest.raises(ValueError, match="num_inference_steps is 2 and num_steps is 3"):
+        pipe(PROMPT, **SIZE, num_steps=3, num_inference_steps=2)
+    with pytest.raises(ValueError, match="guidance_scale is 2 and cfg_scale is 3"):
+        pipe(PROMPT, **SIZE, num_steps=1, cfg_scale=3, guidance_scale=2)
+
+
 def test_nan_stops_the_run_with_its_step(native):
     noise = draw_noise(LATENTS, 0)
     noise[0, 0, 0, 0, 0] = float("nan")

@@ -14,7 +14,7 @@ from common.model.compile import compile_transformer
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
 from common.registry.settings import DecodeOptions
-from common.run.pipeline import Pipeline
+from common.run.pipeline import Pipeline, with_diffusers_names
 from common.run.quantize import TransformerFiles
 from common.text.t5 import EncoderFiles
 from common.video.causal import TimeSplit, lay_out
@@ -47,6 +47,7 @@ class WanPipeline(Pipeline):
         self.config, self.vae_config = self.files.config, self.files.vae_config
         self.sp.require_heads(self.config.heads, self.config.head_width)
 
+    @with_diffusers_names
     @torch.inference_mode()
     def __call__(
         self,
@@ -69,6 +70,7 @@ class WanPipeline(Pipeline):
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
+        Steps and guidance are also taken by diffusers' names, num_inference_steps and guidance_scale.
         negative_prompt: None for the authors' own sentence; an empty one is empty.
         height, width: pixels, multiples of 16, of 32 for TI2V-5B. num_frames: 4k + 1. What is None is the
         checkpoint's own. cfg_scale: guidance, 1 for none; cfg_scale_2: of the second expert, for checkpoints with two.

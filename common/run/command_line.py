@@ -31,7 +31,7 @@ from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
 from common.run.degrees import choose_layout
-from common.run.options import MOST, SYNONYMS, options
+from common.run.options import DRAWN, MOST, SYNONYMS, options
 from common.system import environment
 from common.system.files import absence, as_text, reason, resolved, shown, taken_problem, text_problem, writing_problem
 from common.system.host import gpus_are_hidden
@@ -223,9 +223,10 @@ class _Reader:
         scale = self._value("cfg_scale", rules.cfg_scale)
         if not 0 <= scale <= MAX_SCALE:
             self.problems.append(f"--cfg-scale {scale} is not a number from 0 to {MAX_SCALE}")
-        seed, count = self.values["seed"], min(max(1, self._value("num_videos", 1)), MOST["num_videos"])
+        seed = None if self.values["seed"] == DRAWN else self.values["seed"]
+        count = min(max(1, self._value("num_videos", 1)), MOST["num_videos"])
         if seed is not None and not 0 <= seed <= MAX_SEED - count:
-            self.problems.append(f"--seed {seed} is outside 0 .. {MAX_SEED - count}")
+            self.problems.append(f"--seed {seed} is outside 0 .. {MAX_SEED - count}; {DRAWN} draws one")
         self.output = self._output(source)
         base = Video(
             prompt="",

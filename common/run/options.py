@@ -20,8 +20,14 @@ MOST = {
     **{"vae_chunk": 100_000, "overlap_groups": 1024},
 }
 """The largest numbers that are taken: beyond what any machine makes, so that an absurd one costs no time or memory."""
-SYNONYMS = {"t5-model-path": "text-encoder-dir"}
-"""Other names of options, without hyphens in front."""
+SYNONYMS = {
+    **{"model": "model-dir", "num-inference-steps": "num-steps", "guidance-scale": "cfg-scale"},
+    **{"guidance-scale-2": "cfg-scale-2", "flow-shift": "shift"},
+    **{"t5-model-path": "text-encoder-dir", "use-cfg-parallel": "cfg-parallel", "use-torch-compile": "compile"},
+}
+"""Names that diffusers and xDiT have for options, without hyphens in front."""
+DRAWN = -1
+"""A seed that stands for one to be drawn, as in ComfyUI and other programs with a window."""
 
 
 class Option(click.Option):
@@ -86,7 +92,7 @@ def options(fork: Fork) -> list[click.Parameter]:
         option("--num-frames", type=int, help="Frames of the video."),
         option("--num-steps", type=int, help="Sampling steps."),
         option("--cfg-scale", type=float, help="Strength of classifier-free guidance; 1 turns it off."),
-        option("--seed", type=int, help="Without it one is drawn and printed."),
+        option("--seed", type=int, help="Of the noise. Default, and -1: one is drawn, and printed."),
         option("--output", type=path, help="The mp4 to write; a json with every setting lies beside it."),
         option("--fps", type=int, help="Frames per second of the mp4."),
         option("--from-latents", type=path, help="Only decode a latents file that an earlier run left."),
