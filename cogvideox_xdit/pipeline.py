@@ -183,7 +183,7 @@ class CogVideoXPipeline(Pipeline):
     def check_vae(self, frames: bool) -> None:
         check_vae(self.model_dir, self.vae_config, self.dtype, frames)
 
-    def transformer_files(self) -> TransformerFiles:
+    def transformer_files(self) -> tuple[TransformerFiles, ...]:
         return transformer_files(self.model_dir, self.dtype)
 
     def condition(self, model: CogVideoXTransformer, text: Tensor, size: Size, image: Tensor | None) -> Condition:

@@ -80,13 +80,14 @@ def load_transformer(
     return place(model, checkpoint, rename_table(config), device, dtype, (), placement, world, progress)
 
 
-def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> TransformerFiles:
+def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> tuple[TransformerFiles, ...]:
     """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
     from cogvideox_xdit.transformer import CogVideoXTransformer
 
     config = read_checkpoint(folder).transformer
     file = find_files(folder / "transformer", STEM, dtype)
-    return TransformerFiles(on_meta(CogVideoXTransformer, config), open_checkpoint(file), rename_table(config), file)
+    module = on_meta(CogVideoXTransformer, config)
+    return (TransformerFiles(module, open_checkpoint(file), rename_table(config), file),)
 
 
 def load_decoder(

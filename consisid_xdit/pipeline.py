@@ -109,7 +109,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
         with self.report.stage("loading face models"):
             return FaceReader.load(self.model_dir, self.device, self.dtype)
 
-    def transformer_files(self) -> TransformerFiles:
+    def transformer_files(self) -> tuple[TransformerFiles, ...]:
         return transformer_files(self.model_dir, self.dtype)
 
     def load_transformer(self) -> ConsisIDTransformer:

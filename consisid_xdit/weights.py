@@ -22,12 +22,13 @@ def rename_table(config: ConsisIDConfig) -> Rename:
     return {**cogvideox_table(config), **{name: name for name in face.state_dict()}}
 
 
-def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> TransformerFiles:
+def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> tuple[TransformerFiles, ...]:
     """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
     config = read_consisid(folder).transformer
     assert isinstance(config, ConsisIDConfig)
     file = find_files(folder / "transformer", STEM, dtype)
-    return TransformerFiles(on_meta(ConsisIDTransformer, config), open_checkpoint(file), rename_table(config), file)
+    module = on_meta(ConsisIDTransformer, config)
+    return (TransformerFiles(module, open_checkpoint(file), rename_table(config), file),)
 
 
 def load_pth(path: Path | str) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ class MochiPipeline(Pipeline):
     def check_vae(self, frames: bool) -> None:
         check_decoder(self.model_dir, self.dtype)
 
-    def transformer_files(self) -> TransformerFiles:
+    def transformer_files(self) -> tuple[TransformerFiles, ...]:
         return transformer_files(self.model_dir, self.dtype)
 
     def text_folder(self) -> Path:

@@ -216,10 +216,10 @@ def check_decoder(folder: str | Path, dtype: torch.dtype | None = None) -> None:
     check(on_meta(MochiDecoder, part.config), part.open(), part.rename)
 
 
-def transformer_files(folder: str | Path, dtype: torch.dtype | None = torch.bfloat16) -> TransformerFiles:
+def transformer_files(folder: str | Path, dtype: torch.dtype | None = torch.bfloat16) -> tuple[TransformerFiles, ...]:
     """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
     part = find_transformer(folder, dtype)
-    return TransformerFiles(_meta_transformer(part), part.open(), part.rename, part.file, EXACT)
+    return (TransformerFiles(_meta_transformer(part), part.open(), part.rename, part.file, EXACT),)
 
 
 def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:

@@ -194,7 +194,7 @@ def test_diffusers_reads_what_we_save(native: Path, oracle: nn.Module, tmp_path:
 
 
 def check(folder: Path) -> TransformerFiles:
-    files = transformer_files(folder, None)
+    (files,) = transformer_files(folder, None)
     check_model(files.module, files.checkpoint, files.rename)
     return files
 

@@ -1,4 +1,4 @@
-"""`quantize`: a checkpoint folder in eight bits that every program loads, for the three forks."""
+"""`quantize`: a checkpoint folder in eight bits that every program loads, for every fork."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from mochi_xdit.pipeline import MochiPipeline
 from mochi_xdit.weights import transformer_rename
 from tests.helpers import cogvideox, consisid, mochi
 from tests.helpers.programs import main
+from wan_xdit.demo import demo_config, demo_vae, random_checkpoint
+from wan_xdit.fork import FORK as WAN
+from wan_xdit.pipeline import WanPipeline
 
 
 def checkpoint(kind: str, folder: Path) -> Path:
@@ -61,6 +64,20 @@ def test_the_copy_holds_what_fp8_would_have_loaded(kind, tmp_path, capsys):
     assert others(copy) == others(source)
     tokenizer = "tokenizer/spiece.model"
     assert os.path.samefile(source / tokenizer, copy / tokenizer), "the rest takes no room"
+
+
+def test_every_transformer_that_takes_a_turn_is_rounded(tmp_path):
+    kind = "t2v-a14b"
+    random_checkpoint(tmp_path / "a", kind, demo_config(kind), demo_vae(kind))
+    assert main(WAN, ["quantize", "--model-dir", str(tmp_path / "a"), "--output", str(tmp_path / "b")]) == 0
+    pipes = WanPipeline.from_pretrained(tmp_path / "a", dtype="fp8"), WanPipeline.from_pretrained(tmp_path / "b")
+    pipes[1].check_weights()
+    for expert in (0, 1):
+        made, read = (pipe.load_transformer(expert).state_dict() for pipe in pipes)
+        assert made.keys() == read.keys() and sum(name.endswith("weight_scale") for name in made) >= 4
+        assert all(torch.equal(made[n].view(torch.uint8), read[n].view(torch.uint8)) for n in made)
+    again = ["quantize", "--model-dir", str(tmp_path / "b"), "--output", str(tmp_path / "c")]
+    assert main(WAN, again) == 2 and not (tmp_path / "c").exists()
 
 
 def test_the_matmul_weights_take_half(tmp_path):

@@ -21,7 +21,6 @@ from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Picture, image_frames, pixels
 from common.video.latents import check_latents, draw_noise, save_latents
 from common.weights.dtypes import latent_dtype, parse_dtype
-from common.weights.placement import check_model
 from wan_xdit.checkpoint import RESIDUALS, SOLVER, find_checkpoint
 from wan_xdit.sampling import Start, Tokens, Turn, sample, turns
 from wan_xdit.solver import Solver, new_solver
@@ -107,16 +106,10 @@ class WanPipeline(Pipeline):
             return final
         return self.decode(final, decode)
 
-    def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
-        super().check_weights(sample, text, frames)
-        for expert in range(1, len(self.files.experts)) if sample else ():
-            files = transformer_files(self.model_dir, self.dtype, expert)
-            check_model(files.module, files.checkpoint, files.rename)
-
     def check_vae(self, frames: bool) -> None:
         check_vae(self.files, self.dtype, frames)
 
-    def transformer_files(self) -> TransformerFiles:
+    def transformer_files(self) -> tuple[TransformerFiles, ...]:
         return transformer_files(self.model_dir, self.dtype)
 
     def text_files(self) -> EncoderFiles:

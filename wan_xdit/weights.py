@@ -219,14 +219,17 @@ def load_transformer(
     return place(model, checkpoint, table, device, dtype, exact, placement, world, progress)
 
 
-def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16, expert: int = 0) -> TransformerFiles:
-    """What `quantize` and checks read: a transformer of the folder, not loaded. CheckpointError as for loading."""
+def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> tuple[TransformerFiles, ...]:
+    """What `quantize` and checks read: the folder's transformers, not loaded. CheckpointError as for loading."""
     from wan_xdit.transformer import WanTransformer
 
     files = find_checkpoint(folder)
-    file = find_files(files.experts[expert], STEM, dtype)
-    module, table = on_meta(WanTransformer, files.config), rename_table(files.config, files.layout)
-    return TransformerFiles(module, open_checkpoint(file), table, file, exact_names(files.config))
+    table, exact = rename_table(files.config, files.layout), exact_names(files.config)
+    found = [find_files(expert, STEM, dtype) for expert in files.experts]
+    return tuple(
+        TransformerFiles(on_meta(WanTransformer, files.config), open_checkpoint(file), table, file, exact)
+        for file in found
+    )
 
 
 def load_decoder(

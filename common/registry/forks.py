@@ -245,7 +245,8 @@ class Fork:
     What needs torch stands in modules of the package, and is imported when it is asked for:
     `demo.demo_checkpoint(name)` makes a demo's folder unless it is there, `sampling.workload(...)` says what a rank
     runs, for the estimates (`common.memory.estimate.Workload`), and `weights.transformer_files(folder)` what is
-    rounded to eight bits (`common.run.quantize.TransformerFiles`). A fork without one of them cannot do what it is for.
+    rounded to eight bits, a `common.run.quantize.TransformerFiles` of every transformer. A fork without one of them
+    cannot do what it is for.
     """
 
     name: str

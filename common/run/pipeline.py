@@ -130,8 +130,8 @@ class Pipeline:
         self.check_vae(frames)
         if not sample:
             return
-        files = self.transformer_files()
-        check_model(files.module, files.checkpoint, files.rename)
+        for files in self.transformer_files():
+            check_model(files.module, files.checkpoint, files.rename)
         if text and self.mesh.is_main:
             self.text_files().check(self.config.text_dim)
 
@@ -139,7 +139,8 @@ class Pipeline:
         """The autoencoder's part of `check_weights`: the decoder, and for frames the encoder."""
         raise NotImplementedError
 
-    def transformer_files(self) -> TransformerFiles:
+    def transformer_files(self) -> tuple[TransformerFiles, ...]:
+        """Of every transformer that takes a turn."""
         raise NotImplementedError
 
     def text_folder(self) -> Path:

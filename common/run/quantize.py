@@ -1,6 +1,6 @@
 """`<program> quantize --model-dir A --output B`: a copy of a checkpoint folder with the blocks' matmuls in float8.
 
-B has A's layout and names; a weight in float8 has its scales beside it under `weight_scale`. All that is not the
+B has A's layout and names; a weight in float8 has its scales beside it under `weight_scale`. All that is not a
 transformer's weights, folders behind symbolic links included, is linked where the file system can (so it takes no
 room), else copied. Every program loads B as it loads A.
 
@@ -81,7 +81,8 @@ def _command(fork: Fork) -> click.Command:
         files = fork.module("weights").transformer_files(model_dir)
         with Report(Console(stderr=True)).loading("rounding") as progress:
             before, after = quantize(files, model_dir, output, progress)
-        click.echo(f"{output}: transformer {before / 1e9:.2f} GB -> {after / 1e9:.2f} GB; use --model-dir {output}")
+        what = "transformer" if len(files) == 1 else f"{len(files)} transformers"
+        click.echo(f"{output}: {what} {before / 1e9:.2f} GB -> {after / 1e9:.2f} GB; use --model-dir {output}")
 
     names: dict[str, Any] = {"type": path, "required": True}
     return click.Command(
@@ -114,27 +115,39 @@ def _check_folders(model_dir: Path, output: Path) -> None:
 
 
 def quantize(
-    files: TransformerFiles, model_dir: Path, output: Path, progress: Progress | None = None
+    transformers: Sequence[TransformerFiles], model_dir: Path, output: Path, progress: Progress | None = None
 ) -> tuple[int, int]:
-    """Write `output`; returns the transformer's bytes before and after. What fails leaves no `output` behind.
+    """Write `output`; returns the transformers' bytes before and after. What fails leaves no `output` behind.
 
-    Other tensors are kept in bf16 (`exact` ones in fp32). The rounded weights pass through host memory, 6 to 8 GB at
-    the official sizes. ValueError for a checkpoint that is in eight bits already, or does not fit the model.
+    Other tensors are kept in bf16 (`exact` ones in fp32). The rounded weights pass through host memory, those of one
+    transformer at a time: 6 to 8 GB at the official sizes, 14 of Wan 14B. ValueError for a checkpoint that is in eight
+    bits already, or does not fit the model.
     """
-    import torch
+    from common.weights.placement import check_model, has_float8
 
-    from common.weights.placement import Placement, has_float8, place
-
-    if has_float8(files.checkpoint):
-        raise ValueError(f"{files.file} is in float8 already")
-    others = _others(files, model_dir)
-    kinds = (torch.bfloat16, files.exact, Placement(float8=True))
-    model = place(files.module, files.checkpoint, files.rename, "cpu", *kinds, progress=progress)
+    for files in transformers:
+        if has_float8(files.checkpoint):
+            raise ValueError(f"{files.file} is in float8 already")
+        check_model(files.module, files.checkpoint, files.rename)
+    others = _others(transformers, model_dir)
     with _appearing(output) as folder:
-        written = _write(model, files, folder / files.file.parent.relative_to(model_dir), model_dir)
+        written = sum(_rounded(files, folder, model_dir, progress) for files in transformers)
         for path in others:
             _link(path, folder / path.relative_to(model_dir))
-    return files.checkpoint.nbytes, written
+    return sum(files.checkpoint.nbytes for files in transformers), written
+
+
+def _rounded(files: TransformerFiles, folder: Path, model_dir: Path, progress: Progress | None) -> int:
+    """Write one transformer's part of the new checkpoint `folder`; returns its bytes."""
+    import torch
+
+    from common.weights.placement import Placement, place
+
+    kinds = (torch.bfloat16, files.exact, Placement(float8=True))
+    model = place(files.module, files.checkpoint, files.rename, "cpu", *kinds, progress=progress)
+    written = _write(model, files, folder / files.file.parent.relative_to(model_dir), model_dir)
+    model.to("meta")  # the next one's weights take its place
+    return written
 
 
 @contextmanager
@@ -177,12 +190,14 @@ def _write(model: nn.Module, files: TransformerFiles, folder: Path, model_dir: P
     return total
 
 
-def _others(files: TransformerFiles, model_dir: Path) -> list[Path]:
-    """All files of the checkpoint but the transformer's weights. ValueError for a link that leads nowhere."""
-    replaced = {stored.file for stored in files.checkpoint.values()} | {files.file}
+def _others(transformers: Sequence[TransformerFiles], model_dir: Path) -> list[Path]:
+    """All files of the checkpoint but the transformers' weights. ValueError for a link that leads nowhere."""
+    replaced = {stored.file for files in transformers for stored in files.checkpoint.values()}
+    replaced |= {files.file for files in transformers}
+    folders = {files.file.parent for files in transformers} - {model_dir}
     found = []
     for path in _files(model_dir, ()):
-        sibling = path.parent == files.file.parent != model_dir and ".safetensors" in path.name
+        sibling = path.parent in folders and ".safetensors" in path.name
         if path in replaced or sibling:
             continue
         if path.is_symlink() and not path.exists():

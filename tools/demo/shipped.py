@@ -35,7 +35,7 @@ def take_up(folder: Path) -> None:
     decoder = load_decoder(COGVIDEOX, vae, dtype=torch.float32)
     halves = nn.ModuleDict({"encoder": load_encoder(COGVIDEOX, vae, dtype=torch.float32), "decoder": decoder})
     write_atomically(folder / "cogvideox_white.pt", {"average": halves.state_dict()})
-    for name, files in {
+    for name, (files,) in {
         "cogvideox": cogvideox_files(COGVIDEOX, cogvideox_config()),
         "consisid": consisid_files(CONSISID, consisid_config()),
     }.items():
