@@ -156,7 +156,7 @@ class VAEConfig:
     """Averages and repeats beside the stages of Wan 2.2's."""
     mean: tuple[float, ...] = bounded((), 1e6, -1e6)
     """Per latent channel: VAE latents = transformer latents * std + mean."""
-    std: tuple[float, ...] = bounded((), 1e6)
+    std: tuple[float, ...] = bounded((), 1e6, 0)
 
     @property
     def space(self) -> int:
