@@ -106,7 +106,7 @@ RULES: Mapping[str, WanRules] = {
 }
 """Official defaults of each kind, and the sizes that it admits."""
 
-DEMO_KINDS = ("t2v-1.3b", "t2v-a14b", "i2v-a14b", "ti2v-5b")
+DEMO_KINDS = ("t2v-1.3b", "i2v-14b-480p", "t2v-a14b", "i2v-a14b", "ti2v-5b")
 """Kinds of which a demo with random weights can be made."""
 
 
@@ -147,6 +147,8 @@ class CheckpointFiles:
     per_token: bool = False
     small: bool = False
     """A kind that is published for two sizes, in its smaller one."""
+    image_encoder: Path | None = None
+    """The folder of CLIP's image tower, for checkpoints that attend to its tokens."""
 
     @property
     def kind(self) -> str:
@@ -215,6 +217,7 @@ def _diffusers(folder: Path, index: Mapping[str, object], where: str) -> Checkpo
         float(boundary) if isinstance(boundary, (int, float)) else None,
         per_token,
         "480p" in folder.resolve().name.lower(),
+        folder / "image_encoder" if configs[0].image_width else None,
     )
     return checked(made, str(folder))
 

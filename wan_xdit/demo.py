@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from common.run.demo import cache_home, fill, made_once, write_text_encoder
 from common.text.t5 import UMT5
 from common.weights.load import Rename, save
 from wan_xdit.checkpoint import DEMO_KINDS, RULES
+from wan_xdit.clip import ImageConfig, ImageEncoder
+from wan_xdit.clip import rename_table as clip_table
 from wan_xdit.config import TransformerConfig, VAEConfig, transformer_json, vae_json
 from wan_xdit.transformer import WanTransformer
 from wan_xdit.vae import WanDecoder, WanEncoder
 from wan_xdit.weights import STEM, decoder_table, encoder_table, rename_table
 
 SEED = 20250225
-_REVISION = 1
+_REVISION = 2
 """Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
 IMAGE = "image.png"
 """In the folder of a demo that starts from a picture."""
@@ -32,6 +34,9 @@ VAES = {
     "2.1": replace(_VAE, mean=(0.0,) * 4, std=(1.0,) * 4),
     "2.2": replace(_VAE, latent_channels=6, fold=2, shortcuts=True, mean=(0.0,) * 6, std=(1.0,) * 6),
 }
+IMAGE_ENCODER = ImageConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14
+)
 _COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
 _CAPTIONS = [
     f"A {colour} {thing} moves slowly to the {side} on a black background."
@@ -63,6 +68,7 @@ def demo_config(kind: str) -> TransformerConfig:
         text_dim=64,
         text_length=64,
         time_width=32,
+        image_width=IMAGE_ENCODER.hidden_size if kind.startswith("i2v-14b") else None,
     )
 
 
@@ -110,6 +116,8 @@ def random_checkpoint(
     write_checkpoint(folder, kind, experts, vae, encoder, decoder, dtype)
     sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": max(config.text_dim // 4, 1)}
     sizes |= {"d_ff": 2 * config.text_dim}
+    if config.image_width:
+        write_image_encoder(folder / "image_encoder", IMAGE_ENCODER, dtype)
     write_text_encoder(folder, _CAPTIONS, SEED + count + 2, config.text_length, UMT5, **sizes)
 
 
@@ -160,6 +168,16 @@ def model_index(kind: str, experts: int) -> dict[str, Any]:
         "transformer_2": second,
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
+
+
+def write_image_encoder(folder: Path, config: ImageConfig, dtype: torch.dtype) -> None:
+    """A tower of random weights, without what nobody reads of it."""
+    module = ImageEncoder(config)
+    fill(module, SEED - 1)
+    raw = {"model_type": "clip_vision_model", "hidden_act": "gelu"} | asdict(config)
+    write_json(folder / "config.json", raw)
+    state = {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
+    save(state, folder / "model.safetensors", clip_table(config))
 
 
 def write_vae(folder: Path, config: VAEConfig, encoder: nn.Module, decoder: nn.Module, dtype: torch.dtype) -> None:

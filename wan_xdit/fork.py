@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from common.registry.downloads import APACHE, Part, diffusers_files
+from common.registry.downloads import APACHE, Part, Pick, diffusers_files, file, weights
 from common.registry.forks import (
     CrossAttention,
     Decoder,
@@ -32,6 +32,7 @@ TAILS = {False: 32.0, True: 28.0}
 """Frames of that size that the tails of all layers amount to, counted likewise."""
 UMT5_XXL_PARAMETERS = 5_680_910_336
 """Of UMT5-xxl's encoder."""
+IMAGE_TOWER = (file("image_encoder/config.json"), weights("image_encoder/model"))
 DECODER_PARAMETERS = {False: 73_295_603, True: 555_051_580}
 """Of the autoencoder of 2.1 and of 2.2."""
 
@@ -91,9 +92,10 @@ def _peak(vae: VAEConfig, latents: int, pixels: int) -> float:
     return 2 * pixels * vae.decoder_width * (COPIES[vae.shortcuts] * frames + kept)
 
 
-def published(kind: str, name: str, parameters: int, demo: str, *more: Part) -> Model:
+def published(kind: str, name: str, parameters: int, demo: str, *more: tuple[Pick, ...]) -> Model:
     """A published checkpoint. name: of its repository; that in the diffusers layout ends in -Diffusers."""
-    config = PUBLISHED[kind]
+    config, repo = PUBLISHED[kind], f"Wan-AI/{name}-Diffusers"
+    parts = (Part("image encoder (CLIP ViT-H/14)", repo, picks, APACHE) for picks in more)
     vae = vae_of(config)
     latents = Latents(config.out_channels, config.patch, vae.time, vae.space)
     return Model(
@@ -105,7 +107,7 @@ def published(kind: str, name: str, parameters: int, demo: str, *more: Part) -> 
         stacks=(stack(config, latents),),
         parameters=parameters,
         decoder=Decoder(DECODER_PARAMETERS[vae.shortcuts], partial(decoding, vae)),
-        files=diffusers_files(f"Wan-AI/{name}-Diffusers", APACHE, *more),
+        files=diffusers_files(repo, APACHE, *parts),
         folder=f"{name}-Diffusers",
         aliases=(name.lower().replace("-t2v", ""),) if kind == "t2v-1.3b" else (),
         demo=Demo(demo, Size(96, 64, 17, 10)),
@@ -121,8 +123,8 @@ FORK = Fork(
     (
         published("t2v-14b", "Wan2.1-T2V-14B", 14_288_491_584, "t2v-1.3b"),
         published("t2v-1.3b", "Wan2.1-T2V-1.3B", 1_418_996_800, "t2v-1.3b"),
-        published("i2v-14b-480p", "Wan2.1-I2V-14B-480P", 16_394_878_784, "i2v-a14b"),
-        published("i2v-14b-720p", "Wan2.1-I2V-14B-720P", 16_394_878_784, "i2v-a14b"),
+        published("i2v-14b-480p", "Wan2.1-I2V-14B-480P", 16_394_878_784, "i2v-14b-480p", IMAGE_TOWER),
+        published("i2v-14b-720p", "Wan2.1-I2V-14B-720P", 16_394_878_784, "i2v-14b-480p", IMAGE_TOWER),
         published("t2v-a14b", "Wan2.2-T2V-A14B", 14_288_491_584, "t2v-a14b"),
         published("i2v-a14b", "Wan2.2-I2V-A14B", 14_288_901_184, "i2v-a14b"),
         published("ti2v-5b", "Wan2.2-TI2V-5B", 4_999_787_712, "ti2v-5b"),

@@ -18,10 +18,11 @@ from common.run.pipeline import Pipeline, with_diffusers_names
 from common.run.quantize import TransformerFiles
 from common.text.t5 import EncoderFiles
 from common.video.causal import TimeSplit, lay_out
-from common.video.inputs import Picture, image_frames, pixels
+from common.video.inputs import Picture, as_array, image_frames, pixels
 from common.video.latents import check_latents, draw_noise, save_latents
 from common.weights.dtypes import latent_dtype, parse_dtype
 from wan_xdit.checkpoint import RESIDUALS, SOLVER, find_checkpoint
+from wan_xdit.clip import ImageEncoder, check_image_encoder, load_image_encoder
 from wan_xdit.sampling import Start, Tokens, Turn, sample, turns
 from wan_xdit.solver import Solver, new_solver
 from wan_xdit.text import clean, find_text_encoder
@@ -99,7 +100,8 @@ class WanPipeline(Pipeline):
         unwanted = rules.negative_prompt if negative_prompt is None else negative_prompt
         text = self._encode(prompt, unwanted if guided else None)
         start = self._start(latents, picture, num_frames)
-        final = self._sample(start, text, None, solving, plan)
+        seen = None if image is None or self.config.image_width is None else self._see(image)
+        final = self._sample(start, text, seen, solving, plan)
         if latents_file is not None and self.mesh.is_main:
             save_latents(latents_file, final, {"model": "wan", "prompt": prompt, "seed": seed}, self.report.warn)
         if output == "latent":
@@ -108,6 +110,8 @@ class WanPipeline(Pipeline):
 
     def check_vae(self, frames: bool) -> None:
         check_vae(self.files, self.dtype, frames)
+        if frames and self.files.image_encoder is not None and self.mesh.is_main:
+            check_image_encoder(self.files.image_encoder, self.config.image_width, self.dtype)
 
     def transformer_files(self) -> tuple[TransformerFiles, ...]:
         return transformer_files(self.model_dir, self.dtype)
@@ -149,6 +153,20 @@ class WanPipeline(Pipeline):
         video = torch.nn.functional.pad(pixels(picture, wide), (0, 0, 0, 0, 0, frames - 1))
         with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding image"):
             return encode(encoder, video, TimeSplit(self.mesh.world)).to(wide)
+
+    def _see(self, image: Picture) -> Tensor:
+        """CLIP's tokens (1, M, image_width) of the picture in its own shape. The encoder runs on rank 0 alone."""
+
+        def see() -> Tensor:
+            with self.stage_model("image encoder", self._load_image_encoder) as encoder:
+                return encoder(torch.from_numpy(as_array(image).copy())).to(latent_dtype(self.dtype))
+
+        with self.report.stage("seeing image"):
+            return on_main(self.mesh, see)
+
+    def _load_image_encoder(self) -> ImageEncoder:
+        assert self.files.image_encoder is not None
+        return load_image_encoder(self.files.image_encoder, self.device, self.dtype)
 
     def _sample(
         self, start: Start, text: dict[int, Tensor], image: Tensor | None, solver: Solver, plan: list[Turn]

@@ -25,10 +25,14 @@ def image_frames(image: Picture, height: int, width: int, fit: str = "stretch", 
     image: a file, a PIL image, or (H, W, 3) uint8. Raises ValueError when it is none of them.
     fit: as of `common.video.pictures.fit_picture`. note: told once what that did, where the shape is another.
     """
+    return _resized([as_array(image)], "image", height, width, fit, note)
+
+
+def as_array(image: Picture) -> np.ndarray:
+    """A picture in its own size, (H, W, 3) uint8 where it is one. ValueError for a file that cannot be read."""
     if isinstance(image, (str, Path)):
         image = read_image(image)
-    array = as_rgb(image) if isinstance(image, PIL.Image.Image) else np.asarray(image)
-    return _resized([array], "image", height, width, fit, note)
+    return as_rgb(image) if isinstance(image, PIL.Image.Image) else np.asarray(image)
 
 
 def video_frames(
