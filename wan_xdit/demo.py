@@ -171,13 +171,18 @@ def model_index(kind: str, experts: int) -> dict[str, Any]:
 
 
 def write_image_encoder(folder: Path, config: ImageConfig, dtype: torch.dtype) -> None:
-    """A tower of random weights, without what nobody reads of it."""
+    """A tower of random weights."""
     module = ImageEncoder(config)
     fill(module, SEED - 1)
-    raw = {"model_type": "clip_vision_model", "hidden_act": "gelu"} | asdict(config)
+    save_image_encoder(folder, module, dtype)
+
+
+def save_image_encoder(folder: Path, module: ImageEncoder, dtype: torch.dtype) -> None:
+    """An image_encoder/ folder, without the last block, which nobody reads."""
+    raw = {"model_type": "clip_vision_model", "hidden_act": "gelu"} | asdict(module.config)
     write_json(folder / "config.json", raw)
     state = {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
-    save(state, folder / "model.safetensors", clip_table(config))
+    save(state, folder / "model.safetensors", clip_table(module.config))
 
 
 def write_vae(folder: Path, config: VAEConfig, encoder: nn.Module, decoder: nn.Module, dtype: torch.dtype) -> None:

@@ -24,8 +24,22 @@ from consisid_xdit.weights import rename_table
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder
 from tests.rehearsal.models import MODELS
+from wan_xdit import config as wan
+from wan_xdit import demo as wan_demo
+from wan_xdit.clip import ImageConfig, ImageEncoder
+from wan_xdit.transformer import WanTransformer
+from wan_xdit.vae import WanDecoder, WanEncoder
 
 BF16 = torch.bfloat16
+WAN_KINDS = {
+    "wan-1.3b": "t2v-1.3b",
+    "wan-14b": "t2v-14b",
+    "wan-i2v-14b": "i2v-14b-720p",
+    "wan-a14b": "t2v-a14b",
+    "wan-i2v-a14b": "i2v-a14b",
+    "wan-ti2v-5b": "ti2v-5b",
+}
+"""Published kinds by the names of `MODELS`."""
 
 
 def write_folder(folder: Path, model: str, layers: int | None = None) -> Path:
@@ -34,6 +48,9 @@ def write_folder(folder: Path, model: str, layers: int | None = None) -> Path:
     published = MODELS[model]
     config = (published if layers is None else published.shallow(layers)).config
     with sparse():
+        if model.startswith("wan"):
+            _write_wan(folder, model, config)
+            return folder
         if model.startswith("mochi"):
             for name, module in (("dit", on_meta(MochiTransformer, config)), ("decoder", on_meta(MochiDecoder))):
                 save(
@@ -56,6 +73,18 @@ def write_folder(folder: Path, model: str, layers: int | None = None) -> Path:
         else:
             cogvideox.write_checkpoint(folder, kind, transformer, vae, *parts, BF16)
     return folder
+
+
+def _write_wan(folder: Path, model: str, config: wan.TransformerConfig) -> None:
+    kind = WAN_KINDS[model]
+    vae = wan.vae_of(config)
+    zeros, ones = (0.0,) * vae.latent_channels, (1.0,) * vae.latent_channels
+    vae = wan.with_stats(vae, zeros, ones)
+    experts = [on_meta(WanTransformer, config) for _ in range(2 if kind.endswith("a14b") else 1)]
+    wan_demo.write_checkpoint(folder, kind, experts, vae, on_meta(WanEncoder, vae), on_meta(WanDecoder, vae), BF16)
+    if config.image_width:
+        tower = on_meta(ImageEncoder, ImageConfig())
+        wan_demo.save_image_encoder(folder / "image_encoder", tower, BF16)
 
 
 def sparse() -> AbstractContextManager[object]:

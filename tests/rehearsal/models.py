@@ -173,6 +173,7 @@ MODELS: Mapping[str, Model] = {
     "wan-1.3b": _wan(wan.T2V_1_3B, (21, 60, 104)),  # 832x480, 81 frames
     "wan-14b": _wan(wan.T2V_14B, (21, 90, 160)),  # 1280x720, 81 frames
     "wan-i2v-14b": _wan(wan.I2V_14B, (21, 90, 160)),
+    "wan-a14b": _wan(wan.T2V_14B, (21, 90, 160)),
     "wan-i2v-a14b": _wan(wan.I2V_A14B, (21, 90, 160)),
     "wan-ti2v-5b": replace(_wan(wan.TI2V_5B, (31, 44, 80)), compression=(16, 4)),  # 1280x704, 121 frames
 }

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -17,6 +18,7 @@ import cogvideox_xdit.pipeline
 import common.video.decode_video
 import common.weights.blocks
 import common.weights.load
+import wan_xdit.pipeline
 from cogvideox_xdit import CogVideoXPipeline
 from common.parallel.mesh import Mesh
 from common.registry.settings import CompileOptions, DecodeOptions
@@ -30,6 +32,9 @@ from tests.rehearsal.packages import installed
 from tests.rehearsal.scene import STEPS, WORDS, Scene
 from tests.rehearsal.trace import HOST, READER
 from tests.rehearsal.tracer import Tracer
+from wan_xdit import WanPipeline
+
+KINDS = {"mochi": MochiPipeline, "consisid": ConsisIDPipeline, "wan": WanPipeline}
 
 
 class Said:
@@ -86,6 +91,10 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
     def pictures(source: Any, height: int, width: int, frames: int = 1) -> Tensor:
         return torch.empty(frames, height, width, 3, dtype=torch.uint8)
 
+    def picture(source: Any) -> Any:
+        with unset_fake_temporarily():
+            return np.zeros((480, 832, 3), np.uint8)
+
     with (
         installed(),
         mock.patch.object(common.weights.load._Reader, "_bytes", lambda *_: None),
@@ -93,14 +102,15 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
         # Counted on the meta device, which takes as long as two chunks: every plan fits.
         mock.patch.object(common.video.decode_video, "decode_memory", lambda *_, **__: 2**30),
         mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=pictures, video_frames=pictures),
+        mock.patch.multiple(wan_xdit.pipeline, image_frames=pictures, as_array=picture),
     ):
         yield
 
 
 def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor | None:
     """One video by the fork's pipeline: text, encode where it starts from a picture, two steps, decode."""
-    kind = {"mochi": MochiPipeline, "consi": ConsisIDPipeline}.get(scene.model[:5], CogVideoXPipeline)
-    options: dict[str, Any] = {"scheduler": scene.scheduler} if kind is not MochiPipeline else {}
+    kind = KINDS.get(scene.model.split("-")[0], CogVideoXPipeline)
+    options = {"scheduler": scene.scheduler} if issubclass(kind, CogVideoXPipeline) else {}
     model = MODELS[scene.model]
     with stand_ins(tracer):
         pipe = kind.from_pretrained(
@@ -121,6 +131,8 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
             given["num_frames"] = 6 * (model.size[0] - 1) + 1
         elif kind is ConsisIDPipeline:
             given["identity"] = identity(model.config)
+        elif scene.model == "wan-ti2v-5b":
+            given["image"] = "picture.png"
         elif scene.video:
             given |= {"video": "clip.mp4", "strength": 1.0}
         elif model.config.image_channels:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.registry.layout import Layout
 from tests.helpers.fake_cuda import Machine
-from tests.rehearsal import folders, pipelines, wan
+from tests.rehearsal import folders, pipelines
 from tests.rehearsal.checks import check, check_result
 from tests.rehearsal.models import MODELS
 from tests.rehearsal.scene import WORDS, Ran, Scene, run_ranks
@@ -40,7 +40,8 @@ COVER = (
     Scene("cogvideox-1.5", Layout(ring=2), attention="sdpa", output="latent", layers=2),
     Scene("mochi", Layout(ring=2), (8, 9), "flash2", "fp8", compiled=True, output="latent", layers=2),
     Scene("wan-i2v-14b", Layout(cfg=2), offload="block", output="latent", layers=STREAMED),
-    Scene("wan-ti2v-5b", dtype="fp8", layers=2),
+    Scene("wan-ti2v-5b", Layout(ulysses=2), dtype="fp8", layers=2),
+    Scene("wan-a14b", Layout(ring=2), compiled=True, output="latent", layers=2),
 )
 
 
@@ -52,8 +53,7 @@ def full() -> Iterator[Scene]:
         for offload, shard in (("block", False), ("disk", False), ("stage", True), ("block", True)):
             yield Scene(model, Layout(ring=2), offload=offload, shard=shard, output="latent")
         yield Scene(model, Layout(1, 2, 2), (8, 9), dtype="fp8", groups=4, output="latent")
-        if not model.startswith("wan"):  # whose blocks name no regions to compile yet
-            yield Scene(model, Layout(ring=2), compiled=True, output="latent")
+        yield Scene(model, Layout(ring=2), compiled=True, output="latent")
         yield Scene(model, Layout(ring=2), dtype="fp32", output="latent")
         yield Scene(model, Layout(ring=2), vae="tiled", layers=2)
         for capability in CAPABILITIES:
@@ -66,11 +66,10 @@ def full() -> Iterator[Scene]:
 
 def rehearse(scene: Scene, root: Path) -> list[Ran]:
     """Run a scene on all its ranks and check it. root: where folders of checkpoints are kept."""
-    fork = wan if scene.model.startswith("wan") else pipelines
     folder = root / f"{scene.model}-{scene.layers}"
     if not folder.exists():
-        (wan if fork is wan else folders).write_folder(folder, scene.model, scene.layers)
-    ran = run_ranks(scene, partial(fork.generate, scene, folder), ANSWERS)
+        folders.write_folder(folder, scene.model, scene.layers)
+    ran = run_ranks(scene, partial(pipelines.generate, scene, folder), ANSWERS)
     check(scene, ran)
     check_result(scene, ran, *shapes(scene))
     return ran
