@@ -9,6 +9,7 @@ from cogvideox_xdit.config import CONFIGS, DEMOS, TransformerConfig, VAEConfig, 
 from cogvideox_xdit.options import CogVideoXOptions
 from common.registry.downloads import APACHE, diffusers_files
 from common.registry.forks import (
+    T5_XXL_PARAMETERS,
     CrossAttention,
     Decoder,
     Decoding,
@@ -83,11 +84,11 @@ def checkpoint(
     """A model of this kind. more: the other fields of `Model`."""
     vae = vae or VAEConfig()
     latents = Latents(config.out_channels, config.patch, vae.time_compression, vae.space_compression)
-    text = Text(config.text_length, config.text_length)  # the model attends to its padding
+    text = Text(config.text_length, config.text_length, T5_XXL_PARAMETERS)  # the model attends to its padding
     return Model(
         rules=official_rules(config),
         latents=latents,
-        text=text,
+        text=(text,),
         stacks=(stack(config, latents, text, cross),),
         decoder=Decoder(DECODER_PARAMETERS, partial(decoding, vae)),
         published=Published(batched=True, splits_text=True, divides_rows=True),

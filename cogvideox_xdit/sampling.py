@@ -20,6 +20,7 @@ from common.parallel.mesh import Mesh
 from common.parallel.usp import SequenceParallel
 from common.registry.forks import Model, Size
 from common.system.progress import Report
+from common.text.t5 import text_work
 from common.video.latents import require_finite
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
@@ -139,12 +140,12 @@ def workload(
         start = Start(empty(config.out_channels), image, torch.Generator())
         return sample(model, start, conds, OneStep(), [scale], guidance, Report())
 
-    work = Workload(
+    find = (lambda: Path(text_encoder_dir or source)) if isinstance(source, Path) else None
+    return Workload(
         on_meta(build, config, sp),
         step,
         on_meta(CogVideoXDecoder, vae),
         (config.out_channels, decoded, *grid[1:]),
         (size.num_frames, size.height, size.width),
-        config.text_length,
+        (text_work(config.text_length, find),),
     )
-    return work.with_text(lambda: Path(text_encoder_dir or source)) if isinstance(source, Path) else work

@@ -5,7 +5,19 @@ from __future__ import annotations
 from functools import partial
 
 from common.registry.downloads import APACHE, GOOGLE_T5, Part, file, t5_of
-from common.registry.forks import Decoder, Decoding, Demo, Fork, Latents, Model, Size, Stack, Stream, Text
+from common.registry.forks import (
+    T5_XXL_PARAMETERS,
+    Decoder,
+    Decoding,
+    Demo,
+    Fork,
+    Latents,
+    Model,
+    Size,
+    Stack,
+    Stream,
+    Text,
+)
 from mochi_xdit.config import DEMO, OFFICIAL, MochiConfig, MochiVAEConfig, official_rules
 from mochi_xdit.options import MochiOptions
 
@@ -65,13 +77,13 @@ def preview(config: MochiConfig) -> Model:
     latents = Latents(
         config.channels, (1, config.patch, config.patch), config.vae.temporal_ratio, config.vae.spatial_ratio
     )
-    text = Text(TYPICAL_PROMPT, 0)
+    text = Text(TYPICAL_PROMPT, 0, T5_XXL_PARAMETERS)
     return Model(
         name="mochi",
         title="Mochi-1",
         rules=OFFICIAL,
         latents=latents,
-        text=text,
+        text=(text,),
         stacks=(stack(config, latents, text),),
         parameters=10_027_677_744,
         decoder=Decoder(362_526_595, partial(decoding, config.vae)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from common.parallel.mesh import Mesh
 from common.parallel.usp import SequenceParallel
 from common.registry.forks import Model, Size
 from common.system.progress import Report
+from common.text.t5 import text_work
 from common.video.latents import require_finite
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
@@ -98,13 +100,13 @@ def workload(
         latents = torch.empty(1, config.channels, *latent, dtype=latent_dtype(dtype), device="meta")
         return sample(model, latents, conds, [1.0, 0.0], [scale], guidance, Report())
 
-    work = Workload(
+    find = partial(find_text_encoder, source, text_encoder_dir) if isinstance(source, Path) else None
+    return Workload(
         on_meta(MochiTransformer, config, sp),
         step,
         on_meta(MochiDecoder, vae),
         (config.channels, *latent),
         (size.num_frames, size.height, size.width),
-        config.text_tokens,
+        (text_work(config.text_tokens, find),),
         exact=EXACT,
     )
-    return work.with_text(lambda: find_text_encoder(source, text_encoder_dir)) if isinstance(source, Path) else work

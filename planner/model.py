@@ -34,7 +34,7 @@ SHARING = 0.5
 """Rings across sockets share what is between them: n of them slow each other down by n to this power."""
 KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
 TEXT_SECONDS = 0.2
-"""Tokenizer and launches of the text encoder."""
+"""Tokenizer and launches of a text encoder."""
 GIB = 2**30
 RUNTIME_GIB = 1.0
 """CUDA context, NCCL buffers, workspaces: what a GPU must have beside weights and activations."""
@@ -227,8 +227,8 @@ def outside_seconds(
 ) -> tuple[float, float, float]:
     """Seconds of text, decoding, and the rest."""
     peak = profile.tflops * 1e12
-    encoded = sum(model.text.tokens(size)[: 2 if size.guided else 1])
-    text = TEXT_SECONDS + 2 * model.text.parameters * encoded / (peak * 0.4)
+    work = sum(t.parameters * sum(t.tokens(size)[: 2 if size.guided else 1]) for t in model.text)
+    text = len(model.text) * TEXT_SECONDS + 2 * work / (peak * 0.4)
     video = model.decoder.decoding(*model.latents.decoded(size))
     decode = video.flops / (peak * profile.convolution)
     if scheme == "ours":
@@ -245,13 +245,15 @@ def memory_gib(model: Model, size: Size, layout: Layout, scheme: str) -> dict[st
     """
     batch = 2 if scheme == "reference" and model.published.batched and layout.cfg == 1 and size.guided else 1
     sampling = batch * max(_block_bytes(stack, size, layout) for stack in model.stacks)
-    transformer, text = model.parameters * BYTES, model.text.parameters * BYTES
+    transformer, encoders = model.parameters * BYTES, [t.parameters * BYTES for t in model.text]
     decoder = model.decoder.parameters * BYTES
     frames = model.decoder.decoding(*model.latents.decoded(size)).peak
-    stages = {"text": text + 0.2e9, "sampling": transformer + sampling, "decode": decoder + frames}
+    encoding = 0.2e9 if encoders else 0.0
+    largest = max(encoders, default=0) + encoding
+    stages = {"text": largest, "sampling": transformer + sampling, "decode": decoder + frames}
     if scheme == "reference":
-        loaded = transformer + text + decoder
-        stages = {"text": loaded + 0.2e9, "sampling": loaded + sampling, "decode": loaded + frames}
+        loaded = transformer + sum(encoders) + decoder
+        stages = {"text": loaded + encoding, "sampling": loaded + sampling, "decode": loaded + frames}
     return {stage: round(value / GIB, 2) for stage, value in stages.items()}
 
 

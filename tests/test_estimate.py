@@ -168,7 +168,7 @@ def small_model(name: str) -> Model:
     model = get_model(name)
     if name == "mochi":
         return replace(
-            model, stacks=(mochi_stack(replace(model.config, depth=MOCHI_LAYERS), model.latents, Text(256, 256)),)
+            model, stacks=(mochi_stack(replace(model.config, depth=MOCHI_LAYERS), model.latents, Text(256, 256, 0)),)
         )
     small = replace(model.config, layers=2)
     cross = (face_attention(small),) if name == "consisid" else ()

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.memory.estimate import FUSED, T5_XXL, Traffic, Workload, imagined
+from common.memory.estimate import FUSED, Traffic, Workload, imagined
 from common.parallel.guidance import Guidance
 from common.parallel.mesh import Mesh
 from common.parallel.usp import SequenceParallel
 from common.registry.forks import T5_XXL_PARAMETERS, Model, Size, Stack, fork_of, forks, get_model, model_names
 from common.registry.layout import Coordinates, Layout
-from common.text.t5 import new_t5
+from common.text.t5 import T5_XXL, new_t5
 from common.video.causal import CausalStream, LocalLink, spans
 from common.video.decode import DecodePlan, VideoDecoder
 from common.video.decode_planning import PeakMemory, decode_memory
@@ -99,7 +99,7 @@ def of_all_blocks(model: Model, size: Size, layout: Layout, rank: int) -> Counte
 def tokens_of(model: Model, stack: Stack, size: Size, branch: int, prompt: int) -> list[int]:
     """Tokens of every stream where prompts are as long as fit; a prompt that is left out stays so."""
     streams = zip(stack.streams, cost.tokens_of(stack, size, branch))
-    return [prompt if stream.source == model.text and count else count for stream, count in streams]
+    return [prompt if stream.source in model.text and count else count for stream, count in streams]
 
 
 def said(model: Model, size: Size, place: Coordinates, prompt: int) -> list[Sequence[cost.Pass]]:
@@ -124,7 +124,7 @@ def test_counts_equal_those_of_the_running_transformer(name: str) -> None:
         if (layout, rank) == LAYOUTS[-1]:
             whole = run(model, size, layout, rank, model.stacks[0].layers)
             assert (whole.flops, whole.sent) == (counted.flops, counted.sent)
-        expected = said(model, size, Coordinates(layout, rank), counted.work.tokens)
+        expected = said(model, size, Coordinates(layout, rank), counted.work.text[0].tokens)
         assert [sum(p.matmul + p.attention for p in passes) for passes in expected] == counted.flops, (layout, rank)
         assert [sum(p.all_to_all for p in passes) for passes in expected] == [s["ulysses"] for s in counted.sent]
         assert [sum(p.ring for p in passes) for passes in expected] == [s["ring"] for s in counted.sent]
@@ -158,7 +158,7 @@ def test_guidance_and_the_last_gather_send_what_is_said(name: str) -> None:
 def test_a_generation_sends_every_steps_bytes() -> None:
     model = get_model("mochi")
     size, place = Size(848, 480, 49, 64), Coordinates(Layout(1, 2, 3), 4)
-    tokens = [(model.video_tokens(size), text) for text in model.text.tokens(size)]
+    tokens = [(model.video_tokens(size), text) for text in model.text[0].tokens(size)]
     passes = [cost.forward(model.stacks[0], both, place) for both in tokens]
     sent = cost.sent(model, size, place)
     assert sent.all_to_all == 64 * sum(p.all_to_all for p in passes)

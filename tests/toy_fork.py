@@ -37,7 +37,7 @@ def decoding(frames: int, rows: int, columns: int) -> Decoding:
 
 def model(name, rules, latents, text, stacks, parameters, repo):
     parts = ((Part("transformer", repo, (file("config.json"), weights("model")), "MIT"),),)
-    return Model(name, name.title(), rules, latents, text, stacks, parameters, Decoder(10**6, decoding), parts)
+    return Model(name, name.title(), rules, latents, (text,), stacks, parameters, Decoder(10**6, decoding), parts)
 
 
 def picture():

@@ -103,7 +103,7 @@ def published(kind: str, name: str, parameters: int, demo: str, *more: tuple[Pic
         title=name,
         rules=RULES[kind],
         latents=latents,
-        text=Text(config.text_length, config.text_length, UMT5_XXL_PARAMETERS),
+        text=(Text(config.text_length, config.text_length, UMT5_XXL_PARAMETERS),),
         stacks=(stack(config, latents),),
         parameters=parameters,
         decoder=Decoder(DECODER_PARAMETERS[vae.shortcuts], partial(decoding, vae)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from common.parallel.guidance import Guidance
 from common.parallel.mesh import Mesh
 from common.parallel.usp import SequenceParallel
 from common.registry.forks import Model, Size
-from common.text.t5 import UMT5
+from common.text.t5 import UMT5, text_work
 from common.video.latents import require_finite
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
@@ -156,16 +157,14 @@ def workload(
         sample(model, tokens, conds, solver, turn, guidance, lambda: None)
         return tokens.latents()
 
-    work = Workload(
+    find = partial(find_text_encoder, text_encoder_dir or source) if isinstance(source, Path) else None
+    return Workload(
         on_meta(WanTransformer, config, sp, torch.float32),
         step,
         on_meta(WanDecoder, vae),
         (config.out_channels, *grid),
         (size.num_frames, size.height, size.width),
-        config.text_length,
-        text=UMT5_XXL,
+        (text_work(config.text_length, find, UMT5_XXL, UMT5),),
         exact=exact_names(config),
-        encoder=UMT5,
         experts=experts,
     )
-    return work.with_text(lambda: find_text_encoder(text_encoder_dir or source)) if isinstance(source, Path) else work

@@ -99,7 +99,7 @@ def choose_placement(count: Count, room: Room, ranks: int = 1, keep: bool = Fals
 
 def _advice(stage: str, ranks: int) -> str:
     more = {
-        "text": "run T5 in fewer bits (--text-dtype fp8), or keep the features of another machine (--text-cache)",
+        "text": "run the text encoder in fewer bits (--text-dtype fp8), or keep features (--text-cache)",
         "decode": "decode in smaller pieces (--vae tiled --vae-tile 256), or make a smaller or shorter video",
     }
     spread = f"more ranks than {ranks} (--gpus), which share the tokens" if ranks > 1 else "several ranks (--gpus)"

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from common.parallel.mesh import Axis, Layout, Mesh, build_mesh
 from common.registry.settings import DecodeOptions
-from common.text.t5 import FLOAT8_LAYERS, T5, EncoderFiles, Member, new_t5
+from common.text.encoder import TextWork
 from common.video.decode import DecodePlan, VideoDecoder
 from common.video.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode
 from common.weights.blocks import Blocks, FromShares, Image
@@ -36,17 +35,6 @@ from common.weights.placement import Placement
 
 STAGES = ("text", "sampling", "decode")
 BUFFERS = 2
-T5_XXL: Mapping[str, Any] = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-}
 
 
 @dataclass(frozen=True)
@@ -56,8 +44,8 @@ class Workload:
     transformer: on the meta device, with `blocks` and `matmuls`; parameters of any floating dtype.
     step: (model) -> None; prepares and computes one sampling step as the pipeline does, on the meta device.
     decoder: on the meta device. latents: (C, T, h, w) that it decodes. frames: (T, H, W) that come out.
-    text: the config.json of the text encoder, None for T5_XXL's. tokens: the length to which a prompt may grow.
-    exact: the transformer's parameters that are held in fp32 at least. encoder: the text encoder's kind.
+    text: of every text encoder, in the order that they run; empty where there is none.
+    exact: the transformer's parameters that are held in fp32 at least.
     experts: transformers like this one that take turns; where models stay on the device, all of them do.
     """
 
@@ -66,21 +54,9 @@ class Workload:
     decoder: VideoDecoder
     latents: tuple[int, int, int, int]
     frames: tuple[int, int, int]
-    tokens: int
-    text: Mapping[str, Any] | None = None
+    text: tuple[TextWork, ...] = ()
     exact: tuple[str, ...] = ()
-    encoder: Member = T5
     experts: int = 1
-
-    def with_text(self, find: Callable[[], Path | EncoderFiles | None]) -> Workload:
-        """With the encoder of a folder (of T5), where there is one; `find` may raise ValueError when there is none."""
-        try:
-            found = find()
-            files = EncoderFiles.find(found) if isinstance(found, Path) else found
-            numbers = None if files is None else files.numbers()
-        except ValueError:
-            return self  # told when a prompt needs it: a run without one does not
-        return self if numbers is None else replace(self, text=asdict(numbers))
 
 
 @dataclass(frozen=True)
@@ -168,7 +144,7 @@ class Estimator:
         self.model = typed(work.transformer, precision.dtype, work.exact, precision.float8, self.multiplies)
         self.images = block_images(self.model)
         self.outer = _nbytes(self.model, without="blocks.")
-        self.text = self._text() if mesh.is_main else None
+        self.text = [self._encoder(text) for text in work.text] if mesh.is_main else []
         self.activations, self.flops, self.sent = self._step()
         self.decoder = work.decoder.to(precision.dtype)
         self.peaks: dict[DecodePlan, int] = {}
@@ -180,7 +156,7 @@ class Estimator:
         """keep: models stay on the device from one stage to the next. free: bytes, for the choice of a decode plan."""
         placement = replace(placement, float8=self.precision.float8)
         transformer, host = placed_bytes(self.outer, self.images, placement, self.mesh.world.size)
-        text = StageMemory(0, 0) if self.text is None else self._text_memory(placement)
+        text = self._text_memory(placement, keep)
         decoder = _nbytes(self.decoder)
         plan, frames = self._decode(free - decoder - (text.weights + self.work.experts * transformer if keep else 0))
         weights = {"text": text.weights, "sampling": transformer, "decode": decoder}
@@ -214,24 +190,25 @@ class Estimator:
         return memory.peak, flops.get_total_flops(), traffic.sent
 
     @torch.inference_mode()
-    def _text(self) -> tuple[int, list[Image], int]:
-        """T5's bytes outside of its layers, the layers' images, bytes at the peak of encoding one prompt."""
-        t5 = new_t5(dict(self.work.text or T5_XXL), member=self.work.encoder).to(self.precision.text)
-        t5.encoder.embed_tokens.weight = t5.shared.weight  # type: ignore[union-attr]
-        layers = t5.encoder.block = Blocks(t5.encoder.block)  # type: ignore[union-attr,arg-type]
+    def _encoder(self, work: TextWork) -> tuple[int, list[Image], int]:
+        """A text encoder's bytes outside of its layers, the layers' images, bytes at the peak of encoding a prompt."""
+        model = work.new(self.precision.text)
+        name, layers = next(((n, m) for n, m in model.named_modules() if isinstance(m, Blocks)), ("", Blocks()))
         for layer in layers if self.precision.text_float8 else ():
-            use_float8(layer, FLOAT8_LAYERS, self.multiplies)
+            use_float8(layer, work.matmuls, self.multiplies)
         with PeakMemory() as memory:
-            t5(input_ids=torch.zeros(1, self.work.tokens, dtype=torch.long, device="meta"))
+            work.run(model, torch.zeros(1, work.tokens, dtype=torch.long, device="meta"))
         images = [Image.of(layer, partial(_kind, layer)) for layer in layers]
-        return _nbytes(t5, without="encoder.block."), images, memory.peak
+        return _nbytes(model, without=f"{name}." if name else None), images, memory.peak
 
-    def _text_memory(self, placement: Placement) -> StageMemory:
-        assert self.text is not None
-        outer, layers, working = self.text
-        # T5 is on one rank: what streams comes from its files.
+    def _text_memory(self, placement: Placement, keep: bool) -> StageMemory:
+        """Of the encoder that needs most; where models stay, beside the others' weights."""
+        # They are on one rank: what streams comes from their files.
         where = Placement("disk" if placement.streams else "stage")
-        return StageMemory(placed_bytes(outer, layers, where, 1)[0], working)
+        found = [StageMemory(placed_bytes(outer, layers, where, 1)[0], peak) for outer, layers, peak in self.text]
+        if keep:
+            return StageMemory(sum(one.weights for one in found), max((one.activations for one in found), default=0))
+        return max(found, key=lambda one: one.total, default=StageMemory(0, 0))
 
     def _decode(self, free: float) -> tuple[DecodePlan, int]:
         """The first plan that fits, and bytes at its peak; frames are gathered on rank 0's CPU."""
@@ -294,7 +271,7 @@ def _nbytes(model: nn.Module, without: str | None = None) -> int:
 def placed_bytes(outer: int, images: list[Image], placement: Placement, ranks: int) -> tuple[int, int]:
     """Bytes of a model on a rank's device and in its host memory; see `common.weights.placement.place`."""
     whole = sum(entry.nbytes for image in images for entry in image.entries.values())
-    room = max(image.nbytes for image in images)
+    room = max((image.nbytes for image in images), default=0)
     count = min(BUFFERS, len(images))
     if placement.shard and ranks > 1:
         shares = [FromShares.share_bytes(image.nbytes, ranks) for image in images]

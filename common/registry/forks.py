@@ -89,7 +89,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Text:
-    """The text encoder, and the tokens that it hands to the two branches. Also the `Tokens` of a stream.
+    """A text encoder, and the tokens that it hands to the two branches. Also the `Tokens` of a stream.
 
     A model that attends to padding has its full length; one that drops it counts a prompt of usual length, and no token
     for a negative prompt that it does not encode when empty.
@@ -97,7 +97,7 @@ class Text:
 
     prompt: int
     negative: int
-    parameters: int = T5_XXL_PARAMETERS
+    parameters: int
 
     def tokens(self, size: Size) -> tuple[int, int]:
         return self.prompt, self.negative
@@ -201,7 +201,8 @@ class Model:
     rules: Rules
     """Sizes that it admits, and its official defaults."""
     latents: Latents
-    text: Text
+    text: tuple[Text, ...]
+    """The text encoders, in the order that they run; empty where there is none."""
     stacks: tuple[Stack, ...]
     parameters: int
     """Of the transformer; of one of them where several take turns."""

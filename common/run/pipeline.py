@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -133,7 +133,11 @@ class Pipeline:
         for files in self.transformer_files():
             check_model(files.module, files.checkpoint, files.rename)
         if text and self.mesh.is_main:
-            self.text_files().check(self.config.text_dim)
+            self.check_text()
+
+    def check_text(self) -> None:
+        """The text encoders' part of `check_weights`, on rank 0."""
+        self.text_files().check(self.config.text_dim)
 
     def check_vae(self, frames: bool) -> None:
         """The autoencoder's part of `check_weights`: the decoder, and for frames the encoder."""
@@ -170,16 +174,20 @@ class Pipeline:
             if not self.keeps:
                 del self.loaded[name]
 
-    def encode_text(self, prompts: Mapping[int, str], limit: int, use_mask: bool) -> dict[int, TextBranch]:
+    def encode_text(
+        self, prompts: Mapping[int, str], limit: int, use_mask: bool, find: Callable[[], Encoder] | None = None
+    ) -> dict[int, TextBranch]:
         """Features of each branch's prompt, on every rank. The encoder runs on rank 0 alone and is gone before this
         returns.
 
         limit: tokens, longer prompts are truncated with a warning. use_mask: whether padding is kept from the encoder
-        too. Collective.
+        too. find: the encoder, for models with several or another one; default: `text_files`. Collective.
         """
 
         def encode() -> TextFeatures:
-            with self.stage_model("text encoder", self._load_text_encoder) as encoder, self.report.stage("encoding"):
+            files = (find or self.text_files)()
+            name = "text encoder" if find is None else f"text encoder {files.name}"
+            with self.stage_model(name, partial(self._text_encoder, files)) as encoder, self.report.stage("encoding"):
                 return encoder.encode(list(prompts.values()), limit, use_mask)
 
         with self.report.stage("text features", quiet=True):
@@ -192,10 +200,10 @@ class Pipeline:
                 self.report.warn(f"the prompt {said[:40]!r}... is too long; this was cut off: {found.cut[i]!r}")
         return text
 
-    def _load_text_encoder(self) -> TextEncoder:
+    def _text_encoder(self, files: Encoder) -> TextEncoder:
         with self.report.stage("loading text encoder"):
             return TextEncoder(
-                self.text_files(),
+                files,
                 self.device,
                 self.precision.text,
                 self.runtime.text_cache,

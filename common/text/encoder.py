@@ -7,7 +7,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -50,6 +50,21 @@ class Encoder(Protocol):
 
     def run(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Features (B, L, D) of ids (B, L), every one of which the model attends to."""
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """One text encoder at work, for estimates.
+
+    new: the model on the meta device with weights of a dtype, its layers in `common.weights.blocks.Blocks` where they
+    can stream. run: as of `Encoder`. tokens: of the longest prompt. matmuls: linear layers inside such a layer that may
+    be held in eight bits.
+    """
+
+    new: Callable[[torch.dtype], nn.Module]
+    run: Callable[[nn.Module, Tensor], Tensor]
+    tokens: int
+    matmuls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ An encoder's directory is either a diffusers folder (with `text_encoder/` and `t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.text.encoder import TextWork
 from common.text.tokenizer import PAD, Tokenizer
 from common.weights.blocks import Blocks, FromFile, Image, Stream, bind
 from common.weights.checkpoint import DTYPE_NAMES, is_zip, load_pickle, open_checkpoint, read_index
@@ -89,6 +91,12 @@ fast tokenizer; sentencepiece would spell them in bytes.
 """
 
 
+T5_XXL: Mapping[str, Any] = asdict(
+    T5Numbers(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+)
+"""The numbers of T5 v1.1 XXL's encoder."""
+
+
 @dataclass(frozen=True)
 class EncoderFiles:
     """The files of one encoder, found but not read; a `common.text.encoder.Encoder`."""
@@ -151,7 +159,7 @@ class EncoderFiles:
         return load_t5(self, device, dtype, float8, stream)
 
     def run(self, model: nn.Module, ids: Tensor) -> Tensor:
-        return model(input_ids=ids).last_hidden_state
+        return features_of(model, ids)
 
     def fingerprint(self) -> str:
         """A hash that changes with the configuration, the tokenizer and the weights.
@@ -168,6 +176,37 @@ class EncoderFiles:
                     file.seek(k * max(size - 65536, 0) // 63)
                     digest.update(file.read(65536))
         return digest.hexdigest()
+
+
+def features_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Features (B, L, D) of ids (B, L)."""
+    return model(input_ids=ids).last_hidden_state
+
+
+def text_work(
+    tokens: int,
+    find: Callable[[], Path | EncoderFiles] | None = None,
+    official: Mapping[str, Any] = T5_XXL,
+    member: Member = T5,
+) -> TextWork:
+    """An encoder of the family at work on prompts of so many tokens.
+
+    find: its folder or files, None where there is no checkpoint. official: numbers that count without one, and where
+    `find` raises ValueError: that is told when a prompt needs the encoder, for a run without prompts does not.
+    """
+    numbers = official
+    with suppress(ValueError):
+        found = find() if find is not None else None
+        files = EncoderFiles.find(found, member) if isinstance(found, Path) else found
+        numbers = official if files is None else asdict(files.numbers())
+
+    def new(dtype: torch.dtype) -> nn.Module:
+        model = new_t5(numbers, member=member).to(dtype)
+        model.encoder.embed_tokens.weight = model.shared.weight  # type: ignore[union-attr]
+        model.encoder.block = Blocks(model.encoder.block)  # type: ignore[union-attr,arg-type]
+        return model
+
+    return TextWork(new, features_of, tokens, FLOAT8_LAYERS)
 
 
 def read_numbers(path: Path, member: Member = T5) -> T5Numbers:

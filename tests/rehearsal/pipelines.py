@@ -125,7 +125,8 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
             report=tracer.steps,
             **options,
         )
-        pipe._load_text_encoder = lambda: Said(model.text_width)  # type: ignore[method-assign]
+        pipe.text_files = lambda: None  # type: ignore[method-assign,assign,return-value]
+        pipe._text_encoder = lambda files: Said(model.text_width)  # type: ignore[method-assign]
         given: dict[str, Any] = {"negative_prompt": "blurred"}
         if kind is MochiPipeline:
             given["num_frames"] = 6 * (model.size[0] - 1) + 1
