@@ -21,6 +21,7 @@ from wan_xdit.config import (
     read_transformer,
     read_vae,
 )
+from wan_xdit.layouts import LOOKED_FOR, find_parts
 
 PUBLISHED: Mapping[str, TransformerConfig] = {
     "t2v-14b": T2V_14B,
@@ -187,11 +188,21 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 def find_checkpoint(folder: Path) -> CheckpointFiles:
-    """What lies in a checkpoint's folder. CheckpointError names what is missing or cannot be run; reads json alone."""
+    """What lies in a checkpoint's folder, in any layout. CheckpointError names what is missing or cannot be run.
+
+    Reads json and headers alone.
+    """
     index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise CheckpointError(f"no Wan checkpoint: {index_file} is missing")
-    return _diffusers(folder, read_object(index_file), str(index_file))
+    if index_file.is_file():
+        return _diffusers(folder, read_object(index_file), str(index_file))
+    parts = find_parts(folder)
+    if parts is None:
+        raise CheckpointError(f"{folder}: no Wan checkpoint; looked for {LOOKED_FOR}")
+    small = any("480p" in path.name.lower() for path in (folder.resolve(), *parts.experts))
+    made = CheckpointFiles(
+        "original", parts.config, parts.vae_config, parts.experts, parts.vae, per_token=parts.per_token, small=small
+    )
+    return checked(replace(made, boundary=RULES[made.kind].boundary), str(folder))
 
 
 def _diffusers(folder: Path, index: Mapping[str, object], where: str) -> CheckpointFiles:

@@ -37,6 +37,19 @@ VAES = {
 IMAGE_ENCODER = ImageConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14
 )
+TRAINED_VAE = VAEConfig(
+    width=24,
+    decoder_width=32,
+    latent_channels=12,
+    multiples=(1, 1, 1),
+    depth=1,
+    temporal=(True, True),
+    fold=2,
+    shortcuts=True,
+    mean=(0.0,) * 12,
+    std=(1.0,) * 12,
+)
+"""The trained demo's: 2.2's kind, 8 x 8 pixels and 4 frames to a latent; training makes its latents white."""
 _COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
 _CAPTIONS = [
     f"A {colour} {thing} moves slowly to the {side} on a black background."
@@ -69,6 +82,22 @@ def demo_config(kind: str) -> TransformerConfig:
         text_length=64,
         time_width=32,
         image_width=IMAGE_ENCODER.hidden_size if kind.startswith("i2v-14b") else None,
+    )
+
+
+def trained_config() -> TransformerConfig:
+    """The trained demo's: TI2V-5B's kind, four heads of 32 in four layers."""
+    channels = TRAINED_VAE.latent_channels
+    return TransformerConfig(
+        width=128,
+        heads=4,
+        layers=4,
+        ffn=512,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=64,
+        text_length=48,
+        time_width=64,
     )
 
 

@@ -1,4 +1,7 @@
-"""Weights in the original and in the diffusers layout, both ways: see `common.weights.load` for what a table means."""
+"""Weights in the original and in the diffusers layout, both ways: see `common.weights.load` for what a table means.
+
+ComfyUI's files have the original names.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ from common.weights.load import (
     open_checkpoint,
 )
 from common.weights.placement import Placement, place
+from common.weights.scaled import with_row_scales
 from wan_xdit.checkpoint import CheckpointFiles, find_checkpoint
 from wan_xdit.config import TransformerConfig, VAEConfig
+from wan_xdit.layouts import PREFIX, STEM, weights_file
 
 if TYPE_CHECKING:
     from wan_xdit.transformer import WanTransformer
     from wan_xdit.vae import WanDecoder, WanEncoder
-
-STEM = "diffusion_pytorch_model"
 
 _ORIGINAL_TOP = {
     "patch.proj": "patch_embedding",
@@ -213,10 +216,30 @@ def load_transformer(
     """
     from wan_xdit.transformer import WanTransformer
 
-    checkpoint = open_checkpoint(find_files(files.experts[expert], STEM, dtype))
     model = on_meta(WanTransformer, files.config, sp, residual)
     table, exact = rename_table(files.config, files.layout), exact_names(files.config)
+    checkpoint = open_transformer(_file(files, files.experts[expert], dtype), table)
     return place(model, checkpoint, table, device, dtype, exact, placement, world, progress)
+
+
+def open_transformer(file: Path, table: Rename) -> Checkpoint:
+    """A transformer's tensors under the names of a table, be it in a file of ComfyUI's, which may be in eight bits."""
+    from wan_xdit.transformer import WanTransformer
+
+    checkpoint = open_checkpoint(file)
+    if any(name.startswith(PREFIX) for name in checkpoint):
+        checkpoint = checkpoint.select(PREFIX, strip=True)
+    ends = tuple(f".{name}" for name in WanTransformer.matmuls)
+    theirs = [source for ours, source in table.items() if ours.startswith("blocks.") and ours.endswith(ends)]
+    kept: set[str] = set()
+    for source in theirs:
+        kept |= {f"{name}.weight" for name in (source.names if isinstance(source, Concat) else (str(source),))}
+    return with_row_scales(checkpoint, kept.__contains__)
+
+
+def _file(files: CheckpointFiles, place: Path, dtype: torch.dtype | None) -> Path:
+    """The file, or the index of the shards, in which a part lies."""
+    return weights_file(place) if files.layout == "original" else find_files(place, STEM, dtype)
 
 
 def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> tuple[TransformerFiles, ...]:
@@ -225,9 +248,9 @@ def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) 
 
     files = find_checkpoint(folder)
     table, exact = rename_table(files.config, files.layout), exact_names(files.config)
-    found = [find_files(expert, STEM, dtype) for expert in files.experts]
+    found = [_file(files, expert, dtype) for expert in files.experts]
     return tuple(
-        TransformerFiles(on_meta(WanTransformer, files.config), open_checkpoint(file), table, file, exact)
+        TransformerFiles(on_meta(WanTransformer, files.config), open_transformer(file, table), table, file, exact)
         for file in found
     )
 
@@ -273,4 +296,4 @@ _OTHER_HALF = {
 
 
 def _open_vae(files: CheckpointFiles, dtype: torch.dtype | None) -> Checkpoint:
-    return open_checkpoint(find_files(files.vae, STEM, dtype))
+    return with_row_scales(open_checkpoint(_file(files, files.vae, dtype)))

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from common.text.encoder import TextWork
 from common.text.tokenizer import PAD, Tokenizer
 from common.weights.blocks import Blocks, FromFile, Image, Stream, bind
-from common.weights.checkpoint import DTYPE_NAMES, is_zip, load_pickle, open_checkpoint, read_index
+from common.weights.checkpoint import DTYPE_NAMES, Checkpoint, Stored, is_zip, open_checkpoint, read_index
 from common.weights.float8 import FLOAT8, SCALE, fill_float8, has_float8_matmul, use_float8
 from common.weights.load import CASTABLE, assign
+from common.weights.scaled import with_row_scales
 from common.weights.schema import MAX_LAYERS, CheckpointError, bounded, build, one_of, quoted, read_object, shown
 
 _LAYERS = "encoder.block."
 _ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
+SENTENCEPIECE = "spiece_model"
+"""The tensor that holds the tokenizer in ComfyUI's files of an encoder."""
 FLOAT8_LAYERS = (
     *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
     *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1")),
@@ -270,7 +273,7 @@ def load_t5(
     for name in list(mapped):
         if not (stream and name.startswith(_LAYERS)):
             kind = model.get_parameter(name).dtype if float8 else dtype
-            _put(model, name, mapped.pop(name), torch.device(device), FLOAT8 if kind == FLOAT8 else dtype)
+            _put(model, name, mapped.pop(name)(), torch.device(device), FLOAT8 if kind == FLOAT8 else dtype)
     model.encoder.embed_tokens.weight = model.shared.weight
     if stream:
         _stream_layers(layers, mapped, torch.device(device), dtype)
@@ -294,24 +297,26 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _mapped(files: EncoderFiles, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The encoder's tensors as views of the mapped files. CheckpointError names file and tensor where one is wrong."""
-    found: dict[str, Tensor] = {}
+def _mapped(files: EncoderFiles, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[], Tensor]]:
+    """What gives each of the encoder's tensors, a view of its mapped file unless it has to be widened from eight bits.
+
+    CheckpointError names file and tensor where one is wrong.
+    """
+    found: dict[str, Callable[[], Tensor]] = {}
     kind = files.member.name
     aliases = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in files.rename.items()} or _ALIASES
-    for path, stored, tensor in _tensors(files.weights, {*wanted, *aliases}, every=bool(files.rename)):
-        name, at = aliases.get(stored, stored), f"{path}: tensor {quoted(stored)}"
+    for tensor, checkpoint in _tensors(files.weights, {*wanted, *aliases}, every=bool(files.rename)):
+        name, at = aliases.get(tensor.name, tensor.name), f"{tensor.file}: tensor {quoted(tensor.name)}"
         if name not in wanted:
             raise CheckpointError(f"{at} is unknown to the {kind} encoder that {files.config} describes")
         if tensor.dtype not in CASTABLE:
             has = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
             castable = ", ".join(DTYPE_NAMES[dtype] for dtype in CASTABLE)
-            said = f"{at} has dtype {has}, expected {castable}"
-            raise CheckpointError(f"{said}; a {kind} encoder in eight bits is not read")
+            raise CheckpointError(f"{at} has dtype {has}, expected {castable}")
         if tuple(tensor.shape) != wanted[name]:
             asks = f"{files.config.name} asks for {wanted[name]}"
             raise CheckpointError(f"{at} has shape {tuple(tensor.shape)}, {asks}")
-        found.setdefault(name, tensor)
+        found.setdefault(name, partial(checkpoint.tensor, tensor.name))
     if missing := sorted(set(wanted) - set(found)):
         raise CheckpointError(
             f"{files.weights[0].parent}: {len(missing)} tensors of the {kind} encoder are missing, "
@@ -320,28 +325,15 @@ def _mapped(files: EncoderFiles, wanted: Mapping[str, tuple[int, ...]]) -> dict[
     return found
 
 
-def _tensors(paths: Collection[Path], wanted: Collection[str], every: bool) -> Iterator[tuple[Path, str, Tensor]]:
-    """File, name and mapped tensor of what is wanted, or is an encoder's; a whole T5's decoder is not touched.
+def _tensors(paths: Collection[Path], wanted: Collection[str], every: bool) -> Iterator[tuple[Stored, Checkpoint]]:
+    """Tensors that are wanted, or are an encoder's; a whole T5's decoder is not touched.
 
     every: files that hold an encoder and nothing else.
     """
-    flat = [path for path in paths if path.suffix == ".safetensors"]
-    if flat:
-        checkpoint = open_checkpoint(flat)
-        for name, stored in checkpoint.items():
-            if every or name in wanted or name.startswith("encoder."):
-                yield stored.file, name, checkpoint.tensor(name)
-    for path in paths:
-        if path in flat:
-            continue
-        state = load_pickle(path)
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{path} does not hold a table of named tensors")
-        for name, tensor in state.items():
-            if every or name in wanted or str(name).startswith("encoder."):
-                if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-                    raise CheckpointError(f"{path}: {quoted(str(name))} is no plain tensor")
-                yield path, str(name), tensor
+    checkpoint = with_row_scales(open_checkpoint(paths))
+    for name, stored in checkpoint.items():
+        if (every or name in wanted or name.startswith("encoder.")) and name != SENTENCEPIECE:
+            yield stored, checkpoint
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -355,14 +347,16 @@ def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtyp
     assign(model, name.removesuffix("weight") + SCALE, scale.to(device))
 
 
-def _stream_layers(layers: Blocks, mapped: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+def _stream_layers(
+    layers: Blocks, mapped: Mapping[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype
+) -> None:
     """Let the layers' weights come from the mapped files, two layers at a time."""
 
     def fill(index: int, tensors: Mapping[str, Tensor]) -> None:
         for name, out in tensors.items():
             if name.endswith(SCALE):
                 continue
-            stored = mapped[f"{_LAYERS}{index}.{name}"]
+            stored = mapped[f"{_LAYERS}{index}.{name}"]()
             if out.dtype != FLOAT8:
                 out.copy_(stored)
                 continue

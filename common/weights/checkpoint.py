@@ -1,4 +1,6 @@
-"""Safetensors files: headers, memory-mapped tensors, and a writer that holds one tensor at a time.
+"""Files of tensors: safetensors headers, memory-mapped tensors, and a writer that holds one tensor at a time.
+
+Files of `torch.save` are read as well where they hold a table of plain tensors; nothing in them is run.
 
 The format (see `common.weights.headers`) is read and written here and not by the library so that an error names the
 tensor a truncated file cuts, so that a file larger than the machine's memory can be mapped, and so that parts of
@@ -11,9 +13,9 @@ import json
 import mmap
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from torch import Tensor
 
 from common.system.files import Partial, writing
 from common.weights.headers import Entry, read_header
-from common.weights.schema import CheckpointError, plain_file, quoted, read_object
+from common.weights.pickles import MAGIC, read_pickle_header
+from common.weights.schema import CheckpointError, plain_file, quoted
+from common.weights.tables import PICKLES, read_index
 
 _DTYPES = {
     "F64": torch.float64,
@@ -44,7 +48,10 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: where its bytes lie, not the bytes."""
+    """One tensor in a file: where its bytes lie, not the bytes.
+
+    make: what gives a tensor that is no plain run of bytes; `offset` says nothing then.
+    """
 
     name: str
     file: Path
@@ -52,10 +59,11 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    make: Callable[[], Tensor] | None = field(default=None, compare=False)
 
 
 class Checkpoint(Mapping[str, Stored]):
-    """The tensors of one or several safetensors files, by name. Holds headers; data is mapped when asked for."""
+    """The tensors of one or several files, by name. Holds headers; data is mapped when asked for."""
 
     def __init__(self, entries: Mapping[str, Stored], label: str, metadata: Mapping[str, str]) -> None:
         self._entries = dict(entries)
@@ -88,6 +96,8 @@ class Checkpoint(Mapping[str, Stored]):
     def tensor(self, name: str) -> Tensor:
         """The tensor as a view of the memory-mapped file, on the CPU, in the stored dtype."""
         entry = self[name]
+        if entry.make is not None:
+            return entry.make()
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if entry.file not in self._maps:
@@ -110,11 +120,11 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
-    """Read the headers of safetensors files.
+    """Read the headers of safetensors files, and the tables of `torch.save` files.
 
-    `files` is one `.safetensors` file, several (shards), or one `*.index.json` that names the shards.
-    Raises CheckpointError for a missing file or shard, a file that is not safetensors, a truncated one, a tensor that
-    the index promises and the shard lacks, and a tensor that lies in two files.
+    `files` is one `.safetensors` or one of `PICKLES`, several (shards), or one `*.index.json` that names the shards.
+    Raises CheckpointError for a missing file or shard, a file that is neither, a truncated one, one that holds code,
+    a tensor that the index promises and the shard lacks, and a tensor that lies in two files.
     """
     paths = [Path(files)] if isinstance(files, (str, Path)) else [Path(file) for file in files]
     if not paths:
@@ -131,10 +141,10 @@ def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
     entries: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        found, strings = read_header(path)
+        found, strings = _read_table(path)
         for name in found.keys() & entries.keys():
             raise CheckpointError(f"{path}: tensor {quoted(name)} is also in {entries[name].file}")
-        entries |= {name: _stored(path, name, entry) for name, entry in found.items()}
+        entries |= found
         metadata |= strings
     for name, shard in placed.items():
         if name not in entries:
@@ -143,26 +153,28 @@ def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
     return Checkpoint(entries, label, metadata)
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, as an index says. CheckpointError for what is none, or leads out of its folder."""
-    placed = read_object(path).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
-        raise CheckpointError(f"{path}: not an index of weights (weight_map does not map names to files)")
-    for shard in dict.fromkeys(placed.values()):
-        place = PurePosixPath(shard)
-        if place.is_absolute() or ".." in place.parts or not place.name or "\0" in shard:
-            raise CheckpointError(f"{path} names {quoted(shard)}; an index may name files of its own folder only")
-    return placed
+def _read_table(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """What lies in one file, and its metadata."""
+    if path.suffix in PICKLES and not is_zip(path):
+        return {name: _pickled(path, name, tensor) for name, tensor in load_table(path).items()}, {}
+    found, strings = (read_pickle_header(path), {}) if path.suffix in PICKLES else read_header(path)
+    return {name: _stored(path, name, entry) for name, entry in found.items()}, strings
 
 
 def _stored(path: Path, name: str, entry: Entry) -> Stored:
     return Stored(name, path, _DTYPES[entry.dtype], entry.shape, entry.offset, entry.nbytes)
 
 
+def _pickled(path: Path, name: str, tensor: Tensor) -> Stored:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{path}: tensor {quoted(name)} has the unknown dtype {tensor.dtype}")
+    return Stored(name, path, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, lambda: tensor.detach().contiguous())
+
+
 def is_zip(path: Path) -> bool:
     """Whether a `torch.save` file is of the format since torch 1.6, which can be mapped."""
     with plain_file(path) as file:
-        return file.read(4) == b"PK\x03\x04"
+        return file.read(4) == MAGIC
 
 
 def load_pickle(path: Path) -> Any:
@@ -183,6 +195,17 @@ def load_pickle(path: Path) -> Any:
     except Exception as error:  # zip, unicode, memory and runtime errors alike
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} is damaged or truncated: {said or type(error).__name__}") from None
+
+
+def load_table(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a `torch.save` file of any format. CheckpointError for anything else in it."""
+    state = load_pickle(path)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} does not hold a table of named tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: {quoted(str(name))} is no plain tensor")
+    return state
 
 
 def find_files(folder: str | Path, stem: str, dtype: torch.dtype | None = None) -> Path:

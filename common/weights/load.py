@@ -368,6 +368,10 @@ class _Reader:
         flat, at = out.view(-1), 0
         for stored, piece in parts:
             count = math.prod(stored.shape) // piece.of
+            if stored.make is not None:
+                flat[at : at + count].view(-1, *stored.shape[1:]).copy_(piece.rows(stored.make()))
+                at += count
+                continue
             start = stored.offset + piece.part * count * stored.dtype.itemsize
             self._fill(flat[at : at + count], stored, start)
             at += count

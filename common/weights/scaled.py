@@ -1,0 +1,93 @@
+"""Eight-bit tensors with one scale for a whole tensor, as ComfyUI's files have them, as `load` and `place` take them.
+
+Beside a layer's `weight` in e4m3 lies the number by which its values are multiplied, under one of `SCALES`; a weight
+without one stands for itself. Weights that a module holds in eight bits stay the very bytes they are, with the scale
+repeated for each row; any other is widened to fp32 when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from common.weights.checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, Stored, quoted
+from common.weights.float8 import FLOAT8, SCALE
+
+SCALES = ("scale_weight", "weight_scale")
+_DROPPED = ("scale_input", "input_scale", "comfy_quant")
+"""What else lies beside a weight: how inputs would be rounded, and what the format is called."""
+_MARK = "scaled_fp8"
+_NARROW = (FLOAT8, torch.float8_e5m2)
+_WIDE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def with_row_scales(checkpoint: Checkpoint, kept: Callable[[str], bool] = lambda name: False) -> Checkpoint:
+    """The checkpoint with its eight-bit tensors as `load` takes them, and without what it does not take.
+
+    kept: says of a tensor's name whether a module holds that weight in eight bits. Checkpoints without eight bits, and
+    those with a scale for each row, which this project writes, come back as they are. CheckpointError names the file
+    and the tensor whose scale is no single number.
+    """
+    narrow = {name for name, stored in checkpoint.items() if stored.dtype in _NARROW and name != _MARK}
+    if not narrow or any(_rows(checkpoint, name) for name in narrow):
+        return checkpoint
+    found: dict[str, Stored] = {}
+    for name, stored in checkpoint.items():
+        leaf = name.rpartition(".")[2]
+        if name == _MARK or leaf in _DROPPED or (leaf in SCALES and _weight(name) in checkpoint):
+            continue
+        found[name] = stored
+        if name in narrow:
+            scale = _scale(checkpoint, name)
+            if stored.dtype == FLOAT8 and len(stored.shape) == 2 and kept(name):
+                found[_beside(name, SCALE)] = _repeated(_beside(name, SCALE), stored, scale)
+            else:
+                found[name] = replace(stored, dtype=torch.float32, make=partial(_widened, checkpoint, name, scale))
+    return Checkpoint(found, checkpoint.label, checkpoint.metadata)
+
+
+def _beside(name: str, leaf: str) -> str:
+    return ".".join((*name.split(".")[:-1], leaf))
+
+
+def _weight(name: str) -> str:
+    return _beside(name, "weight")
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a weight has a scale for each of its rows."""
+    stored = checkpoint.get(_beside(name, SCALE))
+    return stored is not None and stored.shape == (*checkpoint[name].shape[:1], 1)
+
+
+def _scale(checkpoint: Mapping[str, Stored], name: str) -> Stored | None:
+    """The one number that multiplies a tensor, where there is one."""
+    if name.rpartition(".")[2] != "weight":
+        return None
+    found = next((checkpoint[other] for leaf in SCALES if (other := _beside(name, leaf)) in checkpoint), None)
+    if found is not None and (found.dtype not in _WIDE or any(side != 1 for side in found.shape)):
+        at = f"{found.file}: tensor {quoted(found.name)}"
+        kind = DTYPE_NAMES.get(found.dtype, str(found.dtype))
+        raise CheckpointError(f"{at} has shape {list(found.shape)} and dtype {kind}, expected one floating number")
+    return found
+
+
+def _number(stored: Stored | None) -> float:
+    if stored is None:
+        return 1.0
+    return float(Checkpoint({stored.name: stored}, str(stored.file), {}).tensor(stored.name).float())
+
+
+def _repeated(name: str, weight: Stored, scale: Stored | None) -> Stored:
+    rows = weight.shape[0]
+    return Stored(
+        name, weight.file, torch.float32, (rows, 1), 0, 4 * rows, lambda: torch.full((rows, 1), _number(scale))
+    )
+
+
+def _widened(checkpoint: Checkpoint, name: str, scale: Stored | None) -> Tensor:
+    return checkpoint.tensor(name).float() * _number(scale)
