@@ -21,6 +21,11 @@ PARTS = {
     "cogvideox-export": ("cogvideox", "export"),
     "consisid": ("consisid", "train_consisid"),
     "consisid-export": ("consisid", "export"),
+    "wan-vae": ("wan_vae", "train_vae"),
+    "wan-white": ("wan_vae", "whiten"),
+    "wan-decoder": ("wan_vae", "train_decoder"),
+    "wan": ("wan", "train_wan"),
+    "wan-export": ("wan", "export"),
 }
 
 

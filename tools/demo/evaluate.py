@@ -57,7 +57,7 @@ def psnr(reconstruct: Callable[[Tensor], Tensor], count: int, frames: int) -> fl
     return float(torch.stack(values).mean())
 
 
-FRAMES = {"mochi": 13, "cogvideox": 17, "consisid": 17}
+FRAMES = {"mochi": 13, "cogvideox": 17, "consisid": 17, "wan": 13}
 """Models, and how many frames their demo clips have."""
 _FORKS = {fork.name: fork for fork in forks()}
 
@@ -98,10 +98,16 @@ def _shown(text: str, config: Any) -> dict[str, Any]:
 
 def reconstruction(model: str, pipe: Any) -> Callable[[Tensor], Tensor]:
     """From frames (T, H, W, 3) to what the autoencoder makes of them."""
+    from common.video.inputs import pixels
+
     if model == "mochi":
         return _mochi_reconstruction(pipe)
+    if model == "wan":
+        from wan_xdit.vae import encode as wan_encode
+
+        wan_encoder = pipe._load_encoder()
+        return lambda clip: pipe.decode(wan_encode(wan_encoder, pixels(clip, torch.float32)).float())
     from cogvideox_xdit.vae import encode
-    from common.video.inputs import pixels
 
     encoder, factor = pipe._load_encoder(), pipe.vae_config.scaling_factor
     return lambda clip: pipe.decode(encode(encoder, pixels(clip, torch.float32))[0].float() * factor)
