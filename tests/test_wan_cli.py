@@ -182,6 +182,15 @@ def test_where_models_stay_both_experts_are_counted(cache: Path) -> None:
     assert kept == one["text"].weights + 2 * one["sampling"].weights + one["decode"].weights
 
 
+def test_keys_and_values_of_the_text_are_counted_where_they_are_kept(cache: Path) -> None:
+    """Both branches' of one block after the other: 512 tokens, 1536 channels, 30 blocks, in bf16."""
+    request = read("--dry-run", "wan2.1-t2v-1.3b", "--prompt", "x", "--device", "cpu", "--gpus", 1, "--dtype", "bf16")
+    with imagined(request.layout) as mesh:
+        counted = estimator(FORK, request, mesh)
+    kept, streamed = (counted.estimate(Placement(where)).stages["sampling"] for where in ("stage", "block"))
+    assert kept.activations - streamed.activations == 2 * 30 * 2 * 512 * 1536 * 2
+
+
 def test_demos_have_the_traits_of_their_kinds() -> None:
     for kind in DEMO_KINDS:
         config, rules = demo_config(kind), demo_rules(kind)

@@ -4,6 +4,8 @@ layouts."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,6 +218,25 @@ def test_one_expert_is_on_the_device_at_a_time(folders: dict[str, Path]) -> None
     keeping = WanPipeline.from_pretrained(folders["t2v-a14b"], dtype="fp32", keep_loaded=True)
     keeping(PROMPT, **SIZES["t2v-a14b"], num_steps=4, shift=3.0, output="latent")
     assert {"transformer", "second transformer"} < set(keeping.loaded)
+
+
+def test_the_next_experts_files_are_read_while_the_first_runs(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def noted(files: Sequence[Path], room: int) -> AbstractContextManager[None]:
+        asked.append([file.parent.name for file in files])
+        return nullcontext()
+
+    monkeypatch.setattr("wan_xdit.pipeline.read_ahead", noted)
+    given = {**SIZES["t2v-a14b"], "num_steps": 4, "shift": 3.0, "output": "latent"}
+    WanPipeline.from_pretrained(folders["t2v-a14b"], dtype="fp32")(PROMPT, **given)
+    assert asked == [["transformer_2"]]
+    # Not where both stay, nor where blocks stream; then the text's keys and values are made anew in each step.
+    for options in ({"keep_loaded": True}, {"offload": "disk"}):
+        WanPipeline.from_pretrained(folders["t2v-a14b"], dtype="fp32", **options)(PROMPT, **given)
+    assert asked == [["transformer_2"]]
 
 
 def test_a_given_first_frame_stays_as_it_is(folders: dict[str, Path]) -> None:

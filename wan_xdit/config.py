@@ -46,6 +46,12 @@ class TransformerConfig:
         return self.patch[0] * self.patch[1] * self.patch[2]
 
     @property
+    def kept_numbers(self) -> int:
+        """Keys and values of the text's and the image's tokens in all blocks, for one guidance branch."""
+        tokens = self.text_length + (self.image_tokens if self.image_width else 0)
+        return self.layers * 2 * tokens * self.width
+
+    @property
     def image_channels(self) -> int:
         """Channels beside the noise: 4 of the mask and 16 of the image's latents, or none."""
         return self.in_channels - self.out_channels

@@ -3,6 +3,7 @@ else."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import torch
 from torch import Tensor
 
 from common.model.compile import compile_transformer
+from common.parallel.device_memory import host_memory
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
 from common.registry.settings import DecodeOptions
 from common.run.pipeline import Pipeline, with_diffusers_names
 from common.run.quantize import TransformerFiles
+from common.system.environment import this_process
 from common.text.t5 import EncoderFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Picture, as_array, image_frames, pixels
 from common.video.latents import check_latents, draw_noise, save_latents
+from common.weights.ahead import read_ahead
 from common.weights.dtypes import latent_dtype, parse_dtype
 from wan_xdit.checkpoint import RESIDUALS, SOLVER, find_checkpoint
 from wan_xdit.clip import ImageEncoder, check_image_encoder, load_image_encoder
@@ -28,7 +32,7 @@ from wan_xdit.solver import Solver, new_solver
 from wan_xdit.text import clean, find_text_encoder
 from wan_xdit.transformer import WanTransformer
 from wan_xdit.vae import WanDecoder, WanEncoder, encode
-from wan_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
+from wan_xdit.weights import check_vae, expert_files, load_decoder, load_encoder, load_transformer, transformer_files
 
 
 class WanPipeline(Pipeline):
@@ -175,13 +179,22 @@ class WanPipeline(Pipeline):
         for turn in plan:
             name = "transformer" if turn.expert == 0 else "second transformer"
             with self.stage_model(name, partial(self._compiled_expert, turn.expert)) as model:
+                # Where blocks stream memory is short, and to fill all of them once more would take a pass of its own.
+                keep = not self.placement.streams
                 conds = {
-                    b: model.prepare(text[b], start.size, start.beside, image, still=tokens.still)
+                    b: model.prepare(text[b], start.size, start.beside, image, keep, tokens.still)
                     for b in self.guidance.branches(turn.scale)
                 }
-                with self.report.stage("sampling", total=len(turn.steps)) as step:
+                with self.report.stage("sampling", total=len(turn.steps)) as step, self._next_expert(turn, plan):
                     sample(model, tokens, conds, solver, turn, self.guidance, step)
         return tokens.latents()
+
+    def _next_expert(self, turn: Turn, plan: list[Turn]) -> AbstractContextManager[None]:
+        """Within it the files of the expert whose turn comes next are read, by one rank of each machine."""
+        following = [later.expert for later in plan if later.expert > turn.expert]
+        if not following or self.keeps or self.placement.streams or this_process().local_rank:
+            return nullcontext()
+        return read_ahead(expert_files(self.files, following[0], self.dtype), host_memory())
 
     def _compiled_expert(self, expert: int) -> WanTransformer:
         model = self.load_transformer(expert)

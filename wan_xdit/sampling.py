@@ -167,4 +167,5 @@ def workload(
         (text_work(config.text_length, find, UMT5_XXL, UMT5),),
         exact=exact_names(config),
         experts=experts,
+        kept=len(guidance.branches(turn.scale)) * config.kept_numbers * dtype.itemsize,
     )

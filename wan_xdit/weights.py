@@ -255,6 +255,12 @@ def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) 
     )
 
 
+def expert_files(files: CheckpointFiles, expert: int, dtype: torch.dtype | None = None) -> tuple[Path, ...]:
+    """The files that `load_transformer` reads."""
+    checkpoint = open_checkpoint(find_files(files.experts[expert], STEM, dtype))
+    return tuple(dict.fromkeys(stored.file for stored in checkpoint.values()))
+
+
 def load_decoder(
     files: CheckpointFiles, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> WanDecoder:

@@ -47,6 +47,7 @@ class Workload:
     text: of every text encoder, in the order that they run; empty where there is none.
     exact: the transformer's parameters that are held in fp32 at least.
     experts: transformers like this one that take turns; where models stay on the device, all of them do.
+    kept: bytes that `step` keeps from step to step, which a pipeline whose blocks stream computes anew instead.
     """
 
     transformer: nn.Module
@@ -57,6 +58,7 @@ class Workload:
     text: tuple[TextWork, ...] = ()
     exact: tuple[str, ...] = ()
     experts: int = 1
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Estimator:
         if keep:
             all_of_them = text.weights + self.work.experts * transformer + decoder
             weights = dict.fromkeys(STAGES, all_of_them)
-        working = {"text": text.activations, "sampling": self.activations, "decode": frames}
+        sampling = self.activations - (self.work.kept if placement.streams else 0)
+        working = {"text": text.activations, "sampling": sampling, "decode": frames}
         stages = {name: StageMemory(weights[name], working[name]) for name in STAGES}
         sent = Counter(self.sent)
         if placement.shard and self.mesh.world.size > 1:
