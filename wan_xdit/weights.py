@@ -257,7 +257,7 @@ def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) 
 
 def expert_files(files: CheckpointFiles, expert: int, dtype: torch.dtype | None = None) -> tuple[Path, ...]:
     """The files that `load_transformer` reads."""
-    checkpoint = open_checkpoint(find_files(files.experts[expert], STEM, dtype))
+    checkpoint = open_checkpoint(_file(files, files.experts[expert], dtype))
     return tuple(dict.fromkeys(stored.file for stored in checkpoint.values()))
 
 
