@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.registry.request import Request, as_wrong_use
-from common.run.outputs import kept_latents, outputs
+from common.run.outputs import outputs
 from common.system.progress import Report
 
 if TYPE_CHECKING:
@@ -32,11 +32,9 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
         report.note("this demo checkpoint has random weights: the picture is noise")
     for output in outputs(request, mesh, report):
         video = output.video
-        latents = kept_latents(video, pipe.config.out_channels)
-        if latents is not None:
-            frames = pipe.decode(latents, request.decode)
-        else:
-            frames = pipe(
+        latents = output.kept(pipe.config.out_channels, pipe.vae_config)
+        if latents is None:
+            latents = pipe(
                 video.prompt,
                 video.negative_prompt,
                 seed=output.seed,
@@ -44,8 +42,9 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
                 video=options.video,
                 strength=options.strength,
                 dynamic_cfg=options.dynamic_cfg,
-                decode=request.decode,
-                latents_file=video.latents_file,
+                output="latent",
                 **vars(video.sampling),
             )
-        output.write(frames)
+            output.keep(latents, pipe.vae_config)
+        assert latents is not None
+        output.write(pipe.decode(latents, request.decode))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.registry.request import Request, as_wrong_use
-from common.run.outputs import kept_latents, outputs
+from common.run.outputs import outputs
 from common.system.progress import Report
 from consisid_xdit.options import missing_packages
 
@@ -32,22 +32,21 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
         report.note("this demo checkpoint has random weights: the picture is noise, and its face models know one face")
     for output in outputs(request, mesh, report):
         video = output.video
-        latents = kept_latents(video, pipe.config.out_channels)
-        if latents is not None:
-            frames = pipe.decode(latents, request.decode)
-        else:
+        latents = output.kept(pipe.config.out_channels, pipe.vae_config)
+        if latents is None:
             identity = identity or _identify(pipe, request, report)
-            frames = pipe(
+            latents = pipe(
                 video.prompt,
                 video.negative_prompt,
                 seed=output.seed,
                 identity=identity,
                 dynamic_cfg=options.dynamic_cfg,
-                decode=request.decode,
-                latents_file=video.latents_file,
+                output="latent",
                 **vars(video.sampling),
             )
-        output.write(frames)
+            output.keep(latents, pipe.vae_config)
+        assert latents is not None
+        output.write(pipe.decode(latents, request.decode))
 
 
 def _identify(pipe: ConsisIDPipeline, request: Request, report: Report) -> IdentityFeatures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.registry.request import Request, as_wrong_use
-from common.run.outputs import kept_latents, outputs
+from common.run.outputs import outputs
 from common.system.progress import Report
 
 if TYPE_CHECKING:
@@ -25,17 +25,16 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
         report.note("the demo checkpoint has random weights: the picture is noise")
     for output in outputs(request, mesh, report):
         video = output.video
-        latents = kept_latents(video, pipe.config.channels)
-        if latents is not None:
-            frames = pipe.decode(latents, request.decode)
-        else:
-            frames = pipe(
+        latents = output.kept(pipe.config.channels, pipe.vae_config)
+        if latents is None:
+            latents = pipe(
                 video.prompt,
                 video.negative_prompt,
                 seed=output.seed,
-                decode=request.decode,
-                latents_file=video.latents_file,
+                output="latent",
                 **vars(video.sampling),
                 **vars(request.options),
             )
-        output.write(frames)
+            output.keep(latents, pipe.vae_config)
+        assert latents is not None
+        output.write(pipe.decode(latents, request.decode))

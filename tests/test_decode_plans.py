@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from common.parallel.device_memory import MARGIN, SPARE, wanted
 from common.parallel.mesh import Axis, Layout, distributed
+from common.system.units import GIB
 from common.video.causal import CausalStream
 from common.video.decode import DecodePlan, decode_frames
 from common.video.decode_planning import (
-    AMPLE,
-    MARGIN,
-    SPARE,
+    TILES_COST,
     PeakMemory,
     agree,
     decode_memory,
@@ -23,6 +25,7 @@ from common.video.decode_planning import (
     plan_decode,
     plan_for_all,
     probe,
+    warning,
 )
 from tests.helpers.causal_net import Net, latents, net
 
@@ -62,12 +65,57 @@ def test_plans_go_from_the_fastest_to_the_smallest():
     needs = [decode_memory(model.to("meta"), shape, plan) for plan in plans]
     assert needs == sorted(needs, reverse=True) and needs[-1] < needs[2] / 4
     for i, need in enumerate(needs):
-        assert plan_decode(model, shape, need * MARGIN + SPARE, plans) == plans[i:]
+        assert plan_decode(model, shape, wanted(0, need), plans) == plans[i:]
     assert plan_decode(model, shape, 0, plans) == plans[-1:]
     assert decode_plans(model, shape, ranks=8)[0].chunk == 2
     assert decode_plans(model, (2, 1, 40, 64))[0].chunk == 1
     assert {p.mode for p in decode_plans(model, shape, mode="exact")} == {"exact"}
     assert decode_plans(model, shape, mode="tiled", tile=(20, 20), chunk=5) == (DecodePlan("tiled", 5, (20, 20)),)
+
+
+def test_the_picture_is_cut_only_where_the_exact_decode_does_not_fit():
+    """A GPU's decode can fail and go on by tiles, so there the smallest exact one is taken without its margin."""
+    model, shape = net(channels=8), (2, 12, 40, 64)
+    plans = decode_plans(model, shape)
+    needs = [decode_memory(model.to("meta"), shape, plan) for plan in plans]
+    exact = max(i for i, plan in enumerate(plans) if plan.mode == "exact")
+    for free, tries, want in (
+        (wanted(0, needs[exact]), False, exact),
+        (wanted(0, needs[exact]) - 1, False, exact + 1),
+        (wanted(0, needs[exact]) - 1, True, exact),
+        (needs[exact], True, exact),
+        (needs[exact] - 1, True, exact + 1),
+        (wanted(0, needs[0]) - 1, True, 1),
+    ):
+        first = plan_decode(model, shape, free, plans, tries=tries)[0]
+        assert first == plans[want] or (first.mode == plans[want].mode == "tiled"), (free, tries)
+
+
+def test_a_cut_picture_is_told_with_its_cost_and_what_avoids_it():
+    plans = (DecodePlan("exact", 2), DecodePlan("exact", 1), DecodePlan("tiled", 1, (20, 20)))
+    needs = dict(zip(plans, (4 * GIB, 2 * GIB, GIB)))
+    count = needs.__getitem__
+    assert wanted(0, 2 * GIB) == int(MARGIN * 2 * GIB) + SPARE == 3 * GIB
+    assert warning(plans[0], plans, 5.5 * GIB, count) == warning(plans[1], plans, 3 * GIB, count) == ""
+    assert warning(plans[2], plans[2:], GIB, count) == ""  # they were asked for
+    cut = warning(plans[2], plans, 1.8 * GIB, count)
+    for part in (
+        "changes the picture",
+        TILES_COST,
+        "1.2 GiB are missing",
+        "wants 3.0 GiB",
+        "1.8 GiB are free",
+        "--vae",
+    ):
+        assert part in cut
+    assert "tight" in warning(plans[1], plans, 2.5 * GIB, count) and TILES_COST in warning(plans[1], plans, GIB, count)
+    assert TILES_COST not in warning(plans[1], plans[:2], GIB, count)
+
+
+def test_the_cost_of_tiles_is_the_measured_one():
+    page = (Path(__file__).parents[1] / "docs" / "fidelity.md").read_text()
+    means = sorted(round(float(mean)) for mean in re.findall(r"--vae tiled --vae-tile 32` \| ([\d.]+) dB", page))
+    assert len(means) == 2 and TILES_COST.startswith(f"{means[0]} to {means[-1]} dB")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +172,7 @@ def tried(ranks: int) -> list[tuple[str, int]]:
     plans = decode_plans(model, shape, ranks)
     count = cache(lambda plan: decode_memory(Net(), shape, plan, "cpu", ranks))
     need = count(plans[0])
-    for free in (need * MARGIN + SPARE, need * MARGIN + SPARE, need * AMPLE + SPARE):
+    for free in (wanted(0, need), wanted(0, need), 2 * wanted(0, need) - need):
         runs.clear()
         plan = plan_for_all(model, shape, plans, free, count, mesh.world, mesh.device, agreed)
         found.append((plan.mode, len(runs)))

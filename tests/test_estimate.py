@@ -18,15 +18,16 @@ from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
 from cogvideox_xdit.fork import FORK as COGVIDEOX
 from cogvideox_xdit.fork import checkpoint as cogvideox_model
-from common.memory.choice import WORKSPACE, Choice, Room, candidates, choose_placement
+from common.memory.choice import Choice, Room, candidates, choose_placement
 from common.memory.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
+from common.memory.seconds import cpu_seconds, duration
+from common.parallel.device_memory import SPARE, wanted
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.usp import SequenceParallel
 from common.registry.forks import Model, Size, Text, fork_of
 from common.registry.layout import Coordinates
 from common.system.units import GIB
 from common.video.decode import DecodePlan
-from common.video.decode_planning import MARGIN, SPARE
 from common.weights.float8 import Float8Linear
 from common.weights.placement import Placement, resident_bytes
 from consisid_xdit.fork import FORK as CONSISID
@@ -136,7 +137,7 @@ def test_the_decode_keeps_to_the_memory_it_is_given(tmp_path, monkeypatch, keep)
     counted = Estimator(work, Mesh(), Precision(torch.float32, text=torch.float32), "cpu")
     placement = Placement("none" if keep else "stage")
     weights = counted.estimate(placement, keep).stages["decode"].weights
-    needs = [counted._plan_bytes(plan) * MARGIN + SPARE for plan in counted.plans]
+    needs = [wanted(0, counted._plan_bytes(plan)) for plan in counted.plans]
     for need in sorted(set(needs)):
         room = weights + need + 2**20
         pipe = MochiPipeline(folder, dtype="fp32", offload=placement.offload, max_memory=room / GIB)
@@ -257,6 +258,48 @@ def test_as_memory_falls(free, host, ranks, device, keep, want):
         assert "host memory has 2.0 GiB" in choice.why
 
 
+def test_models_do_not_stay_where_the_exact_decode_has_no_room_beside_them():
+    count = estimates()
+
+    def beside(placement: Placement, keep: bool) -> Estimate:
+        return replace(count(placement, keep), warning="cut" if keep else "")
+
+    assert choose_placement(count, Room(80 * GIB, 99 * GIB), 1, keep=True).keep
+    choice = choose_placement(beside, Room(80 * GIB, 99 * GIB), 1, keep=True)
+    assert (choice.placement, choice.keep) == (Placement("stage"), False)
+    assert "no room for the exact decode" in choice.why
+
+
+def test_a_tight_decode_moves_no_weights():
+    """No placement gives it more memory, so the fastest one stays."""
+
+    def tight(placement: Placement, keep: bool) -> Estimate:
+        return replace(estimates(decode=25)(placement, keep), warning="tight")
+
+    assert choose_placement(tight, Room(30 * GIB, 99 * GIB), 1).placement == Placement("stage")
+
+
+def test_seconds_on_a_cpu_are_its_products_by_its_rate(monkeypatch):
+    monkeypatch.setattr("common.memory.seconds.cpu_rate", lambda dtype: 1e10)
+    assert cpu_seconds(3e15, torch.bfloat16) == 3e5 and cpu_seconds(3e15, torch.bfloat16, ranks=4) == 1.2e6
+    assert cpu_seconds(1e12, torch.bfloat16) == 0  # minutes on any machine: not even measured
+    assert (duration(3e5), duration(1.2e6), duration(7300)) == ("3 days", "14 days", "2 hours")
+
+
+def test_hours_on_a_cpu_are_told_and_not_begun_unasked(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("common.memory.choice.cpu_seconds", lambda flops, dtype, ranks=1: 30 * 3600.0)
+    monkeypatch.setattr("common.system.environment.visible_gpus", lambda: 0)
+    folder = write_checkpoint(tmp_path / "model")
+    given = ("--model-dir", str(folder), "--prompt", "a", "--width", "32", "--height", "32", "--num-frames", "7")
+    given += ("--num-steps", "1", "--output", str(tmp_path / "x.mp4"))
+    status, _, err = run(MOCHI, *given, capsys=capsys)
+    assert status == 2 and "sampling takes about 30 hours on this machine's CPU; to wait for it say --device cpu" in err
+    status, out, _ = run(MOCHI, *given, "--dry-run", capsys=capsys)
+    assert status == 0 and "30 hours on this machine's CPU; refused unless --device cpu is given" in out
+    status, _, err = run(MOCHI, *given, "--device", "cpu", capsys=capsys)
+    assert status == 0 and "warning: sampling takes about 30 hours" in err
+
+
 def test_candidates_need_less_and_less():
     count = estimates()
     for ranks in (1, 4):
@@ -269,14 +312,14 @@ def test_what_does_not_fit_is_refused_with_what_to_do():
     for free, ranks, decode, told in (
         (1.5, 1, 0.1, "sampling needs 2.0 GiB on each device even when blocks are read .*--gpus"),
         (1.5, 4, 0.1, "more ranks than 4"),
-        (4.0, 1, 5.0, "decode needs 6.0 GiB on each device, and 4.0 GiB are free; .*--vae tiled"),
+        (4.0, 1, 5.0, "decode needs 6.0 GiB on each device, and 4.0 GiB are free; let tiles change .* --vae auto"),
     ):
         with pytest.raises(ValueError, match=told):
             choose_placement(estimates(decode=decode), Room(int(free * GIB), 99 * GIB), ranks)
 
 
 def test_the_last_few_megabytes_are_tried():
-    free = 2 * GIB + WORKSPACE // 4
+    free = 2 * GIB + SPARE // 4
     choice = choose_placement(estimates(decode=0.1), Room(free, 99 * GIB), 4)
     assert choice == Choice(Placement("disk"), False, choice.why, tight=True) and "tight" in choice.why
 

@@ -179,6 +179,12 @@ def test_signals_end_all_ranks_quietly(parent, tmp_path, number, status):
     assert alive(tmp_path) == []
 
 
+def test_an_interrupted_run_says_what_it_has_kept(tmp_path, capfd):
+    body = "time.sleep(.5); os.kill(os.getppid(), signal.SIGTERM); wait()"
+    assert supervise(script(tmp_path, body), 1, cpu=True, clean_up=lambda: "; x is kept") == 143
+    assert capfd.readouterr().err == "interrupted; x is kept\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path, capfd, number):
     """As under nohup, or after a script's `&`: in the parent, while it watches, and in its ranks."""

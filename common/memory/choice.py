@@ -10,20 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from common.memory.estimate import Estimate, Estimator
+from common.memory.seconds import LONG, cpu_seconds, duration
 from common.parallel.device_memory import free_memory, host_memory
 from common.parallel.mesh import Mesh, all_min, on_main
 from common.registry.forks import Fork, Size
 from common.registry.request import Request
 from common.registry.settings import Runtime
 from common.system.units import gib
+from common.video.decode import DecodePlan
+from common.video.decode_planning import TILES_COST
 from common.weights.dtypes import Precision
 from common.weights.placement import Placement
-
-SLACK = 1.25
-"""Free memory wanted for each byte of activations: allocators round, and kernels take workspaces."""
-WORKSPACE = 512 * 2**20
-"""Free memory wanted beside that on a GPU, by arithmetic, not measured: cuBLAS's workspace (32 MiB on Hopper, 8 MiB
-elsewhere, for each stream that multiplies), cuDNN's, and what NCCL connects only after free memory was asked for."""
 
 Count = Callable[[Placement, bool], Estimate]
 """(placement, whether models stay between stages) -> what one rank needs."""
@@ -65,13 +62,21 @@ def candidates(ranks: int, device: str = "cuda", keep: bool = False) -> Iterator
     yield Placement("disk"), False
 
 
-def needed(estimate: Estimate, device: str = "cuda") -> tuple[str, int]:
-    """The stage that wants most free memory, and how much. The decode has been planned by its own rule."""
-    spare = 0 if device == "cpu" else WORKSPACE
-    wanted = {name: int(s.weights + SLACK * s.activations + spare) for name, s in estimate.stages.items()}
-    wanted["decode"] = estimate.stages["decode"].total
-    name = max(wanted, key=lambda stage: wanted[stage])
-    return name, wanted[name]
+def needed(estimate: Estimate) -> tuple[str, int]:
+    """The stage that wants most free memory, and how much."""
+    name = max(estimate.stages, key=lambda stage: estimate.stages[stage].wanted)
+    return name, estimate.stages[name].wanted
+
+
+def fits(estimate: Estimate, free: int) -> bool:
+    """Whether a placement gives every stage what it wants.
+
+    Where models leave, the decode has the device for itself, and no placement gives it more: a tight one is tried.
+    """
+    stages = dict(estimate.stages)
+    if not estimate.keep and stages.pop("decode").total > free:
+        return False
+    return all(stage.wanted <= free for stage in stages.values())
 
 
 def choose_placement(count: Count, room: Room, ranks: int = 1, keep: bool = False) -> Choice:
@@ -79,8 +84,10 @@ def choose_placement(count: Count, room: Room, ranks: int = 1, keep: bool = Fals
     first, reason = "", ""
     for placement, kept in candidates(ranks, room.device, keep):
         estimate = count(placement, kept)
-        stage, wanted = needed(estimate, room.device)
-        if wanted > room.free:
+        stage, wanted = needed(estimate)
+        if kept and estimate.warning:
+            first = f"{placement}: no room for the exact decode beside it"
+        elif not fits(estimate, room.free):
             first = first or f"{placement}: {stage} would want {gib(wanted)} of {gib(room.free)} free"
         elif estimate.host > room.host:
             reason = f"; host memory has {gib(room.host)} a rank for {gib(estimate.host)} of blocks"
@@ -91,16 +98,17 @@ def choose_placement(count: Count, room: Room, ranks: int = 1, keep: bool = Fals
         stage, even = estimate.fullest, "" if estimate.fullest == "decode" else f" even when {placement}"
         raise ValueError(
             f"not enough memory: {stage} needs {gib(estimate.stages[stage].total)} on each device{even}, and "
-            f"{gib(room.free)} are free; {_advice(stage, ranks)}"
+            f"{gib(room.free)} are free; {_advice(stage, ranks, estimate.plan)}"
         )
     why = f"{placement} ({estimate.fullest} needs {gib(estimate.peak)} of {gib(room.free)} free, which is tight)"
     return Choice(placement, False, why, tight=True)
 
 
-def _advice(stage: str, ranks: int) -> str:
+def _advice(stage: str, ranks: int, plan: DecodePlan) -> str:
+    tiles = f"let tiles change the picture ({TILES_COST}; --vae auto), or " if plan.mode == "exact" else ""
     more = {
         "text": "run the text encoder in fewer bits (--text-dtype fp8), or keep features (--text-cache)",
-        "decode": "decode in smaller pieces (--vae tiled --vae-tile 256), or make a smaller or shorter video",
+        "decode": f"{tiles}make a smaller video (--width, --height)",
     }
     spread = f"more ranks than {ranks} (--gpus), which share the tokens" if ranks > 1 else "several ranks (--gpus)"
     smaller = "a smaller or shorter video (--width, --height, --num-frames)"
@@ -128,27 +136,62 @@ def room_on(mesh: Mesh, runtime: Runtime, local_ranks: int) -> Room:
     return Room(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), runtime.device)
 
 
-def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -> tuple[Request, str | None]:
-    """The request with the placement that was chosen for its first video, and a line about it. Collective.
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a run before its work begins. placement, keep: where its weights go.
 
-    One that says where weights are stays as it is, and so does one that loads no transformer. Raises ValueError on
-    every rank when nothing fits, and what opening the files raised.
+    why: a line on that, where the program chose it. warnings: what the user would rather know now than after hours.
+    """
+
+    placement: Placement
+    keep: bool
+    why: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -> tuple[Request, Outlook | None]:
+    """The request with the placement that was chosen for its first video, and what is to be told. Collective.
+
+    One that says where weights are keeps its placement, and one that samples nothing stays as it is. Raises ValueError
+    on every rank when nothing fits or a CPU would take hours unasked, and what opening the files raised.
     """
     runtime = request.runtime
-    if runtime.offload is not None or runtime.shard_weights or not request.sampled or not fork.has("sampling"):
+    if not request.sampled or not fork.has("sampling"):
         return request, None
     room = room_on(mesh, runtime, local_ranks)
 
-    def choose() -> Choice:
+    def look() -> Outlook:
         # Rank 0 has most of everything: the text encoder, the largest shard, the branch with the longer text.
         counted = estimator(fork, request, mesh)
-        return choose_placement(_count(counted, room), room, mesh.world.size, runtime.keep_loaded)
+        slow = long_sampling(request, counted.flops)
+        if slow and request.cpu_by_default:
+            raise ValueError(f"no GPU is visible, and {slow}; to wait for it say --device cpu")
+        found = _placed(counted, request, room, mesh.world.size)
+        return replace(found, warnings=(*found.warnings, slow)) if slow else found
 
-    choice = on_main(mesh, choose)
-    placement = choice.placement
-    runtime = replace(runtime, offload=placement.offload, shard_weights=placement.shard, keep_loaded=choice.keep)
-    return replace(request, runtime=runtime), choice.why
+    found = on_main(mesh, look)
+    placement = found.placement
+    runtime = replace(runtime, offload=placement.offload, shard_weights=placement.shard, keep_loaded=found.keep)
+    return replace(request, runtime=runtime), found
 
 
-def _count(counted: Estimator, room: Room) -> Count:
-    return lambda placement, keep: counted.estimate(placement, keep, room.free)
+def _placed(counted: Estimator, request: Request, room: Room, ranks: int) -> Outlook:
+    runtime = request.runtime
+    placement, keep, why = Placement(runtime.offload or "stage", runtime.shard_weights), runtime.keep_loaded, ""
+    if runtime.offload is None and not runtime.shard_weights:
+        choice = choose_placement(lambda where, kept: counted.estimate(where, kept, room.free), room, ranks, keep)
+        placement, keep, why = choice.placement, choice.keep, choice.why
+    said = counted.estimate(placement, keep, room.free).warning
+    return Outlook(placement, keep, why, (said,) if said else ())
+
+
+def long_sampling(request: Request, flops: int, ranks: int = 1) -> str:
+    """That sampling takes hours on this machine's CPU, with how many; empty where it does not.
+
+    flops: of one step on rank 0. ranks: as for `cpu_seconds`.
+    """
+    if not request.on_cpu:
+        return ""
+    steps = sum(video.sampling.num_steps for video in request.videos if video.latents is None)
+    seconds = cpu_seconds(flops * steps, Precision.of(request.runtime).dtype, ranks)
+    return "" if seconds < LONG else f"sampling takes about {duration(seconds)} on this machine's CPU"

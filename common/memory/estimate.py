@@ -5,7 +5,8 @@ that without data, counts what lives at once, what is multiplied and what is sen
 `Placement` lays them out. So the figures are those of the code that runs, not of formulas beside it.
 
 Not counted: the CUDA context (0.5 GB, gone from free memory before it is asked for), NCCL's buffers, the workspaces
-and rounding of kernels and allocators (`headroom` is for those), and the image encoders of some models.
+and rounding of kernels and allocators (the margin of `common.parallel.device_memory` is for those), and the image
+encoders of some models.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from common.parallel.device_memory import wanted
 from common.parallel.mesh import Axis, Layout, Mesh, build_mesh
 from common.registry.settings import DecodeOptions
 from common.text.encoder import TextWork
 from common.video.decode import DecodePlan, VideoDecoder
-from common.video.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode
+from common.video.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode, warning
 from common.weights.blocks import Blocks, FromShares, Image
 from common.weights.dtypes import Precision
 from common.weights.float8 import Float8Linear, plans_float8_matmul, use_float8
@@ -72,6 +74,11 @@ class StageMemory:
     def total(self) -> int:
         return self.weights + self.activations
 
+    @property
+    def wanted(self) -> int:
+        """Free bytes with the margin."""
+        return wanted(self.weights, self.activations)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -84,6 +91,8 @@ class Estimate:
     flops: int
     sent: Mapping[str, int]
     plan: DecodePlan
+    warning: str = ""
+    """Of the decode: what `common.video.decode_planning.warning` says of the plan."""
 
     @property
     def fullest(self) -> str:
@@ -160,7 +169,8 @@ class Estimator:
         transformer, host = placed_bytes(self.outer, self.images, placement, self.mesh.world.size)
         text = self._text_memory(placement, keep)
         decoder = _nbytes(self.decoder)
-        plan, frames = self._decode(free - decoder - (text.weights + self.work.experts * transformer if keep else 0))
+        room = free - decoder - (text.weights + self.work.experts * transformer if keep else 0)
+        plan, frames = self._decode(room)
         weights = {"text": text.weights, "sampling": transformer, "decode": decoder}
         if keep:
             all_of_them = text.weights + self.work.experts * transformer + decoder
@@ -172,7 +182,8 @@ class Estimator:
         if placement.shard and self.mesh.world.size > 1:
             shares = sum(FromShares.share_bytes(i.nbytes, self.mesh.world.size) for i in self.images)
             sent["weights"] = self.passes * shares * (self.mesh.world.size - 1)
-        return Estimate(placement, keep, stages, host, self.flops, sent, plan)
+        said = warning(plan, self.plans, room, self._plan_bytes)
+        return Estimate(placement, keep, stages, host, self.flops, sent, plan, said)
 
     @torch.inference_mode()
     def _step(self) -> tuple[int, int, Counter[str]]:
@@ -215,7 +226,8 @@ class Estimator:
 
     def _decode(self, free: float) -> tuple[DecodePlan, int]:
         """The first plan that fits, and bytes at its peak; frames are gathered on rank 0's CPU."""
-        plan = plan_decode(self.decoder, self.work.latents, free, self.plans, self._plan_bytes)[0]
+        tries = self.device == "cuda"
+        plan = plan_decode(self.decoder, self.work.latents, free, self.plans, self._plan_bytes, tries)[0]
         frames, height, width = self.work.frames
         # Chunks lie beside the whole while they are joined.
         kept = 2 * frames * height * width * 3 if self.device == "cpu" and self.mesh.is_main else 0

@@ -10,11 +10,25 @@ import torch
 
 from common.parallel.mesh import Mesh, all_min
 
+MARGIN = 1.25
+SPARE = 512 * 2**20
+"""The one margin: free bytes wanted for each byte of activations that is counted, and on top of that.
+
+Allocators round (malloc kept up to 0.4 GB), convolutions and matrix products take workspaces (cuBLAS's are 32 MiB on
+Hopper and 8 MiB elsewhere for each stream), and NCCL connects after free memory was asked for. By arithmetic; what a
+GPU really takes has not been measured.
+"""
+
 # Limits of a control group in bytes, its usage, and its page cache that the kernel drops first, in memory.stat.
 _GROUP_FILES = {
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
     2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
 }
+
+
+def wanted(weights: int, activations: int) -> int:
+    """Free bytes that a stage wants, the decode like the others, for what is counted of it."""
+    return int(weights + MARGIN * activations + SPARE)
 
 
 def release_memory() -> None:

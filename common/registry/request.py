@@ -6,7 +6,7 @@ No torch here: these values exist before the first rank does.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -66,6 +66,8 @@ class Video:
     """Its place among the videos of the same prompt."""
     latents: Path | None = None
     """Decode this file instead of sampling."""
+    made: Mapping[str, Any] | None = None
+    """Of `latents`: the settings that they were made with, as far as they are known."""
 
     @property
     def latents_file(self) -> Path:
@@ -121,6 +123,10 @@ class Request:
     dry_run: bool = False
     """Only say what would be done."""
     remarks: tuple[str, ...] = ()
+    decode_options: tuple[str, ...] = ()
+    """The words of the command line that a decode of kept latents needs again."""
+    cpu_by_default: bool = False
+    """The CPU computes because no GPU is visible, not because the command says so."""
 
     @property
     def on_cpu(self) -> bool:
@@ -149,16 +155,29 @@ def draw_seeds(videos: Sequence[Video]) -> list[Video]:
 
 
 def settings(request: Request, video: Video) -> dict[str, Any]:
-    """Every setting of one video, plain values for the json."""
+    """Every setting of one video, plain values for the json.
+
+    Of latents that were read from a file: what they were made with, None where the file does not say; the output and
+    how it is decoded are this run's, whose place and precision are told under `decoding`.
+    """
     parts = (request.runtime, request.runtime.compiling, request.decode, request.options, video.sampling, video)
     flat: dict[str, Any] = {}
     for part in parts:
         shown = (one for one in fields(part) if not one.metadata.get("internal"))
         flat |= {one.name: getattr(part, one.name) for one in shown}
-    for name in ("compiling", "sampling", "take"):
+    for name in ("compiling", "sampling", "take", "made"):
         del flat[name]
     source = request.source
     # Where a demo was made is of no use on another machine: its name is.
     flat |= {"model_dir": None if source.demo else source.model_dir, "demo": source.demo, "timeout": request.timeout}
     flat |= {"ranks": request.layout.ranks, "layout": asdict(request.layout) | {"ranks": request.layout.ranks}}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(flat.items())}
+    flat = {name: str(value) if isinstance(value, Path) else value for name, value in sorted(flat.items())}
+    return flat if video.made is None else _as_made(flat, video.made, request)
+
+
+def _as_made(flat: dict[str, Any], made: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    here = {one.name for one in fields(request.decode)} | {"fps", "output", "latents"}
+    place = {one.name for part in (request.runtime, request.runtime.compiling) for one in fields(part)}
+    place |= {"model_dir", "demo", "timeout", "ranks", "layout"}
+    known = {**dict.fromkeys(flat), **made} | {name: flat[name] for name in here}
+    return known | {"decoding": {name: value for name, value in flat.items() if name in place}}

@@ -31,6 +31,7 @@ from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
 from common.run.degrees import choose_layout
+from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
 from common.run.options import DRAWN, MOST, SYNONYMS, options
 from common.system import environment
 from common.system.files import absence, as_text, reason, resolved, shown, taken_problem, text_problem, writing_problem
@@ -82,7 +83,8 @@ def parse(fork: Fork, arguments: Sequence[str], at: environment.Process | None =
         raise WrongUse([error.format_message()]) from None
     problems = list(context.meta.get("problems", []))
     problems += _unknown(context.args, [name for option in spec.params for name in option.opts])
-    return _Reader(fork, context.params, problems, at or environment.Process()).request()
+    reader = _Reader(fork, context.params, problems, at or environment.Process(), given_options(context))
+    return replace(reader.request(), decode_options=decode_options(context, fixed(fork)))
 
 
 def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -100,9 +102,13 @@ def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
 class _Reader:
     """Turns option values into a Request, noting every problem on the way."""
 
-    def __init__(self, fork: Fork, values: Mapping[str, Any], problems: list[str], at: environment.Process) -> None:
+    def __init__(
+        self, fork: Fork, values: Mapping[str, Any], problems: list[str], at: environment.Process, given: set[str]
+    ) -> None:
         texts = {name: as_text(values[name]) for name in ("prompt", "negative_prompt") if values[name] is not None}
         self.fork, self.values, self.problems, self.process = fork, {**values, **texts}, problems, at
+        self.given = given
+        self.made = self._made()
         self.output, self.probe = Path(), True  # probe: whether the output is still to be tried
         self.gpus = 0 if values["device"] == "cpu" else environment.visible_gpus()
         self.dry = values["dry_run"] is not None
@@ -154,6 +160,7 @@ class _Reader:
             videos=tuple(videos),
             output=self.output,
             dry_run=self.dry,
+            cpu_by_default=not self.gpus and self.values["device"] != "cpu",
             remarks=tuple(self._remarks(layout.ranks)),
         )
 
@@ -235,7 +242,8 @@ class _Reader:
             fps=self._value("fps", rules.fps),
             output=self.output,
             seed=seed,
-            latents=self._latents(),
+            latents=self.values["from_latents"],
+            made=self.made,
         )
         prompts = self._prompts(rules)
         for name in ("prompt", "negative_prompt"):
@@ -267,13 +275,26 @@ class _Reader:
         if cache is not None and (problem := absence(cache, "folder")) and not problem.endswith("does not exist"):
             self.problems.append(f"--text-cache {problem}")
 
-    def _latents(self) -> Path | None:
+    def _made(self) -> dict[str, Any] | None:
+        """What --from-latents says of its latents, which stands for the options that decide them; None without it."""
         path = self.values["from_latents"]
-        if path is not None and (problem := absence(path, "file")):
+        if path is None:
+            return None
+        if problem := absence(path, "file"):
             self.problems.append(f"--from-latents {problem}")
-        if path is not None and (self.values["prompt_file"] or (self.values["num_videos"] or 1) > 1):
+            return {}
+        if self.values["prompt_file"] or (self.values["num_videos"] or 1) > 1:
             self.problems.append("--from-latents decodes one video; leave --prompt-file and --num-videos out")
-        return path
+        try:
+            made = settings_of(path, self.fork)
+        except ValueError as error:
+            self.problems.append(f"--from-latents {error}")
+            return {}
+        given = {name: self.values[name] for name in fixed(self.fork) if name in self.given}
+        self.problems += contradictions(path, made, given)
+        self.values |= {name: made[name] for name in SAMPLED if name in made}
+        # A file that does not say: what the user knows of it.
+        return {**{name: str(v) if isinstance(v, Path) else v for name, v in given.items()}, **made}
 
     def _prompts(self, rules: Rules) -> list[str]:
         prompt, file = self.values["prompt"], self.values["prompt_file"]

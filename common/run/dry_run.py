@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from common.memory.choice import Room, candidates, choose_placement, estimator
+from common.memory.choice import Room, candidates, choose_placement, estimator, long_sampling
 from common.memory.estimate import STAGES, Estimate, Estimator, imagined
 from common.parallel.device_memory import host_memory
 from common.registry.forks import Fork
@@ -37,6 +37,9 @@ def run(fork: Fork, request: Request) -> int:
     room = _room(request)
     free = room.free if room else float("inf")
     _step(counted[0])
+    if slow := long_sampling(request, counted[0].flops, layout.ranks):
+        refused = "; refused unless --device cpu is given" if request.cpu_by_default else ""
+        print(f"time        {slow}{refused}")
     _placements(counted[0], request, free)
     return _verdict(counted, request, room)
 
@@ -109,6 +112,8 @@ def _verdict(counted: Mapping[int, Estimator], request: Request, room: Room | No
         print(f"chosen      {choice.why}")
     for rank, one in counted.items():
         _detail(rank, one.estimate(placement, keep, free))
+    if said := counted[0].estimate(placement, keep, free).warning:
+        print(f"warning     {said}")
     return 0
 
 

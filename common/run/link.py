@@ -70,6 +70,11 @@ class Link:
         elif _first_to_fail():
             say(f"error: {shown(failure.text())}{afterword}", self.stderr)
 
+    def interrupted(self, afterword: str) -> None:
+        """Tell the user who interrupted the run what is kept; nothing where nothing is."""
+        if afterword:
+            say(f"interrupted{afterword}", self.stderr)
+
     def leave(self, status: int) -> NoReturn:
         """End this process without tearing down process groups: their threads may wait for a peer, or abort at exit."""
         for stream in (sys.stdout, self.stderr):

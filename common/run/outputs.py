@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,6 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from common.registry.request import Request, Video, WrongUse, draw_seeds, settings
+from common.run.kept import check_decoder, command_that_decodes, numbers_of
 from common.run.options import version
 from common.system.files import identity, remove_partial, shown, tell
 from common.system.progress import Report, StageRecord
@@ -28,11 +30,11 @@ def clean_up(request: Request, since: float) -> str:
     for video in request.videos:
         for path in (*video.files, *video.latents_files):
             remove_partial(path)
-        for path in video.latents_files:
+        for path in video.latents_files if video.latents is None else (video.latents,):
             with suppress(OSError):
-                if path.stat().st_mtime >= since:
-                    kept.append(shown(path))
-    return f"; finished latents are kept, decode them with --from-latents {kept[-1]}" if kept else ""
+                if path.stat().st_mtime >= since or path == video.latents:
+                    kept.append(command_that_decodes(request, video, path))
+    return f"; finished latents are kept, go on with: {shown(shlex.join(kept[-1]))}" if kept else ""
 
 
 class Output:
@@ -48,6 +50,35 @@ class Output:
         """The one that was given, or that rank 0 drew."""
         assert self.video.seed is not None
         return self.video.seed
+
+    def keep(self, latents: Tensor | None, decoder: object) -> None:
+        """Put final latents (1, C, T, h, w), with every setting they come from, where a decode that fails leaves them.
+
+        decoder: the numbers of the one that they are for, a dataclass.
+        """
+        from common.video.latents import save_latents
+
+        if self.mesh.is_main:
+            assert latents is not None
+            made = json.dumps(settings(self.request, self.video))
+            told = {"program": self.request.program, "decoder": numbers_of(decoder), "settings": made}
+            save_latents(self.video.latents_file, latents, told, self.report.warn)
+
+    def kept(self, channels: int, decoder: object) -> Tensor | None:
+        """The latents (1, C, T, h, w) of --from-latents, None without it; WrongUse says what is wrong with them.
+
+        decoder: the numbers of the one that is to decode them.
+        """
+        from common.video.latents import load_latents
+
+        path = self.video.latents
+        if path is None:
+            return None
+        try:
+            check_decoder(path, numbers_of(decoder), self.video.made or {})
+            return load_latents(path, channels)
+        except ValueError as error:
+            raise WrongUse([f"--from-latents {error}"]) from None
 
     def write(self, frames: Tensor | None) -> None:
         """Write the video with its settings, the json, and remove the latents, of which there is no more need.
@@ -94,18 +125,6 @@ def outputs(request: Request, mesh: Mesh, report: Report) -> Iterator[Output]:
         if video.latents is None:
             report.note(f"seed {video.seed}")
         yield Output(video, request, mesh, report)
-
-
-def kept_latents(video: Video, channels: int) -> Tensor | None:
-    """The latents (1, C, T, h, w) of --from-latents, None without it; WrongUse says what is wrong with them."""
-    from common.video.latents import load_latents
-
-    if video.latents is None:
-        return None
-    try:
-        return load_latents(video.latents, channels)
-    except ValueError as error:
-        raise WrongUse([f"--from-latents {error}"]) from None
 
 
 def _gather(mesh: Mesh, records: list[StageRecord]) -> list[list[StageRecord]]:

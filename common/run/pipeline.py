@@ -10,6 +10,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from common.model.compile import compile_decoder, compile_transformer
@@ -211,6 +212,7 @@ class Pipeline:
                 stream=self.placement.streams,
             )
 
+    @torch.inference_mode()
     def decode(self, latents: Tensor, options: DecodeOptions | None = None) -> Tensor | None:
         """Latents (1, C, T, h, w) to all frames, uint8 (frames, 8h, 8w, 3) on rank 0, None elsewhere. Collective."""
         with self.stage_model("decoder", self._compiled_decoder) as decoder:

@@ -65,10 +65,10 @@ def run(
             release()
             link.leave(0)
     except Stopped as stopped:
-        after_failure()
+        link.interrupted(after_failure())
         return stopped.status
     except KeyboardInterrupt:
-        after_failure()
+        link.interrupted(after_failure())
         return 130
     except _Failed as failed:
         return failed.status
@@ -157,7 +157,7 @@ def _self_test(mesh: Mesh, request: Request, report: Report, link: Link) -> None
 
 
 def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report: Report) -> Request:
-    """The request with a real checkpoint directory, and a placement of its weights, of which a line is told.
+    """The request with a real checkpoint directory, and a placement of its weights; says what is known in advance.
 
     A demo checkpoint is made by one rank of each machine. Collective.
     """
@@ -171,9 +171,11 @@ def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report
             _wait_for_all(mesh)
             request = replace(request, source=replace(request.source, model_dir=fork.demo_folder(name)))
     with report.stage("opening the checkpoint", quiet=True):
-        request, why = with_placement(fork, request, mesh, process.local_world_size)
-    if why is not None:
-        report.note(f"weights: {why}")
+        request, found = with_placement(fork, request, mesh, process.local_world_size)
+    if found is not None and found.why:
+        report.note(f"weights: {found.why}")
+    for warning in found.warnings if found is not None else ():
+        report.warn(warning)
     return request
 
 

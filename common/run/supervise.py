@@ -106,6 +106,8 @@ def supervise(
             afterword = clean_up() if status else ""
     if reason or left:
         say(f"error: {shown(reason or 'stopped')}{left}{afterword}")
+    elif afterword:
+        say(f"interrupted{afterword}")
     return status
 
 

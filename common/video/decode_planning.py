@@ -14,22 +14,16 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.parallel.device_memory import release_memory
+from common.parallel.device_memory import release_memory, wanted
 from common.parallel.mesh import Axis, all_min
 from common.system.failure import is_out_of_memory
+from common.system.units import gib
 from common.video.causal import CausalStream, LocalLink
 from common.video.decode import OVERLAP, DecodePlan, DecodeSize, VideoDecoder
 from common.video.tiles import tiles
 
-# What kernels' workspaces and the allocator take on top of the tensors that an estimate counts: a share, and a fixed
-# amount: malloc kept up to 0.4 GB. On the CPU, where convolutions' workspaces are counted, less would do; not measured
-# on a GPU.
-MARGIN = 1.5
-SPARE = 512 * 2**20
-
-
-# A plan is not tried out where this many times its count are free (`MARGIN` asks for less).
-AMPLE = 2.0
+TILES_COST = "27 to 29 dB PSNR to the exact one on the demos (docs/fidelity.md)"
+"""What tiles of 32 pixels make of a picture, as it was measured."""
 
 AgreedPlans = dict[tuple[DecodeSize, DecodePlan], DecodePlan]
 """By size and the plan that would be tried first: the plan that several ranks found to fit."""
@@ -86,8 +80,8 @@ def decode_memory(
     """Bytes at the peak of decoding (C, T, h, w) latents by `plan` on one of `ranks` ranks.
 
     Counted by running the decoder's first two chunks without data, in the dtype of its weights, which are not
-    included, nor the workspaces of the kernels (`MARGIN` and `SPARE` are for those). device: the type of the device on
-    which it would run; default: where the decoder is.
+    included, nor the workspaces of the kernels (`common.parallel.device_memory.wanted` is for those). device: the type
+    of the device on which it would run; default: where the decoder is.
     """
     parts = tiles(latents[2], latents[3], plan.tile, plan.overlap)
     weights = {name: torch.empty_like(weight, device="meta") for name, weight in decoder.state_dict().items()}
@@ -186,18 +180,44 @@ def plan_decode(
     free_bytes: float,
     plans: tuple[DecodePlan, ...],
     count: Callable[[DecodePlan], int] | None = None,
+    tries: bool = False,
 ) -> tuple[DecodePlan, ...]:
-    """`plans` from the first one on that should fit into `free_bytes` (the last one, if none does).
+    """`plans` from the first one on that fits into `free_bytes` with its margin (the last one, if none does).
 
-    count: bytes of a plan, for who keeps them; default: `decode_memory`.
+    count: bytes of a plan, for who keeps them; default: `decode_memory`. tries: a plan that runs out of memory is given
+    up for the next, as on a GPU; then the smallest exact one is taken without the margin, before the picture is cut.
     The rest are the fall-backs, in order, after an out-of-memory error. All ranks must start with the same plan:
     give the smallest free memory of them all, or see `agree`.
     """
+    exact = [plan for plan in plans if plan.mode == "exact"][-1:] if tries else []
     for i, plan in enumerate(plans):
         need = decode_memory(decoder, latents, plan) if count is None else count(plan)
-        if need * MARGIN + SPARE <= free_bytes:
+        if (need if plan in exact else wanted(0, need)) <= free_bytes:
             return plans[i:]
     return plans[-1:]
+
+
+def warning(
+    plan: DecodePlan, plans: tuple[DecodePlan, ...], free_bytes: float, count: Callable[[DecodePlan], int]
+) -> str:
+    """What a user is to know of the plan that was taken out of all `plans` for these free bytes.
+
+    Empty where the decode is exact and fits with its margin, and where tiles were asked for.
+    """
+    exact = [one for one in plans if one.mode == "exact"]
+    if not exact or (plan.mode == "exact" and wanted(0, count(plan)) <= free_bytes):
+        return ""
+    need = count(plan if plan.mode == "exact" else exact[-1])
+    room = f"it wants {gib(wanted(0, need))} beside its weights, by count {gib(need)}, and {gib(free_bytes)} are free"
+    if plan.mode == "exact":
+        cut = f"; where memory runs out, tiles change the picture: {TILES_COST}" if len(exact) < len(plans) else ""
+        return f"the exact decode is tight: {room}{cut}"
+    return (
+        f"the decode is cut into tiles, which changes the picture: {TILES_COST}. For the exact decode "
+        f"{gib(wanted(0, need) - free_bytes)} are missing: {room}. More free memory avoids it, or a smaller picture "
+        "(--width, --height); fewer frames or more ranks do not, since each rank holds one chunk of the whole picture. "
+        "--vae exact cuts nothing, and stops where memory runs out"
+    )
 
 
 def probe(decoder: VideoDecoder, latents: DecodeSize, plan: DecodePlan) -> bool:
@@ -242,12 +262,12 @@ def plan_for_all(
 ) -> DecodePlan:
     """The first of `plans` that every rank of the axis can take; collective.
 
-    Tried out (`agree`, `probe`) only where less than `AMPLE` times the first one's need is free, since that costs the
-    time of two chunks, and once: `agreed` keeps what was found. free_bytes, count: as for `plan_decode`, the same on
+    Tried out (`agree`, `probe`) only where less than twice the first one's margin is free, since that costs the time
+    of two chunks, and once: `agreed` keeps what was found. free_bytes, count: as for `plan_decode`, the same on
     every rank, as `agreed` is.
     """
     first = plans[0]
-    if count(first) * AMPLE + SPARE <= free_bytes:
+    if 2 * wanted(0, count(first)) - count(first) <= free_bytes:
         return first
     if (latents, first) not in agreed:
         agreed[latents, first] = agree(plans, lambda plan: probe(decoder, latents, plan), axis, device)

@@ -15,7 +15,14 @@ from common.system.failure import is_out_of_memory
 from common.system.progress import Report
 from common.video.causal import TimeSplit
 from common.video.decode import VideoDecoder, decode_frames
-from common.video.decode_planning import AgreedPlans, decode_memory, decode_plans, plan_decode, plan_for_all
+from common.video.decode_planning import (
+    AgreedPlans,
+    decode_memory,
+    decode_plans,
+    plan_decode,
+    plan_for_all,
+    warning,
+)
 
 
 def decode_video(
@@ -38,18 +45,18 @@ def decode_video(
     _, channels, frames, height, width = latents.shape
     size = (channels, frames, height, width)
     tile = options.tile(decoder.scale)
-    plans = decode_plans(decoder, size, mesh.world.size, options.vae, options.vae_chunk, tile)
+    ways = decode_plans(decoder, size, mesh.world.size, options.vae, options.vae_chunk, tile)
     free = free_memory(mesh, room)
     counted = cache(lambda plan: decode_memory(decoder, size, plan, ranks=mesh.world.size))
-    plans = plan_decode(decoder, size, free, plans, counted)
+    plans = plan_decode(decoder, size, free, ways, counted, tries=mesh.device.type == "cuda")
     if mesh.world.size > 1 and mesh.device.type == "cuda":
         agreed = {} if agreed is None else agreed
         plans = (plan_for_all(decoder, size, plans, free, counted, mesh.world, mesh.device, agreed),)
     split = TimeSplit(mesh.world)
     for i, plan in enumerate(plans):
         report.note(f"decode: {plan}")
-        if options.vae == "auto" and plan.mode == "tiled" and tile is None:
-            report.warn("the exact decode does not fit into memory; seams of tiles are blended (see docs/fidelity.md)")
+        if said := warning(plan, ways, free, counted):
+            report.warn(said)
         try:
             return _collect(
                 decode_frames(decoder, latents, plan, split), len(decoder.chunks(frames, plan.chunk)), report
