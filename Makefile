@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 # A video from a small trained checkpoint: on the GPUs of the machine, else on two CPU ranks.
 demo: setup
 	@started=$$(date +%s); \
-	$(BIN)/mochi-xdit --demo --seed 1 --output demo.mp4 > /dev/null && \
+	$(BIN)/mochi-xdit --demo --seed 1 --output demo.mp4 --overwrite > /dev/null && \
 	printf '%s\n' "" \
 	    "$(CURDIR)/demo.mp4 was made in $$(($$(date +%s) - started)) s. Next, the first with a prompt of your own:" \
 	    "  $(HERE)/mochi-xdit --demo --output blue.mp4 --prompt 'A small blue square moves to the left.'" \

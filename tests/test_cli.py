@@ -133,7 +133,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         (("--demo", "--prompt-file", "none.txt"), "none.txt cannot be read: no such file"),
         (("--demo", "--prompt-file", "empty.txt"), "empty.txt holds no prompt"),
         (("--demo", "--prompt-file", "latin.txt"), "is not UTF-8"),
-        (("--demo", "--output", "a.avi"), "must end in .mp4"),
+        (("--demo", "--output", "a.avi"), "nothing is written as .avi"),
         (("--demo", "--output", "."), "is a directory"),
         (("--demo", "--output", "empty.txt/a.mp4"), "is not a folder"),
         (("--demo", "--output", "/proc/a.mp4"), "cannot be written"),

@@ -190,7 +190,7 @@ def test_the_second_run_of_one_output_is_told(tmp_path):
 
 def test_a_reader_that_left_ends_no_job(tmp_path):
     (tmp_path / "two.txt").write_text("one\ntwo\n")
-    line = [*FAKE, "--prompt-file", "two.txt", "--output", "x.mp4"]
+    line = [*FAKE, "--prompt-file", "two.txt", "--output", "x.mp4", "--overwrite"]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(line, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
@@ -206,7 +206,7 @@ def test_a_reader_that_left_ends_no_job(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_logs_on_a_full_disk_end_no_job_of_several_ranks(tmp_path):
     with open("/dev/full", "w") as full:
-        line = [*FAKE[:-1], "2", "--prompt", "one", "--output", "x.mp4"]
+        line = [*FAKE[:-1], "2", "--prompt", "one", "--output", "x.mp4", "--overwrite"]
         assert subprocess.run(line, cwd=tmp_path, stdout=full, stderr=full).returncode == 0
         wrong = subprocess.run([*line, "--fault", "raise@1"], cwd=tmp_path, stdout=full, stderr=full)
     assert wrong.returncode == 1 and sorted(os.listdir(tmp_path)) == ["x.json", "x.mp4"]
@@ -380,7 +380,7 @@ def test_another_locale_ends_no_job_of_several_ranks(tmp_path):
     (tmp_path / "two.txt").write_text("one\nKreis \u2013 \u9f99\n", encoding="utf-8")
     line = [word if word != "1" else "2" for word in FAKE]
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    line += ["--prompt-file", "two.txt", "--output", "x.mp4"]
+    line += ["--prompt-file", "two.txt", "--output", "x.mp4", "--overwrite"]
     done = subprocess.run(line, cwd=tmp_path, env=os.environ | plain, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x-2.mp4").exists() and b"\\u9f99" in done.stderr

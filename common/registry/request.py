@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,6 +60,12 @@ class Video:
     sampling: Sampling
     fps: int
     output: Path
+    folder: bool = field(default=False, metadata={"internal": True})
+    """Whether the output is a folder of PNGs, whatever its name looks like."""
+    crf: int | None = None
+    """Quality, see `common.video.files.VideoFile`; None: the format's own."""
+    save_latents: bool = False
+    """Whether the latents stay when the output is complete."""
     seed: int | None = None
     """None: rank 0 draws one for the whole command, and the video's is that plus `take`."""
     take: int = 0
@@ -70,18 +76,26 @@ class Video:
     """Of `latents`: the settings that they were made with, as far as they are known."""
 
     @property
+    def target(self) -> str | Path:
+        """The output as `common.video.formats.suffix_of` understands it."""
+        return f"{self.output}/" if self.folder else self.output
+
+    @property
     def latents_file(self) -> Path:
-        """Where the pipeline leaves the final latents before it decodes; removed once the mp4 is complete."""
-        return self.output.with_suffix(".latents.safetensors")
+        """Where the pipeline leaves the final latents before it decodes; removed once the output is complete."""
+        return self._beside(".latents.safetensors")
 
     @property
     def sidecar(self) -> Path:
-        return self.output.with_suffix(".json")
+        return self._beside(".json")
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """All that is written of this video."""
-        return self.output, self.sidecar, self.latents_file
+    def beside(self) -> tuple[Path, ...]:
+        """What is written beside the output."""
+        return self.sidecar, self.latents_file
+
+    def _beside(self, suffix: str) -> Path:
+        return self.output.with_name(self.output.name + suffix) if self.folder else self.output.with_suffix(suffix)
 
     @property
     def latents_files(self) -> tuple[Path, Path]:
@@ -120,6 +134,8 @@ class Request:
     """Why the program chose this layout; empty where it did not."""
     timeout: float = 1800.0
     debug: bool = False
+    overwrite: bool = False
+    """Outputs that are there already are replaced."""
     dry_run: bool = False
     """Only say what would be done."""
     remarks: tuple[str, ...] = ()

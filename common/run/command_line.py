@@ -9,8 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +29,11 @@ from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
 from common.run.degrees import choose_layout
+from common.run.destination import format_problem, named, own_name, place_problems
 from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
 from common.run.options import DRAWN, MOST, SYNONYMS, options
 from common.system import environment
-from common.system.files import absence, as_text, reason, resolved, shown, taken_problem, text_problem, writing_problem
+from common.system.files import absence, as_text, reason, shown, text_problem, writing_problem
 from common.system.host import gpus_are_hidden
 
 MAX_SEED = 2**63 - 1
@@ -234,13 +233,16 @@ class _Reader:
         count = min(max(1, self._value("num_videos", 1)), MOST["num_videos"])
         if seed is not None and not 0 <= seed <= MAX_SEED - count:
             self.problems.append(f"--seed {seed} is outside 0 .. {MAX_SEED - count}; {DRAWN} draws one")
-        self.output = self._output(source)
+        self.output, folder = self._output(source)
         base = Video(
             prompt="",
             negative_prompt=self._value("negative_prompt", rules.negative_prompt),
             sampling=Sampling(width, height, num_frames, self._value("num_steps", rules.num_steps), scale),
             fps=self._value("fps", rules.fps),
             output=self.output,
+            folder=folder,
+            crf=self.values["crf"],
+            save_latents=bool(self.values["save_latents"]),
             seed=seed,
             latents=self.values["from_latents"],
             made=self.made,
@@ -255,12 +257,11 @@ class _Reader:
         return self._writable(_numbered(base, prompts, count))
 
     def _writable(self, videos: list[Video]) -> list[Video]:
-        """The videos, after a look at every file that they will leave, by the longest name that it has on the way."""
+        """The videos, after a look at every file that they will leave."""
         if self.process.rank == 0 and self.probe:
-            longest = max(videos, key=lambda video: len(str(video.output)))
-            problems = [writing_problem(path) for path in longest.files]
-            problems += [taken_problem(path) for video in videos if video is not longest for path in video.files]
-            self.problems += [f"--output: {problem}" for problem in dict.fromkeys(problems) if problem][:5]
+            problem = format_problem(videos[0])
+            self.problems += [f"--output {problem}"] if problem else []
+            self.problems += [f"--output: {problem}" for problem in place_problems(videos)]
         return videos
 
     def _placement(self) -> None:
@@ -285,6 +286,10 @@ class _Reader:
             return {}
         if self.values["prompt_file"] or (self.values["num_videos"] or 1) > 1:
             self.problems.append("--from-latents decodes one video; leave --prompt-file and --num-videos out")
+        if self.values["save_latents"]:
+            self.problems.append(
+                "--save-latents keeps what is sampled, and --from-latents samples nothing; leave it out"
+            )
         try:
             made = settings_of(path, self.fork)
         except ValueError as error:
@@ -333,36 +338,22 @@ class _Reader:
             self.problems.append(f"{name} holds no prompt; write one a line")
         return prompts
 
-    def _output(self, source: Source) -> Path:
-        output = self.values["output"]
-        if output is None and source.demo is not None:
-            output = Path("demo.mp4")
-        elif output is None:
-            return self._default_output()
+    def _output(self, source: Source) -> tuple[Path, bool]:
+        """The output, and whether it is a folder of frames."""
+        given = self.values["output"]
+        if given is None and source.demo is None:
+            output = own_name(self.fork.program)
+            # A folder that is missing is made when the run begins; here it only has to be possible.
+            self.probe = output.parent.exists()
+            if not self.probe and self.process.rank == 0 and (problem := writing_problem(Path(output.name))):
+                self.problems.append(f"--output: {problem}")
+            return output, False
         try:
-            output = resolved(output)
+            return named("demo.mp4" if given is None else given)
         except ValueError as error:
             self.problems.append(f"--output {error}")
             self.probe = False
-            return Path("video.mp4")
-        if (taken := taken_problem(output)) is not None:
-            self.problems += [f"--output: {taken}"] if self.process.rank == 0 else []
-            self.probe = False
-            return Path("video.mp4")
-        if output.suffix != ".mp4":
-            name = f"{output.stem or 'video'}.mp4"
-            self.problems.append(f"--output {shown(output)} must end in .mp4, such as {shown(name)}")
-        return output
-
-    def _default_output(self) -> Path:
-        """A name of this run's own: several may begin within one second."""
-        name = f"{self.fork.program.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.mp4"
-        folder = Path("outputs")
-        # A folder that is missing is made when the run begins; here it only has to be possible.
-        self.probe = folder.exists()
-        if not self.probe and self.process.rank == 0 and (problem := writing_problem(Path(name))):
-            self.problems.append(f"--output: {problem}")
-        return folder / name
+            return Path("video.mp4"), False
 
     def _layout(self, rules: Rules, sampling: Sampling) -> tuple[Layout, str]:
         """The layout, and why it was chosen where the program chose a degree of it."""

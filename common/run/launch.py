@@ -15,6 +15,7 @@ from common.registry.forks import Fork
 from common.registry.request import Request, WrongUse
 from common.run import quantize, rank
 from common.run.command_line import parse
+from common.run.destination import existing_problems
 from common.run.outputs import clean_up
 from common.run.supervise import supervise
 from common.system.environment import Process, open_standard_streams, this_process
@@ -52,6 +53,12 @@ def run(fork: Fork, generate: rank.Generate, arguments: Sequence[str] | None = N
             release = held.enter_context(claimed(mine))
         except ValueError as taken:
             say(f"error: {taken}")
+            return 2
+        # Now that no other run can make them.
+        there = existing_problems(request.videos) if process.rank == 0 and not request.overwrite else []
+        if there:
+            for problem in there:
+                say(f"error: {shown(problem)}")
             return 2
         if process.launcher is None and request.layout.ranks > 1:
             return _start(fork, generate, request, arguments, started)

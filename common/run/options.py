@@ -93,8 +93,15 @@ def options(fork: Fork) -> list[click.Parameter]:
         option("--num-steps", type=int, help="Sampling steps."),
         option("--cfg-scale", type=float, help="Strength of classifier-free guidance; 1 turns it off."),
         option("--seed", type=int, help="Of the noise. Default, and -1: one is drawn, and printed."),
-        option("--output", type=path, help="The mp4 to write; a json with every setting lies beside it."),
-        option("--fps", type=int, help="Frames per second of the mp4."),
+        option(
+            "--output",
+            help="What to write: .mp4, .webm, .gif, .webp, .png or .jpg (one frame), .npy or .safetensors (the frames "
+            "as numbers), or without a suffix a folder of PNGs. A json with every setting lies beside it.",
+        ),
+        option("--overwrite", is_flag=True, help="Replace an output that is there already."),
+        option("--fps", type=int, help="Frames per second."),
+        option("--crf", type=int, help="Quality of .mp4 and .webm, less is better; 0: without loss, also in .webp."),
+        option("--save-latents", is_flag=True, help="Keep the latents beside the output, for --from-latents."),
         option("--from-latents", type=path, help="Only decode a latents file that an earlier run left."),
         option("--device", type=choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
         option("--dtype", type=choice(DTYPES), help="Precision of the blocks; fp8: their weights, in bf16."),

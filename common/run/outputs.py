@@ -28,7 +28,7 @@ def clean_up(request: Request, since: float) -> str:
     """After a failure: remove what is half written; name the latents this run has finished, for `--from-latents`."""
     kept = []
     for video in request.videos:
-        for path in (*video.files, *video.latents_files):
+        for path in (video.output, *video.beside, *video.latents_files):
             remove_partial(path)
         for path in video.latents_files if video.latents is None else (video.latents,):
             with suppress(OSError):
@@ -81,7 +81,7 @@ class Output:
             raise WrongUse([f"--from-latents {error}"]) from None
 
     def write(self, frames: Tensor | None) -> None:
-        """Write the video with its settings, the json, and remove the latents, of which there is no more need.
+        """Write the video with its settings, the json, and remove the latents unless they are to be kept.
 
         frames: uint8 (T, H, W, 3) on rank 0, None elsewhere. Collective.
         """
@@ -92,18 +92,23 @@ class Output:
         assert frames is not None
         self._write(frames, of_peers)
         for path, earlier in zip(self.video.latents_files, self._before):
-            if identity(path) != earlier:  # what an earlier run has kept is not ours
+            if identity(path) == earlier:  # what an earlier run has kept is not ours
+                continue
+            if self.video.save_latents:
+                self.report.note(f"latents: {shown(path)}")
+            else:
                 with suppress(OSError):
                     path.unlink()
         tell(shown(self.video.output))
 
     def _write(self, frames: Tensor, of_peers: list[list[StageRecord]]) -> None:
-        from common.video.files import VideoFile
+        from common.video.formats import open_writer
 
         video = self.video
         count, height, width, _ = frames.shape  # decoded from a file, they need not be what the options say
         made = settings(self.request, video) | {"width": width, "height": height, "num_frames": count}
-        with stoppable(), VideoFile(video.output, video.fps, video.prompt, json.dumps(made)) as file:
+        comment = json.dumps(made)
+        with stoppable(), open_writer(video.target, video.fps, video.prompt, comment, crf=video.crf) as file:
             with self.report.stage("writing"):
                 file.add(frames)
                 file.close()

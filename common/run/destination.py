@@ -1,0 +1,69 @@
+"""Where a command's videos go, looked at before anything is loaded: names, what their formats hold, what is there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.registry.request import Video
+from common.system.files import kind_of, replacing_problem, resolved, shown, taken_problem, writing_problem
+from common.video.formats import FOLDER, FRAME_NAMES, destination_problem, output_problem, suffix_of
+
+MOST_TOLD = 5
+
+
+def named(given: str) -> tuple[Path, bool]:
+    """The path that --output names, and whether it is a folder of PNGs. ValueError for what names nothing."""
+    path = Path(given)
+    if path.name in ("", ".."):
+        raise ValueError(f"{shown(path)} is a directory; name a file, such as {shown(path / 'video.mp4')}")
+    folder = given.endswith(("/", os.sep))
+    path = resolved(path)
+    return path, folder or suffix_of(path) == FOLDER
+
+
+def own_name(program: str) -> Path:
+    """A name of this run's own: several may begin within one second."""
+    return Path("outputs", f"{program.split('-')[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.mp4")
+
+
+def format_problem(video: Video) -> str | None:
+    """Why the format cannot hold the video, in words that follow the option's name."""
+    made, known = video.sampling, video.latents is None  # of latents in a file the file says how large they are
+    frames, size = (made.num_frames, (made.height, made.width)) if known else (None, None)
+    return output_problem(video.target, frames, size, video.fps, video.crf)
+
+
+def place_problems(videos: Sequence[Video]) -> list[str]:
+    """Why files of these videos cannot be written where they go; by the longest name it is tried out."""
+    longest = max(videos, key=lambda video: len(str(video.output)))
+    found = [destination_problem(longest.target), *(writing_problem(path) for path in longest.beside)]
+    for video in videos:
+        if video is not longest:
+            folder = video.folder
+            found.append(replacing_problem(video.output, FRAME_NAMES) if folder else taken_problem(video.output))
+            found += [taken_problem(path) for path in video.beside]
+    return [problem for problem in dict.fromkeys(found) if problem][:MOST_TOLD]
+
+
+def existing_problems(videos: Sequence[Video]) -> list[str]:
+    """One line for each output that is there already; none for latents, which an unfinished run leaves.
+
+    An empty folder is no output.
+    """
+    found = []
+    for video in videos:
+        there = [path for path in (video.output, video.sidecar) if kind_of(path) and not _empty(path)]
+        if there:
+            names = " and ".join(map(shown, there))
+            verb = "exists" if len(there) == 1 else "exist"
+            found.append(f"--output: {names} {verb}; add --overwrite to replace what is there, or give another name")
+    more = len(found) - MOST_TOLD
+    return found[:MOST_TOLD] + ([f"--output: {more} more of these videos exist"] if more > 0 else [])
+
+
+def _empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
