@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common.parallel.mesh import Mesh
+    from common.video.files import Audio
 
 
 def clean_up(request: Request, since: float) -> str:
@@ -80,17 +81,17 @@ class Output:
         except ValueError as error:
             raise WrongUse([f"--from-latents {error}"]) from None
 
-    def write(self, frames: Tensor | None) -> None:
+    def write(self, frames: Tensor | None, audio: Audio | None = None) -> None:
         """Write the video with its settings, the json, and remove the latents unless they are to be kept.
 
-        frames: uint8 (T, H, W, 3) on rank 0, None elsewhere. Collective.
+        frames: uint8 (T, H, W, 3) on rank 0, None elsewhere. audio: the sound beside them, on rank 0. Collective.
         """
         records = self.report.records[self._first :]
         of_peers = _gather(self.mesh, records)[1:]
         if not self.mesh.is_main:
             return
         assert frames is not None
-        self._write(frames, of_peers)
+        self._write(frames, audio, of_peers)
         for path, earlier in zip(self.video.latents_files, self._before):
             if identity(path) == earlier:  # what an earlier run has kept is not ours
                 continue
@@ -101,14 +102,14 @@ class Output:
                     path.unlink()
         tell(shown(self.video.output))
 
-    def _write(self, frames: Tensor, of_peers: list[list[StageRecord]]) -> None:
+    def _write(self, frames: Tensor, audio: Audio | None, of_peers: list[list[StageRecord]]) -> None:
         from common.video.formats import open_writer
 
         video = self.video
         count, height, width, _ = frames.shape  # decoded from a file, they need not be what the options say
         made = settings(self.request, video) | {"width": width, "height": height, "num_frames": count}
         comment = json.dumps(made)
-        with stoppable(), open_writer(video.target, video.fps, video.prompt, comment, crf=video.crf) as file:
+        with stoppable(), open_writer(video.target, video.fps, video.prompt, comment, audio, video.crf) as file:
             with self.report.stage("writing"):
                 file.add(frames)
                 file.close()

@@ -1,0 +1,88 @@
+"""The fork of docs/adding-a-fork.md, installed outside of the repository, does what those inside do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.weights.load import open_checkpoint
+from common.weights.placement import has_float8
+from tools.docs import outside_fork as page
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "tests" / "outside_fork" / "toy_xdit"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `sys.path` with the package and the metadata that an installation leaves."""
+    site = tmp_path_factory.mktemp("elsewhere") / "site"
+    shutil.copytree(FOLDER, site / "toy_xdit", ignore=shutil.ignore_patterns("__pycache__"))
+    about = site / "toy_xdit-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-xdit\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[xdit_zoo.forks]\ntoy = toy_xdit.fork:FORK\n")
+    return site
+
+
+def run(site: Path, module: str, *arguments: str) -> str:
+    """What a program prints, run in the folder beside the package."""
+    environment = os.environ | {"PYTHONPATH": f"{site}:{ROOT}", "XDG_CACHE_HOME": str(site.parent / "cache")}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=site.parent, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def generate(site: Path, output: str, *arguments: str) -> Path:
+    run(site, "toy_xdit", "--demo", "--device", "cpu", "--dtype", "fp32", "--seed", "3", "--output", output, *arguments)
+    return site.parent / output
+
+
+@pytest.mark.slow
+def test_every_layout_makes_the_same_picture(site: Path) -> None:
+    whole = generate(site, "one.png", "--gpus", "1")
+    expected = np.asarray(Image.open(whole)).astype(int)
+    assert expected.shape == (64, 64, 3) and expected.std() > 5
+    inside = json.loads(Image.open(whole).text["Comment"])
+    assert inside["seed"] == 3 and inside == json.loads(whole.with_suffix(".json").read_text())["settings"]
+    for kind in ("ulysses", "ring"):
+        split = generate(site, f"{kind}.png", "--gpus", "2", f"--{kind}-degree", "2", "--no-cfg-parallel")
+        assert np.abs(np.asarray(Image.open(split)) - expected).max() <= 1, kind
+
+
+@pytest.mark.slow
+def test_a_video_has_sound(site: Path) -> None:
+    from common.video.files import _ffmpeg, read_video
+
+    video = generate(site, "sound.mp4", "--gpus", "2", "--num-frames", "6")
+    assert read_video(video)[0].shape == (6, 64, 64, 3)
+    sound = [_ffmpeg(), "-v", "error", "-i", str(video), "-f", "f32le", "-ac", "1", "-"]
+    samples = np.frombuffer(subprocess.run(sound, capture_output=True, check=True).stdout, np.float32)
+    assert len(samples) >= 5500 and samples.std() > 0.01  # 6 frames of 8 a second, 8000 samples a second
+
+
+@pytest.mark.slow
+def test_it_is_planned_and_rounded(site: Path) -> None:
+    said = run(site, "toy_xdit", "--demo", "--dry-run", "--device", "cpu", "--gpus", "2", "--dtype", "bf16")
+    assert "text 56.4 KiB" in said  # 28,896 numbers of the Llama in two bytes each
+    planned = json.loads(run(site, "planner.cli", "--model", "toy", "--gpu", "h100", "--gpus", "2", "--json"))
+    assert len(planned) >= 2
+    demo = site.parent / "cache" / "xdit" / "toy-demo-1"
+    run(site, "toy_xdit", "quantize", "--model-dir", str(demo), "--output", "small")
+    for name in ("transformer", "transformer_2"):
+        assert has_float8(open_checkpoint(site.parent / "small" / name / "model.safetensors"))
+
+
+def test_the_page_shows_the_files_as_they_are() -> None:
+    text = page.TARGET.read_text(encoding="utf-8")
+    assert page.shown(text) == text, "run python -m tools.docs.outside_fork"
+    assert page.names(text) == {path.name for path in FOLDER.glob("*.py")}
