@@ -22,6 +22,7 @@ from common.run.quantize import TransformerFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Clip, Picture, image_frames, pixels, video_frames
 from common.video.latents import check_latents, save_latents
+from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 
 
@@ -61,6 +62,7 @@ class CogVideoXPipeline(Pipeline):
         dynamic_cfg: bool = False,
         decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
+        keeper: StateKeeper | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
@@ -74,6 +76,7 @@ class CogVideoXPipeline(Pipeline):
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, C, T, h, w) without padding, on every rank).
         latents_file: where rank 0 puts the final latents before the decode begins.
+        keeper: of the state after each step, to go on from another run's.
         Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
         """
         self.config.check_task(image is not None, video is not None)
@@ -97,7 +100,7 @@ class CogVideoXPipeline(Pipeline):
         scales = [cfg_scale if rules.guided(cfg_scale) else 1.0] * len(solver)
         if dynamic_cfg and rules.guided(cfg_scale):
             scales = [dynamic_scale(cfg_scale, t, len(solver)) for t in solver.timesteps]
-        final = self._sample(start, text, solver, scales)[:, :, padding:]
+        final = self._sample(start, text, solver, scales, keeper)[:, :, padding:]
         if latents_file is not None and self.mesh.is_main:
             save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed}, self.report.warn)
         if output == "latent":
@@ -174,11 +177,18 @@ class CogVideoXPipeline(Pipeline):
         zeros = scaled.new_zeros(1, scaled.shape[1], size[0] - scaled.shape[2], *size[1:])
         return torch.cat((scaled, zeros), dim=2)
 
-    def _sample(self, start: Start, text: dict[int, Tensor], solver: Solver, scales: list[float]) -> Tensor:
+    def _sample(
+        self,
+        start: Start,
+        text: dict[int, Tensor],
+        solver: Solver,
+        scales: list[float],
+        keeper: StateKeeper | None = None,
+    ) -> Tensor:
         size = (start.latents.shape[2], start.latents.shape[3], start.latents.shape[4])
         with self.stage_model("transformer", self.compiled_transformer) as model:
             conds = {b: self.condition(model, text[b], size, start.image) for b in self.guidance.branches(*scales)}
-            return sample(model, start, conds, solver, scales, self.guidance, self.report)
+            return sample(model, start, conds, solver, scales, self.guidance, self.report, keeper)
 
     def check_vae(self, frames: bool) -> None:
         check_vae(self.model_dir, self.vae_config, self.dtype, frames)

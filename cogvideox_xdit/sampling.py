@@ -22,6 +22,7 @@ from common.registry.forks import Model, Size
 from common.system.progress import Report
 from common.text.t5 import text_work
 from common.video.latents import require_finite
+from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
 
@@ -41,6 +42,11 @@ class Steps(Protocol):
     @property
     def timesteps(self) -> Sequence[int]: ...
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]: ...
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None: ...
+
     def step(self, i: int, x: Tensor, v: Tensor, draw: Callable[[], Tensor]) -> Tensor: ...
 
 
@@ -52,10 +58,12 @@ def sample(
     scales: Sequence[float],
     guidance: Guidance,
     report: Report,
+    keeper: StateKeeper | None = None,
 ) -> Tensor:
     """All steps on this rank's tokens.
 
     start: the same on every rank. conds: of `guidance.branches(*scales)`. scales: one for each of the solver's steps.
+    keeper: of the state after each step.
     Returns the full final latents (1, C, T, h, w) on every rank, padding included, at least fp32.
     """
     _, channels, *rest = start.latents.shape
@@ -67,15 +75,22 @@ def sample(
     def noise() -> Tensor:
         return local(draw(size, channels, start.generator))
 
-    z, count = local(start.latents), len(solver.timesteps)
-    with report.stage("sampling", total=count) as step:
-        for i, (t, scale) in enumerate(zip(solver.timesteps, scales)):
+    count, keeper = len(solver.timesteps), keeper or StateKeeper()
+    lengths = sp.lengths(size[0] * size[1] * size[2] // model.config.patch_volume)
+    state = keeper.begin(sp, {"z": local(start.latents)}, lengths, count)
+    z = state.shards["z"]
+    if state.step:
+        solver.recall(state.shards)
+        start.generator.set_state(state.whole["generator"])
+    with report.stage("sampling", total=count, done=state.step) as step:
+        for i in range(state.step, count):
+            t, scale = solver.timesteps[i], scales[i]
             predictions = {b: model(z, t, conds[b]) for b in guidance.branches(scale)}
             z = solver.step(i, z, guidance.combine(predictions, scale), noise)
             require_finite(z, f"sampling step {i + 1} of {count}")
+            keeper.keep(i + 1, {"z": z, **solver.memory}, {"generator": start.generator.get_state()})
             step()
-    tokens = size[0] * size[1] * size[2] // model.config.patch_volume
-    return unpack(sp.gather(z, sp.lengths(tokens)), size, patch)
+    return unpack(sp.gather(z, lengths), size, patch)
 
 
 def draw(size: Grid, channels: int, generator: torch.Generator) -> Tensor:
@@ -88,6 +103,10 @@ class OneStep:
     """A solver of a single step, of whose numbers nothing depends: for counting."""
 
     timesteps = (500,)
+    memory: Mapping[str, Tensor] = {}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        pass
 
     def step(self, i: int, x: Tensor, v: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         return x + v

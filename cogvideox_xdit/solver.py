@@ -43,6 +43,15 @@ class Solver:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What is remembered of the steps before, by name; each like the latents."""
+        return {} if self._before is None else {"before": self._before}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from where `memory` was taken; names of others are passed over."""
+        self._before = memory.get("before")
+
     def add_noise(self, z: Tensor, noise: Tensor) -> Tensor:
         """Latents as they look at the first step that is run."""
         return self.scheduler.add_noise(z, noise, torch.tensor(self.timesteps[:1]))

@@ -42,6 +42,7 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
                 identity=identity,
                 dynamic_cfg=options.dynamic_cfg,
                 output="latent",
+                keeper=output.keeper,
                 **vars(video.sampling),
             )
             output.keep(latents, pipe.vae_config)

@@ -32,6 +32,7 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
                 video.negative_prompt,
                 seed=output.seed,
                 output="latent",
+                keeper=output.keeper,
                 **vars(video.sampling),
                 **vars(request.options),
             )

@@ -14,6 +14,7 @@ from common.registry.settings import DecodeOptions
 from common.run.pipeline import Pipeline, with_diffusers_names
 from common.run.quantize import TransformerFiles
 from common.video.latents import check_latents, draw_noise, save_latents
+from common.video.states import StateKeeper
 from common.weights.load import load, on_meta
 from mochi_xdit.config import MochiRules, official_rules
 from mochi_xdit.sampling import linear_quadratic_sigmas, sample
@@ -61,6 +62,7 @@ class MochiPipeline(Pipeline):
         linear_steps: int | None = None,
         decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
+        keeper: StateKeeper | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
@@ -72,6 +74,7 @@ class MochiPipeline(Pipeline):
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, 12, T, h, w), on every rank).
         latents_file: where rank 0 puts the final latents before the decode begins.
+        keeper: of the state after each step, to go on from another run's.
         Raises ValueError for sizes the model does not admit, FloatingPointError when the latents turn NaN.
         """
         rules = self.rules
@@ -87,7 +90,7 @@ class MochiPipeline(Pipeline):
         guided = any(rules.guided(scale) for scale in scales)
         text = self._encode(prompt, negative_prompt if guided else None)
         sigmas = linear_quadratic_sigmas(len(scales), threshold, linear)
-        final = self._sample(latents, text, sigmas, scales)
+        final = self._sample(latents, text, sigmas, scales, keeper)
         if latents_file is not None and self.mesh.is_main:
             save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed}, self.report.warn)
         if output == "latent":
@@ -121,12 +124,17 @@ class MochiPipeline(Pipeline):
         return text | (self.encode_text(spoken, self.config.text_tokens, use_mask=True) if spoken else {})
 
     def _sample(
-        self, latents: Tensor, text: dict[int, Text], sigmas: Sequence[float], scales: Sequence[float]
+        self,
+        latents: Tensor,
+        text: dict[int, Text],
+        sigmas: Sequence[float],
+        scales: Sequence[float],
+        keeper: StateKeeper | None = None,
     ) -> Tensor:
         size = (latents.shape[2], latents.shape[3], latents.shape[4])
         with self.stage_model("transformer", self.compiled_transformer) as model:
             conds = {b: model.prepare(size, *text[b]) for b in self.guidance.branches(*scales)}
-            return sample(model, latents, conds, sigmas, scales, self.guidance, self.report)
+            return sample(model, latents, conds, sigmas, scales, self.guidance, self.report, keeper)
 
     def load_transformer(self) -> MochiTransformer:
         with self.report.loading("loading transformer") as progress:

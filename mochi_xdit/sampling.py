@@ -17,6 +17,7 @@ from common.registry.forks import Model, Size
 from common.system.progress import Report
 from common.text.t5 import text_work
 from common.video.latents import require_finite
+from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
 from mochi_xdit.transformer import MochiCondition, MochiTransformer, pack, unpack
@@ -53,23 +54,29 @@ def sample(
     scales: Sequence[float],
     guidance: Guidance,
     report: Report,
+    keeper: StateKeeper | None = None,
 ) -> Tensor:
     """Euler steps on this rank's tokens.
 
     latents: (1, 12, T, h, w) full noise, the same on every rank. conds: of `guidance.branches(*scales)`.
-    sigmas: len(scales) + 1 noise levels. Returns the full final latents on every rank, at least fp32.
+    sigmas: len(scales) + 1 noise levels. keeper: of the state after each step.
+    Returns the full final latents on every rank, at least fp32.
     """
     size, patch, sp = (latents.shape[2], latents.shape[3], latents.shape[4]), model.config.patch, model.sp
     tokens = pack(latents.to(model.device, latent_dtype(model.dtype)), patch)
-    z = sp.shard(tokens)
+    keeper = keeper or StateKeeper()
+    lengths = sp.lengths(tokens.shape[1])
+    state = keeper.begin(sp, {"z": sp.shard(tokens)}, lengths, len(scales))
+    z = state.shards["z"]
     times = torch.tensor([TIME_SCALE * (1.0 - sigma) for sigma in sigmas], dtype=z.dtype, device=z.device)
-    with report.stage("sampling", total=len(scales)) as step:
-        for i, scale in enumerate(scales):
+    with report.stage("sampling", total=len(scales), done=state.step) as step:
+        for i, scale in enumerate(scales[state.step :], state.step):
             predictions = {b: model(z, times[i : i + 1], conds[b]) for b in guidance.branches(scale)}
             z = z + (sigmas[i] - sigmas[i + 1]) * guidance.combine(predictions, scale)
             require_finite(z, f"sampling step {i + 1} of {len(scales)}")
+            keeper.keep(i + 1, {"z": z})
             step()
-    return unpack(sp.gather(z, sp.lengths(tokens.shape[1])), size, patch)
+    return unpack(sp.gather(z, lengths), size, patch)
 
 
 def workload(

@@ -134,14 +134,14 @@ def test_ranks_get_torchruns_variables(tmp_path, capfd):
 @pytest.mark.slow
 def test_one_line_for_every_end(tmp_path, capfd, bodies, line):
     done = []
-    status = supervise(script(tmp_path, *bodies), 2, cpu=True, clean_up=lambda: done.append(1) or "")
+    status = supervise(script(tmp_path, *bodies), 2, cpu=True, leave=lambda all_done: done.append(1) or "")
     assert status == 1 and capfd.readouterr().err == line + "\n"
     assert done == [1] and alive(tmp_path) == []
 
 
 def test_wrong_use_found_by_a_rank_keeps_its_status(tmp_path, capfd):
     body = 'link.failed("opening", ValueError("no such kernel"), status=2); os._exit(2)'
-    assert supervise(script(tmp_path, body), 2, cpu=True, clean_up=lambda: "; kept x") == 2
+    assert supervise(script(tmp_path, body), 2, cpu=True, leave=lambda done: "; kept x") == 2
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and "no such kernel; kept x" in told
 
@@ -368,7 +368,7 @@ def test_a_rank_that_outlives_sigkill_is_named_beside_the_cause(tmp_path, capfd,
 
     command = script(tmp_path, "fail(KeyError('x'))")
     monkeypatch.setattr(subprocess.Popen, "wait", late)
-    assert supervise(command, 1, cpu=True, clean_up=lambda: "; kept y") == 1
+    assert supervise(command, 1, cpu=True, leave=lambda done: "; kept y") == 1
     told = capfd.readouterr().err
     assert told.startswith("error: rank 0, sampling step 3/8: KeyError: 'x'; rank 0 (process ")
     assert told.endswith("; kept y\n") and "was killed and has not ended" in told

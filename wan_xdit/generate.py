@@ -41,6 +41,7 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
                 shift=options.shift,
                 solver=options.solver,
                 output="latent",
+                keeper=output.keeper,
                 **vars(video.sampling),
             )
             output.keep(latents, pipe.vae_config)

@@ -23,11 +23,12 @@ from common.text.t5 import EncoderFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Picture, as_array, image_frames, pixels
 from common.video.latents import check_latents, draw_noise, save_latents
+from common.video.states import StateKeeper
 from common.weights.ahead import read_ahead
 from common.weights.dtypes import latent_dtype, parse_dtype
 from wan_xdit.checkpoint import RESIDUALS, SOLVER, find_checkpoint
 from wan_xdit.clip import ImageEncoder, check_image_encoder, load_image_encoder
-from wan_xdit.sampling import Start, Tokens, Turn, sample, turns
+from wan_xdit.sampling import Start, Tokens, Turn, remaining, sample, turns
 from wan_xdit.solver import Solver, new_solver
 from wan_xdit.text import clean, find_text_encoder
 from wan_xdit.transformer import WanTransformer
@@ -71,6 +72,7 @@ class WanPipeline(Pipeline):
         solver: str = SOLVER,
         decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
+        keeper: StateKeeper | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
@@ -84,6 +86,7 @@ class WanPipeline(Pipeline):
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, C, T, h, w), on every rank).
         latents_file: where rank 0 puts the final latents before the decode begins.
+        keeper: of the state after each step, to go on from another run's.
         Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
         """
         self.files.check_task(image is not None)
@@ -105,7 +108,7 @@ class WanPipeline(Pipeline):
         text = self._encode(prompt, unwanted if guided else None)
         start = self._start(latents, picture, num_frames)
         seen = None if image is None or self.config.image_width is None else self._see(image)
-        final = self._sample(start, text, seen, solving, plan)
+        final = self._sample(start, text, seen, solving, plan, keeper or StateKeeper())
         if latents_file is not None and self.mesh.is_main:
             save_latents(latents_file, final, {"model": "wan", "prompt": prompt, "seed": seed}, self.report.warn)
         if output == "latent":
@@ -173,10 +176,16 @@ class WanPipeline(Pipeline):
         return load_image_encoder(self.files.image_encoder, self.device, self.dtype)
 
     def _sample(
-        self, start: Start, text: dict[int, Tensor], image: Tensor | None, solver: Solver, plan: list[Turn]
+        self,
+        start: Start,
+        text: dict[int, Tensor],
+        image: Tensor | None,
+        solver: Solver,
+        plan: list[Turn],
+        keeper: StateKeeper,
     ) -> Tensor:
         tokens = Tokens(start, self.sp, self.config.patch, self.device, self.dtype)
-        for turn in plan:
+        for turn in remaining(plan, tokens.begin(keeper, solver)):
             name = "transformer" if turn.expert == 0 else "second transformer"
             with self.stage_model(name, partial(self._compiled_expert, turn.expert)) as model:
                 # Where blocks stream memory is short, and to fill all of them once more would take a pass of its own.
@@ -186,7 +195,7 @@ class WanPipeline(Pipeline):
                     for b in self.guidance.branches(turn.scale)
                 }
                 with self.report.stage("sampling", total=len(turn.steps)) as step, self._next_expert(turn, plan):
-                    sample(model, tokens, conds, solver, turn, self.guidance, step)
+                    sample(model, tokens, conds, solver, turn, self.guidance, step, keeper)
         return tokens.latents()
 
     def _next_expert(self, turn: Turn, plan: list[Turn]) -> AbstractContextManager[None]:

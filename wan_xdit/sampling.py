@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from common.parallel.usp import SequenceParallel
 from common.registry.forks import Model, Size
 from common.text.t5 import UMT5, text_work
 from common.video.latents import require_finite
+from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
 from wan_xdit.checkpoint import WanRules, find_checkpoint
@@ -66,6 +67,12 @@ def turns(timesteps: Sequence[float], boundary: float | None, scales: tuple[floa
     return [turn for turn in both if turn.steps]
 
 
+def remaining(plan: Sequence[Turn], done: int) -> list[Turn]:
+    """The turns after so many steps; an expert that has had its own is left out."""
+    rest = [replace(turn, steps=range(max(turn.steps.start, done), turn.steps.stop)) for turn in plan]
+    return [turn for turn in rest if turn.steps]
+
+
 class Tokens:
     """This rank's tokens of the latents, (1, n, C * patch volume), of which the first `still` belong to a frame that
     stays."""
@@ -83,6 +90,14 @@ class Tokens:
             first = pack(start.first, patch)[:, before : before + self.z.shape[1]]
             self.first = first.to(self.z) if first.shape[1] else None
         self.keep_first()
+
+    def begin(self, keeper: StateKeeper, solver: Solver) -> int:
+        """Take up the keeper's state where it has one, the solver too; returns how many steps are done."""
+        state = keeper.begin(self.sp, {"z": self.z}, self.lengths, len(solver))
+        if state.step:
+            self.z = state.shards["z"]
+            solver.recall(state.step, state.shards)
+        return state.step
 
     @property
     def still(self) -> int:
@@ -106,10 +121,11 @@ def sample(
     turn: Turn,
     guidance: Guidance,
     step: Callable[[], object],
+    keeper: StateKeeper,
 ) -> None:
     """The steps of one turn, on this rank's tokens, which are changed.
 
-    conds: of `guidance.branches(turn.scale)`. step: called after each.
+    conds: of `guidance.branches(turn.scale)`. step: called after each. keeper: of the state then.
     """
     for i in turn.steps:
         t = solver.timesteps[i]
@@ -117,6 +133,7 @@ def sample(
         tokens.z = solver.step(i, tokens.z, guidance.combine(predictions, turn.scale))
         tokens.keep_first()
         require_finite(tokens.z, f"sampling step {i + 1} of {len(solver)}")
+        keeper.keep(i + 1, {"z": tokens.z, **solver.memory})
         step()
 
 
@@ -154,7 +171,7 @@ def workload(
         text = torch.empty(1, config.text_length, config.text_dim, device="meta")
         conds = {b: model.prepare(text, grid, beside, image) for b in guidance.branches(turn.scale)}
         tokens = Tokens(Start(empty(config.out_channels), beside), sp, config.patch, model.device, dtype)
-        sample(model, tokens, conds, solver, turn, guidance, lambda: None)
+        sample(model, tokens, conds, solver, turn, guidance, lambda: None, StateKeeper())
         return tokens.latents()
 
     find = partial(find_text_encoder, text_encoder_dir or source) if isinstance(source, Path) else None

@@ -55,6 +55,14 @@ class Solver:
         """The time that the model is told at a level: whole, as the authors' solvers round it down."""
         return float(int(sigma * TRAINED_STEPS))
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What is remembered of the steps before, by name; each like the latents."""
+        return {}
+
+    def recall(self, i: int, memory: Mapping[str, Tensor]) -> None:
+        """Go on at step i from where `memory` was taken; names of others are passed over."""
+
     def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
         """x after step i, given the predicted flow v, both of any shape and at least fp32."""
         raise NotImplementedError
@@ -86,6 +94,13 @@ class DPM(Solver):
         super().__init__(steps, shift)
         self._before: Tensor | None = None
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        return {} if self._before is None else {"before": self._before}
+
+    def recall(self, i: int, memory: Mapping[str, Tensor]) -> None:
+        self._before = memory.get("before")
+
     def schedule(self, steps: int, shift: float) -> list[float]:
         levels = 1 - np.linspace(1, 1 / TRAINED_STEPS, steps + 1)
         return [shifted(float(level), shift) for level in levels[:0:-1]]
@@ -109,6 +124,20 @@ class UniPC(Solver):
         self._sample: Tensor | None = None  # before the last step
         self._order = 1  # of the last step
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        kept = {f"video{k}": video for k, video in enumerate(self._videos)}
+        return kept if self._sample is None else {**kept, "sample": self._sample}
+
+    def recall(self, i: int, memory: Mapping[str, Tensor]) -> None:
+        self._videos = [memory[name] for name in ("video0", "video1") if name in memory]
+        self._sample = memory.get("sample")
+        self._order = self._order_at(i - 1, len(self._videos))
+
+    def _order_at(self, i: int, videos: int) -> int:
+        """Of step i, with this many predictions: the first and the last step are of order 1."""
+        return min(2, len(self) - i, videos)
+
     def schedule(self, steps: int, shift: float) -> list[float]:
         levels = [shifted(float(level), shift) for level in np.linspace(1, 1 / TRAINED_STEPS, steps + 1)[:-1]]
         return [levels[0] - _FIRST_BELOW_ONE * (abs(levels[0] - 1) < _FIRST_BELOW_ONE), *levels[1:]]
@@ -118,7 +147,7 @@ class UniPC(Solver):
         if self._sample is not None:
             x = self._corrected(i, self._sample, video)
         self._videos, self._sample = [*self._videos[-1:], video], x
-        self._order = min(2, len(self) - i, len(self._videos))
+        self._order = self._order_at(i, len(self._videos))
         h, estimate = self._log_ratio(i + 1) - self._log_ratio(i), video
         if self._order == 2:
             ratio = (self._log_ratio(i - 1) - self._log_ratio(i)) / h

@@ -104,6 +104,19 @@ class Video:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """Where an interrupted command goes on: `video` videos are whole, and `step` of the next one's `steps` are done."""
+
+    path: Path
+    """Of the file that holds the state of its sampling; see `common.run.states`."""
+    video: int
+    step: int
+    steps: int
+    seed: int
+    """Of the first video."""
+
+
+@dataclass(frozen=True)
 class ForkOptions:
     """A fork's own options: a subclass has a field for each, of the option's name."""
 
@@ -143,6 +156,13 @@ class Request:
     """The words of the command line that a decode of kept latents needs again."""
     cpu_by_default: bool = False
     """The CPU computes because no GPU is visible, not because the command says so."""
+    save_every: float = 60.0
+    """Seconds between two states of a sampling that are written to a file."""
+    digest: str = ""
+    """Of all that decides the videos, see `common.run.unfinished`."""
+    unfinished: Unfinished | None = None
+    slots: tuple[tuple[int, ...], ...] = ()
+    """Descriptors of the `common.run.states.Slots` of each rank of a sequence, or of rank 0 alone."""
 
     @property
     def on_cpu(self) -> bool:
@@ -164,9 +184,9 @@ class Request:
         return self.rules.guided(video.sampling.cfg_scale)
 
 
-def draw_seeds(videos: Sequence[Video]) -> list[Video]:
-    """The videos with seeds. Rank 0 draws for all ranks, then sends the list."""
-    drawn = random.SystemRandom().randrange(2**32)
+def draw_seeds(videos: Sequence[Video], drawn: int | None = None) -> list[Video]:
+    """The videos with seeds. drawn: of the first one, where it has none; None: one process draws for all."""
+    drawn = random.SystemRandom().randrange(2**32) if drawn is None else drawn
     return [replace(v, seed=drawn + v.take) if v.seed is None else v for v in videos]
 
 

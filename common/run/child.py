@@ -13,7 +13,6 @@ from common.system.entry import begin  # noqa: E402
 def main() -> int:
     import importlib
     import pickle
-    import time
 
     from common.run import rank
     from common.run.link import handed_down
@@ -25,7 +24,7 @@ def main() -> int:
     sys.path[1:], package, module, name, request = pickle.loads(handed_down())
     fork = importlib.import_module(f"{package}.fork").FORK
     generate = getattr(importlib.import_module(module), name)
-    return rank.run(fork, generate, pickle.loads(request), this_process(), time.time())
+    return rank.run(fork, generate, pickle.loads(request), this_process())
 
 
 if __name__ == "__main__":

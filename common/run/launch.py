@@ -18,6 +18,7 @@ from common.run.command_line import parse
 from common.run.destination import existing_problems
 from common.run.outputs import clean_up
 from common.run.supervise import supervise
+from common.run.unfinished import states_saved, taken_up, with_interrupted
 from common.system.environment import Process, open_standard_streams, this_process
 from common.system.failure import describe
 from common.system.files import claimed, lenient_streams, say, shown
@@ -41,39 +42,68 @@ def run(fork: Fork, generate: rank.Generate, arguments: Sequence[str] | None = N
     read = _read(fork, arguments)
     if isinstance(read, int):
         return read
-    process, request = read
+    process, request, arguments = read
     ensure_temporary_folder(request.output.parent)
     if request.dry_run:
         return _dry_run(fork, request, process)
     with suppress(OSError):
         request.output.parent.mkdir(exist_ok=True)  # missing only when it is our own default
+    if process.rank:
+        return rank.run(fork, generate, request, process, arguments)
+    return _run(fork, generate, request, process, arguments, started)
+
+
+def _run(
+    fork: Fork,
+    generate: rank.Generate,
+    request: Request,
+    process: Process,
+    arguments: Sequence[str],
+    started: float,
+) -> int:
+    """What rank 0, or the parent of all ranks, does besides: hold the outputs' names, keep what is left."""
     with ExitStack() as held:
         try:
-            mine = [video.output for video in request.videos] if process.rank == 0 else []
-            release = held.enter_context(claimed(mine))
-        except ValueError as taken:
-            say(f"error: {taken}")
+            outputs = dict.fromkeys((request.output, *(video.output for video in request.videos)))
+            release = held.enter_context(claimed(list(outputs)))
+            request = taken_up(request, fresh=request.overwrite)
+        except ValueError as error:
+            say(f"error: {error}")
             return 2
         # Now that no other run can make them.
-        there = existing_problems(request.videos) if process.rank == 0 and not request.overwrite else []
+        there = existing_problems(request.videos) if not (request.overwrite or request.unfinished) else []
         if there:
             for problem in there:
                 say(f"error: {shown(problem)}")
             return 2
-        if process.launcher is None and request.layout.ranks > 1:
-            return _start(fork, generate, request, arguments, started)
-        return rank.run(fork, generate, request, process, started, arguments, release)
+        starts = process.launcher is None and request.layout.ranks > 1
+        ranks = request.layout.ring * request.layout.ulysses if starts else 1
+        request, close = held.enter_context(states_saved(request, arguments, ranks))
+
+        def leave(done: bool) -> str:
+            kept = "" if done else clean_up(request, started)
+            kept += close(done, bool(kept))
+            release()
+            return kept
+
+        if starts:
+            return _start(fork, generate, request, arguments, leave)
+        return rank.run(fork, generate, request, process, arguments, leave)
 
 
-def _read(fork: Fork, arguments: Sequence[str]) -> tuple[Process, Request] | int:
-    """This process among others and the request; the exit status where there is none, of which the user is told."""
+def _read(fork: Fork, arguments: list[str]) -> tuple[Process, Request, list[str]] | int:
+    """This process among others, the request, and what it is read from.
+
+    The exit status where there is none, of which the user is told.
+    """
     try:
         process = this_process()
     except ValueError as error:
         say(f"error: {error}")
         return 2
     try:
-        return process, parse(fork, arguments, process)
+        arguments = with_interrupted(arguments, fork.program)
+        return process, parse(fork, arguments, process), arguments
     except WrongUse as wrong:
         if process.local_rank == 0:
             for problem in wrong.problems:
@@ -98,11 +128,10 @@ def _dry_run(fork: Fork, request: Request, process: Process) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _start(fork: Fork, generate: rank.Generate, request: Request, arguments: Sequence[str], started: float) -> int:
+def _start(fork: Fork, generate: rank.Generate, request: Request, arguments: Sequence[str], leave: rank.Leave) -> int:
     """Start a process for each rank, see `common.run.child`, and watch over them."""
     command = [sys.executable, str(CHILD), fork.program, *arguments]  # these: for whoever looks at the process list
     # The request is unpickled when the modules that its values come from can be found.
     handed = pickle.dumps((sys.path, fork.package, generate.__module__, generate.__qualname__, pickle.dumps(request)))
-    return supervise(
-        command, request.layout.ranks, request.on_cpu, handed, request.debug, lambda: clean_up(request, started)
-    )
+    slots = [descriptor for one in request.slots for descriptor in one]
+    return supervise(command, request.layout.ranks, request.on_cpu, handed, request.debug, leave, slots)

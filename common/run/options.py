@@ -163,6 +163,13 @@ def options(fork: Fork) -> list[click.Parameter]:
             metavar="[MODEL]",
             help=f"Print layout, memory, bytes and what is chosen; without weights for {', '.join(fork.names)}.",
         ),
+        option(
+            "--resume",
+            type=path,
+            metavar="STATE",
+            help="Go on with an interrupted run from the state file it left; other options may be given again.",
+        ),
+        option("--save-every", type=float, default=60.0, help="Seconds between two states of the sampling on disk."),
         option("--timeout", type=float, default=1800.0, help="Seconds after which a hung collective ends the run."),
         option("--debug", is_flag=True, help="Show tracebacks and the libraries' own output."),
         Option(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from common.parallel.mesh import Mesh
     from common.video.files import Audio
+    from common.video.states import StateKeeper
 
 
 def clean_up(request: Request, since: float) -> str:
@@ -39,9 +40,13 @@ def clean_up(request: Request, since: float) -> str:
 
 
 class Output:
-    """One video to make, and where it goes. Made when the work on it begins, since it measures that."""
+    """One video to make, and where it goes. Made when the work on it begins, since it measures that.
 
-    def __init__(self, video: Video, request: Request, mesh: Mesh, report: Report) -> None:
+    keeper: for the pipeline, of the state after each step.
+    """
+
+    def __init__(self, video: Video, request: Request, mesh: Mesh, report: Report, keeper: StateKeeper) -> None:
+        self.keeper = keeper
         self.video, self.request, self.mesh, self.report = video, request, mesh, report
         self._first, self._began = len(report.records), time.perf_counter()
         self._before = [identity(path) for path in video.latents_files]
@@ -122,15 +127,17 @@ class Output:
 def outputs(request: Request, mesh: Mesh, report: Report) -> Iterator[Output]:
     """An `Output` for each video of a request, with the seed that rank 0 drew. Collective."""
     from common.parallel.mesh import broadcast_object
+    from common.run.resume import keeper_of
 
     videos = broadcast_object(mesh.world, draw_seeds(request.videos), mesh.device)
-    for number, video in enumerate(videos, 1):
+    finished = request.unfinished.video if request.unfinished else 0
+    for number, video in enumerate(videos[finished:], finished + 1):
         if len(videos) > 1:
             report.about = f"video {number} of {len(videos)}"
             report.note(f"{report.about}: {video.prompt}")
         if video.latents is None:
             report.note(f"seed {video.seed}")
-        yield Output(video, request, mesh, report)
+        yield Output(video, request, mesh, report, keeper_of(request, mesh, number - 1))
 
 
 def _gather(mesh: Mesh, records: list[StageRecord]) -> list[list[StageRecord]]:

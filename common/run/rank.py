@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from common.registry.forks import Fork
 from common.registry.request import Request, WrongUse, as_wrong_use
 from common.run.link import Link
-from common.run.outputs import clean_up
 from common.system.environment import Process, split_cores
 from common.system.host import allocator_default, bind_to_gpu
 from common.system.progress import Report
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 Generate: TypeAlias = "Callable[[Request, Mesh, Report], None]"
 """Makes the videos of a request, the same function in every rank."""
+Leave: TypeAlias = "Callable[[bool], str]"
+"""Called with whether all is done; returns what of an unfinished run is kept, as the end of an error line."""
 SELF_TEST_SECONDS = 60.0
 
 
@@ -34,41 +35,34 @@ def run(
     generate: Generate,
     request: Request,
     process: Process,
-    started: float,
     arguments: Sequence[str] = (),
-    release: Callable[[], None] = lambda: None,
+    leave: Leave = lambda done: "",
 ) -> int:
     """One rank's whole life; returns its exit status, or ends the process when peers may still be waiting for it.
 
     arguments: the command line that the request was read from, where every rank has read its own.
-    release: called before the process ends in whatever way.
+    leave: called before the process ends in whatever way.
     """
     link = Link(process, request.debug)
     report = _report(link, request)
-
-    def after_failure() -> str:
-        kept = clean_up(request, started) if process.rank == 0 and process.launcher != "supervise" else ""
-        release()
-        return kept
-
     try:
         # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
         alone = process.world_size == 1
-        with stoppable() if alone else nullcontext(Asked()) as asked, _told(link, report, after_failure, asked):
+        with stoppable() if alone else nullcontext(Asked()) as asked, _told(link, report, leave, asked):
             with as_wrong_use():
                 request, mesh = _connect(request, process, report, arguments)
                 _self_test(mesh, request, report, link)
                 request = _resolved(fork, request, mesh, process, report)
             generate(request, mesh, report)
             _wait_for_all(mesh)
+        leave(True)
         if process.world_size > 1:
-            release()
             link.leave(0)
     except Stopped as stopped:
-        link.interrupted(after_failure())
+        link.interrupted(leave(False))
         return stopped.status
     except KeyboardInterrupt:
-        link.interrupted(after_failure())
+        link.interrupted(leave(False))
         return 130
     except _Failed as failed:
         return failed.status
@@ -93,7 +87,7 @@ class _Failed(Exception):
 
 
 @contextmanager
-def _told(link: Link, report: Report, after_failure: Callable[[], str], asked: Asked) -> Iterator[None]:
+def _told(link: Link, report: Report, leave: Leave, asked: Asked) -> Iterator[None]:
     """Tell the user of an exception once. With peers, leave at once: they would wait in a collective for us.
 
     asked: a signal that came; an exception is then only what a library made of it, as imports do.
@@ -105,7 +99,7 @@ def _told(link: Link, report: Report, after_failure: Callable[[], str], asked: A
         if asked.number is not None:
             raise Stopped(asked.number) from None
         status = 2 if isinstance(error, WrongUse) else 1
-        link.failed(report.where, error, status, after_failure())
+        link.failed(report.where, error, status, leave(False))
         if link.process.world_size > 1:
             link.leave(status)
         raise _Failed(status) from None

@@ -74,14 +74,16 @@ def supervise(
     cpu: bool,
     request: bytes = b"",
     debug: bool = False,
-    clean_up: Callable[[], str] = lambda: "",
+    leave: Callable[[bool], str] = lambda done: "",
+    inherited: Sequence[int] = (),
 ) -> int:
     """Run `command` once per rank and return the exit status: 0, 1 (one line on stderr says why), 2, or 128 + signal.
 
     request: what every rank gets from `handed_down`.
     cpu: the ranks compute on the CPU and share its cores.
     debug: the ranks' own stderr goes to the screen; otherwise it is kept for the last words of a rank that crashed.
-    clean_up: called when the run did not succeed, after the last rank is gone; what it returns ends the error line.
+    leave: called after the last rank is gone, with whether all succeeded; what it returns ends the error line.
+    inherited: descriptors that every rank gets too.
     """
     open_standard_streams()
     status, reason, left = 1, "", ""
@@ -93,7 +95,7 @@ def supervise(
             common = _shared_environment(ranks, cpu) | {LIFE: str(life), HANDED: str(handed.fileno())}
             for rank in range(ranks):
                 output = None if debug else _scratch()
-                children.append(_start(command, rank, common, output))
+                children.append(_start(command, rank, common, output, inherited))
             status, reason = _watch(children)
         except Stopped as stopped:
             status = stopped.status
@@ -103,7 +105,7 @@ def supervise(
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             left = _stop(children)
-            afterword = clean_up() if status else ""
+            afterword = leave(status == 0)
     if reason or left:
         say(f"error: {shown(reason or 'stopped')}{left}{afterword}")
     elif afterword:
@@ -146,7 +148,9 @@ def _shared_environment(ranks: int, cpu: bool) -> dict[str, str]:
     return defaults | kept | {name: str(value) for name, value in world.items()}
 
 
-def _start(command: Sequence[str], rank: int, common: dict[str, str], output: IO[bytes] | None) -> _Child:
+def _start(
+    command: Sequence[str], rank: int, common: dict[str, str], output: IO[bytes] | None, inherited: Sequence[int]
+) -> _Child:
     """output: where the rank's own stderr goes; None: to the screen."""
     read, write = os.pipe()
     stderr = os.dup(2)
@@ -157,7 +161,7 @@ def _start(command: Sequence[str], rank: int, common: dict[str, str], output: IO
         env=common | {name: str(value) for name, value in own.items()},
         stdin=subprocess.DEVNULL,
         stderr=output,
-        pass_fds=(write, stderr, int(common[LIFE]), int(common[HANDED])),
+        pass_fds=(write, stderr, int(common[LIFE]), int(common[HANDED]), *inherited),
         start_new_session=True,
     )
     os.close(write)

@@ -50,9 +50,9 @@ class StageRecord:
 
 
 class _Active:
-    def __init__(self, name: str, total: int | None, unit: str, quiet: bool) -> None:
+    def __init__(self, name: str, total: int | None, unit: str, quiet: bool, done: int = 0) -> None:
         self.name, self.total, self.unit, self.quiet = name, total, unit, quiet
-        self.done = 0
+        self.done = self.before = done
         self.started = time.perf_counter()
         self.first_done = 0.0
         self.last_line = self.started
@@ -71,9 +71,10 @@ class _Active:
     def pace(self) -> float | None:
         """Seconds per step. The first one, which warms up kernels and allocators, counts only while it is alone."""
         now = time.perf_counter()
-        if self.done > 1:
-            return (now - self.first_done) / (self.done - 1)
-        return now - self.started if self.done == 1 else None
+        own = self.done - self.before
+        if own > 1:
+            return (now - self.first_done) / (own - 1)
+        return now - self.started if own == 1 else None
 
     @property
     def speed(self) -> str:
@@ -134,15 +135,16 @@ class Report:
 
     @contextmanager
     def stage(
-        self, name: str, total: int | None = None, unit: str = "step", quiet: bool = False
+        self, name: str, total: int | None = None, unit: str = "step", quiet: bool = False, done: int = 0
     ) -> Iterator[Callable[..., None]]:
         """Run a stage; yields `step(count=1)`, to be called as units get done when `total` is given.
 
-        quiet: not shown and not kept in `records`; where the run is, is told all the same.
+        done: units that another run has done already. quiet: not shown and not kept in `records`; where the run is, is
+        told all the same.
         """
         self._failed = None
         self._fold_peak()
-        active = _Active(name, total, unit, quiet)
+        active = _Active(name, total, unit, quiet, done)
         self._stack.append(active)
         self._tell(self.where)
         self._open(active)
@@ -221,7 +223,7 @@ class Report:
             self._synchronize()
         now = time.perf_counter()
         before = active.where
-        if active.done == 0:
+        if active.done == active.before:
             active.first_done = now
         active.done += count
         if active.where != before:
@@ -243,7 +245,7 @@ class Report:
             columns = (TextColumn("{task.description}"), BarColumn(), _Speed())
             self._progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
             self._progress.start()
-        active.task = self._progress.add_task(active.name, total=active.total, speed="")
+        active.task = self._progress.add_task(active.name, total=active.total, completed=active.done, speed="")
 
     def _close(self, active: _Active, failed: bool) -> None:
         seconds = time.perf_counter() - active.started
@@ -255,7 +257,7 @@ class Report:
         if failed or active.quiet:
             return
         counted = active.total is not None and active.unit != BYTE
-        steps = active.done if counted else None
+        steps = active.done - active.before if counted else None
         self.records.append(StageRecord(active.name, seconds, active.peak_bytes, steps))
         pace = f" ({active.pace:.2f} s/{active.unit})" if counted and active.pace else ""
         self.note(f"{active.name}: {seconds:.1f} s{pace}, peak {active.peak_bytes / 2**30:.2f} GiB")

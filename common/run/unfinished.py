@@ -1,0 +1,206 @@
+"""Commands that were interrupted: how one is known again, and where it goes on. No torch here.
+
+A command's state lies beside its output, in a file that names the command: its arguments, a digest of all that decides
+its videos, the seed that was drawn, how many videos are whole, and the sampling of the next one. The same command line
+goes on from it, with other GPUs, another layout or placement if wanted; so does `--resume FILE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.registry.request import Request, Unfinished, WrongUse, draw_seeds
+from common.run.states import At, Saver, Slots, StateFile
+from common.system.files import shown
+from common.weights.headers import read_header
+from common.weights.schema import CheckpointError
+
+FORMAT = "xdit-state-1"
+MOST_ARGUMENTS = 1 << 20
+"""Characters of the arguments that a state file may hold."""
+
+
+def digest(request: Request) -> str:
+    """Of everything that decides the latents of a request's videos: equal for two commands that make the same ones."""
+    runtime, source = request.runtime, request.source
+    videos = [
+        [video.prompt, video.negative_prompt, vars(video.sampling), video.seed, video.take] for video in request.videos
+    ]
+    weights = [source.demo, source.model_dir and _fingerprint(source.model_dir)]
+    precision = [str(runtime.dtype), str(runtime.text_dtype), runtime.text_encoder_dir]
+    said = [request.program, weights, precision, vars(request.options), videos]
+    return hashlib.sha256(json.dumps(said, default=_plain, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        with suppress(OSError):
+            status = value.stat()
+            return [str(value.absolute()), status.st_size, status.st_mtime_ns]
+    return str(value)
+
+
+def _fingerprint(folder: Path) -> list[Any]:
+    """Names and sizes of a checkpoint's files: another checkpoint at the same place is not gone on with."""
+    files = sorted(path for path in folder.glob("**/*") if path.suffix in (".safetensors", ".json", ".pth"))
+    return [str(folder.absolute()), [[str(path.relative_to(folder)), path.stat().st_size] for path in files]]
+
+
+def state_path(output: Path) -> Path:
+    """Where the state of an interrupted command lies that writes `output`."""
+    return output.with_suffix(".state.safetensors")
+
+
+def state_file(request: Request, arguments: Sequence[str]) -> StateFile:
+    """Where the state of a request is kept, its seeds being drawn."""
+    known = {
+        **{"format": FORMAT, "program": request.program, "digest": request.digest},
+        **{"seed": str(request.videos[0].seed), "output": request.output.name},
+        **{"cwd": os.getcwd(), "arguments": json.dumps(list(arguments))},
+    }
+    return StateFile(state_path(request.output), known)
+
+
+def taken_up(request: Request, fresh: bool = False) -> Request:
+    """The request with its digest, its seeds, and where it goes on when a state of it is there.
+
+    fresh: a state of another command is written over. Raises WrongUse for one otherwise.
+    """
+    request = replace(request, digest=digest(request))
+    begun = None
+    if request.sampled and os.path.lexists(state_path(request.output)):
+        begun = _read(request, fresh)
+    if begun is None:
+        return replace(request, videos=tuple(draw_seeds(request.videos)))
+    videos = draw_seeds(request.videos, begun.seed)
+    many = f"video {begun.video + 1} of {len(videos)}, " if len(videos) > 1 else ""
+    remark = f"going on with an interrupted run: {many}step {begun.step} of {begun.steps} is done"
+    return replace(request, videos=tuple(videos), unfinished=begun, remarks=(*request.remarks, remark))
+
+
+def _read(request: Request, fresh: bool) -> Unfinished | None:
+    path = state_path(request.output)
+    try:
+        kept = metadata(path)
+    except ValueError as error:
+        if fresh:
+            return None
+        raise WrongUse([f"{error}; remove it, or write over it with --overwrite"]) from None
+    if kept["digest"] != request.digest:
+        if fresh:
+            return None
+        raise WrongUse(
+            [
+                f"--output {shown(request.output)}: {shown(path)} is an interrupted run of other settings; go on with "
+                f"it by --resume {shown(path)}, give another output, or drop it with --overwrite"
+            ]
+        )
+    numbers = {name: int(kept[name]) for name in ("video", "step", "steps", "seed")}
+    return Unfinished(path, **numbers)
+
+
+def metadata(path: Path) -> Mapping[str, str]:
+    """What a state file says of its command. ValueError, with the name, for another file."""
+    try:
+        _, kept = read_header(path)
+    except (CheckpointError, OSError) as error:
+        raise ValueError(f"{shown(path)} is no state of an interrupted run ({error})") from None
+    numbers = [kept.get(name, "") for name in ("video", "step", "steps", "seed")]
+    if kept.get("format") != FORMAT or "digest" not in kept or not all(_is_number(n) for n in numbers):
+        raise ValueError(f"{shown(path)} is no state of an interrupted run")
+    return kept
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def with_interrupted(arguments: Sequence[str], program: str) -> list[str]:
+    """The arguments, where they have `--resume FILE` behind those of the command that left the file.
+
+    That command's folder becomes the current one. Raises WrongUse for another file.
+    """
+    rest, path = _without_resume(arguments)
+    if path is None:
+        return rest
+    path = path.absolute()
+    return [*_command_of(path, program), *rest]
+
+
+def _without_resume(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    rest, path, following = [], None, False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if following:
+            path, following = Path(argument), False
+        elif name == "--resume":
+            path, following = Path(value), not equals
+        else:
+            rest.append(argument)
+    return (list(arguments), None) if following else (rest, path)
+
+
+def _command_of(path: Path, program: str) -> list[str]:
+    try:
+        kept = metadata(path)
+        arguments = json.loads(kept["arguments"][:MOST_ARGUMENTS])
+        if not isinstance(arguments, list) or not all(isinstance(part, str) for part in arguments):
+            raise ValueError(f"{shown(path)} is no state of an interrupted run")
+        if kept["program"] != program:
+            raise ValueError(f"{shown(path)} is of {shown(kept['program'])}; go on with that program")
+        output = path.parent / Path(kept["output"]).name
+        if state_path(output) != path:
+            raise ValueError(f"{shown(path)} was renamed; its run writes {shown(output.name)}")
+        os.chdir(kept["cwd"])
+    except (KeyError, ValueError) as error:
+        raise WrongUse([f"--resume {error}"]) from None
+    except OSError as error:
+        raise WrongUse([f"--resume {shown(path)}: its folder {shown(kept['cwd'])} is not there ({error})"]) from None
+    where = ["--output", str(output)]
+    return arguments if arguments[-2:] == where else arguments + where
+
+
+@contextmanager
+def states_saved(
+    request: Request, arguments: Sequence[str], ranks: int
+) -> Iterator[tuple[Request, Callable[[bool, bool], str]]]:
+    """The request with slots for this many ranks' states, which are written to its file while they come.
+
+    Also yields what ends that: called with whether all videos are made it removes the file, or writes what is newest
+    and says so, as the end of an error line. Called once more it does nothing. Its second argument is whether the
+    latents of a sampling that was finished are kept elsewhere: of one video there is then nothing else to keep.
+    """
+    if not request.sampled:
+        yield request, lambda done, elsewhere: ""
+        return
+    slots = [Slots.create() for _ in range(ranks)]
+    request = replace(request, slots=tuple(one.descriptors for one in slots))
+    file = state_file(request, arguments)
+    saver = Saver(slots, file.write, request.save_every)
+
+    def close(done: bool, elsewhere: bool) -> str:
+        if saver.closed:
+            return ""
+        held, begun, several = saver.close(done), request.unfinished, len(request.videos) > 1
+        if held is None and begun is not None:
+            held = At(begun.video, begun.step), begun.steps
+        at, steps = held or (At(0, 0), 1)
+        if done or at == (0, 0) or (at.step == steps and elsewhere and not several):
+            file.remove()
+            return ""
+        of_many = f" of video {at.video + 1}" if several else ""
+        return f"; step {at.step}{of_many} is kept: the same command goes on from it, or --resume {shown(file.path)}"
+
+    try:
+        yield request, close
+    finally:
+        close(False, False)
+        for one in slots:
+            one.close()
