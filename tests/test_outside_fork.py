@@ -73,13 +73,55 @@ def test_a_video_has_sound(site: Path) -> None:
 @pytest.mark.slow
 def test_it_is_planned_and_rounded(site: Path) -> None:
     said = run(site, "toy_xdit", "--demo", "--dry-run", "--device", "cpu", "--gpus", "2", "--dtype", "bf16")
-    assert "text 56.4 KiB" in said  # 28,896 numbers of the Llama in two bytes each
+    assert "text 56.4 KiB" in said  # 28,864 numbers of the Llama in two bytes each
     planned = json.loads(run(site, "planner.cli", "--model", "toy", "--gpu", "h100", "--gpus", "2", "--json"))
     assert len(planned) >= 2
     demo = site.parent / "cache" / "xdit" / "toy-demo-1"
     run(site, "toy_xdit", "quantize", "--model-dir", str(demo), "--output", "small")
     for name in ("transformer", "transformer_2"):
         assert has_float8(open_checkpoint(site.parent / "small" / name / "model.safetensors"))
+
+
+COUNTED = """
+import torch
+from dataclasses import replace
+from torch.utils.flop_counter import FlopCounterMode
+from common.memory.estimate import FUSED, Traffic, imagined
+from common.registry.forks import get_model
+from common.registry.layout import Coordinates, Layout
+from planner import cost
+from toy_xdit.sampling import LLAMA, workload
+from toy_xdit.text import new_llama
+
+def numbers(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+model = get_model("toy")
+for size in (model.default_size, replace(model.default_size, num_frames=6)):
+    for layout, rank in ((Layout(), 0), (Layout(ulysses=3), 2), (Layout(ring=2), 1)):
+        with imagined(layout, rank) as mesh, torch.inference_mode():
+            work = workload(model, size, mesh)
+            transformer, counters = work.transformer.to(torch.bfloat16), []
+            def before(*_):
+                counters[:] = [FlopCounterMode(display=False, custom_mapping=FUSED), Traffic(mesh)]
+                [counter.__enter__() for counter in counters]
+            transformer.register_forward_pre_hook(before)
+            def after(*_):
+                [counter.__exit__(None, None, None) for counter in counters[::-1]]
+            transformer.register_forward_hook(after)
+            work.step(transformer)
+        (said,) = cost.passes(model, size, Coordinates(layout, rank))
+        assert counters[0].get_total_flops() == said.matmul + said.attention, (size, layout)
+        assert (counters[1].sent["ulysses"], counters[1].sent["ring"]) == (said.all_to_all, said.ring), (size, layout)
+stated = (model.parameters, model.text[0].parameters, model.decoder.parameters)
+assert (numbers(work.transformer), numbers(new_llama(LLAMA)), numbers(work.decoder)) == stated, stated
+"""
+
+
+@pytest.mark.slow
+def test_what_it_says_of_itself_is_what_runs(site: Path) -> None:
+    (site.parent / "counted.py").write_text(COUNTED)
+    run(site, "counted")
 
 
 def test_the_page_shows_the_files_as_they_are() -> None:

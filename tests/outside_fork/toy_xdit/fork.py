@@ -12,7 +12,7 @@ def decoding(frames: int, rows: int, columns: int) -> Decoding:
 
 
 def model(config: Config) -> Model:
-    w, text = config.width, Text(config.text_tokens, config.text_tokens, 29_024)
+    w, text = config.width, Text(config.text_tokens, config.text_tokens, 28_864)
     block = 24 * w * w
     picture = Stream(LATENTS, block, 2 * 2 * w * LATENTS.token_channels, sampled=LATENTS.token_channels)
     sound = Stream(Sound(), block, 2 * 2 * w * config.sound_channels, sampled=config.sound_channels)
@@ -20,7 +20,7 @@ def model(config: Config) -> Model:
     stack = Stack(config.layers, config.heads, w // config.heads, streams, once=2 * w, feed_forward=4 * w)
     demo = Demo("default", Size(64, 64, 1, 4, guided=False))
     decoder = Decoder(2_496, decoding)
-    return Model("toy", "Toy", RULES, LATENTS, (text,), (stack,), 105_176, decoder, demo=demo, config=config)
+    return Model("toy", "Toy", RULES, LATENTS, (text,), (stack,), 104_920, decoder, demo=demo, config=config)
 
 
 FORK = Fork(
