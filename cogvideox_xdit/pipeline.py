@@ -16,8 +16,8 @@ from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
-from common.registry.settings import DecodeOptions
-from common.run.pipeline import Pipeline, with_diffusers_names
+from common.registry.settings import DecodeOptions, either
+from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Clip, Picture, image_frames, pixels, video_frames
@@ -42,7 +42,6 @@ class CogVideoXPipeline(Pipeline):
         self.sp.require_heads(self.config.heads, self.config.head_dim)
         Solver(self.checkpoint.scheduler, self.rules.num_steps, scheduler)
 
-    @with_diffusers_names
     @torch.inference_mode()
     def __call__(
         self,
@@ -63,6 +62,8 @@ class CogVideoXPipeline(Pipeline):
         decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
         keeper: StateKeeper | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
@@ -79,6 +80,8 @@ class CogVideoXPipeline(Pipeline):
         keeper: of the state after each step, to go on from another run's.
         Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
         """
+        num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
+        cfg_scale = either(cfg_scale=cfg_scale, guidance_scale=guidance_scale)
         self.config.check_task(image is not None, video is not None)
         rules = self.rules
         height, width, num_frames = rules.size_of(height, width, num_frames)

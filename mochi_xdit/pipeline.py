@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from common.parallel.guidance import NEGATIVE, POSITIVE
-from common.registry.settings import DecodeOptions
-from common.run.pipeline import Pipeline, with_diffusers_names
+from common.registry.settings import DecodeOptions, either
+from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
 from common.video.latents import check_latents, draw_noise, save_latents
 from common.video.states import StateKeeper
@@ -44,7 +44,6 @@ class MochiPipeline(Pipeline):
         self.rules = official_rules(self.model_dir)
         self.sp.require_heads(self.config.heads, self.config.head_dim)
 
-    @with_diffusers_names
     @torch.inference_mode()
     def __call__(
         self,
@@ -63,6 +62,8 @@ class MochiPipeline(Pipeline):
         decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
         keeper: StateKeeper | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
@@ -77,6 +78,8 @@ class MochiPipeline(Pipeline):
         keeper: of the state after each step, to go on from another run's.
         Raises ValueError for sizes the model does not admit, FloatingPointError when the latents turn NaN.
         """
+        num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
+        cfg_scale = either(cfg_scale=cfg_scale, guidance_scale=guidance_scale)
         rules = self.rules
         shape = self._latent_shape(*rules.size_of(height, width, num_frames))
         scales = _scales(cfg_scale, num_steps, rules)

@@ -268,9 +268,9 @@ def test_diffusers_names_of_steps_and_guidance(native):
     here = pipe(PROMPT, **SIZE, num_steps=2, cfg_scale=3.0, output="latent")
     theirs = pipe(PROMPT, **SIZE, num_inference_steps=2, guidance_scale=3.0, output="latent")
     assert torch.equal(here, theirs)
-    with pytest.raises(ValueError, match="num_inference_steps is 2 and num_steps is 3"):
+    with pytest.raises(ValueError, match="num_steps is 3 and num_inference_steps is 2"):
         pipe(PROMPT, **SIZE, num_steps=3, num_inference_steps=2)
-    with pytest.raises(ValueError, match="guidance_scale is 2 and cfg_scale is 3"):
+    with pytest.raises(ValueError, match="cfg_scale is 3 and guidance_scale is 2"):
         pipe(PROMPT, **SIZE, num_steps=1, cfg_scale=3, guidance_scale=2)
 
 

@@ -15,8 +15,8 @@ from common.model.compile import compile_transformer
 from common.parallel.device_memory import host_memory
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
-from common.registry.settings import DecodeOptions
-from common.run.pipeline import Pipeline, with_diffusers_names
+from common.registry.settings import DecodeOptions, either
+from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
 from common.system.environment import this_process
 from common.text.t5 import EncoderFiles
@@ -52,7 +52,6 @@ class WanPipeline(Pipeline):
         self.config, self.vae_config = self.files.config, self.files.vae_config
         self.sp.require_heads(self.config.heads, self.config.head_width)
 
-    @with_diffusers_names
     @torch.inference_mode()
     def __call__(
         self,
@@ -73,6 +72,8 @@ class WanPipeline(Pipeline):
         decode: DecodeOptions | None = None,
         latents_file: str | Path | None = None,
         keeper: StateKeeper | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Tensor | None:
         """Generate one video. Collective: every rank calls it with the same arguments.
 
@@ -89,6 +90,8 @@ class WanPipeline(Pipeline):
         keeper: of the state after each step, to go on from another run's.
         Raises ValueError for what the model does not admit, FloatingPointError when the latents turn NaN.
         """
+        num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
+        cfg_scale = either(cfg_scale=cfg_scale, guidance_scale=guidance_scale)
         self.files.check_task(image is not None)
         if output not in ("frames", "latent"):
             raise ValueError(f"output is {output!r}; choose frames or latent")

@@ -22,6 +22,19 @@ def filled(cls: type[S], values: Mapping[str, Any], **more: Any) -> S:
     return cls(**{name: values[name] for name in names if name in values} | more)
 
 
+def either(**named: Any) -> Any:
+    """The value of two names that mean the same, ours and diffusers'; None where neither is given.
+
+    ValueError where both are, and differ.
+    """
+    given = {name: value for name, value in named.items() if value is not None}
+    first = next(iter(given.values()), None)
+    if any(value != first for value in given.values()):
+        said = " and ".join(f"{name} is {value}" for name, value in given.items())
+        raise ValueError(f"{said}, which mean the same; give one of them")
+    return first
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     """How latents become frames; see `common.video.decode_planning.decode_plans`. ValueError for an unknown mode."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,35 +36,6 @@ if TYPE_CHECKING:
 
 TextBranch = tuple[Tensor, Tensor]
 """Features (1, L, D) of one guidance branch's prompt and the mask (1, L) of its tokens that are no padding."""
-
-DIFFUSERS_NAMES = {
-    **{"num_inference_steps": "num_steps", "guidance_scale": "cfg_scale", "guidance_scale_2": "cfg_scale_2"},
-    "flow_shift": "shift",
-}
-"""What diffusers' pipelines call what is called otherwise here."""
-R = TypeVar("R")
-
-
-def with_diffusers_names(call: Callable[..., R]) -> Callable[..., R]:
-    """A pipeline's `__call__` that also takes DIFFUSERS_NAMES.
-
-    ValueError where a value has both its names and they differ.
-    """
-    signature = inspect.signature(call)
-    names = {theirs: ours for theirs, ours in DIFFUSERS_NAMES.items() if ours in signature.parameters}
-
-    @wraps(call)
-    def translated(*given: Any, **named: Any) -> R:
-        values = {theirs: named.pop(theirs) for theirs in names if theirs in named}
-        bound = signature.bind_partial(*given, **named).arguments
-        for theirs, value in values.items():
-            ours = bound.get(names[theirs])
-            if value is not None and ours not in (None, value):
-                raise ValueError(f"{theirs} is {value} and {names[theirs]} is {ours}, which mean the same; give one")
-            bound[names[theirs]] = ours if value is None else value
-        return call(**bound) if values else call(*given, **named)
-
-    return translated
 
 
 class Pipeline:
