@@ -75,4 +75,4 @@ def test_the_page_tells_the_way(ways) -> None:
     found = ways(FORKS[0])
     sampling, decoding = found["block"], found["convolution"]
     assert [files[0] for files in told] == [*sampling, *decoding[decoding.index("common/run/pipeline.py") :]]
-    assert len(sampling) - 1 == 6 and len(decoding) - 1 - decoding.index("mochi_xdit/pipeline.py") == 4
+    assert len(sampling) - 1 == 6 and len(decoding) - 1 - decoding.index("mochi_xdit/generate.py") == 4

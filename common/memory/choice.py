@@ -194,4 +194,4 @@ def long_sampling(request: Request, flops: int, ranks: int = 1) -> str:
         return ""
     steps = sum(video.sampling.num_steps for video in request.videos if video.latents is None)
     seconds = cpu_seconds(flops * steps, Precision.of(request.runtime).dtype, ranks)
-    return "" if seconds < LONG else f"sampling takes about {duration(seconds)} on this machine's CPU"
+    return "" if seconds < LONG else f"sampling takes at least {duration(seconds)} on this machine's CPU"

@@ -36,8 +36,8 @@ def settings_of(path: Path, fork: Fork) -> dict[str, Any]:
     """How the latents of a file were made, empty where it does not say. ValueError when not by this fork."""
     try:
         _, told = read_header(path)
-    except (CheckpointError, OSError) as error:
-        raise ValueError(f"{shown(path)} is not a readable latents file ({error})") from None
+    except (CheckpointError, OSError):
+        return {}  # what is wrong with such a file is told by `common.video.latents.load_latents`
     maker = told.get("program") or told.get("model") or fork.name
     if maker not in (fork.name, fork.program):
         known = next((other for other in forks() if maker in (other.name, other.program)), None)

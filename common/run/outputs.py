@@ -81,8 +81,9 @@ class Output:
         if path is None:
             return None
         try:
+            latents = load_latents(path, channels)
             check_decoder(path, numbers_of(decoder), self.video.made or {})
-            return load_latents(path, channels)
+            return latents
         except ValueError as error:
             raise WrongUse([f"--from-latents {error}"]) from None
 
