@@ -182,6 +182,11 @@ class CheckpointFiles:
             raise ValueError("this checkpoint makes a video from an image; give one (--image)")
         if image and not (self.config.image_channels or self.per_token):
             raise ValueError("this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)")
+        if self.config.image_width is not None and self.image_encoder is None:
+            raise ValueError(
+                "this checkpoint sees its image through CLIP, whose weights are read from a folder image_encoder/ as "
+                "diffusers' checkpoints have it; put that of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers beside the weights"
+            )
 
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
@@ -199,8 +204,16 @@ def find_checkpoint(folder: Path) -> CheckpointFiles:
     if parts is None:
         raise CheckpointError(f"{folder}: no Wan checkpoint; looked for {LOOKED_FOR}")
     small = any("480p" in path.name.lower() for path in (folder.resolve(), *parts.experts))
+    tower = folder / "image_encoder"
     made = CheckpointFiles(
-        "original", parts.config, parts.vae_config, parts.experts, parts.vae, per_token=parts.per_token, small=small
+        "original",
+        parts.config,
+        parts.vae_config,
+        parts.experts,
+        parts.vae,
+        per_token=parts.per_token,
+        small=small,
+        image_encoder=tower if parts.config.image_width and tower.is_dir() else None,
     )
     return checked(replace(made, boundary=RULES[made.kind].boundary), str(folder))
 
