@@ -103,8 +103,8 @@ def test_an_encoder_of_another_width_is_refused(folders):
         check_t5(files, 4096)
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.float8_e4m3fn])
-def test_a_text_encoder_in_eight_bits_or_whole_numbers_is_refused(folders, tmp_path, kind):
+@pytest.mark.parametrize("kind", [torch.int8, torch.int16])
+def test_a_text_encoder_in_whole_numbers_is_refused(folders, tmp_path, kind):
     shutil.copytree(folders["mochi"], tmp_path / "m")
     path = tmp_path / "m" / "text_encoder" / "model.safetensors"
     state = load_file(path)
@@ -116,6 +116,21 @@ def test_a_text_encoder_in_eight_bits_or_whole_numbers_is_refused(folders, tmp_p
     save_file(state | {f"{name.removesuffix('weight')}scale_weight": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="scale_weight is unknown to the T5 encoder"):
         encode(["a"], EncoderFiles.find(tmp_path / "m"), 8)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_a_text_encoder_in_float8_is_widened(folders, tmp_path, scale):
+    shutil.copytree(folders["mochi"], tmp_path / "m")
+    path = tmp_path / "m" / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    rounded = state[name].to(torch.float8_e4m3fn)
+    save_file(state | {name: (rounded.float() * (scale or 1)).to(state[name].dtype)}, path)
+    (expected,) = encode(["a"], EncoderFiles.find(tmp_path / "m"), 8).features
+    scales = {} if scale is None else {f"{name.removesuffix('weight')}scale_weight": torch.tensor([scale])}
+    save_file(state | {name: rounded} | scales, path)
+    (features,) = encode(["a"], EncoderFiles.find(tmp_path / "m"), 8).features
+    assert torch.equal(features, expected)
 
 
 @pytest.mark.parametrize(
