@@ -84,7 +84,7 @@ def test_defaults_are_the_official_ones_of_the_checkpoint(kind: str, tmp_path: P
 
 def test_sizes_without_a_published_limit_and_the_one_that_has_it(tmp_path: Path) -> None:
     folder = folder_of("2b", tmp_path / "2b")
-    given = ("--prompt", "x", "--gpus", 7, "--ulysses-degree", 7)
+    given = ("--prompt", "x", "--device", "cpu", "--gpus", 7, "--ulysses-degree", 7)
     request = read("--model-dir", folder, *given, "--width", 496, "--height", 272, "--num-frames", 16)
     assert request.layout.degrees == (1, 1, 7)
     assert problems("--model-dir", folder, *given, "--num-frames", 21)[0].endswith("nearest: 17 or 24")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cogvideox_xdit.config import VAEConfig
 from common.parallel.mesh import Mesh
 from common.registry.request import Request, WrongUse
 from common.run.command_line import parse
@@ -118,7 +119,7 @@ def test_the_demos_person_is_read_once(monkeypatch: pytest.MonkeyPatch, missing:
 
     class Pipe:
         model_dir = Path("demo")
-        mesh, config = Mesh(), SimpleNamespace(out_channels=16)
+        mesh, config, vae_config = Mesh(), SimpleNamespace(out_channels=16), VAEConfig()
 
         def check_weights(self, *_: object, **__: object) -> None: ...
 
@@ -126,8 +127,11 @@ def test_the_demos_person_is_read_once(monkeypatch: pytest.MonkeyPatch, missing:
             asked.append(next(g for g in given if g))
             return "someone"
 
-        def __call__(self, *_: object, identity: object, **__: object) -> None:
+        def __call__(self, *_: object, identity: object, **__: object) -> str:
             seen.append(identity)
+            return "latents"
+
+        def decode(self, *_: object) -> None: ...
 
     monkeypatch.setattr(ConsisIDPipeline, "from_pretrained", lambda *_, **__: Pipe())
     request = read(*BASE, "--num-videos", "2")

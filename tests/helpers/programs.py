@@ -24,11 +24,12 @@ def main(fork: Fork, arguments: Sequence[str]) -> int:
 
 
 def frames_of(fork: Fork, request: Request) -> list[Tensor]:
-    """The frames of a request's videos on one rank, which are not written."""
+    """The frames of a request's videos on one rank; nothing is written."""
     from common.parallel.mesh import Mesh
 
     made: list[Tensor] = []
-    with mock.patch.object(Output, "write", lambda self, frames: made.append(frames)):
+    writes = {"keep": lambda *_: None, "write": lambda self, frames: made.append(frames)}
+    with mock.patch.multiple(Output, **writes):
         fork.module("generate").generate(request, Mesh(), Report())
     return made
 
