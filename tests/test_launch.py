@@ -181,7 +181,7 @@ def test_signals_end_all_ranks_quietly(parent, tmp_path, number, status):
 
 def test_an_interrupted_run_says_what_it_has_kept(tmp_path, capfd):
     body = "time.sleep(.5); os.kill(os.getppid(), signal.SIGTERM); wait()"
-    assert supervise(script(tmp_path, body), 1, cpu=True, clean_up=lambda: "; x is kept") == 143
+    assert supervise(script(tmp_path, body), 1, cpu=True, leave=lambda done: "; x is kept") == 143
     assert capfd.readouterr().err == "interrupted; x is kept\n"
 
 

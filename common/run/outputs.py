@@ -45,7 +45,9 @@ class Output:
     keeper: for the pipeline, of the state after each step.
     """
 
-    def __init__(self, video: Video, request: Request, mesh: Mesh, report: Report, keeper: StateKeeper) -> None:
+    def __init__(
+        self, video: Video, request: Request, mesh: Mesh, report: Report, keeper: StateKeeper | None = None
+    ) -> None:
         self.keeper = keeper
         self.video, self.request, self.mesh, self.report = video, request, mesh, report
         self._first, self._began = len(report.records), time.perf_counter()

@@ -92,17 +92,17 @@ class Steps(Report):
         self.name = "starting"
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, unit: str = "step", quiet: bool = False) -> Iterator[Any]:
+    def stage(self, name: str, total: int | None = None, *more: Any, done: int = 0, **named: Any) -> Iterator[Any]:
         before, self.name = self.name, name if total is None else f"{name} 1"
-        done = 1
-        with super().stage(name, total, unit, quiet) as step:
+        at = done + 1
+        with super().stage(name, total, *more, done=done, **named) as step:
 
             def counted(count: int = 1) -> None:
-                nonlocal done
+                nonlocal at
                 step(count)
                 if total is not None:
-                    done += count
-                    self.name = f"{name} {done}" if done <= total else f"after {name}"
+                    at += count
+                    self.name = f"{name} {at}" if at <= total else f"after {name}"
 
             yield counted
         self.name = before
