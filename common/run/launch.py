@@ -71,7 +71,8 @@ def _run(
             say(f"error: {error}")
             return 2
         # Now that no other run can make them.
-        there = existing_problems(request.videos) if not (request.overwrite or request.unfinished) else []
+        begun = request.unfinished.video if request.unfinished else 0
+        there = [] if request.overwrite else existing_problems(request.videos[begun:])
         if there:
             for problem in there:
                 say(f"error: {shown(problem)}")
