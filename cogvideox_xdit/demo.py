@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-import PIL.ImageDraw
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cogvideox_xdit.config import CONFIGS, TRAINED, TransformerConfig, VAEConfig, transformer_json, vae_json
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
-from cogvideox_xdit.weights import STEM, rename_table
-from common.run.demo import cache_home, fill, made_once, write_text_encoder
-from common.weights.load import Rename, save
+from cogvideox_xdit.weights import rename_table
+from common.run.demo import cache_home, fill, made_once, red_circle, write_json, write_part, write_text_encoder
 
 SEED = 20240806
 _REVISION = 2
@@ -116,16 +111,6 @@ def demo_checkpoint(kind: str = "2b", cache_dir: str | Path | None = None) -> Pa
     return made_once(target, make)
 
 
-def red_circle(size: tuple[int, int]) -> PIL.Image.Image:
-    """A picture (height, width) to start from."""
-    height, width = size
-    image = PIL.Image.new("RGB", (width, height))
-    radius = min(size) // 4
-    box = (width // 2 - radius, height // 2 - radius, width // 2 + radius, height // 2 + radius)
-    PIL.ImageDraw.Draw(image).ellipse(box, fill=(220, 30, 30))
-    return image
-
-
 def random_checkpoint(
     folder: Path, kind: str, config: TransformerConfig, vae: VAEConfig, dtype: torch.dtype = torch.bfloat16
 ) -> None:
@@ -177,16 +162,3 @@ def write_vae(folder: Path, config: VAEConfig, encoder: nn.Module, decoder: nn.M
     state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     state |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
     write_part(folder, vae_json(config), state, None, dtype)
-
-
-def write_part(
-    folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], rename: Rename | None, dtype: torch.dtype
-) -> None:
-    """A part of a diffusers folder: its config.json and its weights."""
-    write_json(folder / "config.json", config)
-    save({name: tensor.to(dtype) for name, tensor in state.items()}, folder / f"{STEM}.safetensors", rename)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")

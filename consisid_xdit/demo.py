@@ -13,7 +13,7 @@ import torch
 
 from cogvideox_xdit import demo as cogvideox
 from cogvideox_xdit.config import VAEConfig
-from common.run.demo import cache_home, fill, made_once
+from common.run.demo import cache_home, fill, made_once, write_json, write_part
 from consisid_xdit.config import PREVIEW, TRAINED, ConsisIDConfig, consisid_json
 from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.face_demo import write_face_models
@@ -115,9 +115,9 @@ def random_checkpoint(
     cogvideox.random_checkpoint(folder, "5b-i2v", config, vae, dtype)
     model = ConsisIDTransformer(config)
     fill(model, SEED)
-    cogvideox.write_part(folder / "transformer", consisid_json(config), model.state_dict(), rename_table(config), dtype)
+    write_part(folder / "transformer", consisid_json(config), model.state_dict(), rename_table(config), dtype)
     index = cogvideox.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")
-    cogvideox.write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
 
 
 def made_up_identity(config: ConsisIDConfig) -> IdentityFeatures:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogvideox_xdit.demo import write_json
-from common.run.demo import fill
+from common.run.demo import fill, write_json
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.eva import EvaConfig, EvaTower
 from consisid_xdit.face import CONFIG, DETECTOR, FOLDER, LANDMARKS, PARSER, RECOGNISER, TOWER, FaceConfig

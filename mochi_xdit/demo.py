@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.run.demo import cache_home, fill, made_once, write_text_encoder
-from common.weights.load import save
+from common.run.demo import cache_home, fill, made_once, write_json, write_part, write_text_encoder
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder, MochiEncoder
-from mochi_xdit.weights import DIFFUSERS_STEM, decoder_rename, encoder_rename, transformer_rename
+from mochi_xdit.weights import decoder_rename, encoder_rename, transformer_rename
 
 SHIPPED = Path(__file__).parent / "demo_data"
 SEED = 20241022
@@ -79,14 +77,14 @@ def write_checkpoint(
     """Everything but the text encoder as a diffusers folder: bf16 tensors, `pos_frequencies` in fp32."""
     exact = {"pos_frequencies": torch.float32}
     state = {name: p.to(exact.get(name, torch.bfloat16)) for name, p in transformer.items()}
-    _write(folder / "transformer", _transformer_json(config), state, transformer_rename(config))
+    write_part(folder / "transformer", _transformer_json(config), state, transformer_rename(config))
     vae = {f"encoder.{n}": p.to(torch.bfloat16) for n, p in encoder.state_dict().items()}
     vae |= {f"decoder.{n}": p.to(torch.bfloat16) for n, p in decoder.state_dict().items()}
     table = {f"encoder.{ours}": theirs for ours, theirs in encoder_rename(config.vae).items()}
     table |= {f"decoder.{ours}": theirs for ours, theirs in decoder_rename(config.vae).items()}
-    _write(folder / "vae", _vae_json(config.vae), vae, table)
+    write_part(folder / "vae", _vae_json(config.vae), vae, table)
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True, "num_train_timesteps": 1000}
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"shift": 1.0})
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"shift": 1.0})
     index = {
         "_class_name": "MochiPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -95,17 +93,7 @@ def write_checkpoint(
         "transformer": ["diffusers", "MochiTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLMochi"],
     }
-    _write_json(folder / "model_index.json", index)
-
-
-def _write(folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor], rename: Mapping) -> None:
-    _write_json(folder / "config.json", config)
-    save(state, folder / f"{DIFFUSERS_STEM}.safetensors", rename)
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_json(folder / "model_index.json", index)
 
 
 def _transformer_json(config: MochiConfig) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -15,24 +16,16 @@ from PIL import Image
 
 from cogvideox_xdit import CogVideoXPipeline
 from cogvideox_xdit.config import CONFIGS, VAEConfig, transformer_json, vae_json
-from cogvideox_xdit.demo import demo_checkpoint, demo_config, model_index, scheduler_json, write_json
+from cogvideox_xdit.demo import demo_checkpoint, demo_config, model_index, scheduler_json
 from cogvideox_xdit.fork import FORK
-from common.registry.request import Request, WrongUse
-from common.run.command_line import parse
+from common.run.demo import write_json
 from common.video.files import read_video
 from common.video.formats import write_frames
+from tests.helpers import programs
 from tests.helpers.cogvideox import write_checkpoint
 from tests.helpers.programs import frames_of, main
 
-
-def read(*arguments: object) -> Request:
-    return parse(FORK, [str(argument) for argument in arguments])
-
-
-def problems(*arguments: object) -> list[str]:
-    with pytest.raises(WrongUse) as found:
-        read(*arguments)
-    return found.value.problems
+read, problems = partial(programs.read, FORK), partial(programs.problems, FORK)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,13 @@ import pytest
 
 from cogvideox_xdit.config import VAEConfig
 from common.parallel.mesh import Mesh
-from common.registry.request import Request, WrongUse
-from common.run.command_line import parse
 from common.system import environment
 from common.system.extras import install
 from common.video.files import read_video
 from consisid_xdit import cli, options
 from consisid_xdit.fork import FORK
 from consisid_xdit.pipeline import ConsisIDPipeline
+from tests.helpers import programs
 from tests.helpers.programs import frames_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,14 +61,7 @@ def checkpoint(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-def read(*arguments: str) -> Request:
-    return parse(FORK, arguments)
-
-
-def problems(*arguments: str) -> list[str]:
-    with pytest.raises(WrongUse) as wrong:
-        read(*arguments)
-    return wrong.value.problems
+read, problems = partial(programs.read, FORK), partial(programs.problems, FORK)
 
 
 def test_official_defaults(checkpoint: str, picture: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,34 @@ def test_resume_is_the_command_that_left_the_file(tmp_path, monkeypatch):
     assert with_interrupted(arguments, FORK.program) == arguments
 
 
+def test_a_folder_has_a_state_of_its_own_whatever_its_name_looks_like(tmp_path):
+    for name in ("v1.5", "v1.6"):
+        more = ("--output", f"{tmp_path / name}/")
+        left = taken_up(request(tmp_path, *more))
+        file = state_file(left, command(tmp_path, *more))
+        assert file.path == tmp_path / f"{name}.state.safetensors"
+        file.write(Record(At(0, 2), 8, (b"",)))
+        again = taken_up(parse(FORK, with_interrupted(["--resume", str(file.path)], FORK.program)))
+        assert again.unfinished is not None and again.videos == left.videos
+
+
+def test_a_checkpoint_with_a_link_to_nowhere_tells_commands_apart_too(tmp_path):
+    made = request(tmp_path)
+    made = replace(made, source=replace(made.source, demo=None, model_dir=tmp_path))
+    before = digest(made)
+    (tmp_path / "dit.safetensors").symlink_to("gone")
+    assert digest(made) != before
+
+
+def test_what_a_killed_writer_has_left_goes_with_the_file(tmp_path):
+    file = StateFile(tmp_path / "x.state.safetensors", {})
+    left = tmp_path / ".x.state.abc.partial.safetensors"
+    left.write_bytes(b"half")
+    file.write(Record(At(0, 1), 2, (b"",)))
+    file.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

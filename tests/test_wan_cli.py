@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,26 +11,18 @@ from PIL import Image
 
 from common.memory.choice import estimator
 from common.memory.estimate import imagined
-from common.registry.request import Request, WrongUse
-from common.run.command_line import parse
+from common.run.demo import write_json
 from common.video.files import read_video
 from common.weights.placement import Placement
+from tests.helpers import programs
 from tests.helpers.programs import main
 from tests.helpers.wan import write_checkpoint
 from wan_xdit.checkpoint import DEMO_KINDS, NEGATIVE, RULES, SHAKING, demo_rules, find_checkpoint
 from wan_xdit.config import OTHERS, T2V_14B, VAE_2_1, TransformerConfig, read_transformer, transformer_json, vae_json
-from wan_xdit.demo import demo_checkpoint, demo_config, model_index, write_json
+from wan_xdit.demo import demo_checkpoint, demo_config, model_index
 from wan_xdit.fork import FORK
 
-
-def read(*arguments: object) -> Request:
-    return parse(FORK, [str(argument) for argument in arguments])
-
-
-def problems(*arguments: object) -> list[str]:
-    with pytest.raises(WrongUse) as found:
-        read(*arguments)
-    return found.value.problems
+read, problems = partial(programs.read, FORK), partial(programs.problems, FORK)
 
 
 @pytest.fixture

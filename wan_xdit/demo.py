@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-import PIL.ImageDraw
 import torch
 from torch import Tensor, nn
 
-from common.run.demo import cache_home, fill, made_once, write_text_encoder
+from common.run.demo import cache_home, fill, made_once, red_circle, write_json, write_part, write_text_encoder
 from common.text.t5 import UMT5
-from common.weights.load import Rename, save
+from common.weights.load import save
 from wan_xdit.checkpoint import DEMO_KINDS, RULES
 from wan_xdit.clip import ImageConfig, ImageEncoder
 from wan_xdit.clip import rename_table as clip_table
 from wan_xdit.config import TransformerConfig, VAEConfig, transformer_json, vae_json
 from wan_xdit.transformer import WanTransformer
 from wan_xdit.vae import WanDecoder, WanEncoder
-from wan_xdit.weights import STEM, decoder_table, encoder_table, rename_table
+from wan_xdit.weights import decoder_table, encoder_table, rename_table
 
 SEED = 20250225
 _REVISION = 2
@@ -123,16 +120,6 @@ def demo_checkpoint(kind: str = DEMO_KINDS[0], cache_dir: str | Path | None = No
     return made_once(target, make)
 
 
-def red_circle(size: tuple[int, int]) -> PIL.Image.Image:
-    """A picture (height, width) to start from."""
-    height, width = size
-    image = PIL.Image.new("RGB", (width, height))
-    radius = min(size) // 4
-    box = (width // 2 - radius, height // 2 - radius, width // 2 + radius, height // 2 + radius)
-    PIL.ImageDraw.Draw(image).ellipse(box, fill=(220, 30, 30))
-    return image
-
-
 def random_checkpoint(
     folder: Path, kind: str, config: TransformerConfig, vae: VAEConfig, dtype: torch.dtype = torch.bfloat16
 ) -> None:
@@ -222,16 +209,3 @@ def write_vae(folder: Path, config: VAEConfig, encoder: nn.Module, decoder: nn.M
         state |= {f"{half}.{name}": tensor for name, tensor in module.state_dict().items()}
         table |= {f"{half}.{ours}": theirs for ours, theirs in names(config, "diffusers").items()}
     write_part(folder, vae_json(config), state, table, dtype)
-
-
-def write_part(
-    folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], rename: Rename | None, dtype: torch.dtype
-) -> None:
-    """A part of a diffusers folder: its config.json and its weights."""
-    write_json(folder / "config.json", config)
-    save({name: tensor.to(dtype) for name, tensor in state.items()}, folder / f"{STEM}.safetensors", rename)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")

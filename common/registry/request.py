@@ -51,6 +51,11 @@ class Source:
     """For a dry run: the name of a model of which only its numbers are there."""
 
 
+def beside(output: Path, folder: bool, suffix: str) -> Path:
+    """The file of this suffix that belongs to an output; of a folder's name no part is a suffix."""
+    return output.with_name(output.name + suffix) if folder else output.with_suffix(suffix)
+
+
 @dataclass(frozen=True)
 class Video:
     """One video to make."""
@@ -67,7 +72,7 @@ class Video:
     save_latents: bool = False
     """Whether the latents stay when the output is complete."""
     seed: int | None = None
-    """None: rank 0 draws one for the whole command, and the video's is that plus `take`."""
+    """None: one is drawn for the whole command before any rank starts, and the video's is that plus `take`."""
     take: int = 0
     """Its place among the videos of the same prompt."""
     latents: Path | None = None
@@ -95,7 +100,7 @@ class Video:
         return self.sidecar, self.latents_file
 
     def _beside(self, suffix: str) -> Path:
-        return self.output.with_name(self.output.name + suffix) if self.folder else self.output.with_suffix(suffix)
+        return beside(self.output, self.folder, suffix)
 
     @property
     def latents_files(self) -> tuple[Path, Path]:
@@ -185,7 +190,7 @@ class Request:
 
 
 def draw_seeds(videos: Sequence[Video], drawn: int | None = None) -> list[Video]:
-    """The videos with seeds. drawn: of the first one, where it has none; None: one process draws for all."""
+    """The videos with seeds. drawn: of the first one, where it has none; None: it is drawn here."""
     drawn = random.SystemRandom().randrange(2**32) if drawn is None else drawn
     return [replace(v, seed=drawn + v.take) if v.seed is None else v for v in videos]
 

@@ -1,4 +1,4 @@
-"""Small checkpoints in the official layout: the T5 part, and the place where they are kept."""
+"""Small checkpoints in the official layout: their files, the T5 part, and the place where they are kept."""
 
 from __future__ import annotations
 
@@ -7,13 +7,51 @@ import os
 import shutil
 import string
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
+import PIL.ImageDraw
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.text.t5 import T5, Member, new_t5
+from common.weights.load import Rename, save
+
+STEM = "diffusion_pytorch_model"
+"""What the weights of a part of a diffusers folder are called."""
+
+
+def write_part(
+    folder: Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    rename: Rename | None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A part of a diffusers folder: its config.json and its weights, in `dtype` or as they are."""
+    write_json(folder / "config.json", config)
+    save(
+        {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()},
+        folder / f"{STEM}.safetensors",
+        rename,
+    )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def red_circle(size: tuple[int, int]) -> PIL.Image.Image:
+    """A picture (height, width) to start from."""
+    height, width = size
+    image = PIL.Image.new("RGB", (width, height))
+    radius = min(size) // 4
+    box = (width // 2 - radius, height // 2 - radius, width // 2 + radius, height // 2 + radius)
+    PIL.ImageDraw.Draw(image).ellipse(box, fill=(220, 30, 30))
+    return image
 
 
 def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int = 256, normalization: str = "nmt_nfkc") -> int:

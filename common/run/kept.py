@@ -106,10 +106,10 @@ def given_options(context: click.Context) -> set[str]:
 
 def decode_options(context: click.Context, without: Iterable[str]) -> tuple[str, ...]:
     """The options that were given, as one types them, but for `without` and what belongs to one run alone."""
-    left_out = {*without, *_ONE_RUN}
+    wanted = given_options(context) - {*without, *_ONE_RUN}
     typed: list[str] = []
     for option in context.command.params:
-        if option.name not in given_options(context) or option.name in left_out:
+        if option.name not in wanted:
             continue
         value, on = context.params[option.name], option.opts[-1]
         if isinstance(value, bool):

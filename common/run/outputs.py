@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from common.registry.request import Request, Video, WrongUse, draw_seeds, settings
+from common.registry.request import Request, Video, WrongUse, settings
 from common.run.kept import check_decoder, command_that_decodes, numbers_of
 from common.run.options import version
 from common.system.files import identity, remove_partial, shown, tell
@@ -128,12 +128,10 @@ class Output:
 
 
 def outputs(request: Request, mesh: Mesh, report: Report) -> Iterator[Output]:
-    """An `Output` for each video of a request, with the seed that rank 0 drew. Collective."""
-    from common.parallel.mesh import broadcast_object
+    """An `Output` for each video of a request that is not made yet; their seeds are drawn."""
     from common.run.resume import keeper_of
 
-    videos = broadcast_object(mesh.world, draw_seeds(request.videos), mesh.device)
-    finished = request.unfinished.video if request.unfinished else 0
+    videos, finished = request.videos, request.unfinished.video if request.unfinished else 0
     for number, video in enumerate(videos[finished:], finished + 1):
         if len(videos) > 1:
             report.about = f"video {number} of {len(videos)}"

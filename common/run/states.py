@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from common.system.files import say, write_file
+from common.system.files import remove_partial, say, write_file
+from common.weights.headers import header_of
 
 SHARDED, WHOLE = "tokens.", "whole."
 """What the names of tensors begin with: each rank has a part of its tokens, or all ranks have the same."""
@@ -177,6 +178,8 @@ class StateFile:
         write_file(self.path, join(record.parts, {**self.known, **at}))
 
     def remove(self) -> None:
+        """The file, and what a run that was killed while it wrote has left of one; never raises."""
+        remove_partial(self.path)
         with suppress(OSError):
             self.path.unlink()
 
@@ -187,25 +190,21 @@ def join(parts: Sequence[bytes], metadata: Mapping[str, str]) -> bytes:
     parts: safetensors files of tensors (1, n, ...) named SHARDED + ..., and of any shape named WHOLE + ....
     """
     split = [_tensors(part) for part in parts if part]
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    tensors: dict[str, tuple[str, list[int], int]] = {}
     data: list[bytes] = []
-    end = 0
     for name, (dtype, shape, raw) in (split[0] if split else {}).items():
         pieces = [raw]
         if name.startswith(SHARDED):
             assert shape[0] == 1, "tokens of more than one sample are not joined by their bytes"
             pieces = [part[name][2] for part in split]
             shape = [1, sum(part[name][1][1] for part in split), *shape[2:]]
-        begin, end = end, end + sum(map(len, pieces))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        tensors[name] = dtype, shape, sum(map(len, pieces))
         data += pieces
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((_LENGTH.pack(len(text)), text, *data))
+    return b"".join((header_of(tensors, metadata), *data))
 
 
 def _tensors(part: bytes) -> dict[str, tuple[str, list[int], bytes]]:
-    """Dtype, shape and bytes of the tensors of a safetensors file, those of the same dtype first as it has them."""
+    """Dtype, shape and bytes of the tensors of a safetensors file, in the order that they lie there."""
     start = _LENGTH.size + _LENGTH.unpack(part[: _LENGTH.size])[0]
     header = json.loads(part[_LENGTH.size : start])
     header.pop("__metadata__", None)

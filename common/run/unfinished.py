@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.registry.request import Request, Unfinished, WrongUse, draw_seeds
+from common.registry.request import Request, Unfinished, WrongUse, beside, draw_seeds
 from common.run.states import At, Saver, Slots, StateFile
-from common.system.files import shown
+from common.system.files import shown, size_of
 from common.weights.headers import read_header
 from common.weights.schema import CheckpointError
 
@@ -50,22 +50,26 @@ def _plain(value: Any) -> Any:
 def _fingerprint(folder: Path) -> list[Any]:
     """Names and sizes of a checkpoint's files: another checkpoint at the same place is not gone on with."""
     files = sorted(path for path in folder.glob("**/*") if path.suffix in (".safetensors", ".json", ".pth"))
-    return [str(folder.absolute()), [[str(path.relative_to(folder)), path.stat().st_size] for path in files]]
+    return [str(folder.absolute()), [[str(path.relative_to(folder)), size_of(path)] for path in files]]
 
 
-def state_path(output: Path) -> Path:
-    """Where the state of an interrupted command lies that writes `output`."""
-    return output.with_suffix(".state.safetensors")
+def state_path(output: Path, folder: bool = False) -> Path:
+    """Where the state of an interrupted command lies that writes `output`; folder: as of `Video`."""
+    return beside(output, folder, ".state.safetensors")
+
+
+def _state_path(request: Request) -> Path:
+    return state_path(request.output, request.videos[0].folder)
 
 
 def state_file(request: Request, arguments: Sequence[str]) -> StateFile:
     """Where the state of a request is kept, its seeds being drawn."""
     known = {
         **{"format": FORMAT, "program": request.program, "digest": request.digest},
-        **{"seed": str(request.videos[0].seed), "output": request.output.name},
+        **{"seed": str(request.videos[0].seed), "output": request.output.name + "/" * request.videos[0].folder},
         **{"cwd": os.getcwd(), "arguments": json.dumps(list(arguments))},
     }
-    return StateFile(state_path(request.output), known)
+    return StateFile(_state_path(request), known)
 
 
 def taken_up(request: Request, fresh: bool = False) -> Request:
@@ -75,7 +79,7 @@ def taken_up(request: Request, fresh: bool = False) -> Request:
     """
     request = replace(request, digest=digest(request))
     begun = None
-    if request.sampled and os.path.lexists(state_path(request.output)):
+    if request.sampled and os.path.lexists(_state_path(request)):
         begun = _read(request, fresh)
     if begun is None:
         return replace(request, videos=tuple(draw_seeds(request.videos)))
@@ -86,7 +90,7 @@ def taken_up(request: Request, fresh: bool = False) -> Request:
 
 
 def _read(request: Request, fresh: bool) -> Unfinished | None:
-    path = state_path(request.output)
+    path = _state_path(request)
     try:
         kept = metadata(path)
     except ValueError as error:
@@ -155,15 +159,15 @@ def _command_of(path: Path, program: str) -> list[str]:
             raise ValueError(f"{shown(path)} is no state of an interrupted run")
         if kept["program"] != program:
             raise ValueError(f"{shown(path)} is of {shown(kept['program'])}; go on with that program")
-        output = path.parent / Path(kept["output"]).name
-        if state_path(output) != path:
+        output, folder = path.parent / Path(kept["output"]).name, kept["output"].endswith("/")
+        if state_path(output, folder) != path:
             raise ValueError(f"{shown(path)} was renamed; its run writes {shown(output.name)}")
         os.chdir(kept["cwd"])
     except (KeyError, ValueError) as error:
         raise WrongUse([f"--resume {error}"]) from None
     except OSError as error:
         raise WrongUse([f"--resume {shown(path)}: its folder {shown(kept['cwd'])} is not there ({error})"]) from None
-    where = ["--output", str(output)]
+    where = ["--output", str(output) + "/" * folder]
     return arguments if arguments[-2:] == where else arguments + where
 
 

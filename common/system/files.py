@@ -376,6 +376,14 @@ def spare_file(path: Path) -> Path:
     return Path(tempfile.gettempdir(), f"xdit-{os.getuid()}-{mark}{''.join(path.suffixes[-2:])}")
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 for one that is not there: whoever needs it will say so."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def identity(path: Path) -> tuple[int, int, int] | None:
     """What changes when a file is written anew; None where there is none."""
     try:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.system.files import size_of
+
 PIECE = 16 << 20
 """Bytes that are read at once; the thread ends between two pieces."""
 
@@ -18,7 +20,7 @@ def read_ahead(files: Sequence[Path], room: int) -> Iterator[None]:
     room: bytes of host memory that may be filled so; files that are larger together are left alone. What cannot be
     read is nothing to speak of here: whoever needs the file will say so. Leaving stops the thread.
     """
-    if not files or sum(_size(file) for file in files) > room:
+    if not files or sum(size_of(file) for file in files) > room:
         yield
         return
     over = threading.Event()
@@ -29,13 +31,6 @@ def read_ahead(files: Sequence[Path], room: int) -> Iterator[None]:
     finally:
         over.set()
         reader.join()
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
 
 
 def _read(files: Sequence[Path], over: threading.Event) -> None:

@@ -9,11 +9,10 @@ tensors go to and come from files without a copy of the whole shard in memory.
 
 from __future__ import annotations
 
-import json
 import mmap
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.system.files import Partial, writing
-from common.weights.headers import Entry, read_header
+from common.weights.headers import Entry, header_of, read_header
 from common.weights.pickles import MAGIC, read_pickle_header
 from common.weights.schema import CheckpointError, plain_file, quoted
 from common.weights.tables import PICKLES, read_index
@@ -232,24 +231,22 @@ def plain_stem(file: Path) -> str:
     return base if dot and variant in _VARIANTS else stem
 
 
+def stored_as(views: Sequence[Tensor]) -> tuple[str, list[int], int]:
+    """Dtype, shape and bytes of a tensor that is written as the views of its rows, as `header_of` takes them."""
+    shape = list(views[0].shape)
+    if len(views) > 1:
+        shape[0] = sum(view.shape[0] for view in views)
+    return DTYPE_NAMES[views[0].dtype], shape, sum(view.numel() * view.dtype.itemsize for view in views)
+
+
 def write_file(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[str, str]) -> None:
     """A file of these tensors, each the views of its rows one after another; whole or not at all. WriteError."""
     # Widest elements first keeps every tensor aligned to its own size, which mapping it without a copy needs.
     order = sorted(views, key=lambda name: (-views[name][0].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name in order:
-        group = views[name]
-        rows = sum(view.shape[0] for view in group) if len(group) > 1 else None
-        shape = list(group[0].shape) if rows is None else [rows, *group[0].shape[1:]]
-        size = sum(view.numel() * view.dtype.itemsize for view in group)
-        header[name] = {"dtype": DTYPE_NAMES[group[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
+    header = header_of({name: stored_as(views[name]) for name in order}, metadata)
     with Partial(path) as partial, writing(path):
         with open(partial.name, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for name in order:
                 for view in views[name]:
                     file.write(view.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

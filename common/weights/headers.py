@@ -5,9 +5,10 @@ The format: 8 bytes little-endian header length, a JSON header {name: {dtype, sh
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,22 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def header_of(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with whose tensors follow in this order.
+
+    tensors: of each name the dtype as the format spells it, the shape and the number of bytes. Filled up to a multiple
+    of 64 bytes, so that tensors of falling element sizes lie aligned behind it.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
 from common.registry.checks import Rules
 from common.registry.forks import Fork
-from common.registry.request import Request
+from common.registry.request import Request, WrongUse, draw_seeds
 from common.run import launch
+from common.run.command_line import parse
 from common.run.outputs import Output
 from common.system.progress import Report
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def read(fork: Fork, *arguments: object) -> Request:
+    """The request of a command line."""
+    return parse(fork, [str(argument) for argument in arguments])
+
+
+def problems(fork: Fork, *arguments: object) -> list[str]:
+    """What is wrong with a command line."""
+    try:
+        read(fork, *arguments)
+    except WrongUse as wrong:
+        return wrong.problems
+    raise AssertionError("nothing is wrong with it")
 
 
 def main(fork: Fork, arguments: Sequence[str]) -> int:
@@ -28,6 +44,7 @@ def frames_of(fork: Fork, request: Request) -> list[Tensor]:
     from common.parallel.mesh import Mesh
 
     made: list[Tensor] = []
+    request = replace(request, videos=tuple(draw_seeds(request.videos)))
     writes = {"keep": lambda *_: None, "write": lambda self, frames: made.append(frames)}
     with mock.patch.multiple(Output, **writes):
         fork.module("generate").generate(request, Mesh(), Report())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,7 +15,9 @@ from cogvideox_xdit import demo as cogvideox
 from cogvideox_xdit.config import VAEConfig
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
-from common.weights.checkpoint import DTYPE_NAMES
+from common.run.demo import write_json, write_part
+from common.weights.checkpoint import stored_as
+from common.weights.headers import header_of
 from common.weights.load import on_meta, save
 from consisid_xdit.config import consisid_json
 from consisid_xdit.transformer import ConsisIDTransformer
@@ -65,11 +66,11 @@ def write_folder(folder: Path, model: str, layers: int | None = None) -> Path:
         if model == "consisid":
             cogvideox.write_vae(folder / "vae", vae, *parts, BF16)
             state, table = transformer.state_dict(), rename_table(config)
-            cogvideox.write_part(folder / "transformer", consisid_json(config), state, table, BF16)
+            write_part(folder / "transformer", consisid_json(config), state, table, BF16)
             scheduler = cogvideox.scheduler_json(kind)
-            cogvideox.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+            write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
             index = cogvideox.model_index("ConsisIDPipeline", "ConsisIDTransformer3DModel")
-            cogvideox.write_json(folder / "model_index.json", index)
+            write_json(folder / "model_index.json", index)
         else:
             cogvideox.write_checkpoint(folder, kind, transformer, vae, *parts, BF16)
     return folder
@@ -93,17 +94,8 @@ def sparse() -> AbstractContextManager[object]:
 
 
 def _write_header(path: Path, views: Mapping[str, list[Tensor]], metadata: Mapping[str, str]) -> None:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, group in views.items():
-        size = sum(view.numel() * view.dtype.itemsize for view in group)
-        shape = list(group[0].shape)
-        if len(group) > 1:
-            shape[0] = sum(view.shape[0] for view in group)
-        header[name] = {"dtype": DTYPE_NAMES[group[0].dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
+    tensors = {name: stored_as(group) for name, group in views.items()}
+    header = header_of(tensors, metadata)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
+        file.write(header)
+        file.truncate(len(header) + sum(size for _, _, size in tensors.values()))

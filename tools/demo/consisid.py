@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cogvideox_xdit.config import VAEConfig
-from cogvideox_xdit.demo import model_index, scheduler_json, write_json, write_part, write_vae
+from cogvideox_xdit.demo import model_index, scheduler_json, write_vae
 from cogvideox_xdit.transformer import CogVideoXTransformer, pack
+from common.run.demo import write_json, write_part
 from common.video.inputs import pixels
 from consisid_xdit.config import consisid_json
 from consisid_xdit.demo import SHOWN, shape_identity, trained_config

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.run.demo import fill
+from common.run.demo import fill, write_json
 from common.text.encoder import TextEncoder
 from common.text.t5 import EncoderFiles
 from common.weights.schema import read_object
@@ -25,7 +25,7 @@ from tools.demo.mochi_vae import clips
 from tools.demo.training import Losses, Plan, WrittenOut, in_bf16, train, write_atomically
 from tools.demo.wan_vae import load_autoencoder
 from wan_xdit.config import TransformerConfig
-from wan_xdit.demo import TRAINED_VAE, trained_config, write_checkpoint, write_json
+from wan_xdit.demo import TRAINED_VAE, trained_config, write_checkpoint
 from wan_xdit.transformer import Size, WanTransformer, pack
 
 LATENT: Size = (4, 8, 8)
