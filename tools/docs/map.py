@@ -9,7 +9,7 @@ from common.registry.forks import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "docs" / "map.md"
-ROOMS = ("system", "registry", "parallel", "weights", "video", "text", "model", "memory", "run")
+ROOMS = ("system", "registry", "parallel", "weights", "video", "text", "model", "memory", "run", "workers")
 """Of `common/`, each of which may import those before it."""
 HEAD = """# Map
 

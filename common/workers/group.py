@@ -1,0 +1,179 @@
+"""What one asks of a group of resident ranks, and what it tells: values and the protocol, no implementation. No torch.
+
+A group has a number of ranks, each with a device of its own, which load models, make one video at a time and stay.
+The implementations are `common.workers.local.LocalGroup` (processes of this machine) and
+`common.workers.ray_group.RayGroup`; `common.workers.replicas.Replicas` keeps several at work and is what most callers
+want. All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from common.registry.request import Request
+
+
+class GroupError(RuntimeError):
+    """A group that cannot start, or cannot take this job; one line for the user."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video on one group.
+
+    id: of the caller's choice, not given before. request: as `common.run.command_line.parse` makes it, with one video,
+    whose seed is drawn and whose output nobody else writes; with a layout for as many ranks as the group has.
+    state: go on from this file, see `common.run.states.StateFile`; it must be of the same video.
+    keep_state: where the newest state is written every `request.save_every` seconds, and when the job does not finish;
+    removed when it finishes or is cancelled. It may be the same file as `state`.
+    """
+
+    id: str
+    request: Request
+    state: Path | None = None
+    keep_state: Path | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job is. stage: names as in `common.system.progress`.
+
+    step, steps: how many of the stage's steps, chunks or bytes are done, of how many; 0 of 0 for a stage that does not
+    count. unit: of these. seconds_left: of the whole job by what is known so far; None: nothing is.
+    """
+
+    job: str
+    stage: str
+    step: int = 0
+    steps: int = 0
+    seconds_left: float | None = None
+    unit: str = "step"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the user, as the command line prints them. warning: it is one."""
+
+    job: str
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A small picture of what the video will be. step: how many were done. png: the file's bytes."""
+
+    job: str
+    step: int
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The output is whole. seconds: by stage, on rank 0. sidecar: the json beside the output."""
+
+    job: str
+    seconds: Mapping[str, float]
+    sidecar: Path
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """Nothing of the job is left; the ranks are idle and keep their models."""
+
+    job: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job cannot be made; the ranks are idle. Its newest state is in `keep_state`.
+
+    message: one line. wrong_use: the request asks for what this checkpoint or machine does not have. memory: memory ran
+    out. at: (steps done, steps) of the sampling, where it had begun.
+    """
+
+    job: str
+    message: str
+    wrong_use: bool = False
+    memory: bool = False
+    at: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The group's ranks are gone, and it with them: `start` makes new ones. The job can go on from its `keep_state`.
+
+    job: the one that was running. message: one line. at: (steps done, steps) of the newest state, where there is one.
+    device: the one of `WorkerGroup.devices` whose rank was the cause, where that is known. asked: it was `stop` that
+    ended them.
+    """
+
+    job: str | None
+    message: str
+    at: tuple[int, int] | None = None
+    device: int | None = None
+    asked: bool = False
+
+
+Event: TypeAlias = "Progress | Note | Preview | Finished | Cancelled | Failed | Lost"
+"""Each job that was submitted has exactly one of Finished, Cancelled, Failed and Lost, and nothing after that."""
+ENDINGS = (Finished, Cancelled, Failed, Lost)
+
+State: TypeAlias = Literal["starting", "idle", "busy", "lost", "stopped"]
+
+
+@dataclass(frozen=True)
+class RankHealth:
+    """One rank. memory: bytes, of its device as PyTorch counts them, on a CPU resident memory of the process.
+
+    device: a GPU's number, or on a CPU the place of the rank. models: what it keeps loaded. pid: 0 where there is none.
+    """
+
+    pid: int
+    device: int
+    memory: int = 0
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Health:
+    """A group at one moment. job: the one that is running. loadings: models that its ranks have loaded since they
+    started, on rank 0."""
+
+    state: State
+    ranks: tuple[RankHealth, ...] = ()
+    job: str | None = None
+    loadings: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What an implementation has to tell beside."""
+
+
+class WorkerGroup(Protocol):
+    """Resident ranks. They end with the process that made the group, whatever becomes of it."""
+
+    devices: tuple[int, ...]
+    """One for each rank: numbers of GPUs as this process counts them, or on a CPU any that tell the ranks apart."""
+
+    def start(self) -> None:
+        """Ranks up, connected, idle; also after `Lost`. Blocks. Raises GroupError, and then no process is left."""
+
+    def submit(self, job: Job) -> None:
+        """Returns at once. Raises GroupError unless the group is idle and the layout has as many ranks as it has."""
+
+    def events(self, timeout: float) -> list[Event]:
+        """What happened since the last call, in order; waits up to `timeout` seconds for the first event."""
+
+    def cancel(self, job: str) -> None:
+        """End a job at its next step or decode chunk, on all ranks alike. Returns at once; nothing for another job.
+
+        A job that is past the last of these ends as it would have.
+        """
+
+    def health(self) -> Health:
+        """Never raises, never waits for a rank."""
+
+    def stop(self, seconds: float) -> None:
+        """End the ranks: asks, and kills what is left after `seconds`. A running job is `Lost`, its state kept."""
