@@ -188,7 +188,9 @@ def test_tables_are_those_of_the_result_files(page):
 
 def test_troubleshooting_quotes_real_messages():
     source = " ".join(
-        path.read_text() for package in ("common", *FOLDERS, "xdit_download") for path in (ROOT / package).rglob("*.py")
+        path.read_text()
+        for package in ("common", *FOLDERS, "xdit_download", "xdit_serve")
+        for path in (ROOT / package).rglob("*.py")
     )
     # Messages go over line ends: join the pieces of a string literal.
     source = re.sub(r'"\s*\n\s*f?"', "", source)
@@ -201,7 +203,7 @@ def test_troubleshooting_quotes_real_messages():
 
 def test_no_page_names_a_flag_that_is_not_there():
     known = {name for p in PROGRAMS.values() for o in command(p).params for name in (*o.opts, *o.secondary_opts)}
-    tools = [ROOT / name for name in ("planner", "xdit_doctor", "xdit_download", "benchmarks", "tools")]
+    tools = [ROOT / name for name in ("planner", "xdit_doctor", "xdit_download", "xdit_serve", "benchmarks", "tools")]
     text = "".join(path.read_text() for folder in tools for path in folder.rglob("*.py"))
     others = {"--gpus", "--shm-size", "--build-arg", "--ulimit", "--network", "--entrypoint", "--user", "--target"}
     for page in PAGES:

@@ -27,7 +27,7 @@ from tests.helpers.hub import Hub, download, there
 from tests.toy_fork import install
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("common", "planner", "xdit_doctor", "xdit_download", "benchmarks", *registry.HERE)
+OURS = ("common", "planner", "xdit_doctor", "xdit_download", "xdit_serve", "benchmarks", *registry.HERE)
 
 
 def imports(path: Path) -> set[str]:
@@ -56,13 +56,13 @@ def test_the_planner_knows_the_registry_and_layouts_only() -> None:
 def test_only_the_run_code_asks_the_planner() -> None:
     users = {path.name for path in files("common") if any(n.startswith("planner") for n in imports(path))}
     assert users == {"degrees.py"}
-    above = {"planner", "xdit_doctor", "xdit_download"}
+    above = {"planner", "xdit_doctor", "xdit_download", "xdit_serve"}
     for fork in forks():
         for path in files(fork.package):
             assert not above.intersection(name.split(".")[0] for name in imports(path)), path
 
 
-@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download", "benchmarks"])
+@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download", "xdit_serve", "benchmarks"])
 def test_shared_code_imports_no_fork(folder: str) -> None:
     packages = {fork.package for fork in forks()}
     for path in files(folder):
@@ -82,7 +82,7 @@ def words(path: Path) -> Iterator[str]:
             yield token.string.lower()
 
 
-@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download", "benchmarks"])
+@pytest.mark.parametrize("folder", ["common", "planner", "xdit_doctor", "xdit_download", "xdit_serve", "benchmarks"])
 def test_shared_code_names_no_model(folder: str) -> None:
     for path in files(folder):
         allowed = registry.HERE if path.name == "forks.py" else ()

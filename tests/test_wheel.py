@@ -13,7 +13,7 @@ import pytest
 from common.registry.forks import HERE
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", *HERE, "planner", "xdit_doctor", "xdit_download")
+PACKAGES = ("common", *HERE, "planner", "xdit_doctor", "xdit_download", "xdit_serve")
 COMMANDS = (*(name.replace("_", "-") for name in HERE), "xdit-plan", "xdit-doctor", "xdit-download")
 
 
@@ -42,7 +42,7 @@ def test_its_name_and_metadata(wheel):
     metadata = message_from_bytes(wheel.read(name))
     assert (metadata["Name"], metadata["Version"]) == ("xdit-zoo", "0.1.0")
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) >= {"fp8", "flash", "xfuser", "plot", "face"}
+    assert set(metadata.get_all("Provides-Extra")) >= {"fp8", "flash", "xfuser", "plot", "face", "serve"}
 
 
 @pytest.mark.slow

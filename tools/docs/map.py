@@ -16,8 +16,8 @@ HEAD = """# Map
 Made by `python -m tools.docs.map` from the code.
 
 A fork is a folder of its own (`{forks}`).
-It calls the rooms of `common/`, which know no fork; the planner knows the registry alone; `xdit_doctor` and
-`xdit_download` are programs above both. A room imports those before it and none after:
+It calls the rooms of `common/`, which know no fork; the planner knows the registry alone; `xdit_doctor`,
+`xdit_download` and `xdit_serve` are programs above both. A room imports those before it and none after:
 
 ```
 {chain}
