@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import random
 
@@ -19,7 +20,7 @@ from tools.demo.mochi import Velocity, start
 from tools.demo.mochi_vae import clips
 from tools.demo.reading import read
 from tools.demo.text_encoder import named
-from tools.demo.training import Plan, in_bf16, train
+from tools.demo.training import MAX_LOST, Plan, in_bf16, train
 from tools.demo.world import FIELDS, VALUES, caption, dataset, draw, held_out, render
 
 
@@ -139,3 +140,24 @@ def test_an_interrupted_training_ends_where_the_whole_one_does(tmp_path):
     parts = run(tmp_path / "parts.pt")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert (tmp_path / "parts.jsonl").read_text().count("loss") >= 1
+
+
+@pytest.mark.parametrize("bad", [MAX_LOST, MAX_LOST + 1])
+def test_a_gradient_that_is_no_number_moves_nothing_and_ends_what_has_no_other(tmp_path, bad):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    seen = []
+
+    def step(generator, i):
+        seen.append(model.weight.detach().clone())
+        broken = float("nan") if 2 <= i < 2 + bad else 1.0
+        return {"loss": model(torch.ones(1, 2)).square().mean() * broken}
+
+    plan = Plan(10, 0.1, warmup=1)
+    if bad > MAX_LOST:
+        with pytest.raises(RuntimeError, match=f"step {1 + bad}: the gradient is nan; lower the rate and resume"):
+            train(model, step, plan, tmp_path / "a.pt")
+        return
+    train(model, step, plan, tmp_path / "a.pt")
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(seen)]
+    assert moved == [not 2 <= i < 2 + bad for i in range(9)]

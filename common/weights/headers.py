@@ -76,19 +76,24 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}, metadata
 
 
+def is_possible(shape: Sequence[Any], *places: Any) -> bool:
+    """Whether these can be the sides of a tensor and places in a file: whole numbers, few sides, no absurd product."""
+    if len(shape) > _MAX_DIMS or not all(type(number) is int and number >= 0 for number in (*shape, *places)):
+        return False
+    return math.prod(max(side, 1) for side in shape) <= _MAX_ELEMENTS and max(places, default=0) <= _MAX_ELEMENTS
+
+
 def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> Entry:
     at = f"tensor {quoted(name)}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: not a safetensors file (bad entry for {at})") from None
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or len(shape) > _MAX_DIMS:
-        raise CheckpointError(f"{path}: not a safetensors file (bad shape or place of {at})")
+    if not is_possible(shape, begin, end):
+        raise CheckpointError(f"{path}: not a safetensors file (impossible shape or place of {at})")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         said = quoted(dtype) if isinstance(dtype, str) else shown(dtype)
         raise CheckpointError(f"{path}: {at} has the unknown dtype {said}")
-    if math.prod(max(side, 1) for side in shape) > _MAX_ELEMENTS or end > _MAX_ELEMENTS:
-        raise CheckpointError(f"{path}: not a safetensors file (impossible size of {at})")
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise CheckpointError(f"{path}: {at} takes {end - begin} bytes, its shape and dtype say {nbytes}")

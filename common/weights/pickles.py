@@ -8,19 +8,18 @@ more, be it code, is refused by the name of what it asks for; tensors are then r
 from __future__ import annotations
 
 import math
-import pickle
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.weights.headers import ITEM_BYTES, Entry
+from common.weights.headers import ITEM_BYTES, Entry, is_possible
+from common.weights.opcodes import Machine, UnknownError
 from common.weights.schema import CheckpointError, plain_file, quoted, shown
 
 MAGIC = b"PK\x03\x04"
-_MAX_TABLE_BYTES = 64 << 20
+_MAX_TABLE_BYTES = 16 << 20
 _LOCAL_HEADER = 30
 _STORAGES = {
     "DoubleStorage": "F64",
@@ -37,10 +36,6 @@ _STORAGES = {
 }
 _DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 """Those whose tensors lie in an untyped storage and are named beside it."""
-
-
-class _Unknown(Exception):
-    """The file asks for something that is no plain tensor."""
 
 
 @dataclass(frozen=True)
@@ -66,36 +61,50 @@ class _View:
 
 def _view(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> _View:
     kind = rest[2] if len(rest) > 2 else None  # the third version says the dtype
+    sides = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
+    if not isinstance(storage, _Storage) or not sides or not is_possible(shape, start, *strides):
+        raise UnknownError("a tensor of an odd kind")
     if isinstance(kind, _Kind):
         storage = _Storage(kind.dtype, storage.record)
-    numbers = (start, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise _Unknown("a tensor of an odd kind")
-    return _View(storage, start, tuple(shape), tuple(strides))
+    return _View(storage, start, shape, strides)
+
+
+def _size(sides: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(sides, tuple):
+        raise UnknownError("a size of an odd kind")
+    return sides
+
+
+def _parameter(view: Any, *_: Any) -> _View:
+    if not isinstance(view, _View):
+        raise UnknownError("a parameter of an odd kind")
+    return view
 
 
 _KNOWN: dict[tuple[str, str], Callable[..., Any] | _Kind] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): lambda: {},
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _view,
     ("torch._utils", "_rebuild_tensor_v3"): _view,
-    ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
     **{("torch", name): _Kind(dtype) for name, dtype in (_STORAGES | _DTYPES).items()},
     ("torch.storage", "UntypedStorage"): _Kind(""),
 }
 
 
-class _Machine(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise _Unknown(f"{module}.{name}")
-        return _KNOWN[module, name]
+def _named(module: str, name: str) -> Callable[..., Any] | _Kind:
+    if (module, name) not in _KNOWN:
+        raise UnknownError(f"{module}.{name}")
+    return _KNOWN[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        word, kind, record, *_ = pid
-        if word != "storage" or not isinstance(kind, _Kind) or not isinstance(record, str):
-            raise _Unknown("a storage of an odd kind")
-        return _Storage(kind.dtype, record)
+
+def _stored(pid: Any) -> _Storage:
+    if not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage":
+        raise UnknownError("a storage of an odd kind")
+    _, kind, record, *_ = pid
+    if not isinstance(kind, _Kind) or not isinstance(record, str):
+        raise UnknownError("a storage of an odd kind")
+    return _Storage(kind.dtype, record)
 
 
 def read_pickle_header(path: Path) -> dict[str, Entry]:
@@ -110,10 +119,10 @@ def read_pickle_header(path: Path) -> dict[str, Entry]:
         try:
             with zipfile.ZipFile(file) as archive:
                 table, records = _table(archive), {info.filename: info for info in archive.infolist()}
-                state = _Machine(archive.open(table)).load()
+                state = Machine(_named, _stored).load(archive.read(table))
                 stem = table.filename.removesuffix("data.pkl")
                 return _entries(path, file, state, {k.removeprefix(stem): info for k, info in records.items()})
-        except _Unknown as error:
+        except UnknownError as error:
             raise CheckpointError(
                 f"{path} is no file of plain tensors: it holds {quoted(str(error))}, which may be code that could do "
                 "anything on this machine, and is not loaded; take the model's safetensors file, or a copy from its "
@@ -121,19 +130,19 @@ def read_pickle_header(path: Path) -> dict[str, Entry]:
             ) from None
         except CheckpointError:
             raise
-        except Exception as error:  # zip, pickle, unicode and type errors alike
+        except Exception as error:  # zip, pickletools, unicode and type errors alike
             said = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path} is damaged or truncated: {said or type(error).__name__}") from None
+            raise CheckpointError(f"{path} is damaged or truncated: {quoted(said) or type(error).__name__}") from None
 
 
 def _table(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     found = [info for info in archive.infolist() if info.filename.count("/") == 1]
     table = next((info for info in found if info.filename.endswith("/data.pkl")), None)
     if table is None or table.file_size > _MAX_TABLE_BYTES:
-        raise _Unknown("an archive of another kind")
+        raise UnknownError("an archive of another kind")
     order = next((info for info in found if info.filename.endswith("/byteorder")), None)
     if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
-        raise _Unknown("numbers in another byte order")
+        raise UnknownError("numbers in another byte order")
     return table
 
 
@@ -171,7 +180,7 @@ def _in_one_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, 
 def _place(file: BinaryIO, record: zipfile.ZipInfo) -> tuple[int, int]:
     """Where a record's bytes begin in the file, and how many there are."""
     if record.compress_type != zipfile.ZIP_STORED:
-        raise _Unknown("compressed tensors")
+        raise UnknownError("compressed tensors")
     file.seek(record.header_offset)
     head = file.read(_LOCAL_HEADER)
     if len(head) < _LOCAL_HEADER or not head.startswith(MAGIC):

@@ -17,6 +17,8 @@ from torch.func import functional_call
 
 from common.parallel.usp import SequenceParallel
 
+MAX_LOST = 3
+"""Steps in a row that may be left out because a gradient is no number: bf16 now and then divides by nothing."""
 Losses = dict[str, Tensor]
 """`loss` is minimised, the others are logged."""
 
@@ -105,7 +107,7 @@ def train(
         write_atomically(state_file, kept | {"optimizers": [o.state_dict() for o in optimizers]})
 
     saved = logged = time.monotonic()
-    logged_step = start
+    logged_step, lost = start, 0
     for i in range(start, plan.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -114,9 +116,10 @@ def train(
         module.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        if not torch.isfinite(norm):
+        lost = 0 if torch.isfinite(norm) else lost + 1
+        if lost > MAX_LOST:
             raise RuntimeError(f"step {i}: the gradient is {norm}; lower the rate and resume from {state_file}")
-        for optimizer in optimizers:
+        for optimizer in optimizers if not lost else ():
             optimizer.step()
         # Early weights are forgotten fast: the average of the first n steps has a horizon of n / 10.
         keep = min(plan.average, (1 + i) / (10 + i))
