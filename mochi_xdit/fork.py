@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from common.registry.downloads import APACHE, GOOGLE_T5, Part, file, t5_of
+from common.registry.downloads import APACHE, GOOGLE_T5, Part, diffusers_files, file, t5_of
 from common.registry.forks import (
     T5_XXL_PARAMETERS,
     Decoder,
@@ -93,6 +93,7 @@ def preview(config: MochiConfig) -> Model:
             # The repository's own copy is the encoder alone; Google's file holds the decoder half too.
             (t5_of(REPO), GOOGLE_T5),
         ),
+        layouts=(diffusers_files(REPO, APACHE)[1:],),  # its settings are not read
         folder="mochi-1-preview",
         demo=Demo("default", Size(64, 64, 13, 4)),
         config=config,

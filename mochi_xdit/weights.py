@@ -18,6 +18,8 @@ import torch
 
 from common.parallel.mesh import Axis, Mesh
 from common.parallel.usp import SequenceParallel
+from common.registry.downloads import GOOGLE_T5
+from common.registry.hub import cached, lacks
 from common.run.quantize import TransformerFiles
 from common.weights.load import (
     Checkpoint,
@@ -43,7 +45,7 @@ C = TypeVar("C", MochiConfig, MochiVAEConfig)
 NATIVE_DECODER = "decoder.safetensors"
 NATIVE_ENCODER = "encoder.safetensors"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
-T5_REPO = "google/t5-v1_1-xxl"
+T5_REPO = GOOGLE_T5.repo
 EXACT = (
     "pos_frequencies",
     *(f"{layer}.{kind}" for layer in ("x_embedder.proj", "final_layer.linear") for kind in ("weight", "bias")),
@@ -231,16 +233,13 @@ def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:
         return Path(given)
     if (model_dir / "text_encoder").is_dir():
         return model_dir
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(T5_REPO, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise ValueError(
-            f"{model_dir} has no folder text_encoder/, and {T5_REPO} is not in the local cache; "
-            f"download it, or name a T5 encoder's folder with --text-encoder-dir"
-        ) from None
+    folder = cached(T5_REPO)
+    if folder is not None and not lacks(GOOGLE_T5, folder):
+        return folder
+    raise ValueError(
+        f"{model_dir} has no folder text_encoder/, and {T5_REPO} is not in the hub's local cache; download it, or name "
+        "a T5 encoder's folder with --text-encoder-dir"
+    )
 
 
 def _meta_transformer(part: Part[MochiConfig], sp: SequenceParallel | None = None) -> MochiTransformer:

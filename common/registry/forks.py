@@ -209,6 +209,8 @@ class Model:
     decoder: Decoder
     files: tuple[tuple[Part, ...], ...] = ()
     """For each part of the checkpoint the places to take it from; the first that has all its files is taken."""
+    layouts: tuple[tuple[tuple[Part, ...], ...], ...] = ()
+    """Other files of the same repository that are the checkpoint too, as a hub cache may hold them; each as `files`."""
     folder: str = ""
     """The checkpoint folder's usual name."""
     aliases: tuple[str, ...] = ()
@@ -216,6 +218,11 @@ class Model:
     demo: Demo | None = None
     config: Any = field(default=None, repr=False)
     """The fork's own configuration of its transformer."""
+
+    @property
+    def repo(self) -> str:
+        """The repository of the first part, by which the hub knows the model; empty without files."""
+        return self.files[0][0].repo if self.files else ""
 
     @property
     def heads(self) -> int:
@@ -303,7 +310,7 @@ class Fork:
 def _named(models: tuple[Model, ...], name: str) -> Model:
     wanted = _plain(name)
     for model in models:
-        if wanted in map(_plain, (model.name, model.title, *model.aliases)):
+        if wanted in map(_plain, (model.name, model.title, model.repo, *model.aliases)):
             return model
     raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(model.name for model in models)}")
 
@@ -343,7 +350,7 @@ def model_names() -> tuple[str, ...]:
 
 
 def get_model(name: str) -> Model:
-    """The model of that name, title or alias. ValueError lists the names."""
+    """The model of that name, title, repository or alias. ValueError lists the names."""
     return _named(models(), name)
 
 

@@ -25,6 +25,7 @@ from common.registry.checks import (
     xfuser_problems,
 )
 from common.registry.forks import Fork, Size
+from common.registry.hub import checkpoint_folder
 from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
@@ -184,15 +185,20 @@ class _Reader:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
         elif model_dir is None and demo is None:
             self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
-        elif model_dir is not None and (problem := absence(model_dir, "folder")):
-            self.problems.append(f"--model-dir {problem}")
         else:
-            source = Source(model_dir, demo)
-            try:
-                return source, self.fork.rules(source)
-            except (ValueError, OSError) as error:
-                self.problems.append(f"--model-dir {model_dir}: {error}")
+            return self._opened(model_dir, demo) or (Source(model_dir, demo), official)
         return Source(model_dir, demo), official
+
+    def _opened(self, named: Path | None, demo: str | None) -> tuple[Source, Rules] | None:
+        """A checkpoint folder, by its place or its repository's name, or a demo, and what it admits."""
+        where = "--model-dir"
+        try:
+            folder = named and checkpoint_folder(named, self.fork, self.values["text_encoder_dir"] is None)
+            where = f"--model-dir {named}:"
+            return (source := Source(folder, demo)), self.fork.rules(source)
+        except (ValueError, OSError) as error:
+            self.problems.append(f"{where} {error}")
+        return None
 
     def _official(self, weights: object) -> str | None:
         """The official model whose numbers a dry run takes; None where there are weights to look at."""

@@ -74,7 +74,11 @@ def options(fork: Fork) -> list[click.Parameter]:
     unsaid = " Default: the authors' own sentence; '' is an empty one." if fixed else ""
     unlisted = {"hidden": True, "is_flag": True}
     return [
-        option("--model-dir", type=path, help="Checkpoint directory."),
+        option(
+            "--model-dir",
+            type=path,
+            help="Checkpoint directory, or a repository's name (owner/name) of which the hub's local cache has a copy.",
+        ),
         option(
             "--demo",
             is_flag=False,

@@ -17,6 +17,7 @@ from common.parallel.device_memory import release_memory
 from common.parallel.guidance import Guidance
 from common.parallel.mesh import Mesh, on_main, resolve_device
 from common.parallel.xfuser import sequence_parallel
+from common.registry.hub import checkpoint_folder, fork_of_class
 from common.registry.settings import DecodeOptions, Runtime
 from common.system.progress import Report
 from common.text.encoder import Encoder, TextEncoder, TextFeatures
@@ -82,9 +83,14 @@ class Pipeline:
     ) -> Self:
         """A pipeline over a checkpoint folder; only headers and json files are read here.
 
-        Arguments as for the constructor. ValueError for a folder that is no checkpoint of this model or names something
-        unknown, a device or kernel that is not there, or more Ulysses ranks than attention heads.
+        model_dir: also the name of a repository, `owner/name`, of which the hub's local cache has a copy; nothing is
+        downloaded. The other arguments as for the constructor. ValueError for a folder that is no checkpoint of this
+        model or names something unknown, a repository that is not in the cache as a whole, a device or kernel that is
+        not there, or more Ulysses ranks than attention heads.
         """
+        if (fork := fork_of_class(cls)) is not None:
+            own_text = (options.get("text_encoder_dir") or (runtime and runtime.text_encoder_dir)) is None
+            model_dir = checkpoint_folder(model_dir, fork, own_text)
         return cls(model_dir, mesh, runtime, report, **options)
 
     @property

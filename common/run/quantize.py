@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.registry.forks import Fork
+from common.registry.hub import checkpoint_folder
 from common.system.failure import describe
 from common.system.files import reason, writing_problem
 from common.system.stopping import Asked, Stopped, stoppable
@@ -77,6 +78,7 @@ def _command(fork: Fork) -> click.Command:
 
         from common.system.progress import Report
 
+        model_dir = _read_from(model_dir, fork)
         _check_folders(model_dir, output)
         files = fork.module("weights").transformer_files(model_dir)
         with Report(Console(stderr=True)).loading("rounding") as progress:
@@ -100,10 +102,15 @@ def _command(fork: Fork) -> click.Command:
     )
 
 
+def _read_from(model_dir: Path, fork: Fork) -> Path:
+    try:
+        return checkpoint_folder(model_dir, fork, text=False)
+    except ValueError as error:
+        raise click.UsageError(f"--model-dir {error}") from None
+
+
 def _check_folders(model_dir: Path, output: Path) -> None:
     try:
-        if not model_dir.is_dir():
-            raise click.UsageError(f"--model-dir {model_dir} is not a directory")
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise click.UsageError(f"--output {output} exists and is not an empty directory; name a new one")
         if output.resolve().is_relative_to(model_dir.resolve()):

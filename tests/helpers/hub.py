@@ -1,13 +1,15 @@
-"""A small stand-in of the hub on loopback, and `xdit-download` in a process of its own that asks it."""
+"""A stand-in of the hub on loopback, `xdit-download` in a process of its own that asks it, and a local cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
@@ -96,3 +98,28 @@ def download(hub_url: str, *arguments: object, before: str = "", **variables: st
 def there(folder: Path) -> dict[str, bytes]:
     """Every file of a folder and its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def keep(cache: Path, repo: str, files: Mapping[str, bytes | Path]) -> Path:
+    """A copy of a repository in a hub cache, laid out as the hub's client does it: links to blobs. Returns its folder.
+
+    files: contents, or the files that have them, by name. A copy that was there is replaced.
+    """
+    root = cache / f"models--{repo.replace('/', '--')}"
+    shutil.rmtree(root, ignore_errors=True)
+    folder = root / "snapshots" / COMMIT
+    for part in (root / "refs", root / "blobs", folder):
+        part.mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    for number, (name, content) in enumerate(files.items()):
+        blob, link = root / "blobs" / f"{number:040x}", folder / name
+        blob.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+def copy_of_folder(cache: Path, repo: str, folder: Path) -> Path:
+    """The same of a folder's files."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return keep(cache, repo, {path.relative_to(folder).as_posix(): path for path in files})
