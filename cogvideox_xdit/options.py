@@ -12,7 +12,11 @@ import click
 from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH
 from common.registry.checks import nearest
 from common.registry.request import ForkOptions, Source, Video
-from common.run.options import Option, unreadable_image
+from common.run.help import EXPERT, Option
+from common.run.options import PATH, unreadable_image
+
+SCHEDULER = "Sampler: ddim, or dpm, which draws noise in every step (CogVideoXDPMScheduler). Default: the checkpoint's."
+DYNAMIC = "Let the guidance vary from step to step, as CogVideoX's own demo does with dpm."
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,20 @@ class CogVideoXOptions(ForkOptions):
     """Guidance varies over the steps."""
 
     command_line: ClassVar = (
-        Option(["--image"], type=click.Path(path_type=Path), help="First frame, for image to video checkpoints."),
-        Option(["--video"], type=click.Path(path_type=Path), help="Video to start from, for text checkpoints."),
-        Option(["--strength"], type=float, default=STRENGTH, help="How much of --video is made anew, of (0, 1]."),
-        Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own."),
-        Option(["--dynamic-cfg"], is_flag=True, help="Let the guidance vary, as the official demo does with dpm."),
+        Option(["--image"], type=PATH, help="Picture that the video begins with, for image checkpoints (I2V)."),
+        Option(
+            ["--video"],
+            type=PATH,
+            help="Video to change, for the other checkpoints: noise is added to it, and --prompt says what it becomes.",
+        ),
+        Option(
+            ["--strength"],
+            type=float,
+            default=STRENGTH,
+            help="How much of --video is made anew, above 0; 1 keeps nothing of it.",
+        ),
+        Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help=SCHEDULER, group=EXPERT),
+        Option(["--dynamic-cfg"], is_flag=True, help=DYNAMIC, group=EXPERT),
     )
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:

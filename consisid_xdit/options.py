@@ -10,14 +10,15 @@ from typing import ClassVar
 
 import click
 
+from cogvideox_xdit.options import DYNAMIC, SCHEDULER
 from common.registry.request import ForkOptions, Source, Video
-from common.run.options import Option, unreadable_image
+from common.run.help import EXPERT, OUTPUT, Option
+from common.run.options import PATH, unreadable_image
 from common.system.extras import install
 from common.system.files import absence, writing_problem
 from consisid_xdit.config import TRAINED
 
 EXTRA = {"cv2": "opencv-python-headless", "onnxruntime": "onnxruntime"}
-_FILE = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,20 @@ class ConsisIDOptions(ForkOptions):
     """Guidance varies over the steps."""
 
     command_line: ClassVar = (
-        Option(["--id-embeddings"], type=_FILE, help="Identity features in place of --image; needs no face models."),
-        Option(["--image"], type=_FILE, help="Photograph; its largest face is taken."),
-        Option(["--save-id-embeddings"], type=_FILE, help="Write the photograph's identity features (safetensors)."),
-        Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help="Default: the checkpoint's own."),
-        Option(["--dynamic-cfg"], is_flag=True, help="Let the guidance vary, as CogVideoX's demo does with dpm."),
+        Option(["--image"], type=PATH, help="Photograph of the person; of several faces the largest is taken."),
+        Option(
+            ["--id-embeddings"],
+            type=PATH,
+            help="What --save-id-embeddings kept of a photograph, in place of --image; no face models are needed then.",
+        ),
+        Option(
+            ["--save-id-embeddings"],
+            type=PATH,
+            help="Keep what the model knows of the photograph in this .safetensors file.",
+            group=OUTPUT,
+        ),
+        Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help=SCHEDULER, group=EXPERT),
+        Option(["--dynamic-cfg"], is_flag=True, help=DYNAMIC, group=EXPERT),
     )
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.registry.request import ForkOptions, Source, Video
-from common.run.options import Option
+from common.run.help import EXPERT, Option
+from mochi_xdit.config import FAST, OFFICIAL
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,19 @@ class MochiOptions(ForkOptions):
     linear_steps: int | None = None
 
     command_line: ClassVar = (
-        Option(["--threshold-noise"], type=float, help="Noise that the linear part of the schedule removes."),
-        Option(["--linear-steps"], type=int, help="Steps of the linear part; default: half."),
+        Option(
+            ["--threshold-noise"],
+            type=float,
+            help="Mochi removes noise in equal steps first and in growing ones then: how much of it in the equal ones, "
+            f"between 0 and 1. Default: {OFFICIAL.threshold_noise}, of FastMochi {FAST.threshold_noise}.",
+            group=EXPERT,
+        ),
+        Option(
+            ["--linear-steps"],
+            type=int,
+            help=f"How many of --num-steps are equal ones. Default: half, of FastMochi {FAST.linear_steps}.",
+            group=EXPERT,
+        ),
     )
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:

@@ -10,7 +10,8 @@ from typing import ClassVar
 import click
 
 from common.registry.request import ForkOptions, Source, Video
-from common.run.options import Option, unreadable_image
+from common.run.help import EXPERT, Option
+from common.run.options import PATH, unreadable_image
 from wan_xdit.checkpoint import RESIDUALS, SOLVER, SOLVERS
 
 MAX_SHIFT = 100.0
@@ -30,24 +31,34 @@ class WanOptions(ForkOptions):
     """Dtype of the stream between the blocks."""
 
     command_line: ClassVar = (
-        Option(["--image"], type=click.Path(path_type=Path), help="First frame, for I2V and TI2V checkpoints."),
+        Option(["--image"], type=PATH, help="Picture that the video begins with, for I2V and TI2V checkpoints."),
         Option(
             ["--cfg-scale-2"],
             type=float,
-            help="Guidance of the second expert (A14B). Default: the official one, or --cfg-scale where that is given.",
+            help="--cfg-scale for the second transformer of A14B checkpoints, which makes the later steps; diffusers' "
+            "guidance_scale_2. Default: the authors', or --cfg-scale where that is given.",
         ),
         Option(
             ["--shift"],
             type=float,
-            help="How far the noise levels are moved up. Default: the official one for checkpoint and size, whatever "
-            "scheduler_config.json says.",
+            help="How long the steps stay at much noise; diffusers' flow_shift, ComfyUI's ModelSamplingSD3. Default: "
+            "the authors' for checkpoint and size.",
+            group=EXPERT,
         ),
-        Option(["--solver"], type=click.Choice(SOLVERS), default=SOLVER, help="How a step follows from a prediction."),
+        Option(
+            ["--solver"],
+            type=click.Choice(SOLVERS),
+            default=SOLVER,
+            help="Sampler: UniPC, which the authors use, DPM++ 2M, or Euler.",
+            group=EXPERT,
+        ),
         Option(
             ["--residual"],
             type=click.Choice(RESIDUALS),
             default=RESIDUALS[0],
-            help="Dtype of the stream between the blocks: fp32 as in the authors' program, bf16 for the weights' own.",
+            help="Precision in which the transformer's blocks are added up: fp32 as the authors do, or bf16, which "
+            "takes less memory.",
+            group=EXPERT,
         ),
     )
 

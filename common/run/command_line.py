@@ -31,6 +31,7 @@ from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
 from common.run.degrees import choose_layout
 from common.run.destination import format_problem, named, own_name, place_problems
+from common.run.help import Command
 from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
 from common.run.options import DRAWN, MOST, SYNONYMS, options
 from common.system import environment
@@ -49,11 +50,13 @@ DEMO_RANKS = 2
 
 def command(fork: Fork) -> click.Command:
     """The click command; `parse` reads with it, documentation can be made from it."""
-    return click.Command(
-        fork.program,
+    return Command(
+        fork,
         params=options(fork),
-        help="Make a video from a prompt, on one GPU, many, or none. Also runs under torchrun. "
-        f"`{fork.program} quantize --help`: write a checkpoint in eight bits.",
+        help="Make a video from a prompt, on one GPU, on many, or on the CPU.\n\n"
+        f"`{fork.program} quantize --help`: a copy of a checkpoint in 8 bits. Under torchrun the same command runs in "
+        "every process. Options are also known by diffusers' and xDiT's names, such as --model, "
+        "--num-inference-steps, --guidance-scale; docs/flags.md has them all.",
         context_settings={
             "token_normalize_func": _spelled_out,
             "help_option_names": ["-h", "--help"],

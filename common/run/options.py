@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import click
 from common.registry.checks import COMPILE_MODES, DECODE_MODES, DTYPES, ENGINES, OFFLOADS
 from common.registry.forks import Fork
 from common.registry.layout import MOST_RANKS
+from common.run.help import EXPERT, GPUS, GROUPS, MEMORY, OUTPUT, SPEED, WHAT, Option
 
 MIN_TILE = 32
 MOST = {
@@ -30,16 +31,8 @@ DRAWN = -1
 """A seed that stands for one to be drawn, as in ComfyUI and other programs with a window."""
 
 
-class Option(click.Option):
-    """An option that notes what is wrong with its value in `ctx.meta` and lets the others be read."""
-
-    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> Any:
-        try:
-            return super().handle_parse_result(ctx, opts, args)
-        except click.UsageError as error:
-            ctx.meta.setdefault("problems", []).append(error.format_message())
-            ctx.params[self.name] = None
-            return None, args
+PATH = click.Path(path_type=Path)
+_OWN = "Default: the checkpoint's."
 
 
 class TileSize(click.ParamType):
@@ -63,128 +56,290 @@ def _is_size(side: str) -> bool:
 
 
 def options(fork: Fork) -> list[click.Parameter]:
-    def option(name: str, *, type: Any = None, default: Any = None, help: str, **more: Any) -> Option:
-        if more.get("is_flag"):
-            default = False
-        return Option([name], type=type, default=default, help=help, **more)
+    """All options of a program, in the order of its help."""
+    own = {group: [o for o in fork.options.command_line if getattr(o, "group", WHAT) == group] for group in GROUPS}
+    inputs = own.pop(WHAT)
+    return [
+        *(*_weights(fork), *_prompts(fork), *inputs, *_numbers()),
+        *(*_how_many(fork), *_memory(), *_precision(), *_speed(), *_output()),
+        *(option for options in own.values() for option in options),
+        *(*_expert(), *_of_others()),
+    ]
 
-    path = click.Path(path_type=Path)
-    choice = click.Choice
+
+def _weights(fork: Fork) -> list[Option]:
+    repo = next((model.repo for model in fork.models if model.repo), "owner/name")
+    first = next(iter(fork.demos), "")
+    return [
+        Option(
+            ["--model-dir"],
+            type=PATH,
+            help=f"The checkpoint: a folder, or the name of a repository, such as {repo}, that diffusers or `hf "
+            "download` left in the hub's local cache. Nothing is downloaded here; xdit-download does that.",
+        ),
+        Option(
+            ["--demo"],
+            is_flag=False,
+            flag_value=first,
+            type=click.Choice(tuple(fork.demos)),
+            help="In place of --model-dir: a small checkpoint of the same architecture, to try the program without a "
+            f"download. Without a name: {first}.",
+        ),
+    ]
+
+
+def _prompts(fork: Fork) -> list[Option]:
     fixed = any(model.rules.negative_prompt for model in fork.models)
-    unsaid = " Default: the authors' own sentence; '' is an empty one." if fixed else ""
-    unlisted = {"hidden": True, "is_flag": True}
+    unsaid = "the authors' own sentence; '' for none" if fixed else "empty"
+    return [
+        Option(["--prompt"], help="What the video shows."),
+        Option(
+            ["--negative-prompt"], help=f"What guidance (--cfg-scale) leads the video away from. Default: {unsaid}."
+        ),
+        Option(
+            ["--prompt-file"],
+            type=PATH,
+            help="A text file with one prompt a line: a video of each, and the checkpoint is loaded once.",
+        ),
+    ]
+
+
+def _numbers() -> list[Option]:
+    return [
+        Option(["--num-videos"], type=int, default=1, help="Videos of each prompt; each has the next seed."),
+        Option(["--width"], type=int, help=f"Pixels. {_OWN}"),
+        Option(["--height"], type=int, help=f"Pixels. {_OWN}"),
+        Option(["--num-frames"], type=int, help=f"Frames of the video. {_OWN}"),
+        Option(["--num-steps"], type=int, help=f"Denoising steps, diffusers' num_inference_steps. {_OWN}"),
+        Option(
+            ["--cfg-scale"],
+            type=float,
+            help="How strongly the prompt is followed, diffusers' guidance_scale; 1 turns guidance off and halves the "
+            f"work. {_OWN}",
+        ),
+        Option(
+            ["--seed"],
+            type=int,
+            help="A number for the random noise that the video begins as: the same one, the same video. Default, and "
+            "-1: a random one, which is printed.",
+        ),
+    ]
+
+
+def _how_many(fork: Fork) -> list[Option]:
+    heads = max(model.heads for model in fork.models)
+    option = partial(Option, group=GPUS)
     return [
         option(
-            "--model-dir",
-            type=path,
-            help="Checkpoint directory, or a repository's name (owner/name) of which the hub's local cache has a copy.",
-        ),
-        option(
-            "--demo",
-            is_flag=False,
-            flag_value=next(iter(fork.demos), ""),
-            type=choice(tuple(fork.demos)),
-            help="Use a small checkpoint that is made on first use.",
-        ),
-        option("--text-encoder-dir", type=path, help="Text encoder's directory, where it is not in the checkpoint's."),
-        option("--prompt", help="What the video shows."),
-        option("--prompt-file", type=path, help="A text file, one prompt a line: one loading, many videos."),
-        option("--num-videos", type=int, default=1, help="Videos per prompt, each with the next seed."),
-        option("--negative-prompt", help=f"What it should not show.{unsaid}"),
-        option("--width", type=int, help="Pixels."),
-        option("--height", type=int, help="Pixels."),
-        option("--num-frames", type=int, help="Frames of the video."),
-        option("--num-steps", type=int, help="Sampling steps."),
-        option("--cfg-scale", type=float, help="Strength of classifier-free guidance; 1 turns it off."),
-        option("--seed", type=int, help="Of the noise. Default, and -1: one is drawn, and printed."),
-        option(
-            "--output",
-            help="What to write: .mp4, .webm, .gif, .webp, .png or .jpg (one frame), .npy or .safetensors (the frames "
-            "as numbers), or without a suffix a folder of PNGs. A json with every setting lies beside it.",
-        ),
-        option("--overwrite", is_flag=True, help="Replace an output that is there already."),
-        option("--fps", type=int, help="Frames per second."),
-        option("--crf", type=int, help="Quality of .mp4 and .webm, less is better; 0: without loss, also in .webp."),
-        option("--save-latents", is_flag=True, help="Keep the latents beside the output, for --from-latents."),
-        option("--from-latents", type=path, help="Only decode a latents file that an earlier run left."),
-        option("--device", type=choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
-        option("--dtype", type=choice(DTYPES), help="Precision of the blocks; fp8: their weights, in bf16."),
-        option("--gpus", type=int, help="Processes to start, one per GPU (with --device cpu: CPU ranks)."),
-        option("--ulysses-degree", type=int, help="Ranks that split the heads."),
-        option("--ring-degree", type=int, help="Ranks that pass keys and values around."),
-        Option(["--cfg-parallel/--no-cfg-parallel"], default=None, help="The two guidance branches on two halves."),
-        option(
-            "--attention",
-            type=choice(["auto", "sdpa", "cudnn", "flash2", "flash3"]),
-            default="auto",
-            help="Attention kernel.",
-        ),
-        option(
-            "--engine",
-            type=choice(ENGINES),
-            default="native",
-            help="Who runs attention over several ranks: this program, or the package xfuser.",
-        ),
-        option(
-            "--overlap-groups",
+            ["--gpus"],
             type=int,
-            default=1,
-            help="Groups of heads that travel apart between ulysses ranks, one under the attention of another.",
+            help="GPUs to use; each runs one process. Default: the product of the degrees below, else all that are "
+            "visible. Without GPUs it is the number of CPU processes; default: one, of a demo two.",
         ),
-        option("--vae", type=choice(DECODE_MODES), default="auto", help="How to decode."),
-        option("--vae-chunk", type=int, help="Latent frames decoded at once."),
-        option("--vae-tile", type=TileSize(), help="Largest tile in pixels: 256, or 320x240 (width x height)."),
         option(
-            "--offload",
-            type=choice(OFFLOADS),
-            help="none: keep every stage on the device; stage: one at a time; block: blocks wait in host memory; "
-            "disk: they are read from the checkpoint in every step. Default: what fits.",
+            ["--device"],
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            help="Where to compute; auto: on GPUs if there are any, else on the CPU.",
         ),
-        option("--shard-weights", is_flag=True, help="Every rank keeps a part of each block; a gather makes it whole."),
-        option("--text-dtype", type=choice(DTYPES), help="Precision of the text encoder."),
         option(
-            "--text-cache",
-            type=path,
-            help="Directory that keeps text features: known prompts need no encoder.",
+            ["--cfg-parallel/--no-cfg-parallel"],
+            default=None,
+            help="Guidance runs the model twice a step, with the prompt and with the negative prompt: do both at the "
+            "same time, each on half of the GPUs (degree 2). Default: chosen.",
         ),
-        option("--compile", is_flag=True, help="Compile the transformer's blocks; pays from the second step on."),
-        option("--compile-vae", is_flag=True, help="Compile the decoder's parts that keep nothing between chunks."),
-        option("--compile-mode", type=choice(COMPILE_MODES), default="default", help="As for torch.compile."),
-        Option(
-            ["--compile-dynamic/--no-compile-dynamic"], default=True, help="One graph for all sizes and prompt lengths."
+        option(
+            ["--ring-degree"],
+            type=int,
+            help="GPUs that split the video's tokens and pass keys and values round (ring attention); any number. "
+            "Default: chosen.",
         ),
-        Option(["--compile-fullgraph/--no-compile-fullgraph"], default=True, help="Stop at a graph break."),
-        Option(
+        option(
+            ["--ulysses-degree"],
+            type=int,
+            help="GPUs that split the video's tokens and exchange them for attention heads (DeepSpeed-Ulysses); at "
+            f"most as many as the model has heads ({heads}). Default: chosen.",
+        ),
+    ]
+
+
+def _memory() -> list[Option]:
+    option = partial(Option, group=MEMORY)
+    return [
+        option(
+            ["--offload"],
+            type=click.Choice(OFFLOADS),
+            help="Which weights are on the GPU. none: all models; stage: text encoder, transformer and decoder one "
+            "after another; block: the transformer's blocks wait in main memory and are copied ahead of their turn; "
+            "disk: they are read from the checkpoint in every step. Default: the first that fits, and none only "
+            "where several videos are made.",
+        ),
+        option(
+            ["--shard-weights"],
+            is_flag=True,
+            help="Each GPU keeps only its share of the weights, and a block is gathered when it is needed (like FSDP). "
+            "Default: where the weights do not fit otherwise.",
+        ),
+        option(
             ["--keep-loaded/--no-keep-loaded"],
             default=None,
-            help="Keep every stage in memory between videos. Default: when there are several.",
+            help="Keep all models loaded from one video to the next. Default: with several videos, where it fits.",
         ),
-        option("--max-memory", type=float, help="GiB a device may use, when weights are placed. Default: all free."),
+        option(["--max-memory"], type=float, help="GiB of each GPU that may be used. Default: all that is free."),
+    ]
+
+
+def _precision() -> list[Option]:
+    option = partial(Option, group=MEMORY)
+    return [
         option(
-            "--dry-run",
+            ["--dtype"],
+            type=click.Choice(DTYPES),
+            help="Precision of the transformer. fp8: its matrices in 8 bits, the rest in bf16; what that costs is in "
+            f"docs/fidelity.md. {_OWN}",
+        ),
+        option(["--text-dtype"], type=click.Choice(DTYPES), help="Precision of the text encoder. Default: as --dtype."),
+        option(
+            ["--vae"],
+            type=click.Choice(DECODE_MODES),
+            default="auto",
+            help="How latents become frames. exact: as one picture; tiled: in tiles that are blended, which takes less "
+            "memory and changes the picture; auto: exact where it fits.",
+        ),
+        option(["--vae-chunk"], type=int, help="Latent frames decoded at once. Default: as many as fit."),
+        option(
+            ["--vae-tile"],
+            type=TileSize(),
+            help="Largest tile of a tiled decode in pixels: 256, or 320x240 (width x height). Default: what fits.",
+        ),
+        option(
+            ["--dry-run"],
             is_flag=False,
             flag_value="",
             metavar="[MODEL]",
-            help=f"Print layout, memory, bytes and what is chosen; without weights for {', '.join(fork.names)}.",
+            help="Make nothing: print how the work would be split, what each GPU would hold and send, and why. MODEL, "
+            "one of the names at the end, needs no weights; without it --model-dir's, or the first of them.",
+        ),
+    ]
+
+
+def _speed() -> list[Option]:
+    option = partial(Option, group=SPEED)
+    return [
+        option(
+            ["--attention"],
+            type=click.Choice(["auto", "sdpa", "cudnn", "flash2", "flash3"]),
+            default="auto",
+            help="Attention kernel: PyTorch's own choice (sdpa), cuDNN's, or a flash-attn package of version 2 or 3; "
+            "auto: the fastest of PyTorch's.",
         ),
         option(
-            "--resume",
-            type=path,
-            metavar="STATE",
-            help="Go on with an interrupted run from the state file it left; other options may be given again.",
+            ["--compile"],
+            is_flag=True,
+            help="torch.compile for the transformer. The first step takes longer, the others less.",
         ),
-        option("--save-every", type=float, default=60.0, help="Seconds between two states of the sampling on disk."),
-        option("--timeout", type=float, default=1800.0, help="Seconds after which a hung collective ends the run."),
-        option("--debug", is_flag=True, help="Show tracebacks and the libraries' own output."),
-        Option(
-            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it."
+        option(["--compile-vae"], is_flag=True, help="torch.compile for parts of the decoder."),
+        option(
+            ["--overlap-groups"],
+            type=int,
+            default=1,
+            help="Split the Ulysses exchange into this many groups of heads, so that sending one hides behind the "
+            "attention of another.",
         ),
-        option("--use-xdit", help="Accepted; no effect.", **unlisted),
-        option("--use-fsdp", help="Accepted; no effect.", **unlisted),
-        option("--cpu-offload", help="Accepted; no effect.", **unlisted),
-        option("--max-t5-token-length", type=int, hidden=True, help="Accepted; the model's own limit is used."),
-        *fork.options.command_line,
+        option(
+            ["--text-cache"],
+            type=PATH,
+            help="A folder that keeps encoded prompts: one that was encoded before needs no text encoder.",
+        ),
     ]
+
+
+def _output() -> list[Option]:
+    option = partial(Option, group=OUTPUT)
+    return [
+        option(
+            ["--output"],
+            help="File to write, by its suffix: .mp4, .webm, .gif, .webp, .png or .jpg (one frame), .npy or "
+            ".safetensors (frames as numbers); without a suffix a folder of PNGs. A .json with every setting is "
+            "written beside it. Default: a new name in outputs/; of a demo demo.mp4.",
+        ),
+        option(["--overwrite"], is_flag=True, help="Replace an output that is there already."),
+        option(["--fps"], type=int, help=f"Frames per second. {_OWN}"),
+        option(
+            ["--crf"],
+            type=int,
+            help="Quality of .mp4 and .webm: lower is better and makes a larger file; 0 is lossless, also for .webp. "
+            "Default: 17 for .mp4, 20 for .webm.",
+        ),
+        option(["--save-latents"], is_flag=True, help="Keep the latents beside the output, for --from-latents."),
+        option(
+            ["--from-latents"],
+            type=PATH,
+            help="Only decode: latents that --save-latents, or a run whose decode failed, left.",
+        ),
+        option(
+            ["--resume"],
+            type=PATH,
+            metavar="STATE",
+            help="Go on with an interrupted run from the .state.safetensors file that it left. The other options are "
+            "its own; those that are given go before.",
+        ),
+        option(
+            ["--save-every"],
+            type=float,
+            default=60.0,
+            help="Seconds between two writes of that file while the run lasts.",
+        ),
+    ]
+
+
+def _expert() -> list[Option]:
+    option = partial(Option, group=EXPERT)
+    return [
+        option(
+            ["--text-encoder-dir"],
+            type=PATH,
+            help="Folder of the text encoder. Default: in the checkpoint's folder.",
+        ),
+        option(
+            ["--engine"],
+            type=click.Choice(ENGINES),
+            default="native",
+            help="Attention across GPUs: native, or the xfuser package's.",
+        ),
+        option(["--compile-mode"], type=click.Choice(COMPILE_MODES), default="default", help="torch.compile's mode."),
+        option(
+            ["--compile-dynamic/--no-compile-dynamic"],
+            default=True,
+            help="torch.compile: one graph for all sizes and prompt lengths, or one for each.",
+        ),
+        option(
+            ["--compile-fullgraph/--no-compile-fullgraph"],
+            default=True,
+            help="torch.compile: fail where a block does not become one graph, or let it be several.",
+        ),
+        option(
+            ["--timeout"],
+            type=float,
+            default=1800.0,
+            help="Seconds that processes wait for each other before the run ends with an error.",
+        ),
+        option(["--debug"], is_flag=True, help="Show tracebacks and what libraries print."),
+        option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Show the version.",
+        ),
+    ]
+
+
+def _of_others() -> list[Option]:
+    """Options of mochi-xdit's published command lines that have nothing to do here."""
+    flags = [Option([name], is_flag=True, hidden=True) for name in ("--use-xdit", "--use-fsdp", "--cpu-offload")]
+    return [*flags, Option(["--max-t5-token-length"], type=int, hidden=True)]
 
 
 def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.registry.request import ForkOptions
-from common.run.options import Option
+from common.run.help import Option
 
 
 @dataclass(frozen=True)
