@@ -18,7 +18,7 @@ if __package__ in (None, ""):
 import click
 
 from benchmarks import door
-from common.memory.choice import Room, candidates, choose_placement
+from common.memory.choice import FreeMemory, candidates, choose_placement
 from common.memory.estimate import Estimator, Precision, imagined
 from common.registry.forks import Model, fork_of, forks
 from common.registry.layout import MOST_RANKS, Layout
@@ -77,12 +77,12 @@ def _line(name: str, gpus: int, layout: Layout, counted: Estimator, placement: P
 
 
 def _chosen(counted: Estimator, gpus: int, card: int) -> str:
-    room = Room(int((card - 0.5) * GIB), HOST * GIB // gpus)
+    memory = FreeMemory(int((card - 0.5) * GIB), HOST * GIB // gpus)
     try:
-        choice = choose_placement(lambda p, keep: counted.estimate(p, keep, room.free), room, gpus)
+        choice = choose_placement(lambda p, keep: counted.estimate(p, keep, memory.free), memory, gpus)
     except ValueError:
         return "refused"
-    tiled = ", tiles" if counted.estimate(choice.placement, choice.keep, room.free).plan.tile else ""
+    tiled = ", tiles" if counted.estimate(choice.placement, choice.keep, memory.free).plan.tile else ""
     return choice.placement.offload + (", sharded" if choice.placement.shard else "") + tiled
 
 

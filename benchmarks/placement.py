@@ -67,7 +67,7 @@ def rank(name: str, folder: Path, place: tuple[Any, ...], number: int, port: int
         gathered = 0
         stream = model.blocks.stream
         if stream is not None and isinstance(stream.source, FromShares):
-            gathered = sum((ranks - 1) * FromShares.share_bytes(image.nbytes, ranks) for image in stream.images)
+            gathered = sum((ranks - 1) * FromShares.share_bytes(layout.nbytes, ranks) for layout in stream.layouts)
         found = {"peak": resident("VmHWM") - before, "loading": loaded, "held": resident_bytes(model)}
         results.put(found | {"gathered": gathered})
 

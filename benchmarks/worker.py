@@ -21,7 +21,7 @@ import torch.distributed as dist
 from benchmarks import forks
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.registry.forks import Model, Size, fork_of, get_model
-from common.run.link import Link, handed_down
+from common.run.channel import Channel, handed_down
 from common.system.environment import this_process
 from common.system.progress import Report
 from common.weights.dtypes import parse_dtype
@@ -194,11 +194,11 @@ def main() -> None:
     """One rank under common.run.supervise."""
     job: Job = pickle.loads(handed_down())
     at = this_process()
-    link = Link(at)
+    channel = Channel(at)
     try:
         row = run(job)
     except Exception as error:
-        link.failed("measuring", error)
+        channel.failed("measuring", error)
         sys.exit(1)
     if at.rank == 0:
         job.output.write_text(json.dumps(row), encoding="utf-8")

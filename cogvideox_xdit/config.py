@@ -293,17 +293,17 @@ def transformer_config(
 def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """As `transformer_config`, for the autoencoder."""
     check_keys(raw, (*_VAE.values(), *_VAE_IGNORED), _VAE_FIXED, where)
-    made = build(VAEConfig, _VAE, raw, where)
-    if wrong := [width for width in made.channels if width % made.groups]:
-        raise CheckpointError(f"{where}: a block of {wrong[0]} channels does not split into {made.groups} groups")
-    if len(made.channels) > _MAX_BLOCKS:
+    config = build(VAEConfig, _VAE, raw, where)
+    if wrong := [width for width in config.channels if width % config.groups]:
+        raise CheckpointError(f"{where}: a block of {wrong[0]} channels does not split into {config.groups} groups")
+    if len(config.channels) > _MAX_BLOCKS:
         raise CheckpointError(
-            f"{where} says block_out_channels of {len(made.channels)}; at most {_MAX_BLOCKS} are read"
+            f"{where} says block_out_channels of {len(config.channels)}; at most {_MAX_BLOCKS} are read"
         )
-    if made.time_compression & (made.time_compression - 1):
-        ratio = made.time_compression
+    if config.time_compression & (config.time_compression - 1):
+        ratio = config.time_compression
         raise CheckpointError(f"{where} says temporal_compression_ratio={ratio}; it must be a power of two")
-    return made
+    return config
 
 
 def transformer_json(config: TransformerConfig) -> dict[str, Any]:

@@ -51,17 +51,19 @@ class CogVideoXOptions(ForkOptions):
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         """What is wrong with the image, the video and the strength. They are read as far as they are used."""
-        found = []
+        problems = []
         strength, sampling = self.strength, videos[0].sampling
         if self.image is not None and self.video is not None:
-            found.append("--image and --video exclude each other; give one of them")
+            problems.append("--image and --video exclude each other; give one of them")
         if self.image is not None:
-            found += unreadable_image(self.image)
+            problems += unreadable_image(self.image)
         if strength is not None and not 0 < strength <= 1:
-            found.append(f"--strength {strength} must be above 0 and at most 1")
+            problems.append(f"--strength {strength} must be above 0 and at most 1")
         elif self.video is not None and strength is not None and int(sampling.num_steps * strength) < 1:
-            found.append(f"--strength {strength} of --num-steps {sampling.num_steps} leaves no step; raise one of them")
-        return found + ([] if self.video is None else _short_video(self.video, sampling.num_frames))
+            problems.append(
+                f"--strength {strength} of --num-steps {sampling.num_steps} leaves no step; raise one of them"
+            )
+        return problems + ([] if self.video is None else _short_video(self.video, sampling.num_frames))
 
 
 def _short_video(path: Path, num_frames: int) -> list[str]:

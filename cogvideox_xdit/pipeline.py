@@ -139,9 +139,9 @@ class CogVideoXPipeline(Pipeline):
 
     def _encode(self, prompt: str, negative: str | None) -> dict[int, Tensor]:
         """T5 features (1, L, D) of the branches."""
-        said = {POSITIVE: prompt} if negative is None else {POSITIVE: prompt, NEGATIVE: negative}
+        prompts = {POSITIVE: prompt} if negative is None else {POSITIVE: prompt, NEGATIVE: negative}
         # Padding is encoded and attended to without a mask: so the model was trained.
-        text = self.encode_text(said, self.config.text_length, use_mask=False)
+        text = self.encode_text(prompts, self.config.text_length, use_mask=False)
         return {branch: features for branch, (features, _) in text.items()}
 
     def _start(
@@ -165,10 +165,10 @@ class CogVideoXPipeline(Pipeline):
 
     def _encode_frames(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """A sample of the autoencoder's latents of frames (T, H, W, 3): (1, C, t, h, w) on the CPU, unscaled."""
-        wide = latent_dtype(self.dtype)
+        compute_dtype = latent_dtype(self.dtype)
         with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding video"):
             split = TimeSplit(self.mesh.world)
-            mean, logvar = (x.to("cpu", wide) for x in encode(encoder, pixels(frames, wide), split))
+            mean, logvar = (x.to("cpu", compute_dtype) for x in encode(encoder, pixels(frames, compute_dtype), split))
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
         return mean + torch.exp(logvar / 2) * noise
 

@@ -46,10 +46,10 @@ def rope(config: TransformerConfig, grid: Grid, sp: SequenceParallel, device: to
     """Cosines and sines of this rank's video tokens, each (n, head_dim / 2) fp32: time D/8, row 3D/16, column 3D/16."""
     cos, sin = [], []
     widths = (config.head_dim // 4, config.head_dim * 3 // 8, config.head_dim * 3 // 8)
-    for position, picked, width in zip(_rope_axes(config, grid), axes_of_tokens(grid, sp, device), widths):
+    for position, indices, width in zip(_rope_axes(config, grid), axes_of_tokens(grid, sp, device), widths):
         angle = torch.outer(position, 1.0 / 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
-        cos.append(angle.cos().to(device)[picked])
-        sin.append(angle.sin().to(device)[picked])
+        cos.append(angle.cos().to(device)[indices])
+        sin.append(angle.sin().to(device)[indices])
     return torch.cat(cos, dim=-1), torch.cat(sin, dim=-1)
 
 

@@ -281,8 +281,8 @@ class CogVideoXTransformer(nn.Module):
         if self.ofs is None:
             return None
         assert self.config.ofs_dim is not None
-        given = torch.full((1,), value, device=self.device)
-        return self.ofs(sinusoid(given, frequencies(self.config.ofs_dim, self.device)).to(self.dtype))
+        values = torch.full((1,), value, device=self.device)
+        return self.ofs(sinusoid(values, frequencies(self.config.ofs_dim, self.device)).to(self.dtype))
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Condition) -> Tensor:
         """One prediction for this rank's tokens.

@@ -134,8 +134,8 @@ class Frames2d(nn.Module):
         return out
 
     def _some(self, x: Tensor) -> Tensor:
-        made = self.conv(self.prepare(x.transpose(1, 2).flatten(0, 1)))
-        return made.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        out = self.conv(self.prepare(x.transpose(1, 2).flatten(0, 1)))
+        return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 class Upsample(Frames2d):
@@ -220,7 +220,7 @@ class CogVideoXDecoder(VideoDecoder):
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or VAEConfig()
-        self.scale = config.space_compression
+        self.spatial_factor = config.space_compression
         self.doublings = int(math.log2(config.time_compression))
         widths = config.channels[::-1]
         last = len(widths) - 1
@@ -252,14 +252,14 @@ class CogVideoXDecoder(VideoDecoder):
         """The reference's chunks: 13 latent frames are 3, 2, 2, 2, 2, 2. `chunk` is the model's, whatever is given."""
         return _chunks(latents, LATENT_CHUNK)
 
-    def frames(self, latents: int, first: bool = True) -> int:
+    def num_frames(self, latents: int, first: bool = True) -> int:
         """Frames that a chunk becomes: 4n, or 4n - 3 when n is odd, which only a first chunk's is."""
         for _ in range(self.doublings):
             latents = 2 * latents - latents % 2
         return latents
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
-        """One chunk (B, 16, t, h, w) -> (B, 3, frames(t), 8h, 8w) in [-1, 1]."""
+        """One chunk (B, 16, t, h, w) -> (B, 3, num_frames(t), 8h, 8w) in [-1, 1]."""
         stream = stream or CausalStream()
         x = self.mid_block(self.conv_in(z, stream), z, stream)
         for stage in self.up_blocks:

@@ -176,10 +176,10 @@ class FaceReader:
         and crops the most central one.) Raises ValueError when there is no face or too small a one.
         """
         bgr = np.ascontiguousarray(shrink(picture)[..., ::-1])
-        found, landmarks = self.detect(bgr), self.find_landmarks(bgr)
-        target, chosen = choose_face(found, landmarks)
+        faces, landmarks = self.detect(bgr), self.find_landmarks(bgr)
+        target, chosen = choose_face(faces, landmarks)
         crop = align(bgr, landmarks.landmarks[chosen])
-        if len(found):
+        if len(faces):
             kps, embedding = target.landmarks[0], self.recognise(bgr, target.landmarks[0])
         else:
             kps, embedding = landmarks.landmarks[chosen], self.recognise.embed(crop)
@@ -193,7 +193,7 @@ class FaceReader:
             (colour[0].permute(1, 2, 0) * 255).to(torch.uint8),
             torch.from_numpy(np.asarray(kps, np.float32)),
         )
-        return identity, warnings(found, landmarks, target)
+        return identity, warnings(faces, landmarks, target)
 
     @torch.no_grad()
     def _whiten(self, crop: Picture) -> tuple[Tensor, Tensor]:
@@ -257,18 +257,18 @@ def face_side(face: Faces) -> float:
     return float(min(right - left, bottom - top))
 
 
-def warnings(found: Faces, landmarks: Faces, target: Faces) -> list[str]:
+def warnings(faces: Faces, landmarks: Faces, target: Faces) -> list[str]:
     """What the user should know of a picture that was used all the same."""
-    said = []
-    count = max(len(found), len(landmarks))
+    remarks = []
+    count = max(len(faces), len(landmarks))
     if count > 1:
         left, top, right, bottom = target.boxes[0, :4].round().astype(int)
-        said.append(
+        remarks.append(
             f"{count} faces in the picture; the largest one is used (x {left} to {right}, y {top} to {bottom}). "
             "Cut the picture to the face you mean if it is another"
         )
     if (side := face_side(target)) < SMALL_FACE:
-        said.append(f"the face is only {side:.0f} pixels wide; likeness suffers below {SMALL_FACE}")
-    if not len(found):
-        said.append("the first detector found no face; the person is recognised from the aligned crop instead")
-    return said
+        remarks.append(f"the face is only {side:.0f} pixels wide; likeness suffers below {SMALL_FACE}")
+    if not len(faces):
+        remarks.append("the first detector found no face; the person is recognised from the aligned crop instead")
+    return remarks

@@ -98,15 +98,15 @@ def suppress(boxes: Floats, threshold: float, border: float = 0.0) -> list[int]:
     left, top, right, bottom, scores = boxes.T
     areas = (right - left + border) * (bottom - top + border)
     order = np.argsort(-scores, kind="stable")
-    kept = []
+    indices = []
     while order.size:
         best, rest = order[0], order[1:]
-        kept.append(int(best))
+        indices.append(int(best))
         wide = np.minimum(right[best], right[rest]) - np.maximum(left[best], left[rest]) + border
         high = np.minimum(bottom[best], bottom[rest]) - np.maximum(top[best], top[rest]) + border
         shared = np.maximum(wide, 0) * np.maximum(high, 0)
         order = rest[shared / (areas[best] + areas[rest] - shared) <= threshold]
-    return kept
+    return indices
 
 
 def finish(boxes: Floats, scores: Floats, landmarks: Floats, overlap: float, border: float) -> Faces:
@@ -140,8 +140,8 @@ class Scrfd:
         mean = (127.5, 127.5, 127.5)
         blob = cv2.dnn.blobFromImage(canvas, 1 / 128, (self.size, self.size), mean, swapRB=True)
         outputs = self.network(blob)
-        found = [self._level(outputs[i::3], stride) for i, stride in enumerate((8, 16, 32))]
-        boxes, scores, landmarks = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        levels = [self._level(outputs[i::3], stride) for i, stride in enumerate((8, 16, 32))]
+        boxes, scores, landmarks = (np.concatenate(parts) for parts in zip(*levels, strict=True))
         return finish(boxes / scale, scores, landmarks / scale, self.overlap, border=1)
 
     def _level(self, outputs: list[Floats], stride: int) -> tuple[Floats, Floats, Floats]:

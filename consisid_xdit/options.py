@@ -54,29 +54,29 @@ class ConsisIDOptions(ForkOptions):
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         """What is wrong with the photograph and the files of identity features."""
         image, file, save = self.image, self.id_embeddings, self.save_id_embeddings
-        found = []
+        problems = []
         needed = source.demo is None and videos[0].latents is None and not dry_run
         if image is None and file is None and needed:
-            found.append("--image is missing; name a photograph of the person, or use --id-embeddings")
+            problems.append("--image is missing; name a photograph of the person, or use --id-embeddings")
         if image is not None:
-            found += unreadable_image(image)
+            problems += unreadable_image(image)
         if image is not None and file is not None:
-            found.append("--image and --id-embeddings exclude each other; give one of them")
+            problems.append("--image and --id-embeddings exclude each other; give one of them")
         if image is not None and source.demo == TRAINED:
-            found.append(
+            problems.append(
                 "--demo shapes has no face models; name a file with --id-embeddings, "
                 "or use --demo face for a photograph"
             )
         if image is not None and (missing := missing_packages()):
-            found.append(
+            problems.append(
                 f"--image needs {' and '.join(missing)}: {install('face')}; or make the features elsewhere "
                 "with --save-id-embeddings and pass them with --id-embeddings"
             )
         if file is not None and (problem := absence(file, "file")):
-            found.append(f"--id-embeddings {problem}")
+            problems.append(f"--id-embeddings {problem}")
         if save is not None and (problem := writing_problem(save)):
-            found.append(f"--save-id-embeddings: {problem}")
-        return found
+            problems.append(f"--save-id-embeddings: {problem}")
+        return problems
 
 
 def missing_packages() -> list[str]:

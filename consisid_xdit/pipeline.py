@@ -81,8 +81,8 @@ class ConsisIDPipeline(CogVideoXPipeline):
             return self._load_face_models().read(picture)
 
         with self.report.stage("reading the face"):
-            identity, said = on_main(self.mesh, make)
-        for text in said:
+            identity, remarks = on_main(self.mesh, make)
+        for text in remarks:
             self.report.warn(text)
         return identity
 

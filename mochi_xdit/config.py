@@ -115,23 +115,23 @@ class MochiVAEConfig:
     def from_diffusers(cls, config: Mapping[str, Any], where: str = "vae/config.json") -> MochiVAEConfig:
         """From the parsed `vae/config.json` of a diffusers folder. CheckpointError names what it cannot honour."""
         _check("AutoencoderKLMochi", config, _VAE.values(), {"act_fn": "silu"}, where)
-        made = build(cls, _VAE, config, where)
-        stages = len(made.temporal)
+        numbers = build(cls, _VAE, config, where)
+        stages = len(numbers.temporal)
         for name, count in (
             ("spatial", stages),
             ("encoder_channels", stages + 1),
             ("decoder_channels", stages + 1),
             ("layers", stages + 2),
             ("attention", stages + 2),
-            ("mean", made.latent_channels),
-            ("std", made.latent_channels),
+            ("mean", numbers.latent_channels),
+            ("std", numbers.latent_channels),
         ):
-            if (have := len(getattr(made, name))) != count:
+            if (have := len(getattr(numbers, name))) != count:
                 basis = _VAE["latent_channels" if name in ("mean", "std") else "temporal"]
                 raise CheckpointError(f"{where}: {_VAE[name]} has {have} values; {basis} asks for {count}")
-        if made.spatial_ratio * made.temporal_ratio > _MAX_RATIO:
+        if numbers.spatial_ratio * numbers.temporal_ratio > _MAX_RATIO:
             raise CheckpointError(f"{where}: temporal_expansions and spatial_expansions are impossibly large")
-        return made
+        return numbers
 
     @classmethod
     def from_native(cls, shapes: Shapes, where: str = "the file") -> MochiVAEConfig:
@@ -199,10 +199,10 @@ class MochiConfig:
         # Widths are not in the file: two thirds of four times the stream's, which for Mochi 1 is already a multiple of
         # 256.
         widths = {"mlp_x": 4 * sizes.hidden_x * 2 // 3, "mlp_y": 4 * sizes.hidden_y * 2 // 3}
-        made = replace(sizes, **widths, vae=MochiVAEConfig.from_diffusers(vae or {}, vae_where))
-        if (have := made.vae.latent_channels) != made.channels:
-            raise CheckpointError(f"{vae_where}: {have} latent channels, the transformer needs {made.channels}")
-        return made
+        numbers = replace(sizes, **widths, vae=MochiVAEConfig.from_diffusers(vae or {}, vae_where))
+        if (have := numbers.vae.latent_channels) != numbers.channels:
+            raise CheckpointError(f"{vae_where}: {have} latent channels, the transformer needs {numbers.channels}")
+        return numbers
 
     @classmethod
     def from_native(cls, shapes: Shapes, where: str = "the file") -> MochiConfig:
@@ -284,9 +284,9 @@ def official_rules(folder: Path) -> MochiRules:
             return replace(rules, heads=_native_heads(folder / name))
     if not (folder / "transformer" / "config.json").is_file():
         raise ValueError("no Mochi checkpoint: neither dit.safetensors nor transformer/config.json is there")
-    made = read_config(folder)
-    multiple = made.vae.spatial_ratio * made.patch
-    return replace(OFFICIAL, heads=made.heads, size_multiple=multiple, frame_step=made.vae.temporal_ratio)
+    config = read_config(folder)
+    multiple = config.vae.spatial_ratio * config.patch
+    return replace(OFFICIAL, heads=config.heads, size_multiple=multiple, frame_step=config.vae.temporal_ratio)
 
 
 def _native_heads(file: Path) -> int:

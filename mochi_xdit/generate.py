@@ -19,8 +19,8 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
 
     with as_wrong_use(), report.stage("opening the checkpoint", quiet=True):
         pipe = MochiPipeline.from_pretrained(request.folder, mesh, request.runtime, report)
-        spoken = any(v.prompt or (v.negative_prompt and request.guided(v)) for v in request.videos)
-        pipe.check_weights(sample=request.sampled, text=spoken)
+        has_text = any(v.prompt or (v.negative_prompt and request.guided(v)) for v in request.videos)
+        pipe.check_weights(sample=request.sampled, text=has_text)
     if request.source.demo is not None and is_random(pipe.model_dir):
         report.note("the demo checkpoint has random weights: the picture is noise")
     for output in outputs(request, mesh, report):

@@ -35,10 +35,10 @@ class MochiOptions(ForkOptions):
     )
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
-        found = []
+        problems = []
         threshold, linear, steps = self.threshold_noise, self.linear_steps, videos[0].sampling.num_steps
         if threshold is not None and not 0 < threshold < 1:
-            found.append(f"--threshold-noise {threshold} must lie between 0 and 1")
+            problems.append(f"--threshold-noise {threshold} must lie between 0 and 1")
         if linear is not None and not 1 <= linear < max(steps, 2):
-            found.append(f"--linear-steps {linear} must be at least 1 and less than --num-steps {steps}")
-        return found
+            problems.append(f"--linear-steps {linear} must be at least 1 and less than --num-steps {steps}")
+        return problems

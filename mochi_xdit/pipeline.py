@@ -122,9 +122,9 @@ class MochiPipeline(Pipeline):
 
     def _encode(self, prompt: str, negative: str | None) -> dict[int, Text]:
         """Features of both branches. The model does not let T5 see an empty prompt, so T5 is not asked for one."""
-        spoken = {branch: text for branch, text in ((POSITIVE, prompt), (NEGATIVE, negative)) if text}
+        prompts = {branch: text for branch, text in ((POSITIVE, prompt), (NEGATIVE, negative)) if text}
         text: dict[int, Text] = dict.fromkeys((POSITIVE, NEGATIVE), (None, None))
-        return text | (self.encode_text(spoken, self.config.text_tokens, use_mask=True) if spoken else {})
+        return text | (self.encode_text(prompts, self.config.text_tokens, use_mask=True) if prompts else {})
 
     def _sample(
         self,

@@ -22,7 +22,7 @@ from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
 from mochi_xdit.transformer import MochiCondition, MochiTransformer, pack, unpack
 from mochi_xdit.vae import MochiDecoder
-from mochi_xdit.weights import EXACT, find_decoder, find_text_encoder, find_transformer
+from mochi_xdit.weights import KEEP_FP32, find_decoder, find_text_encoder, find_transformer
 
 TIME_SCALE = 1000
 
@@ -115,5 +115,5 @@ def workload(
         (config.channels, *latent),
         (size.num_frames, size.height, size.width),
         (text_work(config.text_tokens, find),),
-        exact=EXACT,
+        keep_fp32=KEEP_FP32,
     )

@@ -45,7 +45,7 @@ class MochiCondition:
     lengths: tuple[int, ...]
     """Tokens of both streams on every rank."""
     frequencies: Tensor
-    """Of the timestep's embedding (time_dim / 2,), wide."""
+    """Of the timestep's embedding (time_dim / 2,), in fp32 at least."""
 
 
 def pack(latents: Tensor, patch: int = 2) -> Tensor:
@@ -191,7 +191,7 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(config.time_dim, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, t: Tensor, frequencies: Tensor) -> Tensor:
-        """t (B,), frequencies (time_dim / 2,) wide, to (B, hidden_x), in the dtype of these weights."""
+        """t (B,), frequencies (time_dim / 2,) in fp32 at least, to (B, hidden_x), in the dtype of these weights."""
         angles = t.to(frequencies.dtype)[:, None] * frequencies
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
@@ -206,10 +206,10 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, n, hidden_x), c (B, hidden_x), to (B, n, patch_dim) in at least fp32."""
-        wide = at_least_fp32(x.dtype)
-        shift, scale = self.mod(c)[:, None].to(wide).chunk(2, dim=-1)
-        normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=NORM_EPS)
-        return self.linear((normed * (1 + scale) + shift).to(self.linear.weight.dtype)).to(wide)
+        compute_dtype = at_least_fp32(x.dtype)
+        shift, scale = self.mod(c)[:, None].to(compute_dtype).chunk(2, dim=-1)
+        normed = F.layer_norm(x.to(compute_dtype), x.shape[-1:], eps=NORM_EPS)
+        return self.linear((normed * (1 + scale) + shift).to(self.linear.weight.dtype)).to(compute_dtype)
 
 
 class AttentionPool(nn.Module):

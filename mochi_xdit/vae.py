@@ -141,7 +141,7 @@ class MochiDecoder(VideoDecoder):
         self.config = config = config or MochiVAEConfig()
         widths, depths, groups = config.decoder_channels[::-1], config.layers[::-1], config.groups
         times, spaces = config.temporal[::-1], config.spatial[::-1]
-        self.time, self.scale = math.prod(times), math.prod(spaces)
+        self.time, self.spatial_factor = math.prod(times), math.prod(spaces)
         self.blocks = nn.ModuleList(
             [
                 nn.ModuleList(
@@ -168,12 +168,12 @@ class MochiDecoder(VideoDecoder):
         """`latents` frames in as few chunks as needed, as even as can be, the longer ones first."""
         return list(split_evenly(latents, -(-latents // chunk)))
 
-    def frames(self, latents: int, first: bool) -> int:
+    def num_frames(self, latents: int, first: bool) -> int:
         """Frames that `latents` latent frames become; the video's first latent is a single frame."""
         return self.time * latents - (self.time - 1) * first
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
-        """z: (B, 12, t, h, w) -> (B, 3, frames(t), 8h, 8w) in [-1, 1]. Without a stream, z is the whole video."""
+        """z: (B, 12, t, h, w) -> (B, 3, num_frames(t), 8h, 8w) in [-1, 1]. Without a stream, z is the whole video."""
         stream = stream or CausalStream()
         groups = [group.children() if isinstance(group, nn.ModuleList) else [group] for group in self.blocks]
         conv_in, *blocks = itertools.chain.from_iterable(groups)

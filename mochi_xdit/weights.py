@@ -46,7 +46,7 @@ NATIVE_DECODER = "decoder.safetensors"
 NATIVE_ENCODER = "encoder.safetensors"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 T5_REPO = GOOGLE_T5.repo
-EXACT = (
+KEEP_FP32 = (
     "pos_frequencies",
     *(f"{layer}.{kind}" for layer in ("x_embedder.proj", "final_layer.linear") for kind in ("weight", "bias")),
     *(f"t_embedder.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")),
@@ -204,7 +204,7 @@ def load_transformer(
     """
     part = find_transformer(folder, dtype)
     module = _meta_transformer(part, sp)
-    return place(module, part.open(), part.rename, device, dtype, EXACT, placement, world, progress)
+    return place(module, part.open(), part.rename, device, dtype, KEEP_FP32, placement, world, progress)
 
 
 def check_decoder(folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -221,16 +221,16 @@ def check_decoder(folder: str | Path, dtype: torch.dtype | None = None) -> None:
 def transformer_files(folder: str | Path, dtype: torch.dtype | None = torch.bfloat16) -> tuple[TransformerFiles, ...]:
     """What `quantize` and checks read: the folder's transformer, not loaded. CheckpointError as for loading."""
     part = find_transformer(folder, dtype)
-    return (TransformerFiles(_meta_transformer(part), part.open(), part.rename, part.file, EXACT),)
+    return (TransformerFiles(_meta_transformer(part), part.open(), part.rename, part.file, KEEP_FP32),)
 
 
-def find_text_encoder(model_dir: Path, given: str | Path | None = None) -> Path:
+def find_text_encoder(model_dir: Path, folder: str | Path | None = None) -> Path:
     """The T5 encoder's folder: the given one, else the checkpoint's own, else T5_REPO in the hub's local cache.
 
     The native layout has no text encoder in it. ValueError says where one was looked for.
     """
-    if given is not None:
-        return Path(given)
+    if folder is not None:
+        return Path(folder)
     if (model_dir / "text_encoder").is_dir():
         return model_dir
     folder = cached(T5_REPO)

@@ -52,15 +52,15 @@ def command(**options: Any) -> None:
         _list()
         return
     try:
-        found = _plan(options)
+        plan = _plan(options)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if options["as_json"]:
-        click.echo(json.dumps([as_dict(found, one) for one in found.layouts], indent=1))
-        for refused in found.refused:
+        click.echo(json.dumps([as_dict(plan, one) for one in plan.layouts], indent=1))
+        for refused in plan.refused:
             click.echo(f"refused: {refused.layout}: {refused.reason}", err=True)
     else:
-        show(found)
+        show(plan)
 
 
 def _plan(options: dict[str, Any]) -> Plan:
@@ -80,17 +80,17 @@ def _plan(options: dict[str, Any]) -> Plan:
     profile = with_links(known, options["link"], node_link)
     default = model.default_size
     names = ("width", "height", "num_frames", "num_steps")
-    given = {name: options[name] for name in names if options[name] is not None}
-    size = replace(default, guided=default.guided and not options["no_guidance"], **given)
+    overrides = {name: options[name] for name in names if options[name] is not None}
+    size = replace(default, guided=default.guided and not options["no_guidance"], **overrides)
     return plan(model, size, options["gpus"], profile, options["scheme"], options["nodes"])
 
 
-def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
+def as_dict(plan: Plan, one: Prediction) -> dict[str, Any]:
     """One layout as plain data: seconds, GiB (and GB of 1e9 bytes) per GPU and stage, bytes the busiest GPU sends.
 
     ours: beside a published system's, the seconds of this project's scheme on the same machine.
     """
-    beside = {"ours": _seconds(_ours(found, one))} if found.scheme == "reference" else {}
+    beside = {"ours": _seconds(_ours(plan, one))} if plan.scheme == "reference" else {}
     return {
         "cfg": one.layout.cfg,
         "ring": one.layout.ring,
@@ -101,10 +101,10 @@ def as_dict(found: Plan, one: Prediction) -> dict[str, Any]:
         "memory_gb": {stage: round(gib * GIB / 1e9, 2) for stage, gib in one.memory_gib.items()},
         "bytes": {**asdict(one.sent), "total": one.sent.total},
         "bound": one.bound,
-        "speedup": found.speedup(one),
-        "efficiency": found.speedup(one) / found.ranks,
+        "speedup": plan.speedup(one),
+        "efficiency": plan.speedup(one) / plan.ranks,
         "fits": one.fits,
-        "best": one is found.best,
+        "best": one is plan.best,
     }
 
 
@@ -112,9 +112,9 @@ def _seconds(one: Prediction) -> dict[str, float]:
     return {name: getattr(one, name) for name in ("total", "sampling", "step", "text", "decode")}
 
 
-def _ours(found: Plan, one: Prediction) -> Prediction:
+def _ours(plan: Plan, one: Prediction) -> Prediction:
     """The same layout of our scheme on the machine of a published system."""
-    return predict(found.model, found.size, one.layout, found.profile, "ours", found.nodes)
+    return predict(plan.model, plan.size, one.layout, plan.profile, "ours", plan.nodes)
 
 
 def _list() -> None:
@@ -132,27 +132,27 @@ COLUMNS = ("cfg", "ring", "ulysses", "total s", "step s", "sampling", "text", "d
 MEMORY = "GiB text/DiT/VAE"
 
 
-def show(found: Plan) -> None:
+def show(plan: Plan) -> None:
     """The table, the best layout and by which profile, what was refused, and whether fewer GPUs would do."""
-    size, profile = found.size, found.profile
-    between = f"; {found.nodes} machines, {profile.links.node_gbs:g} GB/s between them" if found.nodes > 1 else ""
+    size, profile = plan.size, plan.profile
+    between = f"; {plan.nodes} machines, {profile.links.node_gbs:g} GB/s between them" if plan.nodes > 1 else ""
     click.echo(
-        f"{found.model.title}, {size.width}x{size.height}, {size.num_frames} frames, {size.num_steps} steps on "
-        f"{found.ranks} x {profile.name} ({profile.links}{between}), scheme: {found.scheme}"
+        f"{plan.model.title}, {size.width}x{size.height}, {size.num_frames} frames, {size.num_steps} steps on "
+        f"{plan.ranks} x {profile.name} ({profile.links}{between}), scheme: {plan.scheme}"
     )
-    columns = [*COLUMNS, *(["ours, s"] if found.scheme == "reference" else [])]
+    columns = [*COLUMNS, *(["ours, s"] if plan.scheme == "reference" else [])]
     click.echo("".join(f"{name:>9}" for name in columns) + f"{MEMORY:>18}  bound by")
-    for one in found.layouts:
-        click.echo(_line(found, one))
-    click.echo(f"best: {_named(found.best.layout)}")
-    if found.scheme == "reference":
-        _beside(found)
-    if any(not one.fits for one in found.layouts):
+    for one in plan.layouts:
+        click.echo(_line(plan, one))
+    click.echo(f"best: {_named(plan.best.layout)}")
+    if plan.scheme == "reference":
+        _beside(plan)
+    if any(not one.fits for one in plan.layouts):
         click.echo(f"! a stage and {RUNTIME_GIB:g} GiB for CUDA are more than the {profile.memory_gib:g} GiB of a GPU")
-    for refused in found.refused:
+    for refused in plan.refused:
         click.echo(f"refused: {refused.layout}: {refused.reason}")
-    _credits(found)
-    if found.ranks > 1 and (fewer := enough(found)).layout.ranks < found.ranks:
+    _credits(plan)
+    if plan.ranks > 1 and (fewer := enough(plan)).layout.ranks < plan.ranks:
         ranks = fewer.layout.ranks
         click.echo(f"as fast on {ranks} of these GPUs: --gpus {ranks}, {fewer.layout}: {fewer.total:.1f} s")
 
@@ -171,9 +171,9 @@ def _beside(found: Plan) -> None:
     click.echo(f"ours there: {_named(best.layout)}: {best.total:.1f} s, {best.sampling:.1f} of them sampling")
 
 
-def _credits(found: Plan) -> None:
+def _credits(plan: Plan) -> None:
     """What the prediction rests on, and where a published machine differs."""
-    profile = found.profile
+    profile = plan.profile
     if not profile.calibrated_on:
         click.echo("not calibrated: efficiencies are guesses; trust the order more than the seconds")
         return
@@ -185,8 +185,8 @@ def _credits(found: Plan) -> None:
         click.echo("  --link says what yours are, xdit-doctor measures them")
 
 
-def _line(found: Plan, one: Prediction) -> str:
-    layout, speedup = one.layout, found.speedup(one)
+def _line(plan: Plan, one: Prediction) -> str:
+    layout, speedup = one.layout, plan.speedup(one)
     memory = "/".join(f"{one.memory_gib[stage]:.1f}" for stage in ("text", "sampling", "decode"))
     cells = [
         str(layout.cfg),
@@ -198,11 +198,11 @@ def _line(found: Plan, one: Prediction) -> str:
         f"{one.text:.1f}",
         f"{one.decode:.1f}",
         f"{speedup:.2f}",
-        f"{100 * speedup / found.ranks:.0f}",
+        f"{100 * speedup / plan.ranks:.0f}",
         f"{one.sent.total / 1e9:.1f}",
     ]
-    if found.scheme == "reference":
-        cells.append(f"{_ours(found, one).total:.1f}")
+    if plan.scheme == "reference":
+        cells.append(f"{_ours(plan, one).total:.1f}")
     return "".join(f"{cell:>9}" for cell in cells) + f"{memory + ('' if one.fits else ' !'):>18}  {one.bound}"
 
 

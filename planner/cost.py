@@ -150,11 +150,11 @@ def latent_numbers(model: Model, size: Size, place: Coordinates | None = None) -
 
 def sent(model: Model, size: Size, place: Coordinates) -> Sent:
     """What one rank sends while sampling."""
-    found = passes(model, size, place)
+    work = passes(model, size, place)
     shard = latent_numbers(model, size, place) * GUIDANCE_BYTES
     return Sent(
-        all_to_all=int(size.num_steps * sum(p.all_to_all for p in found)),
-        ring=int(size.num_steps * sum(p.ring for p in found)),
+        all_to_all=int(size.num_steps * sum(p.all_to_all for p in work)),
+        ring=int(size.num_steps * sum(p.ring for p in work)),
         cfg=size.num_steps * shard if place.layout.cfg == 2 else 0,
         gather=shard * (place.layout.sequence - 1),
     )

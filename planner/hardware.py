@@ -165,10 +165,10 @@ def make_profile(name: str, raw: Mapping[str, Any]) -> Profile:
         if not isinstance(table_, Mapping):
             raise ValueError(f"{part} is {_shown(table_)}, not a table")
     own = _checked(Profile, {"name": name, **{k: v for k, v in raw.items() if k not in ("links", "machine", "name")}})
-    found = _checked(Machine, machine, "machine.")
-    whole = found.keys() == {one.name for one in fields(Machine)}
+    values = _checked(Machine, machine, "machine.")
+    whole = values.keys() == {one.name for one in fields(Machine)}
     profile = Profile(
-        links=Links(**_checked(Links, links, "links.")), machine=Machine(**found) if whole else None, **own
+        links=Links(**_checked(Links, links, "links.")), machine=Machine(**values) if whole else None, **own
     )
     if profile.scheme not in SCHEMES:
         raise ValueError(f"scheme is {_shown(profile.scheme)}; it must be one of {', '.join(SCHEMES)}")
@@ -179,14 +179,14 @@ def _checked(
     kind: type[Profile] | type[Links] | type[Machine], raw: Mapping[str, Any], within: str = ""
 ) -> dict[str, Any]:
     """The values of the fields of `kind` that are given, each of the field's type and within its bounds."""
-    found = {}
+    values = {}
     for one in fields(kind):
         if one.name in raw:
             value, low_high = raw[one.name], _BOUNDS.get(one.name, _ANY)
             if problem := _problem(str(one.type), value, *low_high):
                 raise ValueError(f"{within}{one.name} is {_shown(value)}; it must be {problem}")
-            found[one.name] = value
-    return found
+            values[one.name] = value
+    return values
 
 
 def _problem(kind: str, value: object, low: float, high: float) -> str | None:
@@ -255,9 +255,9 @@ def with_links(profile: Profile, link: str | None, node_gbs: float | None) -> Pr
 
 
 def _links(data: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    given = entry.get("links", {})
-    kind = given.get("kind", entry.get("link", "pcie"))
-    return {**data["links"][kind], "kind": kind, **given}
+    links = entry.get("links", {})
+    kind = links.get("kind", entry.get("link", "pcie"))
+    return {**data["links"][kind], "kind": kind, **links}
 
 
 def parse_link(link: str, old: Links) -> Links:

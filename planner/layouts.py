@@ -57,12 +57,12 @@ def _reference_refusal(model: Model, size: Size, layout: Layout) -> str | None:
 
 def beyond(size: Size, ranks: int) -> list[str]:
     """What is more than any machine holds, or a number of GPUs below 1."""
-    given = (
+    limits = (
         *(("--gpus", ranks, MOST_RANKS), ("--width", size.width, MOST_PIXELS), ("--height", size.height, MOST_PIXELS)),
         *(("--num-frames", size.num_frames, MOST_FRAMES), ("--num-steps", size.num_steps, MOST_STEPS)),
     )
-    found = [f"{name} {value} is too large; at most {most}" for name, value, most in given if value > most]
-    return found if ranks > 0 else [*found, f"--gpus {ranks} is not a positive number"]
+    problems = [f"{name} {value} is too large; at most {most}" for name, value, most in limits if value > most]
+    return problems if ranks > 0 else [*problems, f"--gpus {ranks} is not a positive number"]
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,16 @@ def choose_layout(
     """
     model = get_model(model_name)
     size = size or model.default_size
-    asked = (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
+    degrees = (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
     if not 1 <= ranks <= MOST_RANKS:
         raise ValueError(f"{ranks} ranks are none, or more than any machine holds ({MOST_RANKS})")
-    fitting = [d for d in layouts_of(ranks) if all(want in (None, getattr(d, name)) for name, want in asked)]
+    fitting = [d for d in layouts_of(ranks) if all(want in (None, getattr(d, name)) for name, want in degrees)]
     reasons = {d: refusal(model, size, d, "ours") for d in fitting}
     allowed = [d for d in fitting if reasons[d] is None]
     if not allowed:
         why = f"; {fitting[0]}: {reasons[fitting[0]]}" if fitting else ""
-        given = ", ".join(f"{name} {want}" for name, want in asked if want)
-        raise ValueError(f"no layout of {ranks} ranks has {given or 'these degrees'}{why}")
+        fixed = ", ".join(f"{name} {want}" for name, want in degrees if want)
+        raise ValueError(f"no layout of {ranks} ranks has {fixed or 'these degrees'}{why}")
     known = None if gpu else local_profile("cuda")
     profile = gpu if isinstance(gpu, Profile) else get_profile(gpu) if gpu else known and known[0]
     if profile is None:

@@ -13,8 +13,8 @@ from planner.hardware import Machine, Profile, get_profile, names, read_profile
 
 def config_folder() -> Path | None:
     """Where xdit-doctor keeps profiles; None for a user without a home directory."""
-    if (given := os.environ.get("XDG_CONFIG_HOME", "")).startswith("/"):  # others are to be ignored, says its standard
-        return Path(given) / "xdit-zoo"
+    if (folder := os.environ.get("XDG_CONFIG_HOME", "")).startswith("/"):  # others are to be ignored, says its standard
+        return Path(folder) / "xdit-zoo"
     try:
         return Path.home() / ".config" / "xdit-zoo"
     except RuntimeError:
@@ -40,10 +40,10 @@ def this_machine(device: str) -> Machine | None:
         return Machine("cpu", _processor(), os.cpu_count() or 1)
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    gpus = [line.strip() for line in found.splitlines() if line.strip()]
+    gpus = [line.strip() for line in output.splitlines() if line.strip()]
     return Machine("cuda", " + ".join(dict.fromkeys(gpus)), len(gpus)) if gpus else None
 
 
@@ -73,10 +73,10 @@ def local_profile(device: str) -> tuple[Profile, str] | None:
     path = profile_path(machine)
     if path is not None and os.path.isfile(path):  # False, and no error, where the folder may not be read
         try:
-            found = read_profile(path)
+            profile = read_profile(path)
         except ValueError:
-            found = None  # an old or damaged file must not stop a run that does not need it
-        if found is not None and found.machine == machine:
-            return found, f"the profile of {machine} in {path}"
+            profile = None  # an old or damaged file must not stop a run that does not need it
+        if profile is not None and profile.machine == machine:
+            return profile, f"the profile of {machine} in {path}"
     kind = recognise(machine.name) if device == "cuda" else None
     return (get_profile(kind), f"the planner's data on {kind}") if kind else None

@@ -58,7 +58,7 @@ def streamed(model: CogVideoXDecoder, z: Tensor) -> Tensor:
     link, lengths = LocalLink(), model.chunks(z.shape[2])
     last = len(lengths) - 1
     parts = [model(z[:, :, p], CausalStream(link, k == 0, k == last)) for k, p in enumerate(spans(lengths))]
-    assert [p.shape[2] for p in parts] == [model.frames(n, k == 0) for k, n in enumerate(lengths)]
+    assert [p.shape[2] for p in parts] == [model.num_frames(n, k == 0) for k, n in enumerate(lengths)]
     return torch.cat(parts, 2)
 
 

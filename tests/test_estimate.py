@@ -18,7 +18,7 @@ from cogvideox_xdit.demo import demo_vae
 from cogvideox_xdit.demo import random_checkpoint as cogvideox_checkpoint
 from cogvideox_xdit.fork import FORK as COGVIDEOX
 from cogvideox_xdit.fork import checkpoint as cogvideox_model
-from common.memory.choice import Choice, Room, candidates, choose_placement
+from common.memory.choice import Choice, FreeMemory, candidates, choose_placement
 from common.memory.estimate import Estimate, Estimator, Precision, StageMemory, Workload, imagined
 from common.memory.seconds import cpu_seconds, duration
 from common.parallel.device_memory import SPARE, wanted
@@ -139,10 +139,10 @@ def test_the_decode_keeps_to_the_memory_it_is_given(tmp_path, monkeypatch, keep)
     weights = counted.estimate(placement, keep).stages["decode"].weights
     needs = [wanted(0, counted._plan_bytes(plan)) for plan in counted.plans]
     for need in sorted(set(needs)):
-        room = weights + need + 2**20
-        pipe = MochiPipeline(folder, dtype="fp32", offload=placement.offload, max_memory=room / GIB)
+        memory = weights + need + 2**20
+        pipe = MochiPipeline(folder, dtype="fp32", offload=placement.offload, max_memory=memory / GIB)
         pipe("a red ball", height=192, width=256, num_frames=19, num_steps=1)
-        assert used[-1] == counted.estimate(placement, keep, int(room)).plan
+        assert used[-1] == counted.estimate(placement, keep, int(memory)).plan
     assert len(set(used)) == len(used) > 1 and {plan.mode for plan in used} == {"tiled", "exact"}
 
 
@@ -248,8 +248,8 @@ def estimates(transformer: float = 20, outer: float = 1, ranks: int = 4, decode:
     ],
 )
 def test_as_memory_falls(free, host, ranks, device, keep, want):
-    room = Room(int(free * GIB), int(host * GIB), device)
-    choice = choose_placement(estimates(), room, ranks, keep)
+    memory = FreeMemory(int(free * GIB), int(host * GIB), device)
+    choice = choose_placement(estimates(), memory, ranks, keep)
     said = choice.placement.offload + (" shard" if choice.placement.shard else "")
     assert said == want and choice.keep == (want == "none") and not choice.tight
     if want not in ("none", "stage"):
@@ -264,8 +264,8 @@ def test_models_do_not_stay_where_the_exact_decode_has_no_room_beside_them():
     def beside(placement: Placement, keep: bool) -> Estimate:
         return replace(count(placement, keep), warning="cut" if keep else "")
 
-    assert choose_placement(count, Room(80 * GIB, 99 * GIB), 1, keep=True).keep
-    choice = choose_placement(beside, Room(80 * GIB, 99 * GIB), 1, keep=True)
+    assert choose_placement(count, FreeMemory(80 * GIB, 99 * GIB), 1, keep=True).keep
+    choice = choose_placement(beside, FreeMemory(80 * GIB, 99 * GIB), 1, keep=True)
     assert (choice.placement, choice.keep) == (Placement("stage"), False)
     assert "no room for the exact decode" in choice.why
 
@@ -276,7 +276,7 @@ def test_a_tight_decode_moves_no_weights():
     def tight(placement: Placement, keep: bool) -> Estimate:
         return replace(estimates(decode=25)(placement, keep), warning="tight")
 
-    assert choose_placement(tight, Room(30 * GIB, 99 * GIB), 1).placement == Placement("stage")
+    assert choose_placement(tight, FreeMemory(30 * GIB, 99 * GIB), 1).placement == Placement("stage")
 
 
 def test_seconds_on_a_cpu_are_its_products_by_its_rate(monkeypatch):
@@ -317,12 +317,12 @@ def test_what_does_not_fit_is_refused_with_what_to_do():
         (4.0, 1, 5.0, "decode needs 6.0 GiB on each device, and 4.0 GiB are free; let tiles change .* --vae auto"),
     ):
         with pytest.raises(ValueError, match=told):
-            choose_placement(estimates(decode=decode), Room(int(free * GIB), 99 * GIB), ranks)
+            choose_placement(estimates(decode=decode), FreeMemory(int(free * GIB), 99 * GIB), ranks)
 
 
 def test_the_last_few_megabytes_are_tried():
     free = 2 * GIB + SPARE // 4
-    choice = choose_placement(estimates(decode=0.1), Room(free, 99 * GIB), 4)
+    choice = choose_placement(estimates(decode=0.1), FreeMemory(free, 99 * GIB), 4)
     assert choice == Choice(Placement("disk"), False, choice.why, tight=True) and "tight" in choice.why
 
 

@@ -29,16 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from common.run import link as common_link
+from common.run import channel as common_link
 from common.system.environment import this_process
-from common.run.link import Link, handed_down
+from common.run.channel import Channel, handed_down
 at = this_process()
-link = Link(at)
+channel = Channel(at)
 with open(sys.argv[1] + f"/{{at.rank}}", "w") as file:
     file.write(str(os.getpid()))
-link.at_stage("sampling step 3/8")
+channel.at_stage("sampling step 3/8")
 def fail(error):
-    link.failed("sampling step 3/8", error)
+    channel.failed("sampling step 3/8", error)
     os._exit(1)
 def wait():
     time.sleep(60)
@@ -140,7 +140,7 @@ def test_one_line_for_every_end(tmp_path, capfd, bodies, line):
 
 
 def test_wrong_use_found_by_a_rank_keeps_its_status(tmp_path, capfd):
-    body = 'link.failed("opening", ValueError("no such kernel"), status=2); os._exit(2)'
+    body = 'channel.failed("opening", ValueError("no such kernel"), status=2); os._exit(2)'
     assert supervise(script(tmp_path, body), 2, cpu=True, leave=lambda done: "; kept x") == 2
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and "no such kernel; kept x" in told
@@ -201,7 +201,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, capfd, number):
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_ranks_start_where_standard_streams_are_closed(tmp_path, closed):
-    command = script(tmp_path, "os.fstat(0); os.fstat(1); os.fstat(2); link.stderr.write('told'); link.leave(0)")
+    command = script(tmp_path, "os.fstat(0); os.fstat(1); os.fstat(2); channel.stderr.write('told'); channel.leave(0)")
     code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from common.run.supervise import supervise; "
     code += f"os._exit(supervise({command!r}, 2, cpu=True, request=b'request'))"
     shell = f'exec {sys.executable} -c "$0" ' + " ".join(f"{number}>&-" for number in closed)

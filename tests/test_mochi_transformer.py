@@ -23,7 +23,7 @@ from common.weights.placement import check_model
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer, pack, unpack
 from mochi_xdit.weights import (
-    EXACT,
+    KEEP_FP32,
     decoder_rename,
     encoder_rename,
     find_transformer,
@@ -169,8 +169,8 @@ def test_bf16_is_as_near_to_the_truth_as_the_oracle(folder: Path, oracle: nn.Mod
     truth = expected(oracle, given)
     ours = load_transformer(folder, dtype=torch.bfloat16)
     assert ours.pos_frequencies.dtype == torch.float32
-    assert {p.dtype for name, p in ours.named_parameters() if name in EXACT} == {torch.float32}
-    assert {p.dtype for name, p in ours.named_parameters() if name not in EXACT} == {torch.bfloat16}
+    assert {p.dtype for name, p in ours.named_parameters() if name in KEEP_FP32} == {torch.float32}
+    assert {p.dtype for name, p in ours.named_parameters() if name not in KEEP_FP32} == {torch.bfloat16}
     got = actual(ours, given)
     assert got.dtype == torch.float32
     theirs = expected(new_oracle().bfloat16(), given, torch.bfloat16)

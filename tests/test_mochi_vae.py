@@ -69,7 +69,7 @@ def test_golden_of_the_native_decoder():
 def chunked(model: MochiDecoder, z: Tensor, lengths: list[int]) -> Tensor:
     link, last = LocalLink(), len(lengths) - 1
     parts = [model(z[:, :, p], CausalStream(link, k == 0, k == last)) for k, p in enumerate(spans(lengths))]
-    assert [p.shape[2] for p in parts] == [model.frames(n, k == 0) for k, n in enumerate(lengths)]
+    assert [p.shape[2] for p in parts] == [model.num_frames(n, k == 0) for k, n in enumerate(lengths)]
     return torch.cat(parts, 2)
 
 

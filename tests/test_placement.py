@@ -16,7 +16,7 @@ from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.usp import SequenceParallel
 from common.video.decode_planning import PeakMemory
 from common.weights import blocks
-from common.weights.blocks import Blocks, FromFile, FromHost, FromShares, Image, Stream, bind, finish
+from common.weights.blocks import BlockLayout, Blocks, FromFile, FromHost, FromShares, Stream, bind, finish
 from common.weights.float8 import FLOAT8, LARGEST, Float8Linear, fill_float8, has_float8_matmul, to_float8, use_float8
 from common.weights.load import CheckpointError, load, on_meta, open_checkpoint, save
 from common.weights.placement import Placement, place, resident_bytes
@@ -177,8 +177,8 @@ class Recorder:
 )
 def test_each_block_is_asked_for_one_ahead(count, again, expected):
     blocks, source = Blocks(nn.Linear(2, 2) for _ in range(count)), Recorder()
-    images = [Image.of(block, lambda name: torch.float32) for block in blocks]
-    blocks.stream = Stream(source, images, CPU, images[0].nbytes, again)
+    layouts = [BlockLayout.of(block, lambda name: torch.float32) for block in blocks]
+    blocks.stream = Stream(source, layouts, CPU, layouts[0].nbytes, again)
     for turn in range(2):
         for i, _ in enumerate(blocks):
             source.events.append(f"block {i}")
@@ -236,7 +236,7 @@ def test_pinned_blocks_are_unlocked_when_their_model_leaves(locks):
         assert torch.equal(out[: part.numel()], part)
     model = nn.Module()
     model.blocks = Blocks()
-    model.blocks.stream = Stream(host, [Image({}, 200)] * 3, CPU, 200, again=True)
+    model.blocks.stream = Stream(host, [BlockLayout({}, 200)] * 3, CPU, 200, wrap_around=True)
     finish(model)
     assert not locks.locked
 
@@ -256,7 +256,7 @@ def test_the_reading_thread_works_on_its_ranks_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append((device, threading.get_ident())))
     copies = blocks._Copies(CPU)
     monkeypatch.setattr(blocks, "_Copies", lambda device: copies)
-    source = FromFile(lambda index, tensors: found.append((None, threading.get_ident())), [Image({}, 8)], GPU_3)
+    source = FromFile(lambda index, tensors: found.append((None, threading.get_ident())), [BlockLayout({}, 8)], GPU_3)
     source.fetch(0, torch.empty(8, dtype=torch.uint8))()
     (device, starter), (_, reader) = found
     assert device == GPU_3 and starter == reader != threading.get_ident()
@@ -417,12 +417,12 @@ def test_shares_are_padded_apart():
 
 def test_host_memory_takes_large_blocks():
     block = nn.Linear(3000, 9000, bias=False).requires_grad_(False)  # 108 MB
-    image = Image.of(block, lambda name: torch.float32)
-    source, memory = FromHost(CPU), torch.empty(image.nbytes, dtype=torch.uint8)
-    image.views(memory)["weight"].copy_(block.weight)
+    layout = BlockLayout.of(block, lambda name: torch.float32)
+    source, memory = FromHost(CPU), torch.empty(layout.nbytes, dtype=torch.uint8)
+    layout.views(memory)["weight"].copy_(block.weight)
     source.add(memory)
-    assert source.parts[0].numel() == image.nbytes
-    stream = Stream(source, [image], CPU, image.nbytes, again=True)
+    assert source.parts[0].numel() == layout.nbytes
+    stream = Stream(source, [layout], CPU, layout.nbytes, wrap_around=True)
     other = nn.Linear(3000, 9000, bias=False, device="meta")
     bind(other, stream.views(0))
     next(iter(stream.visit([other], 1)))

@@ -53,8 +53,8 @@ def test_features_equal_transformers(folder, use_mask):
     expected = oracle(folder, ids, out.mask.long() if use_mask else None)
     keep = out.mask[..., None] if use_mask else torch.ones(3, 30, 1)
     assert (out.features - expected * keep).abs().max() < 1e-5
-    assert out.used == tuple(map(len, rows)) and out.cut == ("", "", "") and out.limit == 30
-    assert out.used[2] == 1 and out.features.dtype == torch.float32
+    assert out.num_tokens == tuple(map(len, rows)) and out.truncated == ("", "", "") and out.limit == 30
+    assert out.num_tokens[2] == 1 and out.features.dtype == torch.float32
 
 
 def test_ids_are_those_of_sentencepiece_and_of_transformers(folder):
@@ -96,7 +96,7 @@ def test_long_prompts_are_cut_and_the_cut_text_is_told(folder):
     ids, cut = tokenizer(text, len(full) - 1)
     assert cut in (".", "p.")
     out = encode([text], folder, 7, dtype=torch.float32)
-    assert out.used == (7,) and out.cut[0] and out.mask.all()
+    assert out.num_tokens == (7,) and out.truncated[0] and out.mask.all()
 
 
 def test_a_prompts_features_do_not_depend_on_the_others(folder):
@@ -189,7 +189,7 @@ def test_cache_returns_the_same_and_knows_its_encoder(folder, copy, tmp_path, mo
     with TextEncoder(EncoderFiles.find(folder), cache_dir=cache) as encoder:
         monkeypatch.setattr("common.text.t5.load_t5", None)
         again = encoder.encode(PROMPTS, 16, True)
-    assert torch.equal(first.features, again.features) and first.used == again.used
+    assert torch.equal(first.features, again.features) and first.num_tokens == again.num_tokens
     monkeypatch.undo()
 
     _weights(lambda s: s["encoder.final_layer_norm.weight"].mul_(2))(copy)
@@ -208,14 +208,14 @@ def encode_everywhere(folder, prompts):
         out = on_main(mesh, lambda: encode(prompts, folder, 16, dtype=torch.float32))
     except ValueError as error:
         return str(error)
-    return out.features, out.mask, out.used
+    return out.features, out.mask, out.num_tokens
 
 
 def test_only_rank_0_encodes(run_ranks, folder):
     expected = encode(PROMPTS, folder, 16, dtype=torch.float32)
     for features, mask, used in run_ranks(2, encode_everywhere, folder, PROMPTS):
         assert torch.equal(features, expected.features) and torch.equal(mask, expected.mask)
-        assert used == expected.used
+        assert used == expected.num_tokens
 
 
 def test_a_fault_on_rank_0_reaches_every_rank(run_ranks, copy):

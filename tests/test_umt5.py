@@ -92,7 +92,7 @@ def test_features_equal_transformers(folder: Path, use_mask: bool) -> None:
     expected = oracle(folder)(ids, attention_mask=out.mask.long() if use_mask else None).last_hidden_state
     keep = out.mask[..., None] if use_mask else torch.ones(3, 30, 1)
     assert (out.features - expected * keep).abs().max() < 1e-5
-    assert out.used == tuple(map(len, rows)) and out.used[2] == 1 and out.cut == ("", "", "")
+    assert out.num_tokens == tuple(map(len, rows)) and out.num_tokens[2] == 1 and out.truncated == ("", "", "")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -172,7 +172,7 @@ def test_long_prompts_are_cut_as_transformers_cuts_them(folder: Path) -> None:
     theirs = T5Tokenizer.from_pretrained(folder / "tokenizer")
     out = encode([text], files, 7)
     assert files.tokenize(text, 7)[0] == theirs(text, truncation=True, max_length=7)["input_ids"]
-    assert out.used == (7,) and out.cut[0] and text.endswith(out.cut[0]) and out.mask.all()
+    assert out.num_tokens == (7,) and out.truncated[0] and text.endswith(out.truncated[0]) and out.mask.all()
 
 
 def test_the_cache_tells_encoders_apart(folder: Path, original: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def find_checkpoint(folder: Path) -> CheckpointFiles:
         raise CheckpointError(f"{folder}: no Wan checkpoint; looked for {LOOKED_FOR}")
     small = any("480p" in path.name.lower() for path in (folder.resolve(), *parts.experts))
     tower = folder / "image_encoder"
-    made = CheckpointFiles(
+    files = CheckpointFiles(
         "original",
         parts.config,
         parts.vae_config,
@@ -215,7 +215,7 @@ def find_checkpoint(folder: Path) -> CheckpointFiles:
         small=small,
         image_encoder=tower if parts.config.image_width and tower.is_dir() else None,
     )
-    return checked(replace(made, boundary=RULES[made.kind].boundary), str(folder))
+    return checked(replace(files, boundary=RULES[files.kind].boundary), str(folder))
 
 
 def _diffusers(folder: Path, index: Mapping[str, object], where: str) -> CheckpointFiles:
@@ -232,7 +232,7 @@ def _diffusers(folder: Path, index: Mapping[str, object], where: str) -> Checkpo
     if any(config != configs[0] for config in configs):
         raise CheckpointError(f"{paths[-1]}: this expert's numbers are not those of {paths[0]}")
     vae = folder / "vae" / "config.json"
-    made = CheckpointFiles(
+    files = CheckpointFiles(
         "diffusers",
         configs[0],
         read_vae(read_object(vae), str(vae)),
@@ -243,7 +243,7 @@ def _diffusers(folder: Path, index: Mapping[str, object], where: str) -> Checkpo
         "480p" in folder.resolve().name.lower(),
         folder / "image_encoder" if configs[0].image_width else None,
     )
-    return checked(made, str(folder))
+    return checked(files, str(folder))
 
 
 def _named(index: Mapping[str, object], part: str) -> bool:
@@ -252,20 +252,20 @@ def _named(index: Mapping[str, object], part: str) -> bool:
     return isinstance(value, list) and len(value) == 2 and value[1] is not None
 
 
-def checked(found: CheckpointFiles, where: str) -> CheckpointFiles:
+def checked(files: CheckpointFiles, where: str) -> CheckpointFiles:
     """The checkpoint, whose parts fit each other; else CheckpointError."""
-    config, have = found.config, found.vae_config.latent_channels
+    config, have = files.config, files.vae_config.latent_channels
     if have != config.out_channels:
         raise CheckpointError(
             f"{where}: the VAE has {have} latent channels, the transformer needs {config.out_channels}"
         )
-    if config.image_channels not in (0, found.vae_config.time + have):
-        wanted = config.out_channels + found.vae_config.time + have
+    if config.image_channels not in (0, files.vae_config.time + have):
+        channels = config.out_channels + files.vae_config.time + have
         raise CheckpointError(
             f"{where}: in_channels is {config.in_channels}; known are {config.out_channels} (text to video) and "
-            f"{wanted} (image to video)"
+            f"{channels} (image to video)"
         )
-    return found
+    return files
 
 
 def official_rules(folder: Path) -> WanRules:

@@ -235,9 +235,9 @@ def read_vae(values: Mapping[str, Any], where: str = "vae/config.json") -> VAECo
     """From a diffusers folder's vae/config.json. CheckpointError for what this code would get wrong."""
     check_keys(values, (*_VAE.values(), *_VAE_READ_ELSEWHERE), _VAE_FIXED, where)
     both = {"decoder_base_dim": values.get("base_dim"), **{k: v for k, v in values.items() if v is not None}}
-    made = build(VAEConfig, _VAE, both, where)
+    config = build(VAEConfig, _VAE, both, where)
     try:
-        return with_stats(made, made.mean or VAE_2_1.mean, made.std or VAE_2_1.std)
+        return with_stats(config, config.mean or VAE_2_1.mean, config.std or VAE_2_1.std)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
 

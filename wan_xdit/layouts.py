@@ -97,16 +97,16 @@ def _authors(folder: Path) -> tuple[Path, ...]:
 
 def _comfyui(folder: Path) -> tuple[Path, ...]:
     """The one transformer in a folder, or the pair of experts."""
-    found = [file for file in _candidates(folder, "transformer") if _is_transformer(read_shapes(file))]
-    high = [file for file in found if "high" in file.name.lower()]
-    low = [file for file in found if "low" in file.name.lower()]
-    if len(found) <= 1 and not (high or low):
-        return tuple(found)
-    if len(found) == 2 and len(high) == len(low) == 1:
+    files = [file for file in _candidates(folder, "transformer") if _is_transformer(read_shapes(file))]
+    high = [file for file in files if "high" in file.name.lower()]
+    low = [file for file in files if "low" in file.name.lower()]
+    if len(files) <= 1 and not (high or low):
+        return tuple(files)
+    if len(files) == 2 and len(high) == len(low) == 1:
         return high[0], low[0]
-    names = ", ".join(file.name for file in found[:4])
+    names = ", ".join(file.name for file in files[:4])
     raise CheckpointError(
-        f"{folder} holds {len(found)} transformers ({names}); a checkpoint is one of them, or a high and a low noise "
+        f"{folder} holds {len(files)} transformers ({names}); a checkpoint is one of them, or a high and a low noise "
         "one: make a folder with links to its files"
     )
 
@@ -172,15 +172,15 @@ def _from_shapes(shapes: Shapes, where: str) -> TransformerConfig:
 
 def _find_vae(folder: Path, channels: int) -> tuple[Path, VAEConfig]:
     """The autoencoder with so many latent channels."""
-    found = []
+    files = []
     for file in _candidates(folder, "vae"):
         shapes = _vae_shapes(file)
         if shapes is not None:
-            found.append((file, read_vae_shapes(shapes, str(file))))
-    fitting = [(file, config) for file, config in found if config.latent_channels == channels]
+            files.append((file, read_vae_shapes(shapes, str(file))))
+    fitting = [(file, config) for file, config in files if config.latent_channels == channels]
     if fitting:
         return fitting[0]
-    others = ", ".join(f"{file.name} has {config.latent_channels}" for file, config in found)
+    others = ", ".join(f"{file.name} has {config.latent_channels}" for file, config in files)
     raise CheckpointError(
         f"{folder}: no Wan VAE of {channels} latent channels{f' ({others})' if others else ''}; looked for "
         "Wan2.1_VAE.pth, Wan2.2_VAE.pth and files in vae/"

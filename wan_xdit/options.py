@@ -63,9 +63,9 @@ class WanOptions(ForkOptions):
     )
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
-        found = [] if self.image is None else unreadable_image(self.image)
+        problems = [] if self.image is None else unreadable_image(self.image)
         if self.shift is not None and not 0 < self.shift <= MAX_SHIFT:
-            found.append(f"--shift {self.shift} is not a number above 0 and up to {MAX_SHIFT}")
+            problems.append(f"--shift {self.shift} is not a number above 0 and up to {MAX_SHIFT}")
         if self.cfg_scale_2 is not None and not 0 <= self.cfg_scale_2 <= MAX_SCALE:
-            found.append(f"--cfg-scale-2 {self.cfg_scale_2} is not a number from 0 to {MAX_SCALE}")
-        return found
+            problems.append(f"--cfg-scale-2 {self.cfg_scale_2} is not a number from 0 to {MAX_SCALE}")
+        return problems

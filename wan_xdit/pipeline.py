@@ -142,8 +142,8 @@ class WanPipeline(Pipeline):
 
     def _encode(self, prompt: str, negative: str | None) -> dict[int, Tensor]:
         """UMT5 features (1, L, D) of the branches, zeros where no token is."""
-        said = {POSITIVE: clean(prompt)} | ({} if negative is None else {NEGATIVE: clean(negative)})
-        text = self.encode_text(said, self.config.text_length, use_mask=True)
+        prompts = {POSITIVE: clean(prompt)} | ({} if negative is None else {NEGATIVE: clean(negative)})
+        text = self.encode_text(prompts, self.config.text_length, use_mask=True)
         return {branch: features for branch, (features, _) in text.items()}
 
     def _start(self, latents: Tensor, picture: Tensor | None, num_frames: int) -> Start:
@@ -159,10 +159,10 @@ class WanPipeline(Pipeline):
 
     def _latents_of(self, picture: Tensor, frames: int) -> Tensor:
         """Latents (1, C, t, h, w) of a video that shows the picture, then grey."""
-        wide = latent_dtype(self.dtype)
-        video = torch.nn.functional.pad(pixels(picture, wide), (0, 0, 0, 0, 0, frames - 1))
+        compute_dtype = latent_dtype(self.dtype)
+        video = torch.nn.functional.pad(pixels(picture, compute_dtype), (0, 0, 0, 0, 0, frames - 1))
         with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding image"):
-            return encode(encoder, video, TimeSplit(self.mesh.world)).to(wide)
+            return encode(encoder, video, TimeSplit(self.mesh.world)).to(compute_dtype)
 
     def _see(self, image: Picture) -> Tensor:
         """CLIP's tokens (1, M, image_width) of the picture in its own shape. The encoder runs on rank 0 alone."""

@@ -27,7 +27,7 @@ from wan_xdit.text import UMT5_XXL, find_text_encoder
 from wan_xdit.transformer import Condition, WanTransformer, pack, unpack
 from wan_xdit.transformer import Size as Grid
 from wan_xdit.vae import WanDecoder
-from wan_xdit.weights import exact_names
+from wan_xdit.weights import fp32_names
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def workload(
         (config.out_channels, *grid),
         (size.num_frames, size.height, size.width),
         (text_work(config.text_length, find, UMT5_XXL, UMT5),),
-        exact=exact_names(config),
+        keep_fp32=fp32_names(config),
         experts=experts,
         kept=len(guidance.branches(turn.scale)) * config.kept_numbers * dtype.itemsize,
     )

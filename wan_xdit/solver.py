@@ -126,8 +126,8 @@ class UniPC(Solver):
 
     @property
     def memory(self) -> dict[str, Tensor]:
-        kept = {f"video{k}": video for k, video in enumerate(self._videos)}
-        return kept if self._sample is None else {**kept, "sample": self._sample}
+        tensors = {f"video{k}": video for k, video in enumerate(self._videos)}
+        return tensors if self._sample is None else {**tensors, "sample": self._sample}
 
     def recall(self, i: int, memory: Mapping[str, Tensor]) -> None:
         self._videos = [memory[name] for name in ("video0", "video1") if name in memory]

@@ -67,16 +67,16 @@ def clean(prompt: str) -> str:
 def find_text_encoder(directory: str | Path) -> EncoderFiles:
     """UMT5's files in a folder of either layout. ValueError says what is missing, and where it belongs."""
     root = Path(directory).expanduser()
-    found = sorted(path for pattern in WEIGHTS for path in root.glob(pattern))
-    if not found:
+    files = sorted(path for pattern in WEIGHTS for path in root.glob(pattern))
+    if not files:
         return EncoderFiles.find(root, UMT5)
     tokenizers = [root / TOKENIZER / name for name in UMT5.tokenizers]
     tokenizer = next((path for path in tokenizers if path.is_file()), None)
     if tokenizer is None:
         names = " or ".join(UMT5.tokenizers)
         raise ValueError(f"no tokenizer for the UMT5 text encoder: put {names} into {root / TOKENIZER}")
-    numbers = read_numbers(found[0])
-    return EncoderFiles(found[0], tokenizer, (found[0],), UMT5, numbers, rename_table(numbers.num_layers))
+    numbers = read_numbers(files[0])
+    return EncoderFiles(files[0], tokenizer, (files[0],), UMT5, numbers, rename_table(numbers.num_layers))
 
 
 def rename_table(layers: int) -> dict[str, str]:

@@ -178,7 +178,7 @@ class WanDecoder(VideoDecoder):
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or VAEConfig()
-        self.scale, self.time = config.space, config.time
+        self.spatial_factor, self.time = config.space, config.time
         widths = [config.decoder_width * m for m in (config.multiples[-1], *config.multiples[::-1])]
         self.latents = conv(config.latent_channels, config.latent_channels, 1)
         self.conv_in = conv(config.latent_channels, widths[0])
@@ -212,12 +212,12 @@ class WanDecoder(VideoDecoder):
         """`latents` frames in as few chunks as needed, as even as can be, the longer ones first."""
         return list(split_evenly(latents, -(-latents // chunk)))
 
-    def frames(self, latents: int, first: bool) -> int:
+    def num_frames(self, latents: int, first: bool) -> int:
         """Frames that `latents` latent frames become; the video's first latent is a single frame."""
         return self.time * latents - (self.time - 1) * first
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
-        """z: (B, C, t, h, w) -> (B, 3, frames(t), scale h, scale w), in [-1, 1] when clamped."""
+        """z: (B, C, t, h, w) -> (B, 3, num_frames(t), scale h, scale w), in [-1, 1] when clamped."""
         stream = stream or CausalStream()
         x = self.middle(self.conv_in(self.latents(z, stream), stream), stream)
         for stage in self.stages:

@@ -109,7 +109,7 @@ _DIFFUSERS_BLOCK_IMAGE: dict[str, str | tuple[str, ...]] = {
 LAYOUTS = ("original", "diffusers")
 
 
-def exact_names(config: TransformerConfig) -> tuple[str, ...]:
+def fp32_names(config: TransformerConfig) -> tuple[str, ...]:
     """Parameters that the original computes with in fp32: time, modulation, the norm before the cross-attention."""
     blocks = (f"blocks.{i}.{name}" for i in range(config.layers) for name in ("modulation", *_of("cross_norm")))
     return (*_of("time_in"), *_of("time_out"), *_of("time_proj"), "modulation", *blocks)
@@ -217,9 +217,9 @@ def load_transformer(
     from wan_xdit.transformer import WanTransformer
 
     model = on_meta(WanTransformer, files.config, sp, residual)
-    table, exact = rename_table(files.config, files.layout), exact_names(files.config)
+    table, keep_fp32 = rename_table(files.config, files.layout), fp32_names(files.config)
     checkpoint = open_transformer(_file(files, files.experts[expert], dtype), table)
-    return place(model, checkpoint, table, device, dtype, exact, placement, world, progress)
+    return place(model, checkpoint, table, device, dtype, keep_fp32, placement, world, progress)
 
 
 def open_transformer(file: Path, table: Rename) -> Checkpoint:
@@ -231,10 +231,10 @@ def open_transformer(file: Path, table: Rename) -> Checkpoint:
         checkpoint = checkpoint.select(PREFIX, strip=True)
     ends = tuple(f".{name}" for name in WanTransformer.matmuls)
     theirs = [source for ours, source in table.items() if ours.startswith("blocks.") and ours.endswith(ends)]
-    kept: set[str] = set()
+    kept_names: set[str] = set()
     for source in theirs:
-        kept |= {f"{name}.weight" for name in (source.names if isinstance(source, Concat) else (str(source),))}
-    return with_row_scales(checkpoint, kept.__contains__)
+        kept_names |= {f"{name}.weight" for name in (source.names if isinstance(source, Concat) else (str(source),))}
+    return with_row_scales(checkpoint, kept_names.__contains__)
 
 
 def _file(files: CheckpointFiles, place: Path, dtype: torch.dtype | None) -> Path:
@@ -247,11 +247,11 @@ def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) 
     from wan_xdit.transformer import WanTransformer
 
     files = find_checkpoint(folder)
-    table, exact = rename_table(files.config, files.layout), exact_names(files.config)
-    found = [_file(files, expert, dtype) for expert in files.experts]
+    table, keep_fp32 = rename_table(files.config, files.layout), fp32_names(files.config)
+    checkpoints = [_file(files, expert, dtype) for expert in files.experts]
     return tuple(
-        TransformerFiles(on_meta(WanTransformer, files.config), open_transformer(file, table), table, file, exact)
-        for file in found
+        TransformerFiles(on_meta(WanTransformer, files.config), open_transformer(file, table), table, file, keep_fp32)
+        for file in checkpoints
     )
 
 

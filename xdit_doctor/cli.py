@@ -58,30 +58,30 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def packages() -> list[dict[str, str]]:
     """Versions against the tested ranges."""
-    found = []
+    entries = []
     for name, (oldest, newest) in TESTED.items():
         try:
             have = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found.append({"package": name, "have": "", "tested": f"{oldest} .. {newest}", "state": "missing"})
+            entries.append({"package": name, "have": "", "tested": f"{oldest} .. {newest}", "state": "missing"})
             continue
         state = "ok"
         if numbers(have) < numbers(oldest):
             state = "too old"
         elif numbers(have) > numbers(newest):
             state = "newer than tested"
-        found.append({"package": name, "have": have, "tested": f"{oldest} .. {newest}", "state": state})
-    return found
+        entries.append({"package": name, "have": have, "tested": f"{oldest} .. {newest}", "state": state})
+    return entries
 
 
 def optional_packages() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in OPTIONAL:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def gpus() -> list[dict[str, str]]:
@@ -108,14 +108,14 @@ def kernels(device: str) -> dict[str, str]:
 
     from common.parallel.attention import KERNELS, check_kernel
 
-    found = {}
+    results = {}
     for kernel in KERNELS:
         try:
             check_kernel(kernel, torch.device(device))
-            found[kernel] = "ok"
+            results[kernel] = "ok"
         except ValueError as error:
-            found[kernel] = str(error)
-    return found
+            results[kernel] = str(error)
+    return results
 
 
 def ffmpeg() -> str:
@@ -195,7 +195,7 @@ def examine(device: str, ranks: int | None, model_dir: Path | None, quick: bool)
         device = "cuda" if environment.visible_gpus() else "cpu"
     count = ranks or (environment.visible_gpus() if device == "cuda" else 2)
     identity = this_machine(device)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "machine": machine(),
         "gpus": cards if device == "cuda" else [],
         "packages": packages(),
@@ -208,65 +208,65 @@ def examine(device: str, ranks: int | None, model_dir: Path | None, quick: bool)
     if device == "cuda":
         import torch
 
-        found["peer_access"] = peer_access()
-        found["cuda"] = f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        report["peer_access"] = peer_access()
+        report["cuda"] = f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     if model_dir is not None:
-        found["checkpoint"] = checkpoint(model_dir)
-    return found
+        report["checkpoint"] = checkpoint(model_dir)
+    return report
 
 
-def warnings(found: Mapping[str, Any]) -> list[str]:
+def warnings(report: Mapping[str, Any]) -> list[str]:
     """What should be looked at, worst first."""
-    said = []
-    if found["links"].get("self_test") != "passed":
-        said.append(f"collectives: {found['links'].get('self_test')}")
-    said += [str(problem) for problem in found.get("checkpoint", {}).get("problems", [])]
-    for package in found["packages"]:
+    remarks = []
+    if report["links"].get("self_test") != "passed":
+        remarks.append(f"collectives: {report['links'].get('self_test')}")
+    remarks += [str(problem) for problem in report.get("checkpoint", {}).get("problems", [])]
+    for package in report["packages"]:
         if package["state"] != "ok":
-            said.append(f"{package['package']} {package['have']}: {package['state']} (tested {package['tested']})")
-    if found["ffmpeg"].startswith("missing"):
-        said.append(f"ffmpeg {found['ffmpeg']}")
-    if any(not ok for i, row in enumerate(found.get("peer_access", [])) for j, ok in enumerate(row) if i != j):
-        said.append("some GPUs cannot read each other's memory (P2P off): NCCL goes through host memory, slowly")
-    switches = found["machine"]["switches"]
+            remarks.append(f"{package['package']} {package['have']}: {package['state']} (tested {package['tested']})")
+    if report["ffmpeg"].startswith("missing"):
+        remarks.append(f"ffmpeg {report['ffmpeg']}")
+    if any(not ok for i, row in enumerate(report.get("peer_access", [])) for j, ok in enumerate(row) if i != j):
+        remarks.append("some GPUs cannot read each other's memory (P2P off): NCCL goes through host memory, slowly")
+    switches = report["machine"]["switches"]
     if switches.get("NCCL_P2P_DISABLE", "0") != "0":
-        said.append("NCCL_P2P_DISABLE is set: no direct traffic between GPUs; unset it unless P2P hangs here")
-    if found["machine"]["disk_free_gb"] < 5:
-        said.append(f"only {found['machine']['disk_free_gb']} GB of disk are free")
-    return said
+        remarks.append("NCCL_P2P_DISABLE is set: no direct traffic between GPUs; unset it unless P2P hangs here")
+    if report["machine"]["disk_free_gb"] < 5:
+        remarks.append(f"only {report['machine']['disk_free_gb']} GB of disk are free")
+    return remarks
 
 
-def show(found: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def show(report: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """The report, line by line."""
-    machine_ = found["machine"]
+    machine_ = report["machine"]
     say(f"system      {machine_['system']}, Python {machine_['python']}, {machine_['cores']} cores")
     say(f"memory      {machine_['memory_gib']} GiB; disk free {machine_['disk_free_gb']} GB")
     for name, value in machine_["switches"].items():
         say(f"environment {name}={value}")
-    if not found["gpus"]:
+    if not report["gpus"]:
         say("GPUs        none used; ranks on the CPU")
-    for i, gpu in enumerate(found["gpus"]):
+    for i, gpu in enumerate(report["gpus"]):
         say(
             f"GPU {i}       {gpu['name']}, {gpu['memory.used']} of {gpu['memory.total']} MiB used, driver "
             f"{gpu['driver_version']}, PCIe gen {gpu['pcie.link.gen.current']}, up to {gpu['clocks.max.sm']} MHz"
         )
-    if "cuda" in found:
-        say(f"CUDA        {found['cuda']}")
-        for i, row in enumerate(found["peer_access"]):
+    if "cuda" in report:
+        say(f"CUDA        {report['cuda']}")
+        for i, row in enumerate(report["peer_access"]):
             say(f"P2P of {i}    " + " ".join("-" if i == j else "yes" if ok else "NO" for j, ok in enumerate(row)))
-    for package in found["packages"]:
+    for package in report["packages"]:
         say(f"package     {package['package']:16} {package['have'] or '-':12} {package['state']}")
-    say("optional    " + ", ".join(f"{name} {have}" for name, have in found["optional"].items()))
-    for kernel, state in found["kernels"].items():
+    say("optional    " + ", ".join(f"{name} {have}" for name, have in report["optional"].items()))
+    for kernel, state in report["kernels"].items():
         say(f"attention   {kernel:8} {state}")
-    say(f"ffmpeg      {found['ffmpeg']}")
-    _show_links(found["links"], say)
-    if "checkpoint" in found:
-        _show_checkpoint(found["checkpoint"], say)
-    said = warnings(found)
-    for warning in said:
+    say(f"ffmpeg      {report['ffmpeg']}")
+    _show_links(report["links"], say)
+    if "checkpoint" in report:
+        _show_checkpoint(report["checkpoint"], say)
+    remarks = warnings(report)
+    for warning in remarks:
         say(f"warning     {warning}")
-    say(f"verdict     {'all good' if not said else f'{len(said)} to look at'}")
+    say(f"verdict     {'all good' if not remarks else f'{len(remarks)} to look at'}")
 
 
 def _show_links(measured: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -285,9 +285,9 @@ def _show_links(measured: Mapping[str, Any], say: Callable[[str], None]) -> None
         )
 
 
-def _show_checkpoint(found: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    say(f"checkpoint  {found['folder']}: {found.get('kind', '?')}")
-    for name, size in found.get("gb", {}).items():
+def _show_checkpoint(report: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    say(f"checkpoint  {report['folder']}: {report.get('kind', '?')}")
+    for name, size in report.get("gb", {}).items():
         say(f"  {size:9.3f} GB  {name}")
 
 
@@ -346,25 +346,25 @@ def command(
             raise click.UsageError("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         if ranks and ranks > visible:
             raise click.UsageError(f"--ranks {ranks}: only {visible} GPUs are visible")
-    found = examine(device, ranks, model_dir, quick)
+    report = examine(device, ranks, model_dir, quick)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(report, indent=1))
     else:
-        show(found, click.echo)
-    healthy = found["links"].get("self_test") == "passed"
-    kept = not healthy or no_profile or _keep(found, profile_path, quick, as_json)
-    if not (healthy and kept) or found.get("checkpoint", {}).get("problems"):
+        show(report, click.echo)
+    healthy = report["links"].get("self_test") == "passed"
+    kept = not healthy or no_profile or _keep(report, profile_path, quick, as_json)
+    if not (healthy and kept) or report.get("checkpoint", {}).get("problems"):
         raise click.exceptions.Exit(1)
 
 
-def _keep(found: Mapping[str, Any], named: Path | None, quick: bool, quiet: bool) -> bool:
+def _keep(report: Mapping[str, Any], named: Path | None, quick: bool, quiet: bool) -> bool:
     """Write the profile and say where, or why not; whether nothing went wrong. quiet: only on the error's stream."""
-    path, why = (named, "") if named else default_path(found, quick)
+    path, why = (named, "") if named else default_path(report, quick)
     if path is None:
         click.echo(f"profile     not written: {why}; name a file with --profile", err=quiet)
         return True
     try:
-        write(found, path)
+        write(report, path)
     except OSError as error:
         click.echo(f"error: the profile cannot be written to {path}: {error.strerror or error}", err=True)
         return False

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.self_test import self_test
-from common.run.link import Link, handed_down
+from common.run.channel import Channel, handed_down
 from common.system.environment import this_process
 
 ROUNDS = 5
@@ -43,14 +43,14 @@ def run(job: Job, mesh: Mesh) -> dict[str, Any]:
     """All measurements, collectively; every rank gets the findings."""
     started = time.perf_counter()
     self_test(mesh, SELF_TEST_SECONDS, lambda error: print(f"error: {error}", file=sys.stderr, flush=True))
-    found: dict[str, Any] = {"ranks": job.ranks, "device": str(mesh.device.type), "self_test": "passed"}
-    found["self_test_s"] = round(time.perf_counter() - started, 2)
-    found["compute"] = compute(mesh.device, job.matrix)
+    report: dict[str, Any] = {"ranks": job.ranks, "device": str(mesh.device.type), "self_test": "passed"}
+    report["self_test_s"] = round(time.perf_counter() - started, 2)
+    report["compute"] = compute(mesh.device, job.matrix)
     if job.ranks > 1:
-        found["pairs"] = pairs(mesh, job.message)
-        found["all_to_all_gbs"] = all_to_all(mesh, job.message)
-        found["ring_gbs"] = ring(mesh, job.message)
-    return found
+        report["pairs"] = pairs(mesh, job.message)
+        report["all_to_all_gbs"] = all_to_all(mesh, job.message)
+        report["ring_gbs"] = ring(mesh, job.message)
+    return report
 
 
 def _synchronize(device: torch.device) -> None:
@@ -98,7 +98,7 @@ def _slowest(value: float, mesh: Mesh) -> float:
 
 def pairs(mesh: Mesh, message: int) -> list[dict[str, float]]:
     """Bandwidth and latency of every pair while the others are idle."""
-    found = []
+    entries = []
     big = torch.zeros(message, dtype=torch.uint8, device=mesh.device)
     small = torch.zeros(8, dtype=torch.uint8, device=mesh.device)
     for a in range(mesh.world.size):
@@ -114,8 +114,8 @@ def pairs(mesh: Mesh, message: int) -> list[dict[str, float]]:
 
                     seconds = _seconds(mesh.device, swap)
                 times.append(_slowest(seconds, mesh))
-            found.append({"a": a, "b": b, "gbs": message / times[0] / 1e9, "latency_us": times[1] * 1e6})
-    return found
+            entries.append({"a": a, "b": b, "gbs": message / times[0] / 1e9, "latency_us": times[1] * 1e6})
+    return entries
 
 
 def all_to_all(mesh: Mesh, message: int) -> float:
@@ -141,16 +141,16 @@ def main() -> None:
     """One rank under common.run.supervise."""
     job: Job = pickle.loads(handed_down())
     at = this_process()
-    link = Link(at)
+    channel = Channel(at)
     try:
         mesh = distributed(Layout(ulysses=job.ranks), job.device, timeout=job.timeout)
-        found = run(job, mesh)
+        report = run(job, mesh)
     except Exception as error:
-        link.failed("measuring links", error)
-        link.leave(1)
+        channel.failed("measuring links", error)
+        channel.leave(1)
     if at.rank == 0:
-        job.output.write_text(json.dumps(found), encoding="utf-8")
-    link.leave(0)
+        job.output.write_text(json.dumps(report), encoding="utf-8")
+    channel.leave(0)
 
 
 if __name__ == "__main__":

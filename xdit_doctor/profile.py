@@ -21,14 +21,14 @@ SLOW_LINK = 0.7
 """A pair this much slower than the fastest lies across something: sockets, or switches."""
 
 
-def profile(found: Mapping[str, Any]) -> dict[str, Any]:
+def profile(report: Mapping[str, Any]) -> dict[str, Any]:
     """A hardware profile out of the findings, as `planner.hardware.read_profile` takes it.
 
     Links are this machine's own. Compute is the calibrated kind's where the GPU is known, else what was measured.
     """
-    measured, ranks = found["links"], found["links"]["ranks"]
-    name = found["gpus"][0]["name"] if found["gpus"] else f"cpu ({found['machine']['system']})"
-    kind = recognise(name) if found["gpus"] else None
+    measured, ranks = report["links"], report["links"]["ranks"]
+    name = report["gpus"][0]["name"] if report["gpus"] else f"cpu ({report['machine']['system']})"
+    kind = recognise(name) if report["gpus"] else None
     made: dict[str, Any] = {"name": "this machine", "gpu": kind or name, "calibrated_on": "xdit-doctor on this machine"}
     if kind:
         known = get_profile(kind)
@@ -41,14 +41,14 @@ def profile(found: Mapping[str, Any]) -> dict[str, Any]:
         made |= {
             "tflops": tflops,
             "hbm_gbs": compute["copy_gbs"],
-            "memory_gib": found["machine"]["memory_gib"] / ranks,
+            "memory_gib": report["machine"]["memory_gib"] / ranks,
             "matmul": 0.9,
             "attention": min(1.0, 0.9 * compute["attention_tflops"] / tflops),
         }
-    if found["gpus"]:
-        made["memory_gib"] = float(found["gpus"][0]["memory.total"]) / 2**10
-    per_node = ranks if found["gpus"] else MOST_RANKS
-    return made | {"machine": found["identity"], "links": links(measured, per_node), "measured": measured}
+    if report["gpus"]:
+        made["memory_gib"] = float(report["gpus"][0]["memory.total"]) / 2**10
+    per_node = ranks if report["gpus"] else MOST_RANKS
+    return made | {"machine": report["identity"], "links": links(measured, per_node), "measured": measured}
 
 
 def links(measured: Mapping[str, Any], per_node: int) -> dict[str, Any]:
@@ -61,20 +61,20 @@ def links(measured: Mapping[str, Any], per_node: int) -> dict[str, Any]:
     far = [pair["gbs"] for pair in pairs if pair["gbs"] < SLOW_LINK * fastest]
     gbs = statistics.median(near)
     together = 1 + max((sum(p["a"] == 0 and p["gbs"] >= SLOW_LINK * fastest for p in pairs)), 0)
-    made: dict[str, Any] = {"kind": "links", "source": "measured", "gbs": gbs, "gpus_per_node": per_node}
-    made["across"] = statistics.median(far) / gbs if far else 1.0
-    made["gpus_per_socket"] = together if far else max(ranks, 1)
+    links: dict[str, Any] = {"kind": "links", "source": "measured", "gbs": gbs, "gpus_per_node": per_node}
+    links["across"] = statistics.median(far) / gbs if far else 1.0
+    links["gpus_per_socket"] = together if far else max(ranks, 1)
     if ranks > 2:
-        made["ring_gain"] = max(0.2, measured["ring_gbs"] / (gbs * made["across"]))
+        links["ring_gain"] = max(0.2, measured["ring_gbs"] / (gbs * links["across"]))
     if ranks > 3:
         slower = gbs / measured["all_to_all_gbs"] - 1
-        made["contention"] = max(0.0, slower) / (ranks - 3)
-    return made
+        links["contention"] = max(0.0, slower) / (ranks - 3)
+    return links
 
 
-def default_path(found: Mapping[str, Any], quick: bool) -> tuple[Path | None, str]:
+def default_path(report: Mapping[str, Any], quick: bool) -> tuple[Path | None, str]:
     """Where the findings' profile goes when no file was named, or None and why it is not kept."""
-    identity, ranks = found["identity"], found["links"]["ranks"]
+    identity, ranks = report["identity"], report["links"]["ranks"]
     if quick:
         return None, "--quick measures too little for one"
     if identity is None:
@@ -85,7 +85,7 @@ def default_path(found: Mapping[str, Any], quick: bool) -> tuple[Path | None, st
     return profile_path(machine), "there is no home directory"
 
 
-def write(found: Mapping[str, Any], path: Path) -> None:
+def write(report: Mapping[str, Any], path: Path) -> None:
     """Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(profile(found), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(profile(report), indent=1) + "\n", encoding="utf-8")

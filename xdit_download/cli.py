@@ -35,16 +35,16 @@ def command(model: str, folder: Path | None, revision: str | None, check_hashes:
     folder = folder or Path(chosen.folder or chosen.name)
     if folder.exists() and not folder.is_dir():
         raise click.BadParameter(f"{folder} is a file; name a folder", param_hint="--dir")
-    wanted = plan(chosen, folder, revision)
-    _tell(chosen.name, wanted, folder)
+    files = plan(chosen, folder, revision)
+    _tell(chosen.name, files, folder)
     if dry_run:
         return
-    make_room(wanted, folder)
-    for one in wanted:
+    make_room(files, folder)
+    for one in files:
         fetch(one)
         if check_hashes:
             verify(one)
-    click.echo(f"{len(wanted)} files are complete; use --model-dir {folder}")
+    click.echo(f"{len(files)} files are complete; use --model-dir {folder}")
 
 
 def _tell(model: str, wanted: Sequence[Wanted], folder: Path) -> None:

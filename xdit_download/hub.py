@@ -108,9 +108,9 @@ def plan(model: Model, folder: Path, revision: str | None = None) -> list[Wanted
         for part in places:
             info = listing(part.repo)
             files = {entry.rfilename: entry for entry in info.siblings or []}
-            found = [pick(list(files)) for pick in part.picks]
-            if all(names is not None for names in found):
-                wanted += [_wanted(part, files[name], folder, info.sha) for names in found for name in names or []]
+            picked = [pick(list(files)) for pick in part.picks]
+            if all(names is not None for names in picked):
+                wanted += [_wanted(part, files[name], folder, info.sha) for names in picked for name in names or []]
                 break
         else:
             raise DownloadError(f"{' and '.join(p.repo for p in places)} lack files of the {places[0].what}")
@@ -133,9 +133,9 @@ def free_room(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def make_room(wanted: Sequence[Wanted], folder: Path) -> None:
+def make_room(files: Sequence[Wanted], folder: Path) -> None:
     """Make the folder. DownloadError when its disk has no room for what is missing, or it cannot be written."""
-    needed, free = sum(one.missing for one in wanted), free_room(folder)
+    needed, free = sum(one.missing for one in files), free_room(folder)
     if needed > free:
         raise DownloadError(
             f"{gb(needed)} are to be fetched, but only {gb(free)} are free for {folder}; "

@@ -101,7 +101,7 @@ def true_size(model: Model) -> Hollow:
     }
     vae = {name: t for prefix, (part, _) in halves.items() for name, t in bf16(part, prefix).items()}
     table = {prefix + ours: theirs for prefix, (_, rename) in halves.items() for ours, theirs in rename.items()}
-    transformer = bf16(on_meta(MochiTransformer, config), exact=weights.EXACT)
+    transformer = bf16(on_meta(MochiTransformer, config), keep_fp32=weights.KEEP_FP32)
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True, "num_train_timesteps": 1000}
     return Hollow(
         weights={

@@ -27,7 +27,7 @@ Count = Callable[[Placement, bool], Estimate]
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """Memory at hand, in bytes: on every rank's device, and for every rank in its machine's main memory.
 
     device: cpu or cuda. On a CPU both are the same memory, and blocks that wait there save nothing.
@@ -79,28 +79,28 @@ def fits(estimate: Estimate, free: int) -> bool:
     return all(stage.wanted <= free for stage in stages.values())
 
 
-def choose_placement(count: Count, room: Room, ranks: int = 1, keep: bool = False) -> Choice:
+def choose_placement(count: Count, memory: FreeMemory, ranks: int = 1, keep: bool = False) -> Choice:
     """The first of `candidates` that fits. Raises ValueError, with what to do, when the smallest does not."""
     first, reason = "", ""
-    for placement, kept in candidates(ranks, room.device, keep):
+    for placement, kept in candidates(ranks, memory.device, keep):
         estimate = count(placement, kept)
-        stage, wanted = needed(estimate)
+        stage, peak = needed(estimate)
         if kept and estimate.warning:
             first = f"{placement}: no room for the exact decode beside it"
-        elif not fits(estimate, room.free):
-            first = first or f"{placement}: {stage} would want {gib(wanted)} of {gib(room.free)} free"
-        elif estimate.host > room.host:
-            reason = f"; host memory has {gib(room.host)} a rank for {gib(estimate.host)} of blocks"
+        elif not fits(estimate, memory.free):
+            first = first or f"{placement}: {stage} would want {gib(peak)} of {gib(memory.free)} free"
+        elif estimate.host > memory.host:
+            reason = f"; host memory has {gib(memory.host)} a rank for {gib(estimate.host)} of blocks"
         else:
-            enough = f"{stage} wants {gib(wanted)} of {gib(room.free)} free"
+            enough = f"{stage} wants {gib(peak)} of {gib(memory.free)} free"
             return Choice(placement, kept, f"{placement} ({enough}{'; ' + first if first else ''}{reason})")
-    if estimate.peak > room.free:
+    if estimate.peak > memory.free:
         stage, even = estimate.fullest, "" if estimate.fullest == "decode" else f" even when {placement}"
         raise ValueError(
             f"not enough memory: {stage} needs {gib(estimate.stages[stage].total)} on each device{even}, and "
-            f"{gib(room.free)} are free; {_advice(stage, ranks, estimate.plan)}"
+            f"{gib(memory.free)} are free; {_advice(stage, ranks, estimate.plan)}"
         )
-    why = f"{placement} ({estimate.fullest} needs {gib(estimate.peak)} of {gib(room.free)} free, which is tight)"
+    why = f"{placement} ({estimate.fullest} needs {gib(estimate.peak)} of {gib(memory.free)} free, which is tight)"
     return Choice(placement, False, why, tight=True)
 
 
@@ -130,10 +130,10 @@ def estimator(fork: Fork, request: Request, mesh: Mesh) -> Estimator:
     return Estimator(work, mesh, precision, runtime.device, request.decode)
 
 
-def room_on(mesh: Mesh, runtime: Runtime, local_ranks: int) -> Room:
+def free_memory_on(mesh: Mesh, runtime: Runtime, local_ranks: int) -> FreeMemory:
     """What the rank with least has, no more than `--max-memory`. Collective."""
     free = free_memory(mesh, runtime.max_bytes)
-    return Room(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), runtime.device)
+    return FreeMemory(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), runtime.device)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -
     runtime = request.runtime
     if not request.sampled or not fork.has("sampling"):
         return request, None
-    room = room_on(mesh, runtime, local_ranks)
+    memory = free_memory_on(mesh, runtime, local_ranks)
 
     def look() -> Outlook:
         # Rank 0 has most of everything: the text encoder, the largest shard, the branch with the longer text.
@@ -166,8 +166,8 @@ def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -
         slow = long_sampling(request, counted.flops)
         if slow and request.cpu_by_default:
             raise ValueError(f"no GPU is visible, and {slow}; to wait for it say --device cpu")
-        found = _placed(counted, request, room, mesh.world.size)
-        return replace(found, warnings=(*found.warnings, slow)) if slow else found
+        outlook = _placed(counted, request, memory, mesh.world.size)
+        return replace(outlook, warnings=(*outlook.warnings, slow)) if slow else outlook
 
     found = on_main(mesh, look)
     placement = found.placement
@@ -175,14 +175,14 @@ def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -
     return replace(request, runtime=runtime), found
 
 
-def _placed(counted: Estimator, request: Request, room: Room, ranks: int) -> Outlook:
+def _placed(counted: Estimator, request: Request, memory: FreeMemory, ranks: int) -> Outlook:
     runtime = request.runtime
     placement, keep, why = Placement(runtime.offload or "stage", runtime.shard_weights), runtime.keep_loaded, ""
     if runtime.offload is None and not runtime.shard_weights:
-        choice = choose_placement(lambda where, kept: counted.estimate(where, kept, room.free), room, ranks, keep)
+        choice = choose_placement(lambda where, kept: counted.estimate(where, kept, memory.free), memory, ranks, keep)
         placement, keep, why = choice.placement, choice.keep, choice.why
-    said = counted.estimate(placement, keep, room.free).warning
-    return Outlook(placement, keep, why, (said,) if said else ())
+    warning = counted.estimate(placement, keep, memory.free).warning
+    return Outlook(placement, keep, why, (warning,) if warning else ())
 
 
 def long_sampling(request: Request, flops: int, ranks: int = 1) -> str:

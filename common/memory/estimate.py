@@ -5,7 +5,7 @@ that without data, counts what lives at once, what is multiplied and what is sen
 `Placement` lays them out. So the figures are those of the code that runs, not of formulas beside it.
 
 Not counted: the CUDA context (0.5 GB, gone from free memory before it is asked for), NCCL's buffers, the workspaces
-and rounding of kernels and allocators (the margin of `common.parallel.device_memory` is for those), and the image
+and rounding of kernels and allocators (the margin of `common.parallel.device_memory` is for those), and the layout
 encoders of some models.
 """
 
@@ -29,7 +29,7 @@ from common.registry.settings import DecodeOptions
 from common.text.encoder import TextWork
 from common.video.decode import DecodePlan, VideoDecoder
 from common.video.decode_planning import PeakMemory, decode_memory, decode_plans, plan_decode, warning
-from common.weights.blocks import Blocks, FromShares, Image
+from common.weights.blocks import BlockLayout, Blocks, FromShares
 from common.weights.dtypes import Precision
 from common.weights.float8 import Float8Linear, plans_float8_matmul, use_float8
 from common.weights.load import assign
@@ -47,7 +47,7 @@ class Workload:
     step: (model) -> None; prepares and computes one sampling step as the pipeline does, on the meta device.
     decoder: on the meta device. latents: (C, T, h, w) that it decodes. frames: (T, H, W) that come out.
     text: of every text encoder, in the order that they run; empty where there is none.
-    exact: the transformer's parameters that are held in fp32 at least.
+    keep_fp32: the transformer's parameters that are held in fp32 at least.
     experts: transformers like this one that take turns; where models stay on the device, all of them do.
     kept: bytes that `step` keeps from step to step, which a pipeline whose blocks stream computes anew instead.
     """
@@ -58,7 +58,7 @@ class Workload:
     latents: tuple[int, int, int, int]
     frames: tuple[int, int, int]
     text: tuple[TextWork, ...] = ()
-    exact: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
     experts: int = 1
     kept: int = 0
 
@@ -152,25 +152,25 @@ class Estimator:
         self.work, self.mesh, self.device = work, mesh, device
         self.precision = precision = precision or Precision()
         self.multiplies = plans_float8_matmul(device)
-        self.model = typed(work.transformer, precision.dtype, work.exact, precision.float8, self.multiplies)
-        self.images = block_images(self.model)
+        self.model = typed(work.transformer, precision.dtype, work.keep_fp32, precision.float8, self.multiplies)
+        self.layouts = block_layouts(self.model)
         self.outer = _nbytes(self.model, without="blocks.")
         self.text = [self._encoder(text) for text in work.text] if mesh.is_main else []
         self.activations, self.flops, self.sent = self._step()
         self.decoder = work.decoder.to(precision.dtype)
         self.peaks: dict[DecodePlan, int] = {}
         options = decode or DecodeOptions()
-        tile = options.tile(self.decoder.scale)
+        tile = options.tile(self.decoder.spatial_factor)
         self.plans = decode_plans(self.decoder, work.latents, mesh.world.size, options.vae, options.vae_chunk, tile)
 
     def estimate(self, placement: Placement, keep: bool = False, free: float = float("inf")) -> Estimate:
         """keep: models stay on the device from one stage to the next. free: bytes, for the choice of a decode plan."""
         placement = replace(placement, float8=self.precision.float8)
-        transformer, host = placed_bytes(self.outer, self.images, placement, self.mesh.world.size)
+        transformer, host = placed_bytes(self.outer, self.layouts, placement, self.mesh.world.size)
         text = self._text_memory(placement, keep)
         decoder = _nbytes(self.decoder)
-        room = free - decoder - (text.weights + self.work.experts * transformer if keep else 0)
-        plan, frames = self._decode(room)
+        decode_free = free - decoder - (text.weights + self.work.experts * transformer if keep else 0)
+        plan, frames = self._decode(decode_free)
         weights = {"text": text.weights, "sampling": transformer, "decode": decoder}
         if keep:
             all_of_them = text.weights + self.work.experts * transformer + decoder
@@ -180,9 +180,9 @@ class Estimator:
         stages = {name: StageMemory(weights[name], working[name]) for name in STAGES}
         sent = Counter(self.sent)
         if placement.shard and self.mesh.world.size > 1:
-            shares = sum(FromShares.share_bytes(i.nbytes, self.mesh.world.size) for i in self.images)
+            shares = sum(FromShares.share_bytes(i.nbytes, self.mesh.world.size) for i in self.layouts)
             sent["weights"] = self.passes * shares * (self.mesh.world.size - 1)
-        said = warning(plan, self.plans, room, self._plan_bytes)
+        said = warning(plan, self.plans, decode_free, self._plan_bytes)
         return Estimate(placement, keep, stages, host, self.flops, sent, plan, said)
 
     @torch.inference_mode()
@@ -204,25 +204,25 @@ class Estimator:
         return memory.peak, flops.get_total_flops(), traffic.sent
 
     @torch.inference_mode()
-    def _encoder(self, work: TextWork) -> tuple[int, list[Image], int]:
-        """A text encoder's bytes outside of its layers, the layers' images, bytes at the peak of encoding a prompt."""
+    def _encoder(self, work: TextWork) -> tuple[int, list[BlockLayout], int]:
+        """A text encoder's bytes outside of its layers, the layers' layouts, bytes at the peak of encoding a prompt."""
         model = work.new(self.precision.text)
         name, layers = next(((n, m) for n, m in model.named_modules() if isinstance(m, Blocks)), ("", Blocks()))
         for layer in layers if self.precision.text_float8 else ():
             use_float8(layer, work.matmuls, self.multiplies)
         with PeakMemory() as memory:
             work.run(model, torch.zeros(1, work.tokens, dtype=torch.long, device="meta"))
-        images = [Image.of(layer, partial(_kind, layer)) for layer in layers]
-        return _nbytes(model, without=f"{name}." if name else None), images, memory.peak
+        layouts = [BlockLayout.of(layer, partial(_dtype_of, layer)) for layer in layers]
+        return _nbytes(model, without=f"{name}." if name else None), layouts, memory.peak
 
     def _text_memory(self, placement: Placement, keep: bool) -> StageMemory:
         """Of the encoder that needs most; where models stay, beside the others' weights."""
         # They are on one rank: what streams comes from their files.
         where = Placement("disk" if placement.streams else "stage")
-        found = [StageMemory(placed_bytes(outer, layers, where, 1)[0], peak) for outer, layers, peak in self.text]
+        stages = [StageMemory(placed_bytes(outer, layers, where, 1)[0], peak) for outer, layers, peak in self.text]
         if keep:
-            return StageMemory(sum(one.weights for one in found), max((one.activations for one in found), default=0))
-        return max(found, key=lambda one: one.total, default=StageMemory(0, 0))
+            return StageMemory(sum(one.weights for one in stages), max((one.activations for one in stages), default=0))
+        return max(stages, key=lambda one: one.total, default=StageMemory(0, 0))
 
     def _decode(self, free: float) -> tuple[DecodePlan, int]:
         """The first plan that fits, and bytes at its peak; frames are gathered on rank 0's CPU."""
@@ -230,8 +230,8 @@ class Estimator:
         plan = plan_decode(self.decoder, self.work.latents, free, self.plans, self._plan_bytes, tries)[0]
         frames, height, width = self.work.frames
         # Chunks lie beside the whole while they are joined.
-        kept = 2 * frames * height * width * 3 if self.device == "cpu" and self.mesh.is_main else 0
-        return plan, self._plan_bytes(plan) + kept
+        frame_bytes = 2 * frames * height * width * 3 if self.device == "cpu" and self.mesh.is_main else 0
+        return plan, self._plan_bytes(plan) + frame_bytes
 
     def _plan_bytes(self, plan: DecodePlan) -> int:
         if plan not in self.peaks:
@@ -242,7 +242,7 @@ class Estimator:
 def typed(
     model: nn.Module,
     dtype: torch.dtype,
-    exact: tuple[str, ...] = (),
+    keep_fp32: tuple[str, ...] = (),
     float8: bool = False,
     multiplies: bool = False,
 ) -> nn.Module:
@@ -251,7 +251,7 @@ def typed(
     multiplies: as for `common.weights.float8.Float8Linear`.
     """
     model.to(dtype).requires_grad_(False)
-    for name in exact:
+    for name in keep_fp32:
         slot = model.get_parameter(name)
         assign(model, name, torch.empty_like(slot, dtype=torch.promote_types(dtype, torch.float32)))
     blocks = model.blocks
@@ -264,14 +264,14 @@ def typed(
     return model
 
 
-def _kind(module: nn.Module, name: str) -> torch.dtype:
+def _dtype_of(module: nn.Module, name: str) -> torch.dtype:
     return module.state_dict(keep_vars=True)[name].dtype
 
 
-def block_images(model: nn.Module) -> list[Image]:
+def block_layouts(model: nn.Module) -> list[BlockLayout]:
     """How each block's bytes lie when they stream."""
     assert isinstance(model.blocks, Blocks)
-    return [Image.of(block, partial(_kind, block)) for block in model.blocks]
+    return [BlockLayout.of(block, partial(_dtype_of, block)) for block in model.blocks]
 
 
 def _nbytes(model: nn.Module, without: str | None = None) -> int:
@@ -283,21 +283,21 @@ def _nbytes(model: nn.Module, without: str | None = None) -> int:
     return sum(seen.values())
 
 
-def placed_bytes(outer: int, images: list[Image], placement: Placement, ranks: int) -> tuple[int, int]:
+def placed_bytes(outer: int, layouts: list[BlockLayout], placement: Placement, ranks: int) -> tuple[int, int]:
     """Bytes of a model on a rank's device and in its host memory; see `common.weights.placement.place`."""
-    whole = sum(entry.nbytes for image in images for entry in image.entries.values())
-    room = max((image.nbytes for image in images), default=0)
-    count = min(BUFFERS, len(images))
+    whole = sum(entry.nbytes for layout in layouts for entry in layout.entries.values())
+    buffer_bytes = max((layout.nbytes for layout in layouts), default=0)
+    count = min(BUFFERS, len(layouts))
     if placement.shard and ranks > 1:
-        shares = [FromShares.share_bytes(image.nbytes, ranks) for image in images]
-        buffers = count * ranks * FromShares.share_bytes(room, ranks)
+        shares = [FromShares.share_bytes(layout.nbytes, ranks) for layout in layouts]
+        buffers = count * ranks * FromShares.share_bytes(buffer_bytes, ranks)
         if placement.offload == "block":
             return outer + buffers + max(shares), sum(shares)
         return outer + buffers + sum(shares), 0
     if placement.offload in ("none", "stage"):
         return outer + whole, 0
-    held = sum(image.nbytes for image in images) if placement.offload == "block" else 0
-    return outer + count * room, held
+    held = sum(layout.nbytes for layout in layouts) if placement.offload == "block" else 0
+    return outer + count * buffer_bytes, held
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

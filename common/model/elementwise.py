@@ -32,10 +32,10 @@ def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
 
 
 def _rms_norm_by_hand(x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
-    wide, dtype, in_place = at_least_fp32(x.dtype), x.dtype, not torch.is_grad_enabled()
-    copied = dtype != wide
-    x = x.to(wide)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    compute_dtype, dtype, in_place = at_least_fp32(x.dtype), x.dtype, not torch.is_grad_enabled()
+    copied = dtype != compute_dtype
+    x = x.to(compute_dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=compute_dtype)
     inverse = torch.rsqrt(norm * norm / x.shape[-1] + eps)
     x = x.mul_(inverse) if copied and in_place else x * inverse
     if weight is not None:

@@ -43,18 +43,18 @@ def rotate_pairs(x: Tensor, rope: Tensor, rest: Tensor | None = None) -> Tensor:
 
 
 def _turned(pairs: Tensor, rope: Tensor) -> Tensor:
-    wide = at_least_fp32(pairs.dtype)
-    pairs = pairs.to(wide)
+    compute_dtype = at_least_fp32(pairs.dtype)
+    pairs = pairs.to(compute_dtype)
     if torch.compiler.is_compiling():
         # A compiler fuses real arithmetic with its surroundings and leaves complex numbers alone.
         return pairs[..., :1] * rope[0] + pairs[..., 1:] * rope[1]
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope[0].to(wide)))
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope[0].to(compute_dtype)))
 
 
 def _turn_into(out: Tensor, pairs: Tensor, rope: Tensor) -> None:
     """Turned pairs (..., D / 2, 2) into `out`, with as little memory read and written as possible."""
-    wide = at_least_fp32(pairs.dtype)
-    if pairs.dtype == wide:
+    compute_dtype = at_least_fp32(pairs.dtype)
+    if pairs.dtype == compute_dtype:
         angles = torch.view_as_complex(rope[0])
         torch.mul(torch.view_as_complex(pairs), angles, out=torch.view_as_complex(out))
     elif fuses(pairs):
@@ -62,5 +62,5 @@ def _turn_into(out: Tensor, pairs: Tensor, rope: Tensor) -> None:
         torch.mul(pairs[..., :1], rope[0], out=out)
         out.addcmul_(pairs[..., 1:], rope[1])
     else:
-        turned = torch.view_as_complex(pairs.to(wide)).mul_(torch.view_as_complex(rope[0]))
+        turned = torch.view_as_complex(pairs.to(compute_dtype)).mul_(torch.view_as_complex(rope[0]))
         out.copy_(torch.view_as_real(turned))

@@ -81,8 +81,8 @@ def check_kernel(
             how = install("flash") if kernel == "flash2" else "docs/weights.md says how it is built"
             raise ValueError(f"attention kernel {kernel} needs the package {package}: {how}; or use sdpa")
     if dtype is not None and dtype not in _HALF:
-        said = str(dtype).removeprefix("torch.")
-        raise ValueError(f"attention kernel {kernel} computes in bf16 or fp16, not in {said}; use sdpa")
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"attention kernel {kernel} computes in bf16 or fp16, not in {name}; use sdpa")
     if head_dim is not None and (head_dim % 8 or head_dim > _WIDEST):
         raise ValueError(
             f"attention kernel {kernel} takes heads that are a multiple of 8 and at most {_WIDEST} wide; this "
@@ -93,9 +93,9 @@ def check_kernel(
 
 def _check_capability(kernel: str, have: Capability) -> None:
     if have < _AMPERE or (kernel == "flash3" and have[0] != 9):
-        wanted = "9.0 (Hopper)" if kernel == "flash3" else "8.0 (Ampere) or newer"
+        needed = "9.0 (Hopper)" if kernel == "flash3" else "8.0 (Ampere) or newer"
         raise ValueError(
-            f"attention kernel {kernel} needs a GPU of compute capability {wanted}; this one has "
+            f"attention kernel {kernel} needs a GPU of compute capability {needed}; this one has "
             f"{have[0]}.{have[1]}; use sdpa"
         )
 
@@ -214,8 +214,8 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn_interface import flash_attn_func
 
     # Since autumn 2025 the log-sum-exp comes on request; before, always, and the request was not known.
-    asked = {"return_attn_probs": True} if _returns_lse_on_request() else {}
-    out, lse, *_ = flash_attn_func(q, k, v, **asked)
+    options = {"return_attn_probs": True} if _returns_lse_on_request() else {}
+    out, lse, *_ = flash_attn_func(q, k, v, **options)
     return out, lse
 
 

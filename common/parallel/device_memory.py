@@ -89,9 +89,9 @@ def _left_in(group: Path, version: int) -> Iterator[int]:
     limits, usage, inactive = _GROUP_FILES[version]
     try:
         used = int((group / usage).read_text())
-        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         for name in limits:
             if (group / name).exists() and (limit := (group / name).read_text().strip()) != "max":
-                yield int(limit) - used + int(kept.get(inactive, 0))
+                yield int(limit) - used + int(counters.get(inactive, 0))
     except (OSError, ValueError):
         return  # no such group, or no memory controller in it

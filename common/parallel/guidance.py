@@ -38,13 +38,13 @@ class Guidance:
         predictions: this rank's shard of the model's output for each of `branches(scale)`. Two ranks send each other
         theirs, once.
         """
-        wide = {branch: _at_least_fp32(prediction) for branch, prediction in predictions.items()}
+        by_branch = {branch: _at_least_fp32(prediction) for branch, prediction in predictions.items()}
         if self.axis.size > 1:
-            (own,) = wide.values()
-            wide[1 - self.axis.rank] = self._swap(own)
+            (own,) = by_branch.values()
+            by_branch[1 - self.axis.rank] = self._swap(own)
         if scale == 1:
-            return wide[POSITIVE]
-        return wide[NEGATIVE] + scale * (wide[POSITIVE] - wide[NEGATIVE])
+            return by_branch[POSITIVE]
+        return by_branch[NEGATIVE] + scale * (by_branch[POSITIVE] - by_branch[NEGATIVE])
 
     def _swap(self, own: Tensor) -> Tensor:
         rows = own.numel()

@@ -263,19 +263,19 @@ def on_main(mesh: Mesh, make: Callable[[], T]) -> T:
     `mesh.device` on every rank. An error is raised on rank 0 as it is, on the others as the same kind of exception with
     the same message; what cannot be pickled becomes the nearest of Python's own.
     """
-    made: bytes | None = None
+    pickled: bytes | None = None
     failure: Exception | None = None
     tensors: dict[str, torch.Tensor] = {}
     if mesh.is_main:
         try:
-            made, tensors = _take_apart(make())
+            pickled, tensors = _take_apart(make())
         except Exception as error:  # told to every rank before it goes on
             failure = error
     # Without mesh.device: after an error of the device's memory the message must not need any.
-    made, told = broadcast_object(mesh.world, (made, failure and _picklable(failure)))
-    if made is None:
+    pickled, told = broadcast_object(mesh.world, (pickled, failure and _picklable(failure)))
+    if pickled is None:
         raise failure or told
-    return _put_together(made, broadcast_tensors(mesh.world, tensors if mesh.is_main else None, mesh.device))
+    return _put_together(pickled, broadcast_tensors(mesh.world, tensors if mesh.is_main else None, mesh.device))
 
 
 def _take_apart(value: Any) -> tuple[bytes, dict[str, torch.Tensor]]:

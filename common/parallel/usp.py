@@ -1,4 +1,6 @@
-"""Sequence-parallel attention: Ulysses (all-to-all over heads) inside, ring (keys and values travel) outside.
+"""USP, unified sequence parallelism (Fang and Zhao 2024, arXiv 2405.07719).
+
+Ulysses (all-to-all over heads) inside, ring (keys and values travel) outside.
 
 The three words a model says are `shard`, `attention` and `gather`. With one rank they are identity,
 plain attention and identity. Shards are uneven where they must be: n tokens over P ranks are n // P

@@ -47,9 +47,9 @@ class Rules:
 
     def size_of(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """Height, width and frames: what is None is the checkpoint's own."""
-        given = ((height, self.height), (width, self.width), (num_frames, self.num_frames))
-        made = [own if value is None else value for value, own in given]
-        return made[0], made[1], made[2]
+        choices = ((height, self.height), (width, self.width), (num_frames, self.num_frames))
+        size = [own if value is None else value for value, own in choices]
+        return size[0], size[1], size[2]
 
     def guided(self, scale: float) -> bool:
         """Whether this guidance scale needs the branch of the negative prompt."""
@@ -57,19 +57,19 @@ class Rules:
 
     def problems(self, width: int, height: int, num_frames: int) -> list[str]:
         """What is wrong with a size and a frame count."""
-        found = []
+        problems = []
         for name, value in (("--width", width), ("--height", height)):
             if value < 1 or value % self.size_multiple:
                 near = nearest(value, self.size_multiple, at_least=self.size_multiple)
-                found.append(f"{name} {value} is not a positive multiple of {self.size_multiple}; nearest: {near}")
-        if self.sizes and not found and (width, height) not in self.sizes:
+                problems.append(f"{name} {value} is not a positive multiple of {self.size_multiple}; nearest: {near}")
+        if self.sizes and not problems and (width, height) not in self.sizes:
             allowed = " or ".join(f"{w} x {h}" for w, h in self.sizes)
-            found.append(f"this checkpoint makes videos of {allowed} pixels only")
+            problems.append(f"this checkpoint makes videos of {allowed} pixels only")
         if num_frames < 1 or all((num_frames - offset) % self.frame_step for offset in self.frame_offsets):
             forms = " or ".join(f"{self.frame_step}k+{offset}".removesuffix("+0") for offset in self.frame_offsets)
             near = nearest(num_frames, self.frame_step, self.frame_offsets, at_least=1)
-            found.append(f"--num-frames {num_frames} is not of the form {forms}; nearest: {near}")
-        return found
+            problems.append(f"--num-frames {num_frames} is not of the form {forms}; nearest: {near}")
+        return problems
 
 
 def nearest(value: int, step: int, offsets: Sequence[int] = (0,), at_least: int = 1) -> str:
@@ -100,25 +100,25 @@ def choose_degrees(
 
     Raises ValueError, with the nearest layouts that fit, when there is no such product.
     """
-    asked = (cfg, ring, ulysses)
+    degrees = (cfg, ring, ulysses)
     fitting = [
         layout
         for layout in layouts_of(ranks)
         if layout.ulysses <= heads
-        and all(want in (None, have) for want, have in zip(asked, layout.degrees))
+        and all(want in (None, have) for want, have in zip(degrees, layout.degrees))
         # Without guidance there is no second branch to compute.
         and (guided or layout.cfg == 1)
     ]
     if not fitting:
-        raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, asked)}")
+        raise ValueError(f"layouts of {ranks} {_ranks(ranks)}: {near_layouts(ranks, heads, degrees)}")
     return min(fitting, key=guidance_first(guided))
 
 
-def near_layouts(ranks: int, heads: int, asked: tuple[int | None, ...], count: int = 3) -> str:
+def near_layouts(ranks: int, heads: int, degrees: tuple[int | None, ...], count: int = 3) -> str:
     """The layouts of `ranks` nearest to what was asked, as options one can type."""
 
     def distance(layout: Layout) -> float:
-        return sum(abs(math.log(have / want)) for have, want in zip(layout.degrees, asked) if want)
+        return sum(abs(math.log(have / want)) for have, want in zip(layout.degrees, degrees) if want)
 
     layouts = [layout for layout in layouts_of(ranks) if layout.ulysses <= heads]
     return "; ".join(as_options(layout) for layout in sorted(layouts, key=distance)[:count])
@@ -132,37 +132,37 @@ def layout_problems(
     ranks: Ranks, heads: int, guided: bool, cfg: int | None, ring: int | None, ulysses: int | None
 ) -> list[str]:
     """What is wrong with the degrees that were given, for this many ranks."""
-    found = [
+    problems = [
         f"{name} {degree} is not a positive number; 1 turns it off"
         for name, degree in (("--ulysses-degree", ulysses), ("--ring-degree", ring))
         if degree is not None and degree < 1
     ]
-    if found:
-        return found
+    if problems:
+        return problems
     if ulysses and ulysses > heads:
-        found.append(
+        problems.append(
             f"--ulysses-degree {ulysses} is more than the model's {heads} attention heads; "
             f"at most {heads}, the rest can go to --ring-degree"
         )
     if cfg == 2 and not guided:
-        found.append(
+        problems.append(
             "--cfg-parallel shares out two guidance branches, and without guidance (--cfg-scale 1) there is one: half "
             "of the ranks would compute what is thrown away; leave --cfg-parallel out, or guide by another --cfg-scale"
         )
-        return found
-    asked = (
+        return problems
+    degrees = (
         f"--ulysses-degree {ulysses or 1} x --ring-degree {ring or 1}{' x 2 for --cfg-parallel' if cfg == 2 else ''}"
     )
     needed = (ulysses or 1) * (ring or 1) * (cfg or 1)
     if needed > ranks.count or ranks.count % needed or (ring and ulysses and cfg and needed != ranks.count):
         near = near_layouts(ranks.count, heads, (cfg, ring, ulysses))
-        found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; these would do: {near}")
-    elif not found:
+        problems.append(f"{degrees} = {needed} {_ranks(needed)}, but {ranks.source}; these would do: {near}")
+    elif not problems:
         try:
             choose_degrees(ranks.count, heads, guided, cfg, ring, ulysses)
         except ValueError as error:
-            found.append(f"{asked} = {needed} {_ranks(needed)}, but {ranks.source}; {error}")
-    return found
+            problems.append(f"{degrees} = {needed} {_ranks(needed)}, but {ranks.source}; {error}")
+    return problems
 
 
 def kernel_problems(kernel: str, device: str, dtype: str) -> list[str]:
@@ -186,21 +186,23 @@ def xfuser_problems(
     native = "use --engine native"
     if device != "cuda":
         return [f"--engine xfuser needs GPUs: xfuser's attention does not exist without one; {native}"]
-    found = []
+    problems = []
     for module in ("xfuser", "yunchang"):
         if importlib.util.find_spec(module) is None:
-            found.append(f"--engine xfuser needs the package {module}: {install('xfuser')}; or {native}")
+            problems.append(f"--engine xfuser needs the package {module}: {install('xfuser')}; or {native}")
     if dtype not in ("bf16", "fp16"):
-        found.append(f"--engine xfuser runs in bf16 or fp16, not in {dtype}: its kernels are half precision; {native}")
+        problems.append(
+            f"--engine xfuser runs in bf16 or fp16, not in {dtype}: its kernels are half precision; {native}"
+        )
     if attention == "cudnn":
-        found.append(f"--engine xfuser cannot use --attention cudnn: it gives its ring no log-sum-exp; {native}")
+        problems.append(f"--engine xfuser cannot use --attention cudnn: it gives its ring no log-sum-exp; {native}")
     if heads % ulysses:
         fitting = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
-        found.append(
+        problems.append(
             f"--engine xfuser gives every ulysses rank equally many heads, but {heads} do not divide by "
             f"--ulysses-degree {ulysses}; degrees that do: {fitting}; or {native}"
         )
-    return found
+    return problems
 
 
 def dry_run_problems(name: str, weights: object, models: Sequence[str]) -> list[str]:

@@ -240,10 +240,10 @@ class Model:
 
     def problems(self, size: Size) -> list[str]:
         """What is wrong with a size for this model, by the same rules as its program's; empty when it can be made."""
-        found = self.rules.problems(size.width, size.height, size.num_frames)
+        problems = self.rules.problems(size.width, size.height, size.num_frames)
         if size.num_steps < 1:
-            found.append(f"--num-steps {size.num_steps} is not a positive number; at least 1")
-        return found
+            problems.append(f"--num-steps {size.num_steps} is not a positive number; at least 1")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -308,9 +308,9 @@ class Fork:
 
 
 def _named(models: tuple[Model, ...], name: str) -> Model:
-    wanted = _plain(name)
+    plain = _plain(name)
     for model in models:
-        if wanted in map(_plain, (model.name, model.title, model.repo, *model.aliases)):
+        if plain in map(_plain, (model.name, model.title, model.repo, *model.aliases)):
             return model
     raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(model.name for model in models)}")
 
@@ -322,22 +322,22 @@ def _plain(name: str) -> str:
 @cache
 def forks() -> tuple[Fork, ...]:
     """This repository's, then those of installed packages; one that cannot be read is named and left out."""
-    found = [importlib.import_module(f"{package}.fork").FORK for package in HERE]
+    registered = [importlib.import_module(f"{package}.fork").FORK for package in HERE]
     for entry in metadata.entry_points(group=GROUP):
         try:
             fork = entry.load()
             if not isinstance(fork, Fork):
                 raise TypeError(f"it is a {type(fork).__name__}, not a Fork of common.registry.forks")
-            taken = {fork.name}.intersection(f.name for f in found) or set(fork.names).intersection(
-                name for f in found for name in f.names
+            taken = {fork.name}.intersection(f.name for f in registered) or set(fork.names).intersection(
+                name for f in registered for name in f.names
             )
             if taken:
                 raise ValueError(f"the name {min(taken)} is taken")
         except Exception as error:  # someone else's package must not keep these programs from running
             print(f"note: the fork {entry.name} ({entry.value}) is left out: {error}", file=sys.stderr)
             continue
-        found.append(fork)
-    return tuple(found)
+        registered.append(fork)
+    return tuple(registered)
 
 
 def models() -> tuple[Model, ...]:

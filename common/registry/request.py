@@ -72,8 +72,8 @@ class Video:
     save_latents: bool = False
     """Whether the latents stay when the output is complete."""
     seed: int | None = None
-    """None: one is drawn for the whole command before any rank starts, and the video's is that plus `take`."""
-    take: int = 0
+    """None: one is drawn for the whole command before any rank starts, and the video's is that plus `index`."""
+    index: int = 0
     """Its place among the videos of the same prompt."""
     latents: Path | None = None
     """Decode this file instead of sampling."""
@@ -192,7 +192,7 @@ class Request:
 def draw_seeds(videos: Sequence[Video], drawn: int | None = None) -> list[Video]:
     """The videos with seeds. drawn: of the first one, where it has none; None: it is drawn here."""
     drawn = random.SystemRandom().randrange(2**32) if drawn is None else drawn
-    return [replace(v, seed=drawn + v.take) if v.seed is None else v for v in videos]
+    return [replace(v, seed=drawn + v.index) if v.seed is None else v for v in videos]
 
 
 def settings(request: Request, video: Video) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def settings(request: Request, video: Video) -> dict[str, Any]:
     for part in parts:
         shown = (one for one in fields(part) if not one.metadata.get("internal"))
         flat |= {one.name: getattr(part, one.name) for one in shown}
-    for name in ("compiling", "sampling", "take", "made"):
+    for name in ("compiling", "sampling", "index", "made"):
         del flat[name]
     source = request.source
     # Where a demo was made is of no use on another machine: its name is.

@@ -27,11 +27,11 @@ def either(**named: Any) -> Any:
 
     ValueError where both are, and differ.
     """
-    given = {name: value for name, value in named.items() if value is not None}
-    first = next(iter(given.values()), None)
-    if any(value != first for value in given.values()):
-        said = " and ".join(f"{name} is {value}" for name, value in given.items())
-        raise ValueError(f"{said}, which mean the same; give one of them")
+    values = {name: value for name, value in named.items() if value is not None}
+    first = next(iter(values.values()), None)
+    if any(value != first for value in values.values()):
+        contradiction = " and ".join(f"{name} is {value}" for name, value in values.items())
+        raise ValueError(f"{contradiction}, which mean the same; give one of them")
     return first
 
 
@@ -52,9 +52,11 @@ class DecodeOptions:
         if isinstance(self.vae_tile, int):
             object.__setattr__(self, "vae_tile", (self.vae_tile, self.vae_tile))
 
-    def tile(self, scale: int) -> tuple[int, int] | None:
-        """The tile in cells of the latents, each `scale` pixels high and wide."""
-        return None if self.vae_tile is None else (self.vae_tile[0] // scale, self.vae_tile[1] // scale)
+    def tile(self, spatial_factor: int) -> tuple[int, int] | None:
+        """The tile in cells of the latents, each `spatial_factor` pixels high and wide."""
+        return (
+            None if self.vae_tile is None else (self.vae_tile[0] // spatial_factor, self.vae_tile[1] // spatial_factor)
+        )
 
 
 @dataclass(frozen=True)

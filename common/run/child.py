@@ -15,7 +15,7 @@ def main() -> int:
     import pickle
 
     from common.run import rank
-    from common.run.link import handed_down
+    from common.run.channel import handed_down
     from common.system.environment import open_standard_streams, this_process
     from common.system.files import lenient_streams
 

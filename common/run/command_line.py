@@ -86,23 +86,23 @@ def parse(fork: Fork, arguments: Sequence[str], at: environment.Process | None =
         raise WrongUse([error.format_message()]) from None
     problems = list(context.meta.get("problems", []))
     problems += _unknown(context.args, [name for option in spec.params for name in option.opts])
-    reader = _Reader(fork, context.params, problems, at or environment.Process(), given_options(context))
+    reader = _RequestBuilder(fork, context.params, problems, at or environment.Process(), given_options(context))
     return replace(reader.request(), decode_options=decode_options(context, fixed(fork)))
 
 
 def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
-    found = []
+    problems = []
     for i, argument in enumerate(arguments):
         if argument.startswith("-"):
             name = argument.split("=")[0].replace("_", "-")
             near = difflib.get_close_matches(name, known, n=1)
-            found.append(f"no such option: {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(f"no such option: {name}" + (f"; did you mean {near[0]}?" if near else ""))
         elif i == 0 or not arguments[i - 1].startswith("-"):
-            found.append(f"unexpected argument {argument!r}; quote a prompt that has spaces")
-    return found
+            problems.append(f"unexpected argument {argument!r}; quote a prompt that has spaces")
+    return problems
 
 
-class _Reader:
+class _RequestBuilder:
     """Turns option values into a Request, noting every problem on the way."""
 
     def __init__(
@@ -116,12 +116,12 @@ class _Reader:
         self.gpus = 0 if values["device"] == "cpu" else environment.visible_gpus()
         self.dry = values["dry_run"] is not None
         degrees = [values["ulysses_degree"], values["ring_degree"], 2 if values["cfg_parallel"] else 1]
-        asked = values["gpus"] or math.prod(max(1, degree or 1) for degree in degrees)
-        self.unseen = asked if not self.gpus and values["device"] == "auto" and asked > 1 else 0
+        ranks = values["gpus"] or math.prod(max(1, degree or 1) for degree in degrees)
+        self.unseen = ranks if not self.gpus and values["device"] == "auto" and ranks > 1 else 0
         """Ranks of a command that counts on GPUs, where none is visible."""
         imagined = values["device"] == "cuda" or (self.unseen and values["demo"] is None)
         if self.dry and imagined and not self.gpus:
-            self.gpus = max(1, asked)  # a dry run asks nothing of them
+            self.gpus = max(1, ranks)  # a dry run asks nothing of them
 
     def request(self) -> Request:
         source, rules = self._source()
@@ -168,13 +168,13 @@ class _Reader:
         )
 
     def _runtime(self, rules: Rules, several: bool, ranks: int) -> Runtime:
-        kept = {"none": True, None: several}.get(self.values["offload"], False)
+        keep = {"none": True, None: several}.get(self.values["offload"], False)
         return filled(
             Runtime,
             self.values,
             device="cuda" if self.gpus else "cpu",
             dtype=self.values["dtype"] or rules.dtype,
-            keep_loaded=self._value("keep_loaded", kept),
+            keep_loaded=self._value("keep_loaded", keep),
             shard_weights=self.values["shard_weights"] and ranks > 1,
             compiling=filled(CompileOptions, {name: v for name, v in self.values.items() if v is not None}),
         )
@@ -206,12 +206,12 @@ class _Reader:
     def _official(self, weights: object) -> str | None:
         """The official model whose numbers a dry run takes; None where there are weights to look at."""
         name, models = self.values["dry_run"], self.fork.names
-        self.problems += (found := dry_run_problems(name, weights, models))
-        return None if found or weights else name or models[0]
+        self.problems += (problems := dry_run_problems(name, weights, models))
+        return None if problems or weights else name or models[0]
 
     def _value(self, name: str, default: Any) -> Any:
-        given = self.values[name]
-        return default if given is None else given
+        value = self.values[name]
+        return default if value is None else value
 
     def _positive(self, *names: str) -> None:
         for name in names:
@@ -274,13 +274,13 @@ class _Reader:
         return videos
 
     def _placement(self) -> None:
-        offload, kept, cache = self.values["offload"], self.values["keep_loaded"], self.values["text_cache"]
+        offload, keep, cache = self.values["offload"], self.values["keep_loaded"], self.values["text_cache"]
         if offload == "disk" and self.values["shard_weights"]:
             self.problems.append(
                 "--shard-weights with --offload disk: no rank keeps weights then; leave one out, or use --offload block"
             )
-        if (offload, kept) in (("none", False), ("stage", True)):
-            flag = "--keep-loaded" if kept else "--no-keep-loaded"
+        if (offload, keep) in (("none", False), ("stage", True)):
+            flag = "--keep-loaded" if keep else "--no-keep-loaded"
             self.problems.append(f"--offload {offload} and {flag} say the opposite; give one of them")
         if cache is not None and (problem := absence(cache, "folder")) and not problem.endswith("does not exist"):
             self.problems.append(f"--text-cache {problem}")
@@ -300,15 +300,15 @@ class _Reader:
                 "--save-latents keeps what is sampled, and --from-latents samples nothing; leave it out"
             )
         try:
-            made = settings_of(path, self.fork)
+            settings = settings_of(path, self.fork)
         except ValueError as error:
             self.problems.append(f"--from-latents {error}")
             return {}
-        given = {name: self.values[name] for name in fixed(self.fork) if name in self.given}
-        self.problems += contradictions(path, made, given)
-        self.values |= {name: made[name] for name in SAMPLED if name in made}
+        options = {name: self.values[name] for name in fixed(self.fork) if name in self.given}
+        self.problems += contradictions(path, settings, options)
+        self.values |= {name: settings[name] for name in SAMPLED if name in settings}
         # A file that does not say: what the user knows of it.
-        return {**{name: str(v) if isinstance(v, Path) else v for name, v in given.items()}, **made}
+        return {**{name: str(v) if isinstance(v, Path) else v for name, v in options.items()}, **settings}
 
     def _prompts(self, rules: Rules) -> list[str]:
         prompt, file = self.values["prompt"], self.values["prompt_file"]
@@ -392,18 +392,18 @@ class _Reader:
         return choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given)
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
-        asked, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)
+        requested, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)
         if self.process.launcher is not None:
             world = self.process.world_size
-            if asked and asked != world:
-                self.problems.append(f"--gpus {asked}, but torchrun started {world} ranks; leave --gpus out")
+            if requested and requested != world:
+                self.problems.append(f"--gpus {requested}, but torchrun started {world} ranks; leave --gpus out")
             if gpus > 1 and self.process.local_world_size > gpus:  # one: each rank may be shown its own
                 self.problems.append(f"{self.process.local_world_size} ranks on this machine, but {_visible(gpus)}")
             return Ranks(world, f"{world} are running")
-        if asked and asked > 0:
-            if gpus and asked > gpus:
-                self.problems.append(f"--gpus {asked}, but {_visible(gpus)}; at most {gpus}")
-            return Ranks(asked, f"--gpus is {asked}")
+        if requested and requested > 0:
+            if gpus and requested > gpus:
+                self.problems.append(f"--gpus {requested}, but {_visible(gpus)}; at most {gpus}")
+            return Ranks(requested, f"--gpus is {requested}")
         if given:
             return Ranks(gpus, _visible(gpus)) if gpus and product > gpus else Ranks(product, f"{product} would run")
         if gpus:
@@ -444,5 +444,5 @@ def _numbered(base: Video, prompts: Sequence[str], count: int) -> list[Video]:
         output = base.output
         if total > 1:
             output = output.with_stem(f"{output.stem}-{index + 1:0{len(str(total))}}")
-        videos.append(replace(base, prompt=prompts[index // count], seed=seed, take=index % count, output=output))
+        videos.append(replace(base, prompt=prompts[index // count], seed=seed, index=index % count, output=output))
     return videos

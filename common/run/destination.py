@@ -15,12 +15,12 @@ from common.video.formats import FOLDER, FRAME_NAMES, destination_problem, outpu
 MOST_TOLD = 5
 
 
-def named(given: str) -> tuple[Path, bool]:
+def named(output: str) -> tuple[Path, bool]:
     """The path that --output names, and whether it is a folder of PNGs. ValueError for what names nothing."""
-    path = Path(given)
+    path = Path(output)
     if path.name in ("", ".."):
         raise ValueError(f"{shown(path)} is a directory; name a file, such as {shown(path / 'video.mp4')}")
-    folder = given.endswith(("/", os.sep))
+    folder = output.endswith(("/", os.sep))
     path = resolved(path)
     return path, folder or suffix_of(path) == FOLDER
 
@@ -32,21 +32,21 @@ def own_name(program: str) -> Path:
 
 def format_problem(video: Video) -> str | None:
     """Why the format cannot hold the video, in words that follow the option's name."""
-    made, known = video.sampling, video.latents is None  # of latents in a file the file says how large they are
-    frames, size = (made.num_frames, (made.height, made.width)) if known else (None, None)
+    sampling, known = video.sampling, video.latents is None  # of latents in a file the file says how large they are
+    frames, size = (sampling.num_frames, (sampling.height, sampling.width)) if known else (None, None)
     return output_problem(video.target, frames, size, video.fps, video.crf)
 
 
 def place_problems(videos: Sequence[Video]) -> list[str]:
     """Why files of these videos cannot be written where they go; by the longest name it is tried out."""
     longest = max(videos, key=lambda video: len(str(video.output)))
-    found = [destination_problem(longest.target), *(writing_problem(path) for path in longest.beside)]
+    problems = [destination_problem(longest.target), *(writing_problem(path) for path in longest.beside)]
     for video in videos:
         if video is not longest:
             folder = video.folder
-            found.append(replacing_problem(video.output, FRAME_NAMES) if folder else taken_problem(video.output))
-            found += [taken_problem(path) for path in video.beside]
-    return [problem for problem in dict.fromkeys(found) if problem][:MOST_TOLD]
+            problems.append(replacing_problem(video.output, FRAME_NAMES) if folder else taken_problem(video.output))
+            problems += [taken_problem(path) for path in video.beside]
+    return [problem for problem in dict.fromkeys(problems) if problem][:MOST_TOLD]
 
 
 def existing_problems(videos: Sequence[Video]) -> list[str]:
@@ -54,15 +54,15 @@ def existing_problems(videos: Sequence[Video]) -> list[str]:
 
     An empty folder is no output.
     """
-    found = []
+    problems = []
     for video in videos:
         there = [path for path in (video.output, video.sidecar) if kind_of(path) and not _empty(path)]
         if there:
             names = " and ".join(map(shown, there))
             verb = "exists" if len(there) == 1 else "exist"
-            found.append(f"--output: {names} {verb}; add --overwrite to replace what is there, or give another name")
-    more = len(found) - MOST_TOLD
-    return found[:MOST_TOLD] + ([f"--output: {more} more of these videos exist"] if more > 0 else [])
+            problems.append(f"--output: {names} {verb}; add --overwrite to replace what is there, or give another name")
+    more = len(problems) - MOST_TOLD
+    return problems[:MOST_TOLD] + ([f"--output: {more} more of these videos exist"] if more > 0 else [])
 
 
 def _empty(path: Path) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from common.memory.choice import Room, candidates, choose_placement, estimator, long_sampling
+from common.memory.choice import FreeMemory, candidates, choose_placement, estimator, long_sampling
 from common.memory.estimate import STAGES, Estimate, Estimator, imagined
 from common.parallel.device_memory import host_memory
 from common.registry.forks import Fork
@@ -34,14 +34,14 @@ def run(fork: Fork, request: Request) -> int:
         with imagined(layout, rank) as mesh:
             counted[rank] = estimator(fork, request, mesh)
     counted[layout.ranks - 1].peaks = counted[0].peaks  # a plan needs the same on every rank
-    room = _room(request)
-    free = room.free if room else float("inf")
+    memory = _free_memory(request)
+    free = memory.free if memory else float("inf")
     _step(counted[0])
     if slow := long_sampling(request, counted[0].flops, layout.ranks):
         refused = "; refused unless --device cpu is given" if request.cpu_by_default else ""
         print(f"time        {slow}{refused}")
     _placements(counted[0], request, free)
-    return _verdict(counted, request, room)
+    return _verdict(counted, request, memory)
 
 
 def _head(request: Request) -> None:
@@ -61,19 +61,19 @@ def _step(counted: Estimator) -> None:
     passes = f"{counted.passes} forward pass{'' if counted.passes == 1 else 'es'}"
     print(f"compute     {counted.flops / 1e12:.4g} TFLOP a step on rank 0, {passes}")
     sent = {name: size for name, size in counted.sent.items() if name != "sequence"}
-    said = ", ".join(f"{name} {gb(size)}" for name, size in sent.items()) or "nothing"
-    print(f"sent        {said} a step by rank 0")
+    text = ", ".join(f"{name} {gb(size)}" for name, size in sent.items()) or "nothing"
+    print(f"sent        {text} a step by rank 0")
 
 
-def _room(request: Request) -> Room | None:
+def _free_memory(request: Request) -> FreeMemory | None:
     """Memory of this machine's devices or as the option says; None when it is not known."""
-    ranks, given = request.layout.ranks, request.runtime.max_bytes
+    ranks, limit = request.layout.ranks, request.runtime.max_bytes
     host = host_memory() // ranks
     if request.on_cpu:
-        return Room(host if given is None else min(given, host), host, "cpu")
+        return FreeMemory(host if limit is None else min(limit, host), host, "cpu")
     count = min(torch.cuda.device_count(), ranks) if torch.cuda.is_available() else 0
-    free = [torch.cuda.mem_get_info(i)[0] for i in range(count)] + ([] if given is None else [given])
-    return Room(min(free), host, "cuda") if free else None
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(count)] + ([] if limit is None else [limit])
+    return FreeMemory(min(free), host, "cuda") if free else None
 
 
 def _placements(counted: Estimator, request: Request, free: float) -> None:
@@ -86,22 +86,22 @@ def _placements(counted: Estimator, request: Request, free: float) -> None:
         print(f"{'':12}" + "".join(f"{cell:>12}" for cell in cells) + f"   {placement}")
 
 
-def _verdict(counted: Mapping[int, Estimator], request: Request, room: Room | None) -> int:
+def _verdict(counted: Mapping[int, Estimator], request: Request, memory: FreeMemory | None) -> int:
     """What would be chosen, and its memory in full."""
-    free = room.free if room else float("inf")
+    free = memory.free if memory else float("inf")
     runtime, ranks = request.runtime, request.layout.ranks
     if runtime.offload is not None or runtime.shard_weights:
         placement, keep = Placement(runtime.offload or "stage", runtime.shard_weights), runtime.keep_loaded
-        fits = "" if room is None else _fits(counted[0].estimate(placement, keep, free), room)
+        fits = "" if memory is None else _fits(counted[0].estimate(placement, keep, free), memory)
         print(f"as asked    {placement}{fits}")
-    elif room is None:
+    elif memory is None:
         print("chosen      not known: no GPU is visible here; say with --max-memory how many GiB each has free")
         return 0
     else:
         try:
             choice = choose_placement(
-                lambda placement, keep: counted[0].estimate(placement, keep, room.free),
-                room,
+                lambda placement, keep: counted[0].estimate(placement, keep, memory.free),
+                memory,
                 ranks,
                 runtime.keep_loaded,
             )
@@ -112,21 +112,21 @@ def _verdict(counted: Mapping[int, Estimator], request: Request, room: Room | No
         print(f"chosen      {choice.why}")
     for rank, one in counted.items():
         _detail(rank, one.estimate(placement, keep, free))
-    if said := counted[0].estimate(placement, keep, free).warning:
-        print(f"warning     {said}")
+    if warning := counted[0].estimate(placement, keep, free).warning:
+        print(f"warning     {warning}")
     return 0
 
 
-def _fits(estimate: Estimate, room: Room) -> str:
-    tight = "fits into" if estimate.peak <= room.free else "DOES NOT FIT into"
-    return f": {estimate.fullest} needs {gib(estimate.peak)}, which {tight} {gib(room.free)}"
+def _fits(estimate: Estimate, memory: FreeMemory) -> str:
+    tight = "fits into" if estimate.peak <= memory.free else "DOES NOT FIT into"
+    return f": {estimate.fullest} needs {gib(estimate.peak)}, which {tight} {gib(memory.free)}"
 
 
 def _detail(rank: int, estimate: Estimate) -> None:
-    said = []
+    lines = []
     for name, stage in estimate.stages.items():
         if stage.total:
-            said.append(f"{name} {gib(stage.weights)} + {gib(stage.activations)}")
-    print(f"rank {rank:<7}{', '.join(said)}; decode {estimate.plan}")
+            lines.append(f"{name} {gib(stage.weights)} + {gib(stage.activations)}")
+    print(f"rank {rank:<7}{', '.join(lines)}; decode {estimate.plan}")
     if "weights" in estimate.sent:
         print(f"{'':12}weights {gb(estimate.sent['weights'])} sent a step")

@@ -41,20 +41,22 @@ def settings_of(path: Path, fork: Fork) -> dict[str, Any]:
     maker = told.get("program") or told.get("model") or fork.name
     if maker not in (fork.name, fork.program):
         known = next((other for other in forks() if maker in (other.name, other.program)), None)
-        said = f"{known.title}; decode them with {known.program}" if known else shown(maker[:60])
-        raise ValueError(f"{shown(path)} holds latents of {said}")
+        source = f"{known.title}; decode them with {known.program}" if known else shown(maker[:60])
+        raise ValueError(f"{shown(path)} holds latents of {source}")
     try:
         # The pipelines, which Python calls, know of a seed and a prompt.
         plain: dict[str, Any] = {
             name: int(told[name]) if name == "seed" else told[name] for name in ("prompt", "seed") if name in told
         }
-        made = json.loads(told["settings"]) if "settings" in told else plain
-        wrong = not isinstance(made, dict) or any(not _is_kind(name, made[name]) for name in SAMPLED if name in made)
+        settings = json.loads(told["settings"]) if "settings" in told else plain
+        wrong = not isinstance(settings, dict) or any(
+            not _is_kind(name, settings[name]) for name in SAMPLED if name in settings
+        )
     except ValueError:
         wrong = True
     if wrong:
         raise ValueError(f"{shown(path)} holds settings that no program writes; take the file that was kept")
-    return made
+    return settings
 
 
 def numbers_of(decoder: Any) -> str:
@@ -62,20 +64,22 @@ def numbers_of(decoder: Any) -> str:
     return json.dumps(asdict(decoder), sort_keys=True, default=str)
 
 
-def check_decoder(path: Path, numbers: str, made: Mapping[str, Any]) -> None:
-    """ValueError where a latents file says that it is for a decoder of other `numbers`. made: its settings."""
+def check_decoder(path: Path, numbers: str, settings: Mapping[str, Any]) -> None:
+    """ValueError where a latents file says that it is for a decoder of other `numbers`. settings: its settings."""
     _, told = read_header(path)
     if "decoder" not in told or told["decoder"] == numbers:
         return
     try:
         theirs = json.loads(told["decoder"])
         name, here = next((n, v) for n, v in json.loads(numbers).items() if theirs.get(n) != v)
-        said = f": {name} is {theirs.get(name)!s:.60} there, {here!s:.60} here"
+        difference = f": {name} is {theirs.get(name)!s:.60} there, {here!s:.60} here"
     except (ValueError, AttributeError, StopIteration):
-        said = ""
-    source = f"--demo {made['demo']}" if made.get("demo") else f"--model-dir {made.get('model_dir')}"
-    weights = f"; give the weights they were made with: {source}" if made.get("demo") or made.get("model_dir") else ""
-    raise ValueError(shown(f"{path} holds latents for another decoder than this checkpoint's{said}{weights}"))
+        difference = ""
+    source = f"--demo {settings['demo']}" if settings.get("demo") else f"--model-dir {settings.get('model_dir')}"
+    weights = (
+        f"; give the weights they were made with: {source}" if settings.get("demo") or settings.get("model_dir") else ""
+    )
+    raise ValueError(shown(f"{path} holds latents for another decoder than this checkpoint's{difference}{weights}"))
 
 
 def _is_kind(name: str, value: Any) -> bool:
@@ -87,13 +91,13 @@ def _is_kind(name: str, value: Any) -> bool:
     )
 
 
-def contradictions(path: Path, made: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+def contradictions(path: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     """Options that were given with another value than the latents were made with."""
     problems = []
-    for name, value in given.items():
+    for name, value in options.items():
         plain = str(value) if isinstance(value, Path) else value
-        if name in made and made[name] != plain:
-            was = f"--{name.replace('_', '-')}", shown(plain), shown(made[name])
+        if name in settings and settings[name] != plain:
+            was = f"--{name.replace('_', '-')}", shown(plain), shown(settings[name])
             problems.append(f"{was[0]} {was[1]}: {shown(path)} was made with {was[2]}; leave {was[0]} out")
     return problems
 
@@ -106,10 +110,10 @@ def given_options(context: click.Context) -> set[str]:
 
 def decode_options(context: click.Context, without: Iterable[str]) -> tuple[str, ...]:
     """The options that were given, as one types them, but for `without` and what belongs to one run alone."""
-    wanted = given_options(context) - {*without, *_ONE_RUN}
+    names = given_options(context) - {*without, *_ONE_RUN}
     typed: list[str] = []
     for option in context.command.params:
-        if option.name not in wanted:
+        if option.name not in names:
             continue
         value, on = context.params[option.name], option.opts[-1]
         if isinstance(value, bool):

@@ -82,10 +82,10 @@ def _run(
         request, close = held.enter_context(states_saved(request, arguments, ranks))
 
         def leave(done: bool) -> str:
-            kept = "" if done else clean_up(request, started)
-            kept += close(done, bool(kept))
+            afterword = "" if done else clean_up(request, started)
+            afterword += close(done, bool(afterword))
             release()
-            return kept
+            return afterword
 
         if starts:
             return _start(fork, generate, request, arguments, leave)

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 def clean_up(request: Request, since: float) -> str:
     """After a failure: remove what is half written; name the latents this run has finished, for `--from-latents`."""
-    kept = []
+    files = []
     for video in request.videos:
         for path in (video.output, *video.beside, *video.latents_files):
             remove_partial(path)
         for path in video.latents_files if video.latents is None else (video.latents,):
             with suppress(OSError):
                 if path.stat().st_mtime >= since or path == video.latents:
-                    kept.append(command_that_decodes(request, video, path))
-    return f"; finished latents are kept, go on with: {shown(shlex.join(kept[-1]))}" if kept else ""
+                    files.append(command_that_decodes(request, video, path))
+    return f"; finished latents are kept, go on with: {shown(shlex.join(files[-1]))}" if files else ""
 
 
 class Output:
@@ -68,8 +68,8 @@ class Output:
 
         if self.mesh.is_main:
             assert latents is not None
-            made = json.dumps(settings(self.request, self.video))
-            told = {"program": self.request.program, "decoder": numbers_of(decoder), "settings": made}
+            text = json.dumps(settings(self.request, self.video))
+            told = {"program": self.request.program, "decoder": numbers_of(decoder), "settings": text}
             save_latents(self.video.latents_file, latents, told, self.report.warn)
 
     def kept(self, channels: int, decoder: object) -> Tensor | None:
@@ -115,15 +115,15 @@ class Output:
 
         video = self.video
         count, height, width, _ = frames.shape  # decoded from a file, they need not be what the options say
-        made = settings(self.request, video) | {"width": width, "height": height, "num_frames": count}
-        comment = json.dumps(made)
+        sidecar = settings(self.request, video) | {"width": width, "height": height, "num_frames": count}
+        comment = json.dumps(sidecar)
         with stoppable(), open_writer(video.target, video.fps, video.prompt, comment, audio, video.crf) as file:
             with self.report.stage("writing"):
                 file.add(frames)
                 file.close()
             seconds = time.perf_counter() - self._began
             cost = {"seconds": seconds, "stages": _costs(self.report.records[self._first :], of_peers)}
-            told = {"program": self.request.program, "settings": made} | cost | _surroundings(self.mesh)
+            told = {"program": self.request.program, "settings": sidecar} | cost | _surroundings(self.mesh)
             file.finish(video.sidecar, told)
 
 

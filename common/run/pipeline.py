@@ -168,13 +168,15 @@ class Pipeline:
                 return encoder.encode(list(prompts.values()), limit, use_mask)
 
         with self.report.stage("text features", quiet=True):
-            found = on_main(self.mesh, encode)
+            encoded = on_main(self.mesh, encode)
         text = {}
-        for i, (branch, said) in enumerate(prompts.items()):
-            text[branch] = (found.features[i : i + 1], found.mask[i : i + 1])
-            self.report.note(f"{'negative ' if branch else ''}prompt: {found.used[i]} of {limit} tokens")
-            if found.cut[i]:
-                self.report.warn(f"the prompt {said[:40]!r}... is too long; this was cut off: {found.cut[i]!r}")
+        for i, (branch, prompt) in enumerate(prompts.items()):
+            text[branch] = (encoded.features[i : i + 1], encoded.mask[i : i + 1])
+            self.report.note(f"{'negative ' if branch else ''}prompt: {encoded.num_tokens[i]} of {limit} tokens")
+            if encoded.truncated[i]:
+                self.report.warn(
+                    f"the prompt {prompt[:40]!r}... is too long; this was cut off: {encoded.truncated[i]!r}"
+                )
         return text
 
     def _text_encoder(self, files: Encoder) -> TextEncoder:

@@ -46,21 +46,21 @@ class TransformerFiles:
     checkpoint: Checkpoint
     rename: Rename | None
     file: Path
-    exact: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
 
 
 def run(fork: Fork, arguments: Sequence[str]) -> int:
     """The subcommand; returns its exit status: 0 done, 1 failed, 2 wrong use, 128 + signal when it was stopped."""
-    command, asked = _command(fork), Asked()
+    command, signals = _command(fork), Asked()
     try:
-        with stoppable() as asked:
+        with stoppable() as signals:
             command.main(args=list(arguments), prog_name=f"{fork.program} quantize", standalone_mode=False)
     except click.UsageError as wrong:
         print(f"error: {wrong.format_message()}", file=sys.stderr)
         return 2
     except Exception as error:
-        if asked.number is not None:  # what a library has made of the signal's exception
-            return 128 + asked.number
+        if signals.number is not None:  # what a library has made of the signal's exception
+            return 128 + signals.number
         print(f"error: {describe(error, 0, 'quantize').message}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except Stopped as stopped:
@@ -126,9 +126,9 @@ def quantize(
 ) -> tuple[int, int]:
     """Write `output`; returns the transformers' bytes before and after. What fails leaves no `output` behind.
 
-    Other tensors are kept in bf16 (`exact` ones in fp32). The rounded weights pass through host memory, those of one
-    transformer at a time: 6 to 8 GB at the official sizes, 14 of Wan 14B. ValueError for a checkpoint that is in eight
-    bits already, or does not fit the model.
+    Other tensors are kept in bf16 (`keep_fp32` ones in fp32). The rounded weights pass through host memory, those of
+    one transformer at a time: 6 to 8 GB at the official sizes, 14 of Wan 14B. ValueError for a checkpoint that is in
+    eight bits already, or does not fit the model.
     """
     from common.weights.placement import check_model, has_float8
 
@@ -150,8 +150,8 @@ def _rounded(files: TransformerFiles, folder: Path, model_dir: Path, progress: P
 
     from common.weights.placement import Placement, place
 
-    kinds = (torch.bfloat16, files.exact, Placement(float8=True))
-    model = place(files.module, files.checkpoint, files.rename, "cpu", *kinds, progress=progress)
+    how = (torch.bfloat16, files.keep_fp32, Placement(float8=True))
+    model = place(files.module, files.checkpoint, files.rename, "cpu", *how, progress=progress)
     written = _write(model, files, folder / files.file.parent.relative_to(model_dir), model_dir)
     model.to("meta")  # the next one's weights take its place
     return written

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from common.registry.forks import Fork
 from common.registry.request import Request, WrongUse, as_wrong_use
-from common.run.link import Link
+from common.run.channel import Channel
 from common.system.environment import Process, split_cores
 from common.system.host import allocator_default, bind_to_gpu
 from common.system.progress import Report
@@ -43,39 +43,39 @@ def run(
     arguments: the command line that the request was read from, where every rank has read its own.
     leave: called before the process ends in whatever way.
     """
-    link = Link(process, request.debug)
-    report = _report(link, request)
+    channel = Channel(process, request.debug)
+    report = _report(channel, request)
     try:
         # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
         alone = process.world_size == 1
-        with stoppable() if alone else nullcontext(Asked()) as asked, _told(link, report, leave, asked):
+        with stoppable() if alone else nullcontext(Asked()) as signals, _told(channel, report, leave, signals):
             with as_wrong_use():
                 request, mesh = _connect(request, process, report, arguments)
-                _self_test(mesh, request, report, link)
+                _self_test(mesh, request, report, channel)
                 request = _resolved(fork, request, mesh, process, report)
             generate(request, mesh, report)
             _wait_for_all(mesh)
         leave(True)
         if process.world_size > 1:
-            link.leave(0)
+            channel.leave(0)
     except Stopped as stopped:
-        link.interrupted(leave(False))
+        channel.interrupted(leave(False))
         return stopped.status
     except KeyboardInterrupt:
-        link.interrupted(leave(False))
+        channel.interrupted(leave(False))
         return 130
     except _Failed as failed:
         return failed.status
     return 0
 
 
-def _report(link: Link, request: Request) -> Report:
+def _report(channel: Channel, request: Request) -> Report:
     console = None
-    if link.process.rank == 0:
+    if channel.process.rank == 0:
         from rich.console import Console
 
-        console = Console(file=link.stderr)
-    report = Report(console, link.at_stage)
+        console = Console(file=channel.stderr)
+    report = Report(console, channel.at_stage)
     for remark in request.remarks:
         report.note(remark)
     return report
@@ -87,21 +87,21 @@ class _Failed(Exception):
 
 
 @contextmanager
-def _told(link: Link, report: Report, leave: Leave, asked: Asked) -> Iterator[None]:
+def _told(channel: Channel, report: Report, leave: Leave, signals: Asked) -> Iterator[None]:
     """Tell the user of an exception once. With peers, leave at once: they would wait in a collective for us.
 
-    asked: a signal that came; an exception is then only what a library made of it, as imports do.
+    signals: a signal that came; an exception is then only what a library made of it, as imports do.
     WrongUse is status 2.
     """
     try:
         yield
     except Exception as error:
-        if asked.number is not None:
-            raise Stopped(asked.number) from None
+        if signals.number is not None:
+            raise Stopped(signals.number) from None
         status = 2 if isinstance(error, WrongUse) else 1
-        link.failed(report.where, error, status, leave(False))
-        if link.process.world_size > 1:
-            link.leave(status)
+        channel.failed(report.where, error, status, leave(False))
+        if channel.process.world_size > 1:
+            channel.leave(status)
         raise _Failed(status) from None
 
 
@@ -142,12 +142,12 @@ def _of_rank_0(request: Request, process: Process, store: Store, arguments: Sequ
     return request
 
 
-def _self_test(mesh: Mesh, request: Request, report: Report, link: Link) -> None:
+def _self_test(mesh: Mesh, request: Request, report: Report, channel: Channel) -> None:
     from common.parallel.self_test import self_test
 
     with report.stage("testing the connections", quiet=True):
         limit = min(request.timeout, SELF_TEST_SECONDS)
-        self_test(mesh, limit, lambda error: link.failed(report.where, error))
+        self_test(mesh, limit, lambda error: channel.failed(report.where, error))
 
 
 def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report: Report) -> Request:
@@ -165,10 +165,10 @@ def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report
             _wait_for_all(mesh)
             request = replace(request, source=replace(request.source, model_dir=fork.demo_folder(name)))
     with report.stage("opening the checkpoint", quiet=True):
-        request, found = with_placement(fork, request, mesh, process.local_world_size)
-    if found is not None and found.why:
-        report.note(f"weights: {found.why}")
-    for warning in found.warnings if found is not None else ():
+        request, outlook = with_placement(fork, request, mesh, process.local_world_size)
+    if outlook is not None and outlook.why:
+        report.note(f"weights: {outlook.why}")
+    for warning in outlook.warnings if outlook is not None else ():
         report.warn(warning)
     return request
 

@@ -61,8 +61,8 @@ def read_state(path: Path) -> State:
         with safe_open(str(path), "pt") as file:
             step = int(file.metadata()["step"])
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                where, kept = (shards, SHARDED) if name.startswith(SHARDED) else (whole, WHOLE)
-                where[name.removeprefix(kept)] = file.get_tensor(name)
+                where, prefix = (shards, SHARDED) if name.startswith(SHARDED) else (whole, WHOLE)
+                where[name.removeprefix(prefix)] = file.get_tensor(name)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no state of a sampling: {error}") from None
     return State(step, shards, whole)

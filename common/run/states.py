@@ -101,12 +101,12 @@ def newest_at(ranks: Sequence[Slots]) -> tuple[At, int] | None:
 def newest(ranks: Sequence[Slots]) -> Record | None:
     """The newest state of which every rank's part is held."""
     for _ in range(SLOTS):
-        found = newest_at(ranks)
-        if found is None:
+        state = newest_at(ranks)
+        if state is None:
             return None
-        parts = [slots.read(found[0]) for slots in ranks]
+        parts = [slots.read(state[0]) for slots in ranks]
         if all(part is not None for part in parts):
-            return Record(*found, tuple(part or b"" for part in parts))
+            return Record(*state, tuple(part or b"" for part in parts))
     return None
 
 
@@ -142,10 +142,10 @@ class Saver:
 
     def _run(self) -> None:
         while not self._end.wait(POLL_SECONDS):
-            found = newest_at(self.ranks)
-            if found is None or found == self._saved:
+            state = newest_at(self.ranks)
+            if state is None or state == self._saved:
                 continue
-            at, steps = found
+            at, steps = state
             another = self._saved is None or self._saved[0].video != at.video
             if another or at.step == steps or time.monotonic() - self._last >= self.every:
                 self._save()
@@ -208,12 +208,12 @@ def _tensors(part: bytes) -> dict[str, tuple[str, list[int], bytes]]:
     start = _LENGTH.size + _LENGTH.unpack(part[: _LENGTH.size])[0]
     header = json.loads(part[_LENGTH.size : start])
     header.pop("__metadata__", None)
-    found = {}
+    tensors = {}
     for name, entry in sorted(header.items(), key=lambda one: one[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         assert (end - begin) % max(1, math.prod(entry["shape"])) == 0
-        found[name] = (entry["dtype"], entry["shape"], part[start + begin : start + end])
-    return found
+        tensors[name] = (entry["dtype"], entry["shape"], part[start + begin : start + end])
+    return tensors
 
 
 def _nameless() -> int:

@@ -1,7 +1,7 @@
 """Starting ranks and watching over them.
 
 Without torchrun a program is its own launcher: `supervise` starts a command once per rank with torchrun's variables
-and waits. A rank tells its parent over a pipe where it is and why it failed (`common.run.link`); a second pipe, that
+and waits. A rank tells its parent over a pipe where it is and why it failed (`common.run.channel`); a second pipe, that
 closes when the parent dies, and the kernel's parent-death signal end the ranks with the parent. The first failure ends
 them all.
 Under torchrun a rank prints its own failure, and the ranks agree through torchrun's store that only one does.
@@ -54,13 +54,13 @@ class _Child:
 
     def ending(self, code: int) -> Failure:
         """Why the process ended with this status, although it has not said so."""
-        said = self.said()
-        if "collective operation timeout" in said:  # NCCL's watchdog aborts the process
+        text = self.said()
+        if "collective operation timeout" in text:  # NCCL's watchdog aborts the process
             return Failure(self.rank, self.stage, NO_ANSWER, secondary=True, late=True)
         killer = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
         message = f"killed by {killer}" if killer else f"ended with status {code}"
         # The last line that is no warning, nor the indented source line that follows one.
-        lines = [line for line in said.splitlines() if line.strip() and not line[0].isspace() and "Warning" not in line]
+        lines = [line for line in text.splitlines() if line.strip() and not line[0].isspace() and "Warning" not in line]
         if code == -signal.SIGKILL:
             message += ", which is also how the system ends a process when memory runs out"
         elif lines:
@@ -143,9 +143,9 @@ def _shared_environment(ranks: int, cpu: bool) -> dict[str, str]:
         defaults["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
     else:
         defaults |= allocator_default(os.environ)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return defaults | kept | {name: str(value) for name, value in world.items()}
+    return defaults | environment | {name: str(value) for name, value in world.items()}
 
 
 def _start(

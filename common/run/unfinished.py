@@ -31,12 +31,12 @@ def digest(request: Request) -> str:
     """Of everything that decides the latents of a request's videos: equal for two commands that make the same ones."""
     runtime, source = request.runtime, request.source
     videos = [
-        [video.prompt, video.negative_prompt, vars(video.sampling), video.seed, video.take] for video in request.videos
+        [video.prompt, video.negative_prompt, vars(video.sampling), video.seed, video.index] for video in request.videos
     ]
     weights = [source.demo, source.model_dir and _fingerprint(source.model_dir)]
     precision = [str(runtime.dtype), str(runtime.text_dtype), runtime.text_encoder_dir]
-    said = [request.program, weights, precision, vars(request.options), videos]
-    return hashlib.sha256(json.dumps(said, default=_plain, sort_keys=True).encode()).hexdigest()
+    identity = [request.program, weights, precision, vars(request.options), videos]
+    return hashlib.sha256(json.dumps(identity, default=_plain, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -92,12 +92,12 @@ def taken_up(request: Request, fresh: bool = False) -> Request:
 def _read(request: Request, fresh: bool) -> Unfinished | None:
     path = _state_path(request)
     try:
-        kept = metadata(path)
+        stored = metadata(path)
     except ValueError as error:
         if fresh:
             return None
         raise WrongUse([f"{error}; remove it, or write over it with --overwrite"]) from None
-    if kept["digest"] != request.digest:
+    if stored["digest"] != request.digest:
         if fresh:
             return None
         raise WrongUse(
@@ -106,20 +106,20 @@ def _read(request: Request, fresh: bool) -> Unfinished | None:
                 f"it by --resume {shown(path)}, give another output, or drop it with --overwrite"
             ]
         )
-    numbers = {name: int(kept[name]) for name in ("video", "step", "steps", "seed")}
+    numbers = {name: int(stored[name]) for name in ("video", "step", "steps", "seed")}
     return Unfinished(path, **numbers)
 
 
 def metadata(path: Path) -> Mapping[str, str]:
     """What a state file says of its command. ValueError, with the name, for another file."""
     try:
-        _, kept = read_header(path)
+        _, stored = read_header(path)
     except (CheckpointError, OSError) as error:
         raise ValueError(f"{shown(path)} is no state of an interrupted run ({error})") from None
-    numbers = [kept.get(name, "") for name in ("video", "step", "steps", "seed")]
-    if kept.get("format") != FORMAT or "digest" not in kept or not all(_is_number(n) for n in numbers):
+    numbers = [stored.get(name, "") for name in ("video", "step", "steps", "seed")]
+    if stored.get("format") != FORMAT or "digest" not in stored or not all(_is_number(n) for n in numbers):
         raise ValueError(f"{shown(path)} is no state of an interrupted run")
-    return kept
+    return stored
 
 
 def _is_number(text: str) -> bool:
@@ -153,20 +153,20 @@ def _without_resume(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 def _command_of(path: Path, program: str) -> list[str]:
     try:
-        kept = metadata(path)
-        arguments = json.loads(kept["arguments"][:MOST_ARGUMENTS])
+        stored = metadata(path)
+        arguments = json.loads(stored["arguments"][:MOST_ARGUMENTS])
         if not isinstance(arguments, list) or not all(isinstance(part, str) for part in arguments):
             raise ValueError(f"{shown(path)} is no state of an interrupted run")
-        if kept["program"] != program:
-            raise ValueError(f"{shown(path)} is of {shown(kept['program'])}; go on with that program")
-        output, folder = path.parent / Path(kept["output"]).name, kept["output"].endswith("/")
+        if stored["program"] != program:
+            raise ValueError(f"{shown(path)} is of {shown(stored['program'])}; go on with that program")
+        output, folder = path.parent / Path(stored["output"]).name, stored["output"].endswith("/")
         if state_path(output, folder) != path:
             raise ValueError(f"{shown(path)} was renamed; its run writes {shown(output.name)}")
-        os.chdir(kept["cwd"])
+        os.chdir(stored["cwd"])
     except (KeyError, ValueError) as error:
         raise WrongUse([f"--resume {error}"]) from None
     except OSError as error:
-        raise WrongUse([f"--resume {shown(path)}: its folder {shown(kept['cwd'])} is not there ({error})"]) from None
+        raise WrongUse([f"--resume {shown(path)}: its folder {shown(stored['cwd'])} is not there ({error})"]) from None
     where = ["--output", str(output) + "/" * folder]
     return arguments if arguments[-2:] == where else arguments + where
 

@@ -25,13 +25,13 @@ def install(extra: str, root: Path = ROOT) -> str:
 
 def pip() -> str:
     """`pip` where that is the running Python's, else `/path/to/python -m pip`."""
-    found = shutil.which("pip")
-    same = found is not None and Path(found).parent == Path(sys.executable).parent
+    command = shutil.which("pip")
+    same = command is not None and Path(command).parent == Path(sys.executable).parent
     return "pip" if same else f"{sys.executable} -m pip"
 
 
 def packages(extra: str) -> list[str]:
     """What the installed project's metadata says that an extra brings, each quoted for a shell where that is needed."""
-    wanted = [re.split(r"\s*;\s*", line) for line in metadata.requires("xdit-zoo") or []]
-    mine = [line[0] for line in wanted if re.fullmatch(rf"extra == ['\"]{extra}['\"]", line[-1])]
+    requirements = [re.split(r"\s*;\s*", line) for line in metadata.requires("xdit-zoo") or []]
+    mine = [line[0] for line in requirements if re.fullmatch(rf"extra == ['\"]{extra}['\"]", line[-1])]
     return [f'"{name}"' if re.search(r"[<>]", name) else name for name in mine]

@@ -287,15 +287,15 @@ def kind_of(path: Path) -> str | None:
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
-def absence(path: Path, wanted: str) -> str | None:
+def absence(path: Path, what: str) -> str | None:
     """Why `path` is no readable `file` or `folder`, in words that follow the option's name; None when it is one."""
     try:
         kind = kind_of(path)
     except ValueError as error:
         return str(error)
-    if kind == wanted:
+    if kind == what:
         return None
-    article = {"file": "a file", "folder": "a directory"}[wanted]
+    article = {"file": "a file", "folder": "a directory"}[what]
     return f"{shown(path)} {'does not exist' if kind is None else f'is not {article}'}"
 
 

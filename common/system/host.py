@@ -82,23 +82,23 @@ def parse_cores(text: str) -> set[int]:
 
 def _gpus(root: Path) -> list[_Gpu]:
     """All GPUs of NVIDIA's driver in the order of their addresses."""
-    found = []
+    gpus = []
     for folder in sorted((root / "proc/driver/nvidia/gpus").iterdir()):
         lines = (folder / "information").read_text(errors="replace").splitlines()
         told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        found.append(_Gpu(folder.name.lower(), told.get("Model", ""), told.get("GPU UUID", "")))
-    return found
+        gpus.append(_Gpu(folder.name.lower(), told.get("Model", ""), told.get("GPU UUID", "")))
+    return gpus
 
 
 def _visible(gpus: list[_Gpu], env: Mapping[str, str]) -> list[_Gpu]:
     """The GPUs as CUDA numbers them for this process; empty where that cannot be told (several models, MIG)."""
-    wanted = env.get("CUDA_VISIBLE_DEVICES")
+    visible = env.get("CUDA_VISIBLE_DEVICES")
     # Unless told to go by address, CUDA puts the fastest model first; equal ones are in the order of their addresses.
     numbered = env.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({gpu.model for gpu in gpus}) == 1
-    if wanted is None:
+    if visible is None:
         return gpus if numbered else []
     chosen = []
-    for name in (part.strip() for part in wanted.split(",")):
+    for name in (part.strip() for part in visible.split(",")):
         if name.isdecimal():
             fitting = gpus[int(name) : int(name) + 1] if numbered else []
         else:

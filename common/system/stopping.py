@@ -35,18 +35,18 @@ def stoppable() -> Iterator[Asked]:
     A signal that was ignored when the program began stays ignored: that is how `nohup`, and a shell's `&` in a script,
     ask for a run that outlives its terminal.
     """
-    asked = Asked()
+    signals = Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield signals
         return
 
     def stop(number: int, frame: Any) -> None:
-        asked.number = number
+        signals.number = number
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS if not is_ignored(number)}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

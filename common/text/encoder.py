@@ -73,14 +73,14 @@ class TextFeatures:
 
     features: (B, L, D) fp32, L = the token limit; rows of masked padding are zero
     mask: (B, L) bool, True where a token of the prompt (its end mark included) stands
-    used: tokens of each prompt, at most L
-    cut: the end of each prompt that did not fit, "" where everything did
+    num_tokens: tokens of each prompt, at most L
+    truncated: the end of each prompt that did not fit, "" where everything did
     """
 
     features: Tensor
     mask: Tensor
-    used: tuple[int, ...]
-    cut: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+    truncated: tuple[str, ...]
 
     @property
     def limit(self) -> int:
@@ -133,19 +133,19 @@ class TextEncoder:
         """
         features = torch.zeros(len(prompts), max_length, self.encoder.width)
         mask = torch.zeros(len(prompts), max_length, dtype=torch.bool)
-        cuts = []
+        truncated = []
         for b, prompt in enumerate(prompts):
-            ids, cut = self.encoder.tokenize(prompt, max_length)
+            ids, rest = self.encoder.tokenize(prompt, max_length)
             mask[b, : len(ids)] = True
-            cuts.append(cut)
+            truncated.append(rest)
             padded = ids if use_mask else ids + [self.encoder.pad] * (max_length - len(ids))
             known = self._cache.get(padded) if self._cache else None
             rows = self._run(padded) if known is None else known
             if self._cache and known is None:
                 self._cache.put(padded, rows)
             features[b, : len(rows)] = rows
-        used = tuple(int(n) for n in mask.sum(1))
-        return TextFeatures(features, mask, used, tuple(cuts))
+        num_tokens = tuple(int(n) for n in mask.sum(1))
+        return TextFeatures(features, mask, num_tokens, tuple(truncated))
 
     @torch.no_grad()
     def _run(self, ids: list[int]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.text.encoder import TextWork
 from common.text.tokenizer import PAD, Tokenizer
-from common.weights.blocks import Blocks, FromFile, Image, Stream, bind
+from common.weights.blocks import BlockLayout, Blocks, FromFile, Stream, bind
 from common.weights.checkpoint import DTYPE_NAMES, Checkpoint, Stored, is_zip, open_checkpoint, read_index
 from common.weights.float8 import FLOAT8, SCALE, fill_float8, has_float8_matmul, use_float8
 from common.weights.load import CASTABLE, assign
@@ -125,13 +125,13 @@ class EncoderFiles:
         config = model / "config.json"
         read_numbers(config, member)
         folders = dict.fromkeys((root / "tokenizer", model.parent / "tokenizer", model, root))
-        found = [f / name for f in folders for name in member.tokenizers if (f / name).is_file()]
-        if not found:
+        tokenizers = [f / name for f in folders for name in member.tokenizers if (f / name).is_file()]
+        if not tokenizers:
             raise ValueError(
                 f"no tokenizer for the {kind} text encoder in {root}: put {' or '.join(member.tokenizers)} "
                 f"beside config.json or into {root / 'tokenizer'}"
             )
-        return cls(config, found[0], _find_weights(model, kind), member)
+        return cls(config, tokenizers[0], _find_weights(model, kind), member)
 
     @property
     def name(self) -> str:
@@ -199,8 +199,8 @@ def text_work(
     """
     numbers = official
     with suppress(ValueError):
-        found = find() if find is not None else None
-        files = EncoderFiles.find(found, member) if isinstance(found, Path) else found
+        encoder = find() if find is not None else None
+        files = EncoderFiles.find(encoder, member) if isinstance(encoder, Path) else encoder
         numbers = official if files is None else asdict(files.numbers())
 
     def new(dtype: torch.dtype) -> nn.Module:
@@ -216,10 +216,10 @@ def read_numbers(path: Path, member: Member = T5) -> T5Numbers:
     """The numbers of an encoder's config.json. CheckpointError names the file, and the key where there is one."""
     if not path.is_file():
         raise CheckpointError(f"not a {member.name} text encoder: {path} is missing")
-    raw, wanted = read_object(path), member.name.lower()
-    if (kind := raw.get("model_type")) != wanted:
-        said = f"{path} says model_type {shown(kind)}, needed is {wanted!r}"
-        raise CheckpointError(f"not a {member.name} text encoder: {said}")
+    raw, model_type = read_object(path), member.name.lower()
+    if (kind := raw.get("model_type")) != model_type:
+        difference = f"{path} says model_type {shown(kind)}, needed is {model_type!r}"
+        raise CheckpointError(f"not a {member.name} text encoder: {difference}")
     return build(member.numbers, {one.name: one.name for one in fields(member.numbers)}, raw, str(path))
 
 
@@ -272,8 +272,8 @@ def load_t5(
         use_float8(layer, FLOAT8_LAYERS, has_float8_matmul(torch.device(device)))
     for name in list(mapped):
         if not (stream and name.startswith(_LAYERS)):
-            kind = model.get_parameter(name).dtype if float8 else dtype
-            _put(model, name, mapped.pop(name)(), torch.device(device), FLOAT8 if kind == FLOAT8 else dtype)
+            stored = model.get_parameter(name).dtype if float8 else dtype
+            _put(model, name, mapped.pop(name)(), torch.device(device), FLOAT8 if stored == FLOAT8 else dtype)
     model.encoder.embed_tokens.weight = model.shared.weight
     if stream:
         _stream_layers(layers, mapped, torch.device(device), dtype)
@@ -297,42 +297,42 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _mapped(files: EncoderFiles, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[], Tensor]]:
+def _mapped(files: EncoderFiles, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[], Tensor]]:
     """What gives each of the encoder's tensors, a view of its mapped file unless it has to be widened from eight bits.
 
     CheckpointError names file and tensor where one is wrong.
     """
-    found: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Callable[[], Tensor]] = {}
     kind = files.member.name
     aliases = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in files.rename.items()} or _ALIASES
-    for tensor, checkpoint in _tensors(files.weights, {*wanted, *aliases}, every=bool(files.rename)):
+    for tensor, checkpoint in _tensors(files.weights, {*shapes, *aliases}, every=bool(files.rename)):
         name, at = aliases.get(tensor.name, tensor.name), f"{tensor.file}: tensor {quoted(tensor.name)}"
-        if name not in wanted:
+        if name not in shapes:
             raise CheckpointError(f"{at} is unknown to the {kind} encoder that {files.config} describes")
         if tensor.dtype not in CASTABLE:
             has = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
             castable = ", ".join(DTYPE_NAMES[dtype] for dtype in CASTABLE)
             raise CheckpointError(f"{at} has dtype {has}, expected {castable}")
-        if tuple(tensor.shape) != wanted[name]:
-            asks = f"{files.config.name} asks for {wanted[name]}"
+        if tuple(tensor.shape) != shapes[name]:
+            asks = f"{files.config.name} asks for {shapes[name]}"
             raise CheckpointError(f"{at} has shape {tuple(tensor.shape)}, {asks}")
-        found.setdefault(name, partial(checkpoint.tensor, tensor.name))
-    if missing := sorted(set(wanted) - set(found)):
+        tensors.setdefault(name, partial(checkpoint.tensor, tensor.name))
+    if missing := sorted(set(shapes) - set(tensors)):
         raise CheckpointError(
             f"{files.weights[0].parent}: {len(missing)} tensors of the {kind} encoder are missing, "
             f"the first is {missing[0]}"
         )
-    return found
+    return tensors
 
 
-def _tensors(paths: Collection[Path], wanted: Collection[str], every: bool) -> Iterator[tuple[Stored, Checkpoint]]:
+def _tensors(paths: Collection[Path], names: Collection[str], every: bool) -> Iterator[tuple[Stored, Checkpoint]]:
     """Tensors that are wanted, or are an encoder's; a whole T5's decoder is not touched.
 
     every: files that hold an encoder and nothing else.
     """
     checkpoint = with_row_scales(open_checkpoint(paths))
     for name, stored in checkpoint.items():
-        if (every or name in wanted or name.startswith("encoder.")) and name != SENTENCEPIECE:
+        if (every or name in names or name.startswith("encoder.")) and name != SENTENCEPIECE:
             yield stored, checkpoint
 
 
@@ -365,13 +365,13 @@ def _stream_layers(
             out.copy_(values)
             tensors[name.removesuffix("weight") + SCALE].copy_(scale)
 
-    def kind(layer: nn.Module, name: str) -> torch.dtype:
+    def dtype_of(layer: nn.Module, name: str) -> torch.dtype:
         slot = layer.get_parameter(name).dtype
         return slot if slot == FLOAT8 or name.endswith(SCALE) else dtype
 
-    images = [Image.of(layer, partial(kind, layer)) for layer in layers]
-    room = max(image.nbytes for image in images)
-    stream = Stream(FromFile(fill, images, device), images, device, room, again=False)
+    layouts = [BlockLayout.of(layer, partial(dtype_of, layer)) for layer in layers]
+    buffer_bytes = max(image.nbytes for image in layouts)
+    stream = Stream(FromFile(fill, layouts, device), layouts, device, buffer_bytes, wrap_around=False)
     for i, layer in enumerate(layers):
         bind(layer, stream.views(i))
     layers.stream = stream

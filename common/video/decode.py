@@ -23,12 +23,12 @@ DecodeSize = tuple[int, int, int, int]
 class VideoDecoder(nn.Module):
     """What a model's decoder says about itself. Chunk lengths are in latent frames.
 
-    scale: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the longest first; with
+    spatial_factor: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the longest first; with
     `chunks_fixed` there is no other, since the result depends on it. compiled_parts: classes of modules without memory
     of earlier chunks, for `common.model.compile`.
     """
 
-    scale: int
+    spatial_factor: int
     chunk_choices: tuple[int, ...]
     compiled_parts: tuple[type[nn.Module], ...] = ()
     chunks_fixed = False
@@ -43,12 +43,12 @@ class VideoDecoder(nn.Module):
         """The lengths of the chunks that `latents` frames are decoded in, at most about `chunk` at a time."""
         raise NotImplementedError
 
-    def frames(self, latents: int, first: bool) -> int:
+    def num_frames(self, latents: int, first: bool) -> int:
         """Frames that a chunk of `latents` becomes; `first` says that the video begins with it."""
         raise NotImplementedError
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
-        """(B, C, t, h, w) -> (B, 3, frames(t), h * scale, w * scale), pixels in [-1, 1]."""
+        """(B, C, t, h, w) -> (B, 3, num_frames(t), h * spatial_factor, w * spatial_factor), pixels in [-1, 1]."""
         raise NotImplementedError
 
 
@@ -105,8 +105,8 @@ def decode_frames(
 
     latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
     split: the ranks that share the work; collective over its axis. Default: this process alone.
-    Yields on rank 0 uint8 CPU tensors (t, h * scale, w * scale, 3), one per chunk, together all frames; on the other
-    ranks None, now and then. Every rank must run it to its end: one that stops early leaves the others waiting.
+    Yields on rank 0 uint8 CPU tensors (t, H, W, 3), one per chunk, together all frames; on the other ranks None, now
+    and then. Every rank must run it to its end: one that stops early leaves the others waiting.
     Raises ValueError for more than one video, and on the rank that computed them FloatingPointError for frames that
     are not finite.
     """
@@ -126,7 +126,7 @@ class _Decode:
         self.decoder, self.z, self.split = decoder, z, split
         lengths = decoder.chunks(z.shape[2], plan.chunk)
         self.times = spans(lengths)
-        self.frames = [decoder.frames(n, first=k == 0) for k, n in enumerate(lengths)]
+        self.frames = [decoder.num_frames(n, first=k == 0) for k, n in enumerate(lengths)]
         self.shown = [range(span.start, span.stop) for span in spans(self.frames)]
         self.height, self.width = z.shape[3], z.shape[4]
         self.tiles = tiles(self.height, self.width, plan.tile, plan.overlap)
@@ -136,7 +136,7 @@ class _Decode:
 
     def exact(self) -> Iterator[Tensor | None]:
         """Chunk k of the whole picture on rank k mod P."""
-        link, scale = self.split.link(), self.decoder.scale
+        link, factor = self.split.link(), self.decoder.spatial_factor
 
         @torch.inference_mode()
         def work(k: int) -> Tensor:
@@ -145,10 +145,10 @@ class _Decode:
             return to_uint8(pixels[0], self.decoder.rounding)
 
         def blank(k: int) -> Tensor:
-            return torch.empty(self.frames[k], self.height * scale, self.width * scale, 3, dtype=torch.uint8)
+            return torch.empty(self.frames[k], self.height * factor, self.width * factor, 3, dtype=torch.uint8)
 
         owners = [k % self.split.axis.size for k in range(len(self.times))]
-        yield from deal(owners, self.split.axis, work, blank)
+        yield from compute_round_robin(owners, self.split.axis, work, blank)
         link.close()
 
     def tiled(self) -> Iterator[Tensor | None]:
@@ -168,10 +168,10 @@ class _Decode:
 
         def blank(item: int) -> Tensor:
             k, j = divmod(item, count)
-            return torch.empty(3, self.frames[k], *self.tiles[j].size(self.decoder.scale), dtype=self.z.dtype)
+            return torch.empty(3, self.frames[k], *self.tiles[j].size(self.decoder.spatial_factor), dtype=self.z.dtype)
 
         owners = [item % count % axis.size for item in range(len(self.times) * count)]
-        pieces = deal(owners, axis, work, blank)
+        pieces = compute_round_robin(owners, axis, work, blank)
         if axis.rank != 0:
             yield from pieces
             return
@@ -181,24 +181,24 @@ class _Decode:
                 # In a fixed order, so that the sum is the same on any number of ranks.
                 piece = next(pieces)
                 assert piece is not None
-                tile.blend(canvas, piece, self.decoder.scale)
+                tile.blend(canvas, piece, self.decoder.spatial_factor)
             yield to_uint8(canvas, self.decoder.rounding)
 
     def canvas(self, frames: int) -> Tensor:
         dtype = torch.float64 if self.z.dtype == torch.float64 else torch.float32
-        size = (self.height * self.decoder.scale, self.width * self.decoder.scale)
+        size = (self.height * self.decoder.spatial_factor, self.width * self.decoder.spatial_factor)
         return torch.zeros(3, frames, *size, dtype=dtype, device=self.z.device)
 
 
-def deal(
+def compute_round_robin(
     owners: Sequence[int],
     axis: Axis,
-    work: Callable[[int], Tensor],
-    blank: Callable[[int], Tensor],
+    compute: Callable[[int], Tensor],
+    empty: Callable[[int], Tensor],
 ) -> Iterator[Tensor | None]:
     """Item i is computed by rank owners[i]; rank 0 yields every item in order, the others None for each of theirs.
 
-    work(i): the item, a contiguous CPU tensor. blank(i): an empty tensor of its shape and dtype.
+    compute(i): the item, a contiguous CPU tensor. empty(i): an empty tensor of its shape and dtype.
     Rank 0 computes its next item before it waits for those of the others, so it never holds up the wavefront, and
     holds no more than the items between two of its own. The others keep one finished item until it is taken.
     """
@@ -206,18 +206,18 @@ def deal(
         awaited: deque[Sent] = deque()
         for item, owner in enumerate(owners):
             if owner == 0:
-                mine = work(item)
+                mine = compute(item)
                 yield from _arrivals(awaited)
                 yield mine
             else:
-                box = blank(item)
+                box = empty(item)
                 awaited.append((dist.irecv(box, group=axis.group, group_src=owner), box))
         yield from _arrivals(awaited)
         return
     sending: Sent | None = None
     for item, owner in enumerate(owners):
         if owner == axis.rank:
-            mine = work(item)
+            mine = compute(item)
             wait_for(sending)
             sending = (dist.isend(mine, group=axis.group, group_dst=0), mine)
             yield None

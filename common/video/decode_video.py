@@ -44,7 +44,7 @@ def decode_video(
     """
     _, channels, frames, height, width = latents.shape
     size = (channels, frames, height, width)
-    tile = options.tile(decoder.scale)
+    tile = options.tile(decoder.spatial_factor)
     ways = decode_plans(decoder, size, mesh.world.size, options.vae, options.vae_chunk, tile)
     free = free_memory(mesh, room)
     counted = cache(lambda plan: decode_memory(decoder, size, plan, ranks=mesh.world.size))

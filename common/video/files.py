@@ -243,11 +243,11 @@ class VideoFile(FrameWriter):
         assert self.process is not None
         self.process.wait()
         self.log.seek(0)
-        said = " ".join(self.log.read().decode(errors="replace").split())
-        if "no space left" in said.lower():
+        message = " ".join(self.log.read().decode(errors="replace").split())
+        if "no space left" in message.lower():
             return WriteError(f"cannot write {shown(self.path)}: no space left on the disk")
         return WriteError(
-            f"cannot write {shown(self.path)}: ffmpeg ended with status {self.process.returncode}: {said[-300:]}"
+            f"cannot write {shown(self.path)}: ffmpeg ended with status {self.process.returncode}: {message[-300:]}"
         )
 
 
@@ -302,10 +302,10 @@ def _decoder(path: Path) -> Iterator[tuple[float, Iterator[np.ndarray]]]:
         shape = (height, width, 3)
         yield info["fps"], (np.frombuffer(data, np.uint8).reshape(shape) for data in chain((first,), reader))
     except (OSError, RuntimeError, StopIteration, IndexError, KeyError) as error:
-        said = one_line(error)
-        if "not on whitelist" in said.lower():
-            said = "of a format that is not read here; mp4, mov, mkv, webm, avi and their like are"
-        raise ValueError(f"{path} is not a readable video ({said[-200:]})") from None
+        message = one_line(error)
+        if "not on whitelist" in message.lower():
+            message = "of a format that is not read here; mp4, mov, mkv, webm, avi and their like are"
+        raise ValueError(f"{path} is not a readable video ({message[-200:]})") from None
     finally:
         reader.close()
 

@@ -42,16 +42,16 @@ def exif(title: str, comment: str) -> bytes:
     """
     from PIL import Image
 
-    made = Image.Exif()
+    exif = Image.Exif()
     if title:
-        made[IMAGE_DESCRIPTION] = truncated(title, MAX_TITLE_BYTES).encode()
+        exif[IMAGE_DESCRIPTION] = truncated(title, MAX_TITLE_BYTES).encode()
     if comment:
         plain = comment.isascii()
         text = truncated(comment, MAX_COMMENT_BYTES if plain else MAX_COMMENT_BYTES // 2)
         # UserComment names its encoding in 8 bytes; UTF-16 is in the byte order of the whole, here little endian.
         coded = b"ASCII\0\0\0" + text.encode() if plain else b"UNICODE\0" + text.encode("utf-16-le")
-        made[EXIF_IFD] = {USER_COMMENT: coded}
-    return made.tobytes().removeprefix(b"Exif\0\0") if title or comment else b""
+        exif[EXIF_IFD] = {USER_COMMENT: coded}
+    return exif.tobytes().removeprefix(b"Exif\0\0") if title or comment else b""
 
 
 def with_gif_comment(gif: bytes, text: str) -> bytes:

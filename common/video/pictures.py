@@ -74,8 +74,8 @@ def as_rgb(image: Image.Image) -> np.ndarray:
 
 def one_line(error: BaseException) -> str:
     """What an error says, printable and without line breaks."""
-    said = "".join(letter if letter.isprintable() else " " for letter in str(error))
-    return " ".join(said.split()) or type(error).__name__
+    line = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(line.split()) or type(error).__name__
 
 
 def fit_picture(picture: np.ndarray, height: int, width: int, fit: str = "crop") -> tuple[np.ndarray, str]:

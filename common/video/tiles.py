@@ -51,12 +51,12 @@ def cut(length: int, limit: int, overlap: int) -> tuple[Span, ...]:
 
 def _divide(length: int, count: int, overlap: int) -> tuple[Span, ...]:
     borders = [length * i // count for i in range(count + 1)]
-    found = []
+    spans = []
     for left, right in itertools.pairwise(borders):
         fade_in = overlap if left > 0 else 0
         fade_out = overlap if right < length else 0
-        found.append(Span(left - fade_in // 2, right + fade_out // 2, fade_in, fade_out))
-    return tuple(found)
+        spans.append(Span(left - fade_in // 2, right + fade_out // 2, fade_in, fade_out))
+    return tuple(spans)
 
 
 @dataclass(frozen=True)

@@ -55,18 +55,18 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Image:
+class BlockLayout:
     """All tensors of one block in one run of bytes."""
 
     entries: Mapping[str, Entry]
     nbytes: int
 
     @classmethod
-    def of(cls, block: nn.Module, kind: Callable[[str], torch.dtype]) -> Image:
-        """kind: the dtype in which a tensor is kept, by its name inside the block."""
+    def of(cls, block: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> BlockLayout:
+        """dtype_of: the dtype in which a tensor is kept, by its name inside the block."""
         entries, at = {}, 0
         for name, slot in block.state_dict(keep_vars=True).items():
-            dtype = kind(name)
+            dtype = dtype_of(name)
             size = slot.numel() * dtype.itemsize
             entries[name] = Entry(slot.shape, dtype, at, size)
             at += -(-size // ALIGNMENT) * ALIGNMENT
@@ -90,19 +90,23 @@ class Source(Protocol):
 class Stream:
     """Brings blocks from a source, each one block ahead of its turn.
 
-    images: of every block, in order. room: bytes of each of the two buffers, at least the largest image.
-    again: whether the first block is fetched during the last, for another round.
+    layouts: of every block, in order. buffer_bytes: bytes of each of the two buffers, at least the largest layout.
+    wrap_around: whether the first block is fetched during the last, for another round.
     """
 
-    def __init__(self, source: Source, images: Sequence[Image], device: torch.device, room: int, again: bool) -> None:
-        self.source, self.images, self.again = source, images, again
-        self.buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(min(2, len(images)))]
+    def __init__(
+        self, source: Source, layouts: Sequence[BlockLayout], device: torch.device, buffer_bytes: int, wrap_around: bool
+    ) -> None:
+        self.source, self.layouts, self.wrap_around = source, layouts, wrap_around
+        self.buffers = [
+            torch.empty(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(min(2, len(layouts)))
+        ]
         self.holds: list[int | None] = [None for _ in self.buffers]
         self.waits: list[Wait | None] = [None for _ in self.buffers]
 
     def views(self, index: int) -> dict[str, Tensor]:
         """Block `index`'s tensors in the buffer that it always takes."""
-        return self.images[index].views(self.buffers[index % len(self.buffers)])
+        return self.layouts[index].views(self.buffers[index % len(self.buffers)])
 
     def visit(self, blocks: Iterable[nn.Module], count: int) -> Iterator[nn.Module]:
         """The blocks, each when its weights are there. A buffer is refilled only after its block has been used."""
@@ -112,7 +116,7 @@ class Stream:
             following = i + 1 if i + 1 < count else 0
             # With an odd number the last block and the first share a buffer, so the first has to wait.
             free = following % len(self.buffers) != i % len(self.buffers)
-            if free and (following or self.again):
+            if free and (following or self.wrap_around):
                 self._request(following)
             yield block
 
@@ -217,8 +221,8 @@ class FromHost:
 class FromFile:
     """Blocks read from files each time, by a thread, while the device computes."""
 
-    def __init__(self, fill: Fill, images: Sequence[Image], device: torch.device) -> None:
-        self.fill, self.images, self.copies = fill, images, _Copies(device)
+    def __init__(self, fill: Fill, layouts: Sequence[BlockLayout], device: torch.device) -> None:
+        self.fill, self.layouts, self.copies = fill, layouts, _Copies(device)
         # A thread begins on GPU 0, where it would open a context of its own.
         start = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self.reader = ThreadPoolExecutor(1, "weights", *start)
@@ -238,7 +242,7 @@ class FromFile:
     def _read(self, index: int, out: Tensor) -> None:
         stream = self.copies.stream
         with torch.inference_mode(), nullcontext() if stream is None else torch.cuda.stream(stream):
-            self.fill(index, self.images[index].views(out))
+            self.fill(index, self.layouts[index].views(out))
 
 
 class FromShares:

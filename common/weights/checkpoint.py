@@ -140,10 +140,10 @@ def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
     entries: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        found, strings = _read_table(path)
-        for name in found.keys() & entries.keys():
+        table, strings = _read_table(path)
+        for name in table.keys() & entries.keys():
             raise CheckpointError(f"{path}: tensor {quoted(name)} is also in {entries[name].file}")
-        entries |= found
+        entries |= table
         metadata |= strings
     for name, shard in placed.items():
         if name not in entries:
@@ -156,8 +156,8 @@ def _read_table(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """What lies in one file, and its metadata."""
     if path.suffix in PICKLES and not is_zip(path):
         return {name: _pickled(path, name, tensor) for name, tensor in load_table(path).items()}, {}
-    found, strings = (read_pickle_header(path), {}) if path.suffix in PICKLES else read_header(path)
-    return {name: _stored(path, name, entry) for name, entry in found.items()}, strings
+    table, strings = (read_pickle_header(path), {}) if path.suffix in PICKLES else read_header(path)
+    return {name: _stored(path, name, entry) for name, entry in table.items()}, strings
 
 
 def _stored(path: Path, name: str, entry: Entry) -> Stored:
@@ -185,15 +185,15 @@ def load_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path} is no file of plain tensors: it holds code ({wanted[1]}), which could do anything on this "
+                f"{path} is no file of plain tensors: it holds code ({unsafe[1]}), which could do anything on this "
                 "machine, and is not loaded; take the model's safetensors file, or a copy from its own page"
             ) from None
         raise CheckpointError(f"{path} is damaged, or no file of plain tensors; nothing else is loaded") from None
     except Exception as error:  # zip, unicode, memory and runtime errors alike
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is damaged or truncated: {said or type(error).__name__}") from None
+        message = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is damaged or truncated: {message or type(error).__name__}") from None
 
 
 def load_table(path: Path) -> dict[str, Tensor]:

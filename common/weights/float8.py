@@ -52,11 +52,11 @@ def fill_float8(x: Tensor, values: Tensor, scale: Tensor, elements: int = _ELEME
     widened for it.
     """
     scale.copy_(_scales(x))
-    wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+    compute_dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
     rows = max(1, elements // max(1, x.shape[1]))
     for at in range(0, x.shape[0], rows):
         part = slice(at, at + rows)
-        values[part].copy_(x[part].to(wide) / scale[part].to(wide))
+        values[part].copy_(x[part].to(compute_dtype) / scale[part].to(compute_dtype))
 
 
 def _scales(x: Tensor) -> Tensor:

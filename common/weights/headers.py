@@ -71,7 +71,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON: {error})") from None
     metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(said, str) for said in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: not a safetensors file (its __metadata__ does not map names to texts)")
     return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}, metadata
 

@@ -2,7 +2,7 @@
 
     module = on_meta(MochiTransformer, config, sp)              # shapes only, no memory
     ckpt = open_checkpoint("dit.safetensors")                   # one file, several, or an index.json
-    load(module, ckpt, rename=table, device="cuda", dtype=torch.bfloat16, exact=("pos_frequencies",))
+    load(module, ckpt, rename=table, device="cuda", dtype=torch.bfloat16, keep_fp32=("pos_frequencies",))
     save(module.state_dict(), "out/diffusion_pytorch_model.safetensors", rename=table, shard_bytes=10**10)
 
 Memory. Towards a GPU (or when the dtype or the order of rows changes) a tensor is read from the file in pieces of at
@@ -16,7 +16,7 @@ it lies in the other layout: a plain name, `Concat` (ours is the others stacked 
 (the two halves of dim 0 change places). `load` reads through the table and `save` writes through the same table
 backwards. `rename=None` is the identity.
 
-Eight bits. A slot in float8 takes float8 tensors with their scales as they are, and any other kind is rounded on the
+Eight bits. A slot in float8 takes float8 tensors with their scales as they are, and any other dtype is rounded on the
 way in (`common.weights.float8`); a checkpoint in float8 does not fit a module that is not.
 """
 
@@ -147,7 +147,7 @@ def load(
     rename: Rename | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    exact: Collection[str] = (),
+    keep_fp32: Collection[str] = (),
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> M:
@@ -155,15 +155,15 @@ def load(
 
     rename    table to the checkpoint's names; None when they are the module's own
     dtype     of floating tensors; None keeps the stored ones
-    exact     names of tensors that are held in fp32 at least, whatever `dtype` says
+    keep_fp32 names of tensors that are held in fp32 at least, whatever `dtype` says
     ignore    shell patterns of the checkpoint's tensors that may be left over
     progress  called with (bytes done, bytes in all)
 
     Everything is checked against the headers before the first byte is read. Raises CheckpointError naming the file and
-    the tensors that are missing, unexpected, or of the wrong shape or kind. Parameters come out frozen; tensors that
+    the tensors that are missing, unexpected, or of the wrong shape or dtype. Parameters come out frozen; tensors that
     several names share (tied embeddings) need to be stored under one of them.
     """
-    with WeightReader(module, checkpoint, rename, device, dtype, exact, ignore) as reader:
+    with WeightReader(module, checkpoint, rename, device, dtype, keep_fp32, ignore) as reader:
         reader.load(progress=progress)
     return module.eval()
 
@@ -181,17 +181,17 @@ class WeightReader:
         rename: Rename | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        exact: Collection[str] = (),
+        keep_fp32: Collection[str] = (),
         ignore: Sequence[str] = (),
     ) -> None:
         self.module, self.checkpoint, self.device = module, checkpoint, torch.device(device)
-        self.dtype, self.exact = dtype, frozenset(exact)
+        self.dtype, self.keep_fp32 = dtype, frozenset(keep_fp32)
         self.slots = _slots(module)
         self.known = {name: (names, slot) for names, slot in self.slots for name in names}
         self.plan = _plan(self.slots, checkpoint, rename, ignore)
         self.total = sum(_nbytes(checkpoint, pieces) for pieces in self.plan.values())
         self.done = 0
-        self.reader = _Reader(self.device)
+        self.reader = _FileReader(self.device)
 
     def __enter__(self) -> WeightReader:
         return self
@@ -202,14 +202,14 @@ class WeightReader:
     def close(self) -> None:
         self.reader.close()
 
-    def kind(self, name: str) -> torch.dtype:
+    def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that the module's tensor of this name gets."""
         names, slot = self.known[name]
         if slot.dtype == FLOAT8 or _is_scale(name):
             return slot.dtype
         stored = self.checkpoint[self.plan[names][0].name].dtype
-        kind = (self.dtype or stored) if slot.is_floating_point() else stored
-        return torch.promote_types(kind, torch.float32) if self.exact.intersection(names) else kind
+        dtype = (self.dtype or stored) if slot.is_floating_point() else stored
+        return torch.promote_types(dtype, torch.float32) if self.keep_fp32.intersection(names) else dtype
 
     def load(self, prefix: str = "", without: str | None = None, progress: Progress | None = None) -> None:
         """Put the tensors whose names start with `prefix`, and not with `without`, into the module."""
@@ -218,13 +218,13 @@ class WeightReader:
                 continue
             if without is not None and names[0].startswith(without):
                 continue
-            pieces, kind = self.plan[names], self.kind(names[0])
+            pieces, dtype = self.plan[names], self.dtype_of(names[0])
             stored = self.checkpoint[pieces[0].name].dtype
-            if self.device.type == "cpu" and kind == stored and len(pieces) == 1:
+            if self.device.type == "cpu" and dtype == stored and len(pieces) == 1:
                 tensors = {names[0]: self.checkpoint.tensor(pieces[0].name)}
             else:
-                tensors = {names[0]: torch.empty(slot.shape, dtype=kind, device=self.device)}
-                if kind == FLOAT8 and stored != FLOAT8:
+                tensors = {names[0]: torch.empty(slot.shape, dtype=dtype, device=self.device)}
+                if dtype == FLOAT8 and stored != FLOAT8:
                     scale = names[0].removesuffix("weight") + SCALE
                     tensors[scale] = torch.empty(slot.shape[0], 1, device=self.device)
                 self.read(names, tensors)
@@ -247,9 +247,9 @@ class WeightReader:
         if out.dtype != FLOAT8 or stored == FLOAT8:
             self.reader.read(parts, out)
             return
-        wide = torch.empty(out.shape, dtype=stored, device=self.device)
-        self.reader.read(parts, wide)
-        fill_float8(wide, out, tensors[names[0].removesuffix("weight") + SCALE])
+        whole = torch.empty(out.shape, dtype=stored, device=self.device)
+        self.reader.read(parts, whole)
+        fill_float8(whole, out, tensors[names[0].removesuffix("weight") + SCALE])
 
     def fill(self, prefix: str, tensors: Mapping[str, Tensor], progress: Progress | None = None) -> None:
         """Read the tensors whose names start with `prefix` into memory given by the rest of their names."""
@@ -315,7 +315,7 @@ def _some(what: str, names: list[str]) -> str:
 def _check(slot: Tensor, checkpoint: Checkpoint, pieces: tuple[_Piece, ...]) -> None:
     parts = len(pieces) // pieces[0].of or 1
     shape = tuple(slot.shape) if parts == 1 else (slot.shape[0] // parts, *slot.shape[1:])
-    kinds = {checkpoint[piece.name].dtype for piece in pieces}
+    dtypes = {checkpoint[piece.name].dtype for piece in pieces}
     for piece in pieces:
         stored = checkpoint[piece.name]
         at = f"{stored.file}: tensor {stored.name}"
@@ -325,7 +325,7 @@ def _check(slot: Tensor, checkpoint: Checkpoint, pieces: tuple[_Piece, ...]) -> 
         if stored.dtype not in allowed:
             names = ", ".join(DTYPE_NAMES[dtype] for dtype in allowed)
             raise CheckpointError(f"{at} has dtype {DTYPE_NAMES[stored.dtype]}, expected {names}")
-        if len(kinds) > 1:
+        if len(dtypes) > 1:
             raise CheckpointError(f"{at} and those it is fused with have different dtypes")
 
 
@@ -350,7 +350,7 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-class _Reader:
+class _FileReader:
     """Reads parts of files into their final place through one small buffer; keeps the files it reads open."""
 
     def __init__(self, device: torch.device) -> None:
@@ -426,13 +426,13 @@ def save(
         write_file(path, views, metadata)
         return [path]
     shards: list[list[str]] = [[]]
-    room = shard_bytes
+    left = shard_bytes
     for name, size in sizes.items():
-        if shards[-1] and size > room:
+        if shards[-1] and size > left:
             shards.append([])
-            room = shard_bytes
+            left = shard_bytes
         shards[-1].append(name)
-        room -= size
+        left -= size
     files = [path.with_name(f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards):
         write_file(file, {name: views[name] for name in names}, metadata)

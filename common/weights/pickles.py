@@ -131,16 +131,16 @@ def read_pickle_header(path: Path) -> dict[str, Entry]:
         except CheckpointError:
             raise
         except Exception as error:  # zip, pickletools, unicode and type errors alike
-            said = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path} is damaged or truncated: {quoted(said) or type(error).__name__}") from None
+            message = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path} is damaged or truncated: {quoted(message) or type(error).__name__}") from None
 
 
 def _table(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    found = [info for info in archive.infolist() if info.filename.count("/") == 1]
-    table = next((info for info in found if info.filename.endswith("/data.pkl")), None)
+    members = [info for info in archive.infolist() if info.filename.count("/") == 1]
+    table = next((info for info in members if info.filename.endswith("/data.pkl")), None)
     if table is None or table.file_size > _MAX_TABLE_BYTES:
         raise UnknownError("an archive of another kind")
-    order = next((info for info in found if info.filename.endswith("/byteorder")), None)
+    order = next((info for info in members if info.filename.endswith("/byteorder")), None)
     if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
         raise UnknownError("numbers in another byte order")
     return table
@@ -150,7 +150,7 @@ def _entries(path: Path, file: BinaryIO, state: Any, records: dict[str, zipfile.
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} does not hold a table of named tensors")
     places: dict[str, tuple[int, int]] = {}
-    found = {}
+    entries = {}
     for name, view in state.items():
         if not isinstance(name, str) or not isinstance(view, _View) or view.storage.dtype not in ITEM_BYTES:
             raise CheckpointError(f"{path}: {shown(name)} is no plain tensor")
@@ -164,8 +164,8 @@ def _entries(path: Path, file: BinaryIO, state: Any, records: dict[str, zipfile.
             raise CheckpointError(f"{at} needs more bytes than its record has; the file is damaged")
         if count and view.strides != _in_one_run(view.shape, view.strides):
             raise CheckpointError(f"{at} does not lie in one run of bytes; save it contiguous")
-        found[name] = Entry(view.storage.dtype, view.shape, begin + view.start * item, count * item)
-    return found
+        entries[name] = Entry(view.storage.dtype, view.shape, begin + view.start * item, count * item)
+    return entries
 
 
 def _in_one_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

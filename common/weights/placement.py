@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.parallel.mesh import Axis
 from common.registry.checks import OFFLOADS
-from common.weights.blocks import Blocks, FromFile, FromHost, FromShares, Image, Source, Stream, bind
+from common.weights.blocks import BlockLayout, Blocks, FromFile, FromHost, FromShares, Source, Stream, bind
 from common.weights.checkpoint import Checkpoint
 from common.weights.float8 import has_float8_matmul, use_float8
 from common.weights.load import Progress, Rename, WeightReader, check, load
@@ -48,14 +48,14 @@ class Placement:
         return self.shard or self.offload in ("block", "disk")
 
     def __str__(self) -> str:
-        said = {
+        words = {
             "none": "every stage stays loaded",
             "stage": "one stage at a time",
             "block": "blocks wait in host memory",
             "disk": "blocks are read from the checkpoint in every step",
         }[self.offload]
-        said += ", sharded over the ranks" if self.shard else ""
-        return said + (", matmul weights in float8" if self.float8 else "")
+        words += ", sharded over the ranks" if self.shard else ""
+        return words + (", matmul weights in float8" if self.float8 else "")
 
 
 class Model(Protocol):
@@ -75,7 +75,7 @@ def place(
     rename: Rename | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    exact: Collection[str] = (),
+    keep_fp32: Collection[str] = (),
     placement: Placement | None = None,
     world: Axis | None = None,
     progress: Progress | None = None,
@@ -92,20 +92,20 @@ def place(
         for block in blocks:
             use_float8(block, model.matmuls, has_float8_matmul(device))  # type: ignore[arg-type]
     if placement.offload in ("none", "stage") and not (placement.shard and world.size > 1):
-        return load(model, checkpoint, rename, device, dtype, exact, progress=progress)
-    on_device = WeightReader(model, checkpoint, rename, device, dtype, exact)
+        return load(model, checkpoint, rename, device, dtype, keep_fp32, progress=progress)
+    on_device = WeightReader(model, checkpoint, rename, device, dtype, keep_fp32)
     with on_device:
         on_device.load(without="blocks.", progress=progress)
     if placement.offload == "disk":
         reader, source = on_device, None
     else:
-        reader = WeightReader(model, checkpoint, rename, "cpu", dtype, exact)
+        reader = WeightReader(model, checkpoint, rename, "cpu", dtype, keep_fp32)
         reader.done = on_device.done
         source = (
             FromShares(world, device, placement.offload == "block") if _shares(placement, world) else FromHost(device)
         )
-    images = [Image.of(block, partial(_kind, reader, i)) for i, block in enumerate(blocks)]
-    stream = _stream(source, reader, images, world, device, progress)
+    layouts = [BlockLayout.of(block, partial(_dtype_of, reader, i)) for i, block in enumerate(blocks)]
+    stream = _stream(source, reader, layouts, world, device, progress)
     for i in range(len(blocks)):
         bind(blocks[i], stream.views(i))
     blocks.stream = stream
@@ -120,8 +120,8 @@ def check_model(model: nn.Module, checkpoint: Checkpoint, rename: Rename | None 
     check(model, checkpoint, rename)
 
 
-def _kind(reader: WeightReader, index: int, name: str) -> torch.dtype:
-    return reader.kind(f"blocks.{index}.{name}")
+def _dtype_of(reader: WeightReader, index: int, name: str) -> torch.dtype:
+    return reader.dtype_of(f"blocks.{index}.{name}")
 
 
 def _shares(placement: Placement, world: Axis) -> bool:
@@ -131,24 +131,24 @@ def _shares(placement: Placement, world: Axis) -> bool:
 def _stream(
     source: FromHost | FromShares | None,
     reader: WeightReader,
-    images: list[Image],
+    layouts: list[BlockLayout],
     world: Axis,
     device: torch.device,
     progress: Progress | None,
 ) -> Stream:
     """The stream of these blocks; a source in memory is filled first, block by block."""
-    room = max(image.nbytes for image in images)
+    buffer_bytes = max(layout.nbytes for layout in layouts)
     if source is None:
-        chosen: Source = FromFile(lambda i, tensors: reader.fill(f"blocks.{i}.", tensors), images, device)
-        return Stream(chosen, images, device, room, again=True)
+        chosen: Source = FromFile(lambda i, tensors: reader.fill(f"blocks.{i}.", tensors), layouts, device)
+        return Stream(chosen, layouts, device, buffer_bytes, wrap_around=True)
     if isinstance(source, FromShares):
-        room = world.size * source.share_bytes(room, world.size)
-    memory = torch.zeros(room, dtype=torch.uint8)
+        buffer_bytes = world.size * source.share_bytes(buffer_bytes, world.size)
+    memory = torch.zeros(buffer_bytes, dtype=torch.uint8)
     with reader:
-        for i, image in enumerate(images):
-            reader.fill(f"blocks.{i}.", image.views(memory), progress)
-            source.add(memory[: image.nbytes])
-    return Stream(source, images, device, room, again=True)
+        for i, layout in enumerate(layouts):
+            reader.fill(f"blocks.{i}.", layout.views(memory), progress)
+            source.add(memory[: layout.nbytes])
+    return Stream(source, layouts, device, buffer_bytes, wrap_around=True)
 
 
 def has_float8(checkpoint: Checkpoint) -> bool:

@@ -25,29 +25,29 @@ _NARROW = (FLOAT8, torch.float8_e5m2)
 _WIDE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def with_row_scales(checkpoint: Checkpoint, kept: Callable[[str], bool] = lambda name: False) -> Checkpoint:
+def with_row_scales(checkpoint: Checkpoint, keep: Callable[[str], bool] = lambda name: False) -> Checkpoint:
     """The checkpoint with its eight-bit tensors as `load` takes them, and without what it does not take.
 
-    kept: says of a tensor's name whether a module holds that weight in eight bits. Checkpoints without eight bits, and
+    keep: says of a tensor's name whether a module holds that weight in eight bits. Checkpoints without eight bits, and
     those with a scale for each row, which this project writes, come back as they are. CheckpointError names the file
     and the tensor whose scale is no single number.
     """
     narrow = {name for name, stored in checkpoint.items() if stored.dtype in _NARROW and name != _MARK}
     if not narrow or any(_rows(checkpoint, name) for name in narrow):
         return checkpoint
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name, stored in checkpoint.items():
         leaf = name.rpartition(".")[2]
         if name == _MARK or leaf in _DROPPED or (leaf in SCALES and _weight(name) in checkpoint):
             continue
-        found[name] = stored
+        tensors[name] = stored
         if name in narrow:
             scale = _scale(checkpoint, name)
-            if stored.dtype == FLOAT8 and len(stored.shape) == 2 and kept(name):
-                found[_beside(name, SCALE)] = _repeated(_beside(name, SCALE), stored, scale)
+            if stored.dtype == FLOAT8 and len(stored.shape) == 2 and keep(name):
+                tensors[_beside(name, SCALE)] = _repeated(_beside(name, SCALE), stored, scale)
             else:
-                found[name] = replace(stored, dtype=torch.float32, make=partial(_widened, checkpoint, name, scale))
-    return Checkpoint(found, checkpoint.label, checkpoint.metadata)
+                tensors[name] = replace(stored, dtype=torch.float32, make=partial(_widened, checkpoint, name, scale))
+    return Checkpoint(tensors, checkpoint.label, checkpoint.metadata)
 
 
 def _beside(name: str, leaf: str) -> str:
@@ -68,12 +68,12 @@ def _scale(checkpoint: Mapping[str, Stored], name: str) -> Stored | None:
     """The one number that multiplies a tensor, where there is one."""
     if name.rpartition(".")[2] != "weight":
         return None
-    found = next((checkpoint[other] for leaf in SCALES if (other := _beside(name, leaf)) in checkpoint), None)
-    if found is not None and (found.dtype not in _WIDE or any(side != 1 for side in found.shape)):
-        at = f"{found.file}: tensor {quoted(found.name)}"
-        kind = DTYPE_NAMES.get(found.dtype, str(found.dtype))
-        raise CheckpointError(f"{at} has shape {list(found.shape)} and dtype {kind}, expected one floating number")
-    return found
+    scale = next((checkpoint[other] for leaf in SCALES if (other := _beside(name, leaf)) in checkpoint), None)
+    if scale is not None and (scale.dtype not in _WIDE or any(side != 1 for side in scale.shape)):
+        at = f"{scale.file}: tensor {quoted(scale.name)}"
+        kind = DTYPE_NAMES.get(scale.dtype, str(scale.dtype))
+        raise CheckpointError(f"{at} has shape {list(scale.shape)} and dtype {kind}, expected one floating number")
+    return scale
 
 
 def _number(stored: Stored | None) -> float:

@@ -135,17 +135,17 @@ def numbers(cls: type, keys: Mapping[str, str], raw: Mapping[str, Any], where: s
     A key that is absent or null leaves its field out. CheckpointError names file, key and value of what is of another
     kind than its field, or beyond its limits.
     """
-    found = {}
+    values = {}
     for one in fields(cls):
         key = keys.get(one.name)
         if key is None or raw.get(key) is None:
             continue
         kind = _KINDS[str(one.type).partition(" | ")[0]]
         try:
-            found[one.name] = kind.read(raw[key], one)
+            values[one.name] = kind.read(raw[key], one)
         except (TypeError, ValueError):
             raise CheckpointError(f"{where} says {key}={shown(raw[key])}; it must be {kind.meant(one)}") from None
-    return found
+    return values
 
 
 def build(cls: type[C], keys: Mapping[str, str], raw: Mapping[str, Any], where: str, **others: Any) -> C:

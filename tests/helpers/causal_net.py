@@ -14,7 +14,7 @@ from common.video.decode import VideoDecoder
 class Net(VideoDecoder):
     """Causal convolutions that double rows and columns and keep the number of frames."""
 
-    scale = 2
+    spatial_factor = 2
     chunk_choices = (3, 2, 1)
 
     def __init__(self, layers: int = 4, kernel: int = 3, mode: str = "replicate", channels: int = 3) -> None:
@@ -26,7 +26,7 @@ class Net(VideoDecoder):
         whole, rest = divmod(latents, chunk)
         return [chunk] * whole + [rest] * (rest > 0)
 
-    def frames(self, latents: int, first: bool) -> int:
+    def num_frames(self, latents: int, first: bool) -> int:
         return latents
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from consisid_xdit.sampling import PATCHES
 from consisid_xdit.transformer import ConsisIDTransformer
 from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer
-from mochi_xdit.weights import EXACT
+from mochi_xdit.weights import KEEP_FP32
 from wan_xdit.transformer import WanTransformer
 
 Size = tuple[int, int, int]
@@ -35,7 +35,7 @@ class Model:
     """A transformer by its published numbers.
 
     config: a frozen dataclass; depth: its field with the number of blocks. build: (config, sp) -> module. size: latent
-    frames, rows, columns of the published video. exact: weights held in fp32. prepare: (module, text, size) -> one
+    frames, rows, columns of the published video. keep_fp32: weights held in fp32. prepare: (module, text, size) -> one
     branch's condition. tokens: the longest prompt. patch: numbers in one packed token. time: a time, as forward wants
     it.
     """
@@ -50,7 +50,7 @@ class Model:
     prepare: Callable[[Any, Tensor, Size], Any]
     time: Callable[[torch.device], Any]
     volume: int = 4
-    exact: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
     compression: tuple[int, int] = (8, 4)
     """Pixels of a side, and frames, to one latent."""
     padding: int = 0
@@ -78,7 +78,7 @@ class Model:
     ) -> nn.Module:
         """The module with weights that are there in name only, on the device of `sp`; inside `fake_cuda`."""
         with unset_fake_temporarily():  # a module cannot be moved while its tensors are fake
-            module = typed(on_meta(self.build, self.config, sp), dtype, self.exact, float8, multiplies)
+            module = typed(on_meta(self.build, self.config, sp), dtype, self.keep_fp32, float8, multiplies)
         for name, slot in list(module.state_dict(keep_vars=True).items()):
             assign(module, name, torch.empty(slot.shape, dtype=slot.dtype, device=sp.device))
         return module.eval()
@@ -103,7 +103,7 @@ def _mochi(size: Size) -> Model:
         config.text_dim,
         lambda model, text, size: model.prepare(size, text),
         lambda device: torch.zeros(1, device=device),
-        exact=tuple(EXACT),
+        keep_fp32=tuple(KEEP_FP32),
         compression=(8, 6),
     )
 

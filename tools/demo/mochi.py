@@ -126,7 +126,7 @@ def features(folder: Path, scenes: list[Scene], seed: int, wordings: int = 2) ->
         with TextEncoder(EncoderFiles.find(folder), dtype=torch.float32) as encoder:
             for scene in scenes:
                 out = encoder.encode([caption(scene, rng) for _ in range(wordings)], 64, use_mask=True)
-                found.append([out.features[b, : out.used[b]].to(torch.bfloat16) for b in range(wordings)])
+                found.append([out.features[b, : out.num_tokens[b]].to(torch.bfloat16) for b in range(wordings)])
         write_atomically(file, found)
     return torch.load(file, weights_only=True)
 

@@ -89,7 +89,7 @@ def padded_features(folder: Path, count: int, seed: int) -> Tensor:
     rows = [row for pair in features(folder, pool_scenes(count, seed), seed) for row in pair]
     with TextEncoder(EncoderFiles.find(folder), dtype=torch.float32) as encoder:
         empty = encoder.encode([""], length, use_mask=True)
-    rows += [empty.features[0, : empty.used[0]].to(torch.bfloat16)] * 2
+    rows += [empty.features[0, : empty.num_tokens[0]].to(torch.bfloat16)] * 2
     text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     assert text.shape[1] <= length
     return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])).unflatten(0, (-1, 2))

@@ -30,8 +30,8 @@ def write_checkpoint(folder: Path) -> None:
     for seed, (name, module) in enumerate(parts.items()):
         fill(module, seed)
         (folder / name).mkdir()
-        said = LLAMA | {"model_type": "llama"} if name == "text_encoder" else asdict(config)
-        (folder / name / "config.json").write_text(json.dumps(said))
+        numbers = LLAMA | {"model_type": "llama"} if name == "text_encoder" else asdict(config)
+        (folder / name / "config.json").write_text(json.dumps(numbers))
         state = {key: value.to(torch.bfloat16) for key, value in module.state_dict().items()}
         save(state, folder / name / "model.safetensors")
     write_tokenizer(folder / "text_encoder" / "tokenizer.json")

@@ -43,9 +43,9 @@ class LlamaFiles:
     def tokenize(self, prompt: str, limit: int) -> tuple[list[int], str]:
         from tokenizers import Tokenizer
 
-        found = Tokenizer.from_file(str(self.folder / "tokenizer.json")).encode(prompt)
-        end = found.offsets[limit - 1][1] if len(found.ids) > limit else len(prompt)
-        return found.ids[:limit], prompt[end:]
+        encoded = Tokenizer.from_file(str(self.folder / "tokenizer.json")).encode(prompt)
+        end = encoded.offsets[limit - 1][1] if len(encoded.ids) > limit else len(prompt)
+        return encoded.ids[:limit], prompt[end:]
 
     def fingerprint(self) -> str:
         parts = [path.read_bytes() for path in sorted(self.folder.iterdir())]

@@ -10,22 +10,22 @@ from toy_xdit.config import FPS, LATENTS, RATE, Config
 
 
 class ToyDecoder(VideoDecoder):
-    scale = LATENTS.pixels
+    spatial_factor = LATENTS.pixels
     chunk_choices = (4, 2, 1)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.conv = CausalConv3d(config.channels, 3 * self.scale**2, (3, 1, 1))
+        self.conv = CausalConv3d(config.channels, 3 * self.spatial_factor**2, (3, 1, 1))
 
     def chunks(self, latents: int, chunk: int) -> list[int]:
         return [min(chunk, latents - start) for start in range(0, latents, chunk)]
 
-    def frames(self, latents: int, first: bool) -> int:
+    def num_frames(self, latents: int, first: bool) -> int:
         return latents
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
         x = self.conv(z, stream or CausalStream())  # (1, 3 * 8 * 8, t, h, w)
-        x = x.unflatten(1, (3, self.scale, self.scale)).permute(0, 1, 4, 5, 2, 6, 3)
+        x = x.unflatten(1, (3, self.spatial_factor, self.spatial_factor)).permute(0, 1, 4, 5, 2, 6, 3)
         return x.flatten(5, 6).flatten(3, 4).tanh()
 
 

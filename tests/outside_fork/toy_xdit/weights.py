@@ -19,5 +19,7 @@ STEM = "model"
 def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) -> tuple[TransformerFiles, ...]:
     """Both transformers, not loaded. Ours are the files' names: no table stands between them."""
     config = read_config(folder)
-    found = [find_files(folder / name, STEM, dtype) for name in FOLDERS]
-    return tuple(TransformerFiles(on_meta(ToyTransformer, config), open_checkpoint(file), None, file) for file in found)
+    checkpoints = [find_files(folder / name, STEM, dtype) for name in FOLDERS]
+    return tuple(
+        TransformerFiles(on_meta(ToyTransformer, config), open_checkpoint(file), None, file) for file in checkpoints
+    )

@@ -1,4 +1,4 @@
-"""A rank's line to whoever tells the user: the parent that watches over it, or its own stderr."""
+"""What a rank says to whoever tells the user: the parent that watches over it, or its own stderr."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def handed_down() -> bytes:
     return os.pread(request, os.fstat(request).st_size, 0)
 
 
-class Link:
-    """A rank's line to whoever tells the user: its parent under `supervise`, else its own stderr."""
+class Channel:
+    """What a rank says to whoever tells the user: its parent under `supervise`, else its own stderr."""
 
     def __init__(self, at: Process, debug: bool = False) -> None:
         self.process, self.debug = at, debug
