@@ -131,8 +131,8 @@ def read_pickle_header(path: Path) -> dict[str, Entry]:
         except CheckpointError:
             raise
         except Exception as error:  # zip, pickletools, unicode and type errors alike
-            message = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path} is damaged or truncated: {quoted(message) or type(error).__name__}") from None
+            text = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path} is damaged or truncated: {quoted(text) or type(error).__name__}") from None
 
 
 def _table(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
