@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.run.demo import fill
@@ -74,6 +74,27 @@ def original(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "tokenizer", root / "google" / "umt5-xxl")
     torch.save(original_names(folder), root / "models_t5_umt5-xxl-enc-bf16.pth")
     return root
+
+
+def comfyui_file(folder: Path, path: Path, scaled: bool = False, tokenizer: bool = True) -> dict[str, Tensor]:
+    """ComfyUI's one file, in half precision or partly in eight bits with scales; returns what its weights stand for."""
+    stored: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if scaled else {}
+    meant = {}
+    for name, tensor in tensors(folder).items():
+        if scaled and tensor.ndim == 2 and "SelfAttention." in name and "bias" not in name:
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + "scale_weight"] = scale
+            meant[name] = stored[name].float() * scale
+        else:
+            stored[name] = tensor.half()
+            meant[name] = stored[name].float()
+    if tokenizer:
+        spiece = (folder / "tokenizer" / "spiece.model").read_bytes()
+        stored["spiece_model"] = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(stored, path)
+    return meant
 
 
 def oracle(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -214,6 +235,44 @@ def test_faults_of_the_original_are_named(folder: Path, original: Path, tmp_path
     shutil.rmtree(root / "google")
     with pytest.raises(ValueError, match=r"put tokenizer\.json or spiece\.model into .*google/umt5-xxl"):
         find_text_encoder(root)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("place", ["text_encoders", "split_files/text_encoders", "clip", "."])
+@torch.no_grad()
+def test_comfyuis_file_has_the_tokenizer_in_it(folder: Path, tmp_path: Path, place: str, scaled: bool) -> None:
+    name = "umt5_xxl_fp8_e4m3fn_scaled" if scaled else "umt5_xxl_fp16"
+    meant = comfyui_file(folder, tmp_path / place / f"{name}.safetensors", scaled)
+    save_file({"encoder.final_layer_norm.weight": torch.ones(3)}, tmp_path / place / "t5xxl_fp16.safetensors")
+    files, plain = find_text_encoder(tmp_path), find_text_encoder(folder)
+    assert files.numbers() == plain.numbers() and files.weights == (files.tokenizer,)
+    files.check(width=24)
+    for prompt in (*CAPTIONS, "", "no piece: ☂"):
+        assert files.tokenize(prompt, 30) == plain.tokenize(prompt, 30)
+    theirs = oracle(folder)
+    theirs.load_state_dict({"encoder.embed_tokens.weight": meant["shared.weight"], **meant})
+    ids = torch.tensor([files.tokenize(PROMPTS[0], 30)[0]])
+    rows = files.run(files.load(torch.device("cpu"), torch.float32), ids)
+    assert (rows - theirs(ids).last_hidden_state).abs().max() < 1e-5
+
+
+def test_comfyuis_file_is_known_again_and_its_faults_are_named(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text_encoders" / "umt5_xxl_fp16.safetensors"
+    comfyui_file(folder, path)
+    first = find_text_encoder(tmp_path).fingerprint()
+    assert find_text_encoder(tmp_path).fingerprint() == first != find_text_encoder(folder).fingerprint()
+    comfyui_file(folder, path, tokenizer=False)
+    with pytest.raises(ValueError, match=r"umt5_xxl_fp16\.safetensors has no tokenizer in it .*put tokenizer\.json or"):
+        find_text_encoder(tmp_path)
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    assert find_text_encoder(tmp_path).tokenizer == tmp_path / "tokenizer" / "spiece.model"
+    state = load_file(path)
+    save_file({name: tensor for name, tensor in state.items() if name != "shared.weight"}, path)
+    with pytest.raises(CheckpointError, match=r"no matrix shared\.weight; this is not a UMT5 encoder"):
+        find_text_encoder(tmp_path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="truncated file"):
+        find_text_encoder(tmp_path)
 
 
 def test_prompts_are_cleaned_as_the_original_does() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.weights.load import CheckpointError
-from wan_xdit.clip import ImageConfig, check_image_encoder, load_image_encoder
+from common.weights.load import CheckpointError, save
+from wan_xdit.clip import ImageConfig, check_image_encoder, load_image_encoder, rename_table
 from wan_xdit.demo import IMAGE_ENCODER, write_image_encoder
+from wan_xdit.layouts import find_clip
 
 
 @pytest.fixture
@@ -42,6 +44,89 @@ def test_pixels_fill_the_square_and_are_normalised(folder: Path) -> None:
 
 def test_the_published_tower_gives_257_tokens() -> None:
     assert ImageConfig().tokens == 257
+
+
+WIDE = replace(IMAGE_ENCODER, hidden_size=160, num_attention_heads=2)
+"""Heads of 80 channels, as the published tower's."""
+
+
+def original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As the authors' module names and shapes them, the last block and the tower of text included."""
+    made = {
+        "visual.cls_embedding": state["vision_model.embeddings.class_embedding"][None, None],
+        "visual.pos_embedding": state["vision_model.embeddings.position_embedding.weight"][None],
+        "visual.patch_embedding.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.head": torch.ones(160, 3),
+        "log_scale": torch.tensor(2.0),
+        "textual.token_embedding.weight": torch.ones(5, 4),
+    }
+    for part in ("weight", "bias"):
+        made[f"visual.pre_norm.{part}"] = state[f"vision_model.pre_layrnorm.{part}"]
+        made[f"visual.post_norm.{part}"] = torch.ones(160)
+        for i in range(WIDE.num_hidden_layers):
+            # The last block, which nobody reads, may be any.
+            ours, theirs = f"vision_model.encoder.layers.{min(i, 1)}", f"visual.transformer.{i}"
+            qkv = [state[f"{ours}.self_attn.{name}_proj.{part}"] for name in "qkv"]
+            made[f"{theirs}.attn.to_qkv.{part}"] = torch.cat(qkv)
+            made[f"{theirs}.attn.proj.{part}"] = state[f"{ours}.self_attn.out_proj.{part}"]
+            for a, b in {
+                "norm1": "layer_norm1",
+                "norm2": "layer_norm2",
+                "mlp.0": "mlp.fc1",
+                "mlp.2": "mlp.fc2",
+            }.items():
+                made[f"{theirs}.{a}.{part}"] = state[f"{ours}.{b}.{part}"]
+    return made
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    write_image_encoder(tmp_path / "image_encoder", WIDE, torch.float32)
+    return tmp_path / "image_encoder", load_file(tmp_path / "image_encoder" / "model.safetensors")
+
+
+def assert_same_tower(place: Path, folder: Path) -> None:
+    found, known = load_image_encoder(place), load_image_encoder(folder)
+    assert found.config == known.config == WIDE
+    check_image_encoder(place, 160)
+    state = known.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
+
+
+def test_the_authors_file_is_found_and_read(wide: tuple, tmp_path: Path) -> None:
+    folder, state = wide
+    root = tmp_path / "authors"
+    root.mkdir()
+    path = root / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    torch.save(original_names(state), path)
+    assert find_clip(root) == path
+    assert_same_tower(path, folder)
+    written = root / "written.safetensors"
+    save(load_image_encoder(path).state_dict(), written, rename_table(WIDE, "original"))
+    kept = original_names(state)
+    assert all(torch.equal(tensor, kept[name].view_as(tensor)) for name, tensor in load_file(written).items())
+    torch.save({name: t for name, t in kept.items() if "pos_embedding" not in name}, path)
+    with pytest.raises(
+        CheckpointError, match=r"models_clip_\S+\.pth: no image tower of CLIP; tensors of it are missing"
+    ):
+        check_image_encoder(path, 160)
+    torch.save({"a": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"it has no tensor visual\.patch_embedding\.weight or vision_model"):
+        check_image_encoder(path, 160)
+
+
+@pytest.mark.parametrize("place", ["clip_vision", "split_files/clip_vision", "."])
+def test_comfyuis_file_is_found_and_read(wide: tuple, tmp_path: Path, place: str) -> None:
+    folder, state = wide
+    path = tmp_path / "comfyui" / place / "clip_vision_h.safetensors"
+    path.parent.mkdir(parents=True)
+    last = {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in state.items()}
+    more = {"visual_projection.weight": torch.ones(3, 160), "vision_model.post_layernorm.bias": torch.ones(160)}
+    save_file(last | state | more, path)
+    save_file({"x": torch.ones(1)}, path.with_name("another.safetensors"))
+    assert find_clip(tmp_path / "comfyui") == path
+    assert_same_tower(path, folder)
 
 
 def test_faults_are_named(folder: Path) -> None:

@@ -339,7 +339,7 @@ def test_one_expert_alone_is_refused(parts, tmp_path):
 
 def test_an_image_tower_that_is_not_there_is_asked_for(tmp_path, parts):
     authors(tmp_path, "i2v", parts["i2v"])
-    with pytest.raises(ValueError, match=r"put that of Wan-AI/\S+ beside the weights"):
+    with pytest.raises(ValueError, match=r"put beside the others models_clip_\S+ \(the authors'\), clip_vision/"):
         find_checkpoint(tmp_path).check_task(image=True)
     (tmp_path / "image_encoder").mkdir()
     find_checkpoint(tmp_path).check_task(image=True)

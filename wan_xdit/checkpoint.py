@@ -21,7 +21,7 @@ from wan_xdit.config import (
     read_transformer,
     read_vae,
 )
-from wan_xdit.layouts import LOOKED_FOR, find_parts
+from wan_xdit.layouts import LOOKED_FOR, find_clip, find_parts
 
 PUBLISHED: Mapping[str, TransformerConfig] = {
     "t2v-14b": T2V_14B,
@@ -149,7 +149,7 @@ class CheckpointFiles:
     small: bool = False
     """A kind that is published for two sizes, in its smaller one."""
     image_encoder: Path | None = None
-    """The folder of CLIP's image tower, for checkpoints that attend to its tokens."""
+    """The folder or the file of CLIP's image tower, for checkpoints that attend to its tokens."""
 
     @property
     def kind(self) -> str:
@@ -184,8 +184,10 @@ class CheckpointFiles:
             raise ValueError("this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)")
         if self.config.image_width is not None and self.image_encoder is None:
             raise ValueError(
-                "this checkpoint sees its image through CLIP, whose weights are read from a folder image_encoder/ as "
-                "diffusers' checkpoints have it; put that of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers beside the weights"
+                "this checkpoint sees its image through CLIP, whose weights are missing; put beside the others "
+                "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (the authors'), "
+                "clip_vision/clip_vision_h.safetensors (ComfyUI's), or the folder image_encoder/ of "
+                "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
             )
 
 
@@ -204,7 +206,6 @@ def find_checkpoint(folder: Path) -> CheckpointFiles:
     if parts is None:
         raise CheckpointError(f"{folder}: no Wan checkpoint; looked for {LOOKED_FOR}")
     small = any("480p" in path.name.lower() for path in (folder.resolve(), *parts.experts))
-    tower = folder / "image_encoder"
     files = CheckpointFiles(
         "original",
         parts.config,
@@ -213,7 +214,7 @@ def find_checkpoint(folder: Path) -> CheckpointFiles:
         parts.vae,
         per_token=parts.per_token,
         small=small,
-        image_encoder=tower if parts.config.image_width and tower.is_dir() else None,
+        image_encoder=find_clip(folder) if parts.config.image_width else None,
     )
     return checked(replace(files, boundary=RULES[files.kind].boundary), str(folder))
 

@@ -5,7 +5,9 @@ Radford et al. 2021 (arXiv 2103.00020); the weights are open_clip's, trained wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -14,11 +16,14 @@ from torch import Tensor, nn
 
 from common.weights.load import Checkpoint, Concat, Rename, check, find_files, load, on_meta, open_checkpoint
 from common.weights.schema import MAX_LAYERS, CheckpointError, bounded, build, read_object
+from wan_xdit.layouts import CLIP_SIGNS
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of pixels from 0 to 1, as the tower was trained with them."""
 STEM = "model"
+HEAD_WIDTH = 80
+"""Of the published tower; no tensor's shape shows it."""
 
 
 @dataclass(frozen=True)
@@ -90,22 +95,73 @@ class ImageEncoder(nn.Module):
         return ((x - mean) / std).to(weight.dtype)
 
 
-def rename_table(config: ImageConfig) -> Rename:
-    """Our modules -> those of transformers' CLIPVisionModel, as diffusers' folders have them."""
-    top = "vision_model"
-    table: dict[str, str | Concat] = {
-        "patches": f"{top}.embeddings.patch_embedding",
-        "first": f"{top}.embeddings.class_embedding",
-        "positions": f"{top}.embeddings.position_embedding.weight",
-        "norm": f"{top}.pre_layrnorm",
-    }
-    names = {"norm1": "layer_norm1", "out": "self_attn.out_proj", "norm2": "layer_norm2"}
-    names |= {"ff_in": "mlp.fc1", "ff_out": "mlp.fc2"}
+_TRANSFORMERS = {
+    "patches": "vision_model.embeddings.patch_embedding",
+    "first": "vision_model.embeddings.class_embedding",
+    "positions": "vision_model.embeddings.position_embedding.weight",
+    "norm": "vision_model.pre_layrnorm",
+}
+_TRANSFORMERS_LAYER: Mapping[str, str | tuple[str, ...]] = {
+    "norm1": "layer_norm1",
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "ff_in": "mlp.fc1",
+    "ff_out": "mlp.fc2",
+}
+_ORIGINAL = {
+    "patches": "visual.patch_embedding",
+    "first": "visual.cls_embedding",
+    "positions": "visual.pos_embedding",
+    "norm": "visual.pre_norm",
+}
+_ORIGINAL_LAYER: Mapping[str, str | tuple[str, ...]] = {
+    "norm1": "norm1",
+    "qkv": "attn.to_qkv",
+    "out": "attn.proj",
+    "norm2": "norm2",
+    "ff_in": "mlp.0",
+    "ff_out": "mlp.2",
+}
+_LAYERS = {"original": "visual.transformer", "transformers": "vision_model.encoder.layers"}
+_LEFT_OVER = {
+    "original": ("visual.post_norm.*", "visual.head", "textual.*", "log_scale"),
+    "transformers": ("vision_model.post_layernorm.*", "vision_model.embeddings.position_ids", "visual_projection.*"),
+}
+"""What files hold that is not of the tower up to the last block but one."""
+
+
+def rename_table(config: ImageConfig, layout: str = "transformers") -> Rename:
+    """Our modules -> those of a layout.
+
+    `transformers` are CLIPVisionModel's, which diffusers' folders and ComfyUI's file have; `original` those of the
+    authors' file, which holds the tower of text as well.
+    """
+    original = layout == "original"
+    table: dict[str, str | Concat] = dict(_ORIGINAL if original else _TRANSFORMERS)
+    names = _ORIGINAL_LAYER if original else _TRANSFORMERS_LAYER
     for i in range(config.num_hidden_layers - 1):
-        theirs = f"{top}.encoder.layers.{i}"
-        table |= {f"layers.{i}.{ours}": f"{theirs}.{name}" for ours, name in names.items()}
-        table[f"layers.{i}.qkv"] = Concat(tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv"))
+        for ours, theirs in names.items():
+            full = tuple(f"{_LAYERS[layout]}.{i}.{name}" for name in ((theirs,) if isinstance(theirs, str) else theirs))
+            table[f"layers.{i}.{ours}"] = full[0] if isinstance(theirs, str) else Concat(full)
     return table
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower's numbers and tensors, by headers alone."""
+
+    config: ImageConfig
+    checkpoint: Checkpoint
+    layout: str = "transformers"
+
+    @property
+    def rename(self) -> Rename:
+        return rename_table(self.config, self.layout)
+
+    @property
+    def left_over(self) -> tuple[str, ...]:
+        return f"{_LAYERS[self.layout]}.{self.config.num_hidden_layers - 1}.*", *_LEFT_OVER[self.layout]
 
 
 def read_config(folder: Path) -> ImageConfig:
@@ -118,28 +174,60 @@ def read_config(folder: Path) -> ImageConfig:
     return build(ImageConfig, {one.name: one.name for one in fields(ImageConfig)}, raw, str(path))
 
 
-def open_image_encoder(folder: Path, dtype: torch.dtype | None = None) -> tuple[ImageConfig, Checkpoint]:
-    """The numbers and the tensors of an image_encoder/ folder, by headers alone."""
-    return read_config(folder), open_checkpoint(find_files(folder, STEM, dtype))
+def open_image_encoder(place: Path, dtype: torch.dtype | None = None) -> Tower:
+    """The tower in an image_encoder/ folder, or in one file of the authors' or of ComfyUI's. CheckpointError."""
+    if place.is_dir():
+        return Tower(read_config(place), open_checkpoint(find_files(place, STEM, dtype)))
+    checkpoint = open_checkpoint(place)
+    layout = next((layout for layout, sign in CLIP_SIGNS.items() if sign in checkpoint), None)
+    if layout is None:
+        raise CheckpointError(f"{place}: no image tower of CLIP; it has no tensor {' or '.join(CLIP_SIGNS.values())}")
+    # The authors' embeddings stand in a batch of one, that of the class in a row as well.
+    places = {_ORIGINAL["first"]: (1, 1), _ORIGINAL["positions"]: (1,)}
+    flat = {
+        name: replace(checkpoint[name], shape=checkpoint[name].shape[len(ones) :])
+        for name, ones in places.items()
+        if name in checkpoint and checkpoint[name].shape[: len(ones)] == ones
+    }
+    whole = Checkpoint({**checkpoint, **flat}, checkpoint.label, checkpoint.metadata)
+    return Tower(_from_shapes(whole, layout, str(place)), whole, layout)
 
 
-def check_image_encoder(folder: Path, width: int | None, dtype: torch.dtype | None = None) -> None:
+def _from_shapes(checkpoint: Checkpoint, layout: str, where: str) -> ImageConfig:
+    """The numbers of a file without a config.json."""
+    top, layer = (_ORIGINAL, _ORIGINAL_LAYER) if layout == "original" else (_TRANSFORMERS, _TRANSFORMERS_LAYER)
+    layers = 0
+    while f"{_LAYERS[layout]}.{layers}.{layer['norm1']}.weight" in checkpoint and layers <= MAX_LAYERS:
+        layers += 1
+    try:
+        width, _, patch, _ = checkpoint[f"{top['patches']}.weight"].shape
+        inner, _ = checkpoint[f"{_LAYERS[layout]}.0.{layer['ff_in']}.weight"].shape
+        tokens, _ = checkpoint[top["positions"]].shape
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{where}: no image tower of CLIP; tensors of it are missing or flat") from None
+    raw = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "image_size": isqrt(max(tokens - 1, 0)) * patch,
+        "patch_size": patch,
+    }
+    return build(ImageConfig, {name: name for name in raw}, raw, where)
+
+
+def check_image_encoder(place: Path, width: int | None, dtype: torch.dtype | None = None) -> None:
     """Raise what `load_image_encoder` would raise for the headers. width: of the tokens that the transformer takes."""
-    config, checkpoint = open_image_encoder(folder, dtype)
-    if width is not None and config.hidden_size != width:
-        raise CheckpointError(f"{folder}: tokens of {config.hidden_size} channels, the transformer takes {width}")
-    check(on_meta(ImageEncoder, config), checkpoint, rename_table(config), _left_over(config))
+    tower = open_image_encoder(place, dtype)
+    if width is not None and tower.config.hidden_size != width:
+        raise CheckpointError(f"{place}: tokens of {tower.config.hidden_size} channels, the transformer takes {width}")
+    check(on_meta(ImageEncoder, tower.config), tower.checkpoint, tower.rename, tower.left_over)
 
 
 def load_image_encoder(
-    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    place: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> ImageEncoder:
     """The image tower of a checkpoint, strictly."""
-    config, checkpoint = open_image_encoder(folder, dtype)
-    module = on_meta(ImageEncoder, config)
-    return load(module, checkpoint, rename_table(config), device, dtype, ignore=_left_over(config))
-
-
-def _left_over(config: ImageConfig) -> tuple[str, ...]:
-    last = f"vision_model.encoder.layers.{config.num_hidden_layers - 1}.*"
-    return last, "vision_model.post_layernorm.*", "vision_model.embeddings.position_ids", "visual_projection.*"
+    tower = open_image_encoder(place, dtype)
+    module = on_meta(ImageEncoder, tower.config)
+    return load(module, tower.checkpoint, tower.rename, device, dtype, ignore=tower.left_over)

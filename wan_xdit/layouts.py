@@ -27,7 +27,17 @@ LOOKED_FOR = (
 EXPERTS = ("high_noise_model", "low_noise_model")
 HEAD_WIDTH = 128
 """Of all published transformers; no tensor's shape shows it."""
-_FOLDERS = {"transformer": ("diffusion_models", "unet", "."), "vae": ("vae", ".")}
+_FOLDERS = {
+    "transformer": ("diffusion_models", "unet", "."),
+    "vae": ("vae", "."),
+    "clip": ("clip_vision", "."),
+    "text": ("text_encoders", "clip", "."),
+}
+CLIP_FILES = ("models_clip_*.pth", "models_clip_*.safetensors")
+CLIP_SIGNS = {"original": "visual.patch_embedding.weight", "transformers": "vision_model.embeddings.class_embedding"}
+"""Tensors by whose names CLIP's image tower is known."""
+_UMT5_SIGNS = tuple(f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight" for i in (0, 1))
+"""A T5 has the first one alone."""
 _SIGNS = {
     "vace_patch_embedding.": "vace",
     "vace_blocks.": "vace",
@@ -83,6 +93,33 @@ def weights_file(place: Path) -> Path:
         if (place / name).is_file():
             return place / name
     raise CheckpointError(f"{place}: no {STEM}.safetensors and no {STEM}.safetensors.index.json")
+
+
+def find_clip(folder: Path) -> Path | None:
+    """CLIP's image tower: diffusers' folder, the authors' file or ComfyUI's; None where there is none of them."""
+    if (folder / "image_encoder").is_dir():
+        return folder / "image_encoder"
+    found = [file for pattern in CLIP_FILES for file in sorted(folder.glob(pattern))]
+    known = set(CLIP_SIGNS.values())
+    return next(iter(found), None) or next(
+        (file for file in _candidates(folder, "clip") if known & _names(file, "clip_vision")), None
+    )
+
+
+def find_umt5(folder: Path) -> Path | None:
+    """ComfyUI's file of the text encoder, by what is in it; None where there is none. Of several the first by name."""
+    signs = set(_UMT5_SIGNS)
+    return next((file for file in _candidates(folder, "text") if signs <= _names(file, "text_encoders")), None)
+
+
+def _names(file: Path, place: str) -> set[str]:
+    """The names of a file's tensors; none of a file that cannot be read, unless it lies in the part's own folder."""
+    try:
+        return set(read_shapes(file))
+    except CheckpointError:
+        if file.parent.name == place:
+            raise
+        return set()
 
 
 def _authors(folder: Path) -> tuple[Path, ...]:

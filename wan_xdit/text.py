@@ -1,4 +1,5 @@
-"""Wan's text: the original's cleaning of a prompt, and UMT5-xxl's files in the original layout and in diffusers'.
+"""Wan's text: the original's cleaning of a prompt, and UMT5-xxl's files in the original, in diffusers' and in ComfyUI's
+layout.
 
 The original's weights have names of their own, so that `RENAME` stands between them and transformers' UMT5EncoderModel.
 The names are those of the modules in `wan/modules/t5.py` of Wan-Video/Wan2.1; the true file, 11 GB, has not been read
@@ -18,8 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from common.text.t5 import UMT5, EncoderFiles, UMT5Numbers
+from common.text.tokenizer import SENTENCEPIECE
 from common.weights.checkpoint import CheckpointError, load_pickle, open_checkpoint
 from common.weights.schema import MAX_LAYERS, build
+from wan_xdit.layouts import find_umt5
 
 TOKENS = 512
 """Positions of the text that the transformer sees: features, then zeros."""
@@ -65,11 +68,11 @@ def clean(prompt: str) -> str:
 
 
 def find_text_encoder(directory: str | Path) -> EncoderFiles:
-    """UMT5's files in a folder of either layout. ValueError says what is missing, and where it belongs."""
+    """UMT5's files in a folder of any layout. ValueError says what is missing, and where it belongs."""
     root = Path(directory).expanduser()
     files = sorted(path for pattern in WEIGHTS for path in root.glob(pattern))
     if not files:
-        return EncoderFiles.find(root, UMT5)
+        return _comfyui(root) or EncoderFiles.find(root, UMT5)
     tokenizers = [root / TOKENIZER / name for name in UMT5.tokenizers]
     tokenizer = next((path for path in tokenizers if path.is_file()), None)
     if tokenizer is None:
@@ -77,6 +80,19 @@ def find_text_encoder(directory: str | Path) -> EncoderFiles:
         raise ValueError(f"no tokenizer for the UMT5 text encoder: put {names} into {root / TOKENIZER}")
     numbers = read_numbers(files[0])
     return EncoderFiles(files[0], tokenizer, (files[0],), UMT5, numbers, rename_table(numbers.num_layers))
+
+
+def _comfyui(root: Path) -> EncoderFiles | None:
+    """ComfyUI's one file, whose tensors have transformers' names and one of which is the tokenizer."""
+    file = None if (root / "text_encoder").is_dir() else find_umt5(root)
+    if file is None or (file.parent == root and (root / "config.json").is_file()):
+        return None
+    beside = [root / folder / name for folder in ("tokenizer", TOKENIZER) for name in UMT5.tokenizers]
+    tokenizer = next((path for path in beside if path.is_file()), file)
+    if tokenizer == file and SENTENCEPIECE not in open_checkpoint(file):
+        names = " or ".join(UMT5.tokenizers)
+        raise ValueError(f"{file} has no tokenizer in it (no {SENTENCEPIECE}); put {names} into {root / 'tokenizer'}")
+    return EncoderFiles(file, tokenizer, (file,), UMT5, read_numbers(file, original=False))
 
 
 def rename_table(layers: int) -> dict[str, str]:
@@ -87,23 +103,28 @@ def rename_table(layers: int) -> dict[str, str]:
     return _TOP | blocks
 
 
-def read_numbers(path: Path) -> UMT5Numbers:
-    """The numbers of the original's encoder, which has no config.json, by the shapes of its tensors.
+def read_numbers(path: Path, original: bool = True) -> UMT5Numbers:
+    """The numbers of an encoder without a config.json, by the shapes of its tensors.
 
-    CheckpointError names the file that is no such encoder.
+    original: they have the original's names, not transformers'. CheckpointError names the file that is no such encoder.
     """
-    stored = _shapes(path)
+    stored, names = _shapes(path), rename_table(MAX_LAYERS)
+    kind = "the original's UMT5 encoder" if original else "a UMT5 encoder"
 
-    def shape(name: str) -> tuple[int, ...]:
-        if len(found := stored.get(f"{name}.weight", ())) != 2:
-            raise CheckpointError(f"{path}: no matrix {name}.weight; this is not the original's UMT5 encoder")
+    def named(module: str) -> str:
+        return f"{names[module] if original else module}.weight"
+
+    def shape(module: str) -> tuple[int, ...]:
+        if len(found := stored.get(named(module), ())) != 2:
+            raise CheckpointError(f"{path}: no matrix {named(module)}; this is not {kind}")
         return found
 
-    layers = 0
-    while f"blocks.{layers}.norm1.weight" in stored and layers <= MAX_LAYERS:
+    layers, block = 0, "encoder.block.0.layer"
+    while layers < MAX_LAYERS and named(f"encoder.block.{layers}.layer.0.layer_norm") in stored:
         layers += 1
-    (vocab, width), (inner, _) = shape("token_embedding"), shape("blocks.0.attn.q")
-    (buckets, heads), (ff, _) = shape("blocks.0.pos_embedding.embedding"), shape("blocks.0.ffn.fc1")
+    (vocab, width), (inner, _) = shape("shared"), shape(f"{block}.0.SelfAttention.q")
+    (buckets, heads) = shape(f"{block}.0.SelfAttention.relative_attention_bias")
+    ff, _ = shape(f"{block}.1.DenseReluDense.wi_1")
     raw = {
         "vocab_size": vocab,
         "d_model": width,

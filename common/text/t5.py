@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.text.encoder import TextWork
-from common.text.tokenizer import PAD, Tokenizer
+from common.text.tokenizer import PAD, SENTENCEPIECE, Tokenizer, content
 from common.weights.blocks import BlockLayout, Blocks, FromFile, Stream, bind
 from common.weights.checkpoint import DTYPE_NAMES, Checkpoint, Stored, is_zip, open_checkpoint, read_index
 from common.weights.float8 import FLOAT8, SCALE, fill_float8, has_float8_matmul, use_float8
@@ -28,8 +28,6 @@ from common.weights.schema import MAX_LAYERS, CheckpointError, bounded, build, o
 
 _LAYERS = "encoder.block."
 _ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-SENTENCEPIECE = "spiece_model"
-"""The tensor that holds the tokenizer in ComfyUI's files of an encoder."""
 FLOAT8_LAYERS = (
     *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
     *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1")),
@@ -107,6 +105,7 @@ class EncoderFiles:
     config: Path
     """What describes the weights: config.json, or the weights' own file where `known` has the numbers."""
     tokenizer: Path
+    """Its file, or one of weights that holds it."""
     weights: tuple[Path, ...]
     """Every shard, in order."""
     member: Member = T5
@@ -170,7 +169,7 @@ class EncoderFiles:
         Weights are sampled (size, both ends and 62 places between), not read whole.
         """
         digest = hashlib.sha256(f"{self.name} {self.known}".encode() if self.known else self.config.read_bytes())
-        digest.update(self.tokenizer.read_bytes())
+        digest.update(content(self.tokenizer))
         for path in self.weights:
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}".encode())

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from common.weights.checkpoint import open_checkpoint
+
+SENTENCEPIECE = "spiece_model"
+"""The tensor that holds the sentencepiece model in files of an encoder which have it in them, as ComfyUI's."""
 EOS, PAD = 1, 0
 Codec = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
 
 class Tokenizer:
-    """Prompt -> token ids, from `spiece.model` or `tokenizer.json`, without network."""
+    """Prompt -> token ids, from `spiece.model`, `tokenizer.json` or a file of weights, without network."""
 
     def __init__(self, path: Path) -> None:
-        read = _sentencepiece if path.suffix == ".model" else _tokenizer_json
+        read = _tokenizer_json if path.suffix == ".json" else _sentencepiece
         self._encode, self._decode = read(path)
 
     def __call__(self, prompt: str, limit: int) -> tuple[list[int], str]:
@@ -29,11 +33,21 @@ class Tokenizer:
         return [*ids[: limit - 1], EOS], cut
 
 
+def content(path: Path) -> bytes:
+    """The bytes of a tokenizer's file, or of the one in a file of weights. ValueError where there is none in it."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    checkpoint = open_checkpoint(path)
+    if SENTENCEPIECE not in checkpoint:
+        raise ValueError(f"{path} has no tokenizer in it (no tensor {SENTENCEPIECE})")
+    return checkpoint.tensor(SENTENCEPIECE).numpy().tobytes()
+
+
 def _sentencepiece(path: Path) -> Codec:
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = SentencePieceProcessor(model_file=str(path))
+        model = SentencePieceProcessor(model_proto=content(path))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is no sentencepiece model: {error}") from None
     return model.encode, model.decode
