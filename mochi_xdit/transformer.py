@@ -22,7 +22,7 @@ from common.model.linear import in_parts
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.attention import join_heads
 from common.parallel.usp import SequenceParallel
-from common.weights.blocks import Blocks, streamed
+from common.weights.blocks import Blocks
 from mochi_xdit.config import MochiConfig
 
 NORM_EPS = 1e-6
@@ -316,7 +316,7 @@ class MochiTransformer(nn.Module):
         t = t.to(x.device).expand(x.shape[0])
         c = F.silu(self.t_embedder(t, cond.frequencies) + cond.pooled).to(self.dtype)
         x, y = self.x_embedder(x).to(self.dtype), cond.y.clone()  # blocks write over both
-        for block in streamed(self.blocks):
+        for block in self.blocks:
             x, y = block(x, y, c, cond)
         return self.final_layer(x, c)
 

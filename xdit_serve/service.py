@@ -1,0 +1,106 @@
+"""What a running server consists of, handed to its routes whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+from fastapi import Request
+
+from xdit_serve.admission import Admission
+from xdit_serve.body import Bodies
+from xdit_serve.dispatch import Dispatcher
+from xdit_serve.errors import ApiError
+from xdit_serve.keys import Keys
+from xdit_serve.metrics import Metrics
+from xdit_serve.offers import Offer
+from xdit_serve.records import Record
+from xdit_serve.store import Store, StoreError
+
+WATCH_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is set up.
+
+    own: words of the command line that every job gets. open: nobody is asked for a key although others can connect.
+    origins: of pages in browsers that may ask. queue: jobs that may wait. port: 0 takes a free one.
+    """
+
+    data_dir: Path
+    offers: Sequence[Offer]
+    own: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+    keys: tuple[str, ...] = ()
+    open: bool = False
+    origins: tuple[str, ...] = ()
+    queue: int = 1000
+    keep_hours: float = 168.0
+    keep_gb: float = 100.0
+    body_seconds: float = 60.0
+    leave_seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class Service:
+    settings: Settings
+    store: Store
+    dispatcher: Dispatcher
+    admission: Admission
+    keys: Keys
+    metrics: Metrics
+    bodies: Bodies
+
+    def owner(self, request: Request) -> str:
+        """Whose request it is. ApiError for nobody's."""
+        given = request.headers.get("authorization")
+        owner = self.keys.owner(None if given is None else given.encode("latin-1"))
+        if owner is None:
+            raise ApiError(401, "this server wants one of its keys: Authorization: Bearer KEY")
+        return owner
+
+    def admitting(self) -> None:
+        """ApiError once the server is about to end."""
+        if self.dispatcher.leaving.is_set():
+            raise ApiError(503, "the server is about to end", code="leaving", retry=30)
+
+    async def ask(self, what: Callable[..., Any], *given: Any) -> Any:
+        """The store's answer, off the event loop. ApiError where it has none now."""
+        try:
+            return await anyio.to_thread.run_sync(what, *given)
+        except StoreError as error:
+            raise ApiError(503, str(error), retry=5) from None
+
+    async def job(self, name: str, owner: str, kind: str) -> Record:
+        """An owner's job. ApiError where there is none."""
+        found: Record | None = await self.ask(self.store.get, name, owner)
+        if found is None or found.kind != kind:
+            raise ApiError(404, f"no such {kind}: {name[:80]!r}", "id")
+        return found
+
+    async def ended(self, job: Record, request: Request) -> Record:
+        """The job when it has ended. A client that leaves before takes its job along. ApiError when the server ends."""
+        while True:
+            found: Record | None = await self.ask(self.store.get, job.id)
+            if found is None:
+                raise ApiError(404, f"{job.id} was deleted", "id")
+            if found.ended:
+                return found
+            if await request.is_disconnected():
+                await self.ask(self.dispatcher.delete, job.id)
+                raise ApiError(400, "the client left")
+            if self.dispatcher.leaving.is_set():
+                said = f"the server is about to end; {job.id} goes on with its next start"
+                raise ApiError(503, said, code="leaving", retry=30)
+            await anyio.sleep(WATCH_SECONDS)
+
+
+def short(owner: str) -> str:
+    """An owner for a log: tells two apart, and is no key."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:8] if owner else ""
