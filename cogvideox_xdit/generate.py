@@ -40,6 +40,7 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
                 seed=output.seed,
                 image=image,
                 video=options.video,
+                fit=options.fit,
                 strength=options.strength,
                 dynamic_cfg=options.dynamic_cfg,
                 output="latent",

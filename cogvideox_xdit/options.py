@@ -10,10 +10,10 @@ from typing import ClassVar
 import click
 
 from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH
-from common.registry.checks import nearest
+from common.registry.checks import FITS, nearest
 from common.registry.request import ForkOptions, Source, Video
 from common.run.help import EXPERT, Option
-from common.run.options import PATH, unreadable_image
+from common.run.options import PATH, fit_option, unreadable_image
 
 SCHEDULER = "Sampler: ddim, or dpm, which draws noise in every step (CogVideoXDPMScheduler). Default: the checkpoint's."
 DYNAMIC = "Let the guidance vary from step to step, as CogVideoX's own demo does with dpm."
@@ -25,6 +25,8 @@ class CogVideoXOptions(ForkOptions):
     """The first frame, for image to video checkpoints."""
     video: Path | None = None
     """What a text checkpoint starts from."""
+    fit: str = FITS[0]
+    """How a picture of another shape is brought to the video's."""
     strength: float = STRENGTH
     """How much of the schedule is run on `video`, of (0, 1]."""
     scheduler: str | None = None
@@ -39,6 +41,7 @@ class CogVideoXOptions(ForkOptions):
             type=PATH,
             help="Video to change, for the other checkpoints: noise is added to it, and --prompt says what it becomes.",
         ),
+        fit_option("--image or --video"),
         Option(
             ["--strength"],
             type=float,

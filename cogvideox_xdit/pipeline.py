@@ -16,6 +16,7 @@ from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
+from common.registry.checks import FITS
 from common.registry.settings import DecodeOptions, either
 from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
@@ -57,6 +58,7 @@ class CogVideoXPipeline(Pipeline):
         output: str = "frames",
         image: Picture | None = None,
         video: Clip | None = None,
+        fit: str = FITS[0],
         strength: float = STRENGTH,
         dynamic_cfg: bool = False,
         decode: DecodeOptions | None = None,
@@ -74,6 +76,8 @@ class CogVideoXPipeline(Pipeline):
         image: the first frame, for checkpoints that take one and only for them: a file, a PIL image or uint8 (H, W, 3).
         video: what a text checkpoint starts from: a file or uint8 (T, H, W, 3); strength, of (0, 1], is how much of
         the schedule is run on it.
+        fit: where the shape of image or video is not height x width: `crop` cuts both sides alike, `stretch` gives the
+        shape up, `pad` puts it between black bars. The report says what was done.
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, C, T, h, w) without padding, on every rank).
         latents_file: where rank 0 puts the final latents before the decode begins.
@@ -95,9 +99,10 @@ class CogVideoXPipeline(Pipeline):
         solver = Solver(self.checkpoint.scheduler, num_steps, self.scheduler, 1.0 if video is None else strength)
         frames: Tensor | None = None
         if image is not None:
-            frames = on_main(self.mesh, lambda: image_frames(image, height, width))
+            frames = on_main(self.mesh, lambda: image_frames(image, height, width, fit, self.report.note, rules))
         elif video is not None:
-            frames = on_main(self.mesh, lambda: video_frames(video, height, width, num_frames))
+            told = self.report.note
+            frames = on_main(self.mesh, lambda: video_frames(video, height, width, num_frames, fit, told, rules))
         text = self._encode(prompt, negative_prompt if rules.guided(cfg_scale) or self.mesh.cfg.size > 1 else None)
         start = self._start(size, padding, seed, latents, frames, solver)
         scales = [cfg_scale if rules.guided(cfg_scale) else 1.0] * len(solver)

@@ -60,7 +60,8 @@ class ConsisIDPipeline(CogVideoXPipeline):
             identity = self.identify(image, identity)
         self._identity, self._face = identity, None
         try:
-            return super().__call__(prompt, negative_prompt, image=identity.image.cpu(), **options)
+            # The aligned face on white is stretched, as in the reference: so the model was trained.
+            return super().__call__(prompt, negative_prompt, image=identity.image.cpu(), fit="stretch", **options)
         finally:
             self._identity, self._face = None, None
 
@@ -101,7 +102,8 @@ class ConsisIDPipeline(CogVideoXPipeline):
         if self.config.kps:
             assert self._identity is not None
             canvas = draw_keypoints(self._identity.face_kps.cpu().numpy(), *self._identity.image.shape[:2])
-            landmarks = image_frames(canvas, *frames.shape[1:3])
+            height, width = frames.shape[1:3]
+            landmarks = image_frames(canvas, height, width, "stretch")
             latents.append(super()._encode_frames(landmarks.to(frames.device), generator))
         return torch.cat(latents, dim=2)
 

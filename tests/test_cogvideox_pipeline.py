@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from cogvideox_xdit import CogVideoXPipeline
 from cogvideox_xdit.solver import SCHEDULERS
 from common.parallel.mesh import Layout, Mesh, distributed
+from common.video.inputs import image_frames, video_frames
 from tests.helpers.cogvideox import write_checkpoint
 from tests.helpers.ranks import RankPool
 
@@ -116,7 +118,8 @@ def test_image_to_video_is_the_references(
     theirs = reference_video(
         folders[kind], "i2v", scheduler, "latent", image=Image.fromarray(image), **size, num_frames=9
     )
-    close(generate(folders[kind], **size, num_frames=9, image=image, output="latent", scheduler=scheduler), theirs)
+    given = {**size, "image": image, "fit": "stretch", "num_frames": 9}  # the reference's way
+    close(generate(folders[kind], **given, output="latent", scheduler=scheduler), theirs)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -131,6 +134,7 @@ def test_video_to_video_is_the_references(folders: dict[str, Path], kind: str, f
         **SIZE,
         num_frames=frames,
         video=video,
+        fit="stretch",
         cfg_scale=6.0,
         strength=0.8,
         output="latent",
@@ -246,6 +250,37 @@ def test_seed_text_image_and_strength_decide(folders: dict[str, Path]) -> None:
     assert not torch.equal(first, generate(folders["5b-i2v"], **given | {"negative_prompt": ""}))
     unguided = generate(folders["5b-i2v"], **given | {"cfg_scale": 1.0})
     assert torch.equal(unguided, generate(folders["5b-i2v"], **given | {"cfg_scale": 0.5, "negative_prompt": ""}))
+
+
+class Encoded(Exception):
+    """The frames that would be encoded."""
+
+
+@pytest.mark.parametrize(("kind", "of", "size"), [("1.5-i2v", "image", (96, 64)), ("2b", "video", (64, 96))])
+def test_pictures_keep_their_shape(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, of: str, size: tuple[int, int]
+) -> None:
+    def encode(self: CogVideoXPipeline, frames: Tensor, generator: torch.Generator) -> Tensor:
+        raise Encoded(frames)
+
+    monkeypatch.setattr(CogVideoXPipeline, "_encode_frames", encode)
+    pipe = CogVideoXPipeline.from_pretrained(folders[kind], dtype="fp32")
+    given, frames_of = (picture(), image_frames) if of == "image" else (clip(9), partial(video_frames, num_frames=9))
+    height, width = size
+    for fit, said in (("crop", "cropped"), ("pad", "padded"), ("stretch", "")):
+        told: list[str] = []
+        monkeypatch.setattr(pipe.report, "note", told.append)
+        with pytest.raises(Encoded) as seen:
+            pipe(PROMPT, height=height, width=width, num_frames=9, num_steps=2, fit=fit, **{of: given})
+        assert torch.equal(seen.value.args[0], frames_of(given, height=height, width=width, fit=fit))
+        of_fit = [line for line in told if line.startswith(f"the {of} is")]
+        assert len(of_fit) == bool(said)
+        assert all(said in line and line.endswith("; with --width 80 --height 64: 0.0%") for line in of_fit)
+    with pytest.raises(Encoded) as seen:
+        pipe(PROMPT, height=height, width=width, num_frames=9, num_steps=2, **{of: given})
+    assert torch.equal(seen.value.args[0], frames_of(given, height=height, width=width, fit="crop"))
+    with pytest.raises(ValueError, match="fit is 'zoom'; choose one of crop, stretch, pad"):
+        pipe(PROMPT, height=height, width=width, num_frames=9, num_steps=2, fit="zoom", **{of: given})
 
 
 @pytest.mark.slow

@@ -119,6 +119,7 @@ def test_wrong_values_are_told_at_the_door(tmp_path: Path) -> None:
         ("--shift", 0): "--shift 0.0 is not a number above 0",
         ("--cfg-scale-2", -1): "--cfg-scale-2 -1.0 is not a number from 0",
         ("--solver", "ddim"): "'ddim' is not one of",
+        ("--fit", "zoom"): "'zoom' is not one of 'crop', 'stretch', 'pad'",
         ("--residual", "fp16"): "'fp16' is not one of",
         ("--num-frames", 10): "--num-frames 10 is not of the form 4k+1; nearest: 9 or 13",
         ("--height", 40): "--height 40 is not a positive multiple of 16; nearest: 32 or 48",
@@ -137,9 +138,16 @@ def test_a_picture_where_none_is_taken_and_the_reverse(cache: Path, capsys: pyte
 
 
 @pytest.mark.slow
-def test_a_demo_starts_from_its_own_picture(cache: Path) -> None:
+def test_a_demo_starts_from_its_own_picture(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--gpus", "1", "--device", "cpu", "--num-steps", "2", "--seed", "1", "--num-frames", "9"]
+    Image.new("RGB", (50, 40)).save(cache / "other.png")
+    given = ["--image", "other.png", "--fit", "pad"]
+    assert main(FORK, ["--demo", "i2v-14b-480p", *common, *given, "--output", "padded.mp4"]) == 0
+    said = "the image is padded from 50x40 to 96x64: 16.7% of the width is black; with --width 80 --height 64: 0.0%"
+    assert said in capsys.readouterr().err
+    assert json.loads((cache / "padded.json").read_text())["settings"]["fit"] == "pad"
     assert main(FORK, ["--demo", "i2v-14b-480p", *common, "--output", "first.mp4"]) == 0
+    assert "the image is" not in capsys.readouterr().err
     report = json.loads((cache / "first.json").read_text())
     assert report["settings"]["demo"] == "i2v-14b-480p" and report["settings"]["residual"] == "fp32"
     frames, fps = read_video(cache / "first.mp4")

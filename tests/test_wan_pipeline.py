@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.parallel.mesh import Layout, Mesh, distributed
+from common.registry.checks import FITS
 from common.video.inputs import image_frames
+from common.video.pictures import seen_part
 from common.weights.load import CheckpointError
 from tests.helpers.ranks import RankPool
 from tests.helpers.wan import KINDS, small, write_checkpoint
@@ -124,7 +126,7 @@ def test_latents_are_the_references(folders: dict[str, Path], kind: str, solver:
     # A square that the image tower takes as it is: there the reference resizes by another rule than the authors'.
     given = {"image": Image.fromarray(picture()[:28, :28])} if image else {}
     theirs = reference_video(folders[kind], kind, "latent", solver, (4.0, 3.0), 3.0, **given)
-    own = {"image": picture()[:28, :28]} if image else {}
+    own = {"image": picture()[:28, :28], "fit": "stretch"} if image else {}
     ours = generate(
         folders[kind], kind, output="latent", solver=solver, cfg_scale=4.0, cfg_scale_2=3.0, shift=3.0, **own
     )
@@ -137,7 +139,7 @@ def test_latents_are_the_references(folders: dict[str, Path], kind: str, solver:
 def test_frames_are_the_references(folders: dict[str, Path], kind: str, image: bool) -> None:
     given = {"image": Image.fromarray(picture())} if image else {}
     theirs = reference_video(folders[kind], kind, "np", "unipc", (5.0, 5.0), 5.0, **given)
-    ours = generate(folders[kind], kind, **({"image": picture()} if image else {}))
+    ours = generate(folders[kind], kind, **({"image": picture(), "fit": "stretch"} if image else {}))
     assert ours.shape == theirs[0].shape and ours.dtype == torch.uint8
     assert np.abs(ours.numpy() - theirs[0] * 255).max() <= 0.55
 
@@ -247,6 +249,25 @@ def test_a_given_first_frame_stays_as_it_is(folders: dict[str, Path]) -> None:
     assert torch.equal(out[:, :, :1], first)
     assert not torch.equal(out[:, :, 1:], pipe(PROMPT, image=picture(1), **given)[:, :, 1:])
     assert not torch.equal(out[:, :, :1], pipe(PROMPT, **given)[:, :, :1])
+
+
+def test_pictures_keep_their_shape(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first frame, and what the image tower sees of the picture."""
+    pipe, told = WanPipeline.from_pretrained(folders["i2v-14b-480p"], dtype="fp32"), []
+    monkeypatch.setattr(pipe.report, "note", told.append)
+    starts, seen = [], []
+    start, see = pipe._start, pipe._see
+    monkeypatch.setattr(pipe, "_start", lambda *given: (starts.append(given[1]), start(*given))[1])
+    monkeypatch.setattr(pipe, "_see", lambda *given: (seen.append(see(*given)), seen[-1])[1])
+    size = SIZES["i2v-14b-480p"]["height"], SIZES["i2v-14b-480p"]["width"]
+    for fit in ({}, *({"fit": one} for one in FITS)):
+        pipe(PROMPT, image=picture(), **SIZES["i2v-14b-480p"], num_steps=1, output="latent", **fit)
+        assert torch.equal(starts[-1], image_frames(picture(), *size, **fit))
+    of_fit = [line.split()[3] for line in told if line.startswith("the image is")]
+    assert of_fit == ["cropped", "cropped", "padded"]
+    part = see(seen_part(picture(), *size), *size, "stretch")
+    assert torch.equal(seen[0], part) and torch.equal(seen[1], part)
+    assert torch.equal(seen[2], seen[3]) and not torch.equal(seen[2], part)
 
 
 def test_what_is_not_wanted_is_the_authors_sentence_unless_it_is_said(folders: dict[str, Path]) -> None:

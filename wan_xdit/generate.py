@@ -37,6 +37,7 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
                 video.negative_prompt,
                 seed=output.seed,
                 image=image,
+                fit=options.fit,
                 cfg_scale_2=options.cfg_scale_2,
                 shift=options.shift,
                 solver=options.solver,

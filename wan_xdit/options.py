@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import click
 
+from common.registry.checks import FITS
 from common.registry.request import ForkOptions, Source, Video
 from common.run.help import EXPERT, Option
-from common.run.options import PATH, unreadable_image
+from common.run.options import PATH, fit_option, unreadable_image
 from wan_xdit.checkpoint import RESIDUALS, SOLVER, SOLVERS
 
 MAX_SHIFT = 100.0
@@ -22,6 +23,8 @@ MAX_SCALE = 1000.0
 class WanOptions(ForkOptions):
     image: Path | None = None
     """The first frame, for checkpoints that take one."""
+    fit: str = FITS[0]
+    """How a picture of another shape is brought to the video's."""
     cfg_scale_2: float | None = None
     """Guidance of the second expert; None: the checkpoint's own."""
     shift: float | None = None
@@ -32,6 +35,7 @@ class WanOptions(ForkOptions):
 
     command_line: ClassVar = (
         Option(["--image"], type=PATH, help="Picture that the video begins with, for I2V and TI2V checkpoints."),
+        fit_option("--image"),
         Option(
             ["--cfg-scale-2"],
             type=float,

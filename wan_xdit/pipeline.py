@@ -15,6 +15,7 @@ from common.model.compile import compile_transformer
 from common.parallel.device_memory import host_memory
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
+from common.registry.checks import FITS
 from common.registry.settings import DecodeOptions, either
 from common.run.pipeline import Pipeline
 from common.run.quantize import TransformerFiles
@@ -23,6 +24,7 @@ from common.text.t5 import EncoderFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Picture, as_array, image_frames, pixels
 from common.video.latents import check_latents, draw_noise, save_latents
+from common.video.pictures import seen_part
 from common.video.states import StateKeeper
 from common.weights.ahead import read_ahead
 from common.weights.dtypes import latent_dtype, parse_dtype
@@ -66,6 +68,7 @@ class WanPipeline(Pipeline):
         latents: Tensor | None = None,
         output: str = "frames",
         image: Picture | None = None,
+        fit: str = FITS[0],
         cfg_scale_2: float | None = None,
         shift: float | None = None,
         solver: str = SOLVER,
@@ -83,6 +86,8 @@ class WanPipeline(Pipeline):
         checkpoint's own. cfg_scale: guidance, 1 for none; cfg_scale_2: of the second expert, for checkpoints with two.
         latents: noise to start from, (1, C, T, h, w), in place of the seed's.
         image: the first frame, for checkpoints that take one: a file, a PIL image or uint8 (H, W, 3).
+        fit: where its shape is not height x width: `crop` cuts both sides alike, `stretch` gives the shape up, `pad`
+        puts it between black bars. The report says what was done. The image tower sees what the frame shows.
         shift, solver: see `wan_xdit.solver`.
         output: `frames` (uint8 (num_frames, height, width, 3) on rank 0, None elsewhere) or `latent` (the final
         latents, (1, C, T, h, w), on every rank).
@@ -105,12 +110,14 @@ class WanPipeline(Pipeline):
         if latents is None:
             latents = draw_noise(shape, seed)
         check_latents(latents, shape)
-        picture = None if image is None else on_main(self.mesh, lambda: image_frames(image, height, width))
+        picture: Tensor | None = None
+        if image is not None:
+            picture = on_main(self.mesh, lambda: image_frames(image, height, width, fit, self.report.note, rules))
         guided = any(rules.guided(turn.scale) for turn in plan) or self.mesh.cfg.size > 1
         unwanted = rules.negative_prompt if negative_prompt is None else negative_prompt
         text = self._encode(prompt, unwanted if guided else None)
         start = self._start(latents, picture, num_frames)
-        seen = None if image is None or self.config.image_width is None else self._see(image)
+        seen = None if image is None or self.config.image_width is None else self._see(image, height, width, fit)
         final = self._sample(start, text, seen, solving, plan, keeper or StateKeeper())
         if latents_file is not None and self.mesh.is_main:
             save_latents(latents_file, final, {"model": "wan", "prompt": prompt, "seed": seed}, self.report.warn)
@@ -164,12 +171,13 @@ class WanPipeline(Pipeline):
         with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding image"):
             return encode(encoder, video, TimeSplit(self.mesh.world)).to(compute_dtype)
 
-    def _see(self, image: Picture) -> Tensor:
-        """CLIP's tokens (1, M, image_width) of the picture in its own shape. The encoder runs on rank 0 alone."""
+    def _see(self, image: Picture, height: int, width: int, fit: str) -> Tensor:
+        """CLIP's tokens (1, M, image_width) of what the first frame shows. The encoder runs on rank 0 alone."""
 
         def see() -> Tensor:
+            part = seen_part(as_array(image), height, width, fit)
             with self.stage_model("image encoder", self._load_image_encoder) as encoder:
-                return encoder(torch.from_numpy(as_array(image).copy())).to(latent_dtype(self.dtype))
+                return encoder(torch.from_numpy(part.copy())).to(latent_dtype(self.dtype))
 
         with self.report.stage("seeing image"):
             return on_main(self.mesh, see)

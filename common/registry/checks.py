@@ -19,6 +19,8 @@ COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 """Of `torch.compile`'s, those without CUDA graphs: blocks share their code but not the addresses of their weights."""
 OFFLOADS = ("none", "stage", "block", "disk")
 DECODE_MODES = ("auto", "exact", "tiled")
+FITS = ("crop", "stretch", "pad")
+"""How a picture of another shape is brought to the video's, see `common.video.pictures.fit_picture`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,22 @@ class Rules:
         choices = ((height, self.height), (width, self.width), (num_frames, self.num_frames))
         size = [own if value is None else value for value, own in choices]
         return size[0], size[1], size[2]
+
+    def size_like(self, shape: Sequence[int], height: int, width: int) -> tuple[int, int]:
+        """Of the admissible sizes (height, width) the one whose shape is nearest to a picture's, rows and columns.
+
+        It has no more pixels than height x width, and at least three quarters of them.
+        """
+        multiple, (rows, columns) = self.size_multiple, shape
+        most = height * width
+        heights = range(multiple, most // multiple + 1, multiple)
+        wanted = ((h, max(1, round(h * columns / rows / multiple)) * multiple) for h in heights)
+        sizes = [(h, w) for w, h in self.sizes] or [*wanted, (height, width)]
+
+        def loss(size: tuple[int, int]) -> tuple[float, int]:
+            return abs(math.log(size[0] * columns / (size[1] * rows))), -size[0] * size[1]
+
+        return min((size for size in sizes if 3 * most <= 4 * size[0] * size[1] <= 4 * most), key=loss)
 
     def guided(self, scale: float) -> bool:
         """Whether this guidance scale needs the branch of the negative prompt."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from common.registry.checks import COMPILE_MODES, DECODE_MODES, DTYPES, ENGINES, OFFLOADS
+from common.registry.checks import COMPILE_MODES, DECODE_MODES, DTYPES, ENGINES, FITS, OFFLOADS
 from common.registry.forks import Fork
 from common.registry.layout import MOST_RANKS
 from common.run.help import EXPERT, GPUS, GROUPS, MEMORY, OUTPUT, SPEED, WHAT, Option
@@ -340,6 +340,12 @@ def _of_others() -> list[Option]:
     """Options of mochi-xdit's published command lines that have nothing to do here."""
     flags = [Option([name], is_flag=True, hidden=True) for name in ("--use-xdit", "--use-fsdp", "--cpu-offload")]
     return [*flags, Option(["--max-t5-token-length"], type=int, hidden=True)]
+
+
+def fit_option(what: str) -> Option:
+    """Of forks that take pictures. what: the options that name them."""
+    text = f"Where the shape of {what} is not the video's: cut it, stretch it, or put it between black bars."
+    return Option(["--fit"], type=click.Choice(FITS), default=FITS[0], help=text)
 
 
 def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.registry.checks import FITS
 from common.system.files import shown, write_file
 from common.video.metadata import exif, png_text
 
@@ -22,7 +24,6 @@ MAX_PIXELS = 1 << 27
 QUALITY = 95
 """Of JPEG and lossy WebP, of 100; JPEG's colours are kept in full resolution."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FITS = ("crop", "stretch", "pad")
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -100,24 +101,34 @@ def fit_picture(picture: np.ndarray, height: int, width: int, fit: str = "crop")
 
 
 def fit_remark(size: tuple[int, ...], height: int, width: int, fit: str = "crop") -> str:
-    """What `fit_picture` does to a picture of `size` (H, W), for people; empty where the shape is right.
+    """What `fit_picture` cuts off or adds to a picture of `size` (H, W), for people; empty where it does neither.
 
     Raises ValueError for a fit that is none of FITS.
     """
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}")
     rows, columns = size
-    if rows * width == columns * height:
+    if rows * width == columns * height or fit == "stretch":
         return ""
-    wide = columns * height > rows * width
-    lost = 1 - (rows * width) / (columns * height) if wide else 1 - (columns * height) / (rows * width)
+    wide, lost = columns * height > rows * width, misfit(size, height, width)
     shape = f"{columns}x{rows} to {width}x{height}"
     if fit == "crop":
         return f"cropped from {shape}: {lost:.1%} of its {'width' if wide else 'height'} is cut off"
-    if fit == "pad":
-        return f"padded from {shape}: {lost:.1%} of the {'height' if wide else 'width'} is black"
-    less, more = ("width", "height") if wide else ("height", "width")
-    return f"stretched from {shape}: its {less} is {lost:.1%} too small for its {more}"
+    return f"padded from {shape}: {lost:.1%} of the {'height' if wide else 'width'} is black"
+
+
+def misfit(size: tuple[int, ...], height: int, width: int) -> float:
+    """The part of a picture (H, W) that is over in the shape of (height, width), on the side that is too long."""
+    rows, columns = size
+    return 1 - min(rows * width, columns * height) / max(rows * width, columns * height)
+
+
+def seen_part(picture: np.ndarray, height: int, width: int, fit: str = "crop") -> np.ndarray:
+    """What `fit_picture` shows of a picture (H, W, 3), in the picture's own pixels, at least one."""
+    if fit != "crop":
+        return picture
+    left, top, right, bottom = _kept(picture.shape[:2], height, width)
+    return picture[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
 
 
 def _kept(size: tuple[int, ...], height: int, width: int) -> tuple[float, float, float, float]:

@@ -88,7 +88,10 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
         with unset_fake_temporarily():  # it makes its tables by reading numbers
             return solver(*args, **kwargs)
 
-    def pictures(source: Any, height: int, width: int, frames: int = 1) -> Tensor:
+    def image(source: Any, height: int, width: int, *fit: Any) -> Tensor:
+        return torch.empty(1, height, width, 3, dtype=torch.uint8)
+
+    def video(source: Any, height: int, width: int, frames: int, *fit: Any) -> Tensor:
         return torch.empty(frames, height, width, 3, dtype=torch.uint8)
 
     def picture(source: Any) -> Any:
@@ -101,8 +104,8 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
         mock.patch.multiple(common.weights.blocks, Pinned=Locked, ThreadPoolExecutor=threads),
         # Counted on the meta device, which takes as long as two chunks: every plan fits.
         mock.patch.object(common.video.decode_video, "decode_memory", lambda *_, **__: 2**30),
-        mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=pictures, video_frames=pictures),
-        mock.patch.multiple(wan_xdit.pipeline, image_frames=pictures, as_array=picture),
+        mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=image, video_frames=video),
+        mock.patch.multiple(wan_xdit.pipeline, image_frames=image, as_array=picture),
     ):
         yield
 
