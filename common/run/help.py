@@ -26,7 +26,8 @@ GROUPS: Mapping[str, str] = {
 _COLUMN = 26
 """Characters of the widest name that has its text beside it; longer ones have it below."""
 _UNBROKEN = "\N{NON-BREAKING HYPHEN}"
-_HEADS = ("checkpoint", "size", "frames", "steps", "cfg", "fps", "dtype")
+HEADS = ("checkpoint", "size", "frames", "steps", "cfg", "fps", "dtype")
+"""Of the columns of `defaults`."""
 
 
 class _Formatter(click.HelpFormatter):
@@ -86,7 +87,7 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Defaults of each checkpoint"):
-            for line in aligned([_HEADS, *defaults(self.fork)]):
+            for line in aligned([HEADS, *defaults(self.fork)]):
                 formatter.write(f"  {line}\n")
 
 
