@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ EXACT: dict[str, tuple[Layout, dict[str, Any]]] = {
     "`--vae-chunk 1`": (Layout(), {"vae_chunk": 1}),
     "`--offload block`": (Layout(), {"offload": "block"}),
     "`--offload disk`": (Layout(), {"offload": "disk"}),
+    "cfg 2": (Layout(cfg=2), {}),
     "ulysses 2": (Layout(ulysses=2), {}),
     "ring 3": (Layout(ring=3), {}),
     "cfg 2 x ulysses 2": (Layout(cfg=2, ulysses=2), {}),
     "ring 3, `--shard-weights`": (Layout(ring=3), {"shard_weights": True}),
     "ring 3, `--shard-weights --offload block`": (Layout(ring=3), {"shard_weights": True, "offload": "block"}),
 }
+ROUNDED = ("cfg 2", "ulysses 2", "ring 3")
+"""Those of EXACT that are measured in bf16 too."""
 PROMPTS = ("A big red circle moves slowly to the right on a black background.", "A small blue cross glides up.")
 DECODING = ("vae", "vae_tile", "vae_chunk")
 
@@ -98,36 +102,41 @@ def forward_error() -> float:
     return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
 
 
-def _rank(rank: int, port: int, model: str, name: str, target: str) -> None:
+def _rank(rank: int, port: int, model: str, name: str, dtype: str, target: str) -> None:
     torch.set_num_threads(1)
     layout, options = EXACT[name]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with distributed(layout) as mesh:
-        make = maker(model, {"dtype": "fp32", **options}, mesh)
+        make = maker(model, {"dtype": dtype, **options}, mesh)
         frames = [make(prompt, 1) for prompt in PROMPTS]
         if rank == 0:
             torch.save(frames, target)
 
 
-def exact(model: str, scratch: Path) -> dict[str, Any]:
-    """For every exact option the largest difference of a frame's value from one process's, of 255."""
-    make = maker(model, {"dtype": "fp32"})
+def exact(model: str, scratch: Path, dtype: str = "fp32", names: Sequence[str] = tuple(EXACT)) -> dict[str, Any]:
+    """For exact options in a dtype, how far two videos are from one process's: the largest difference of a value, of
+    255, the share of values that differ, and the PSNR of the farther video."""
+    make = maker(model, {"dtype": dtype})
     wanted = [make(prompt, 1) for prompt in PROMPTS]
     rows = {}
-    for name, (layout, _) in EXACT.items():
+    for name in names:
+        layout, _ = EXACT[name]
         if "vae-chunk" in name and model != "mochi":  # CogVideoX's chunks are part of the model
             continue
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         file = scratch / "frames.pt"
-        spawn(_rank, (port, model, name, str(file)), layout.ranks)
+        spawn(_rank, (port, model, name, dtype, str(file)), layout.ranks)
         pairs = list(zip(torch.load(file), wanted, strict=True))
+        file.unlink()
         far = [(a.int() - b.int()).abs() for a, b in pairs]
+        near = min(psnr(a, b) for a, b in pairs)
         rows[name] = {
             "largest": max(int(d.max()) for d in far),
             "share": sum(float((d > 0).float().mean()) for d in far) / 2,
+            "psnr": None if near == float("inf") else near,
         }
         print(name, rows[name], flush=True)
     return rows
@@ -142,12 +151,14 @@ def page(found: dict[str, Any]) -> str:
         "the demos' own steps and guidance. Small models are severe judges: their matrices are narrow, so rounding "
         "averages out less than in the official ones, of which there were no weights at hand.",
         "",
-        "bf16 is the dtype of the official checkpoints and the default; everything below it is opt-in. PSNR compares "
-        "whole videos from the same seed. Sampling amplifies small differences, so a low figure with unchanged shares "
-        "means another equally good video of the prompt.",
+        "The default dtype is the one that a checkpoint was published in: bf16, of CogVideoX-2b fp16; everything below "
+        "it is opt-in. PSNR compares whole videos from the same seed. Sampling amplifies small differences, so a low "
+        "figure with unchanged shares means another equally good video of the prompt.",
         "",
-        "Exact options are compared with one process with everything loaded: fp32, two prompts. Layouts change the "
-        "order of floating point sums, which may turn a value at the edge of rounding by one grey level.",
+        "Exact options are compared with one process with everything loaded, two prompts. Layouts change the order of "
+        "floating point sums. In fp32 that may turn a value at the edge of rounding by one grey level. In bf16 sums "
+        "are rounded to 8 bits, the steps amplify what that makes of another order, and a split of the sequence (ring, "
+        "ulysses) agrees with one process as two attention kernels agree on one GPU; cfg alone changes no order.",
         "",
         "On a CPU fp8 means weights in float8 and arithmetic in bf16; where the GPU multiplies fp8 matrices, "
         "activations are rounded too; that adds to it and was not measured. One prediction of Mochi's fp8 transformer "
@@ -170,10 +181,19 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
     for option, row in found["lossy"].items():
         near = "-" if row["psnr"] == float("inf") else f"{row['psnr']:.1f} dB, {row['worst']:.1f} dB"
         lines.append(f"| {option} | {near} | " + " | ".join(f"{100 * row['right'][f]:.0f} %" for f in READ) + " |")
-    lines += ["", "| exact option | largest difference (of 255) | share of values that differ |", "|---|---|---|"]
-    for option, row in found["exact"].items():
-        lines.append(f"| {option} | {row['largest']} | {100 * row['share']:.4f} % |")
+    for dtype, rows in {"fp32": found["exact"], "bf16": found.get("rounded", {})}.items():
+        lines += ["", f"| exact option, {dtype} | largest difference (of 255) | share of values that differ | PSNR |"]
+        lines.append("|---|---|---|---|")
+        for option, row in rows.items():
+            lines.append(f"| {option} | {row['largest']} | {100 * row['share']:.4f} % | {_near(row)} |")
     return lines
+
+
+def _near(row: dict[str, Any]) -> str:
+    """The PSNR; of differences of one grey level it follows from their share."""
+    if row["largest"] == 0:
+        return "the same"
+    return f"{row.get('psnr') or 10 * math.log10(255**2 / row['share']):.1f} dB"
 
 
 def main() -> None:
@@ -181,14 +201,19 @@ def main() -> None:
     parser.add_argument("--model", choices=list(FRAMES), required=True)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--scratch", type=Path, default=Path("."), help="where a file of frames may lie for a while")
+    parser.add_argument("--rounded", action="store_true", help="only the layouts in bf16")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
-    mine = {"count": arguments.count, "machine": machine, "date": time.strftime("%Y-%m-%d")}
-    mine |= {"lossy": lossy(arguments.model, arguments.count), "exact": exact(arguments.model, arguments.scratch)}
-    forward = {"forward": forward_error()} if arguments.model == "mochi" else {}
+    model, forward, mine = arguments.model, {}, {}
+    if not arguments.rounded:
+        mine = {"count": arguments.count, "machine": machine, "date": time.strftime("%Y-%m-%d")}
+        mine |= {"lossy": lossy(model, arguments.count), "exact": exact(model, arguments.scratch)}
+        forward = {"forward": forward_error()} if model == "mochi" else {}
+    mine["rounded"] = exact(model, arguments.scratch, "bf16", ROUNDED)
     # Read last, so that two models can be measured at the same time.
-    found = json.loads(RESULTS.read_text()) | forward | {arguments.model: mine}
+    found = json.loads(RESULTS.read_text()) | forward
+    found[model] = found.get(model, {}) | mine
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     TARGET.write_text(page(found))
 
