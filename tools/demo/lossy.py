@@ -181,7 +181,10 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
     for option, row in found["lossy"].items():
         near = "-" if row["psnr"] == float("inf") else f"{row['psnr']:.1f} dB, {row['worst']:.1f} dB"
         lines.append(f"| {option} | {near} | " + " | ".join(f"{100 * row['right'][f]:.0f} %" for f in READ) + " |")
-    for dtype, rows in {"fp32": found["exact"], "bf16": found.get("rounded", {})}.items():
+    both = {"fp32": found["exact"], "bf16": found.get("rounded", {})}
+    for dtype, rows in both.items():
+        if not rows:
+            continue
         lines += ["", f"| exact option, {dtype} | largest difference (of 255) | share of values that differ | PSNR |"]
         lines.append("|---|---|---|---|")
         for option, row in rows.items():
