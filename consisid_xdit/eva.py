@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from common.parallel.attention import attention
 from common.weights.schema import MAX_LAYERS, bounded
-from consisid_xdit.weights import load_pth
+from consisid_xdit.weights import load_pth, require_fit
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -169,6 +169,15 @@ class EvaTower(nn.Module):
         return (picture - mean) / std
 
 
+def eva_state(path: Path | str) -> dict[str, Tensor]:
+    """The tower's tensors in the published file. CheckpointError for a file that is missing or no table of tensors."""
+    return {
+        name.removeprefix("visual."): tensor
+        for name, tensor in load_pth(path).items()
+        if name.startswith("visual.") and ".attn.rope." not in name
+    }
+
+
 def load_eva(
     path: Path | str,
     device: torch.device | str = "cpu",
@@ -178,17 +187,11 @@ def load_eva(
     """The tower with the weights of `path`; text keys are left out, everything else must fit.
 
     The file repeats the rotary table in every block; the copies are dropped, the first is used.
-    Raises ValueError naming keys that are missing, unknown or of another shape.
+    Raises CheckpointError naming keys that are missing, unknown or of another shape.
     """
-    state = {
-        name.removeprefix("visual."): tensor
-        for name, tensor in load_pth(path).items()
-        if name.startswith("visual.") and ".attn.rope." not in name
-    }
+    state = eva_state(path)
     with torch.device("meta"):
         tower = EvaTower(config)
-    try:
-        tower.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the EVA02-CLIP-L-14-336 image tower: {error}") from error
+    require_fit(tower, state, path)
+    tower.load_state_dict(state, strict=True, assign=True)
     return tower.to(device, dtype).eval().requires_grad_(False)

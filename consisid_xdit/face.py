@@ -155,7 +155,7 @@ class FaceReader:
     def load(cls, model_dir: Path | str, device: torch.device, dtype: torch.dtype) -> FaceReader:
         """The models of `model_dir`/face_encoder; the tower in `dtype`, the small ones in fp32, detection on the CPU.
 
-        Raises FileNotFoundError and ValueError naming the file, ImportError naming the extra.
+        Raises CheckpointError naming the file, ImportError naming the extra.
         """
         require("cv2")
         folder = Path(model_dir) / FOLDER

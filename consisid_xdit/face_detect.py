@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from common.system.extras import install
+from common.weights.schema import CheckpointError
+from consisid_xdit.weights import AGAIN, face_file
 
 Picture = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -54,12 +56,12 @@ def require(module: str) -> ModuleType:
 def onnx_network(path: Path | str) -> Network:
     """The ONNX file as a function of one float array, giving all its outputs in order."""
     runtime = require("onnxruntime")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; it is part of the checkpoint's face_encoder folder")
+    face_file(path)
     try:
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has one exception class per kind of damage
-        raise ValueError(f"{path} is not a usable ONNX file: {error}") from error
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is not a usable ONNX file: {said}; {AGAIN}") from error
     name = session.get_inputs()[0].name
     return lambda blob: session.run(None, {name: blob})
 

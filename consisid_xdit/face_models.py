@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consisid_xdit.weights import load_pth
+from consisid_xdit.weights import load_pth, require_fit
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -223,17 +223,22 @@ class BiSeNet(nn.Module):
         return F.interpolate(scores, x.shape[2:], mode="bilinear", align_corners=True)
 
 
+def model_state(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a published file. CheckpointError for a file that is missing or no table of tensors.
+
+    BiSeNet's two auxiliary classifiers (`conv_out16`, `conv_out32`) serve training only and are
+    left out.
+    """
+    auxiliary = ("conv_out16.", "conv_out32.")
+    return {name: tensor for name, tensor in load_pth(path).items() if not name.startswith(auxiliary)}
+
+
 def load_model(model: Model, path: Path | str, device: torch.device | str) -> Model:
     """`model` with the file's weights, fp32, ready for inference; every key must fit.
 
-    BiSeNet's two auxiliary classifiers (`conv_out16`, `conv_out32`) serve training only and are
-    left out. Raises ValueError naming keys that are missing, unknown or of another shape.
+    Raises CheckpointError naming keys that are missing, unknown or of another shape.
     """
-    state = {
-        name: tensor for name, tensor in load_pth(path).items() if not name.startswith(("conv_out16.", "conv_out32."))
-    }
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    state = model_state(path)
+    require_fit(model, state, path)
+    model.load_state_dict(state, strict=True)
     return model.to(device).eval().requires_grad_(False)

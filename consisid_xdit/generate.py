@@ -28,13 +28,16 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
             request.folder, mesh, request.runtime, report, scheduler=options.scheduler
         )
         pipe.check_weights(request.sampled, frames=request.sampled)
+        person = _person(request, pipe.model_dir, report) if request.sampled else (None, None)
+        if pipe.mesh.is_main:
+            _check_person(*person, pipe)
     if request.source.demo is not None and is_random(pipe.model_dir):
         report.note("this demo checkpoint has random weights: the picture is noise, and its face models know one face")
     for output in outputs(request, mesh, report):
         video = output.video
         latents = output.kept(pipe.config.out_channels, pipe.vae_config)
         if latents is None:
-            identity = identity or _identify(pipe, request, report)
+            identity = identity or _identify(pipe, request, person, report)
             latents = pipe(
                 video.prompt,
                 video.negative_prompt,
@@ -50,11 +53,24 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
         output.write(pipe.decode(latents, request.decode))
 
 
-def _identify(pipe: ConsisIDPipeline, request: Request, report: Report) -> IdentityFeatures:
+def _check_person(image: Path | None, file: Path | None, pipe: ConsisIDPipeline) -> None:
+    """CheckpointError for identity features, or face models, that will not do; nothing is loaded yet."""
+    from consisid_xdit.face import load_identity
+    from consisid_xdit.face_files import check_face_files
+
+    if file is not None:
+        load_identity(file, pipe.config)
+    elif image is not None:
+        check_face_files(pipe.model_dir, pipe.config)
+
+
+def _identify(
+    pipe: ConsisIDPipeline, request: Request, person: tuple[Path | None, Path | None], report: Report
+) -> IdentityFeatures:
     """Identity features of the person of a request, kept in a file where that was asked for. Collective."""
     from consisid_xdit.face import save_identity
 
-    identity = pipe.identify(*_person(request, pipe.model_dir, report))
+    identity = pipe.identify(*person)
     save = request.options.save_id_embeddings
     if save is not None and pipe.mesh.is_main:
         save_identity(save, identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 from cogvideox_xdit.weights import STEM
 from cogvideox_xdit.weights import rename_table as cogvideox_table
 from common.run.quantize import TransformerFiles
+from common.system.files import reason
 from common.weights.checkpoint import load_pickle
 from common.weights.load import Rename, find_files, on_meta, open_checkpoint
+from common.weights.schema import CheckpointError, quoted
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.transformer import ConsisIDTransformer, face_modules
+
+AGAIN = "remove it and fetch it with xdit-download consisid, or make identity features elsewhere (--id-embeddings)"
 
 
 def rename_table(config: ConsisIDConfig) -> Rename:
@@ -35,15 +40,48 @@ def load_pth(path: Path | str) -> dict[str, Tensor]:
     """Tensors of a pickled checkpoint, on the CPU, without running any code in it.
 
     Unwraps a `model`, `module` or `state_dict` entry and a `module.` prefix. Raises
-    FileNotFoundError when the file is missing and ValueError when it is no plain set of tensors.
+    CheckpointError when the file is missing, and when it is no plain set of tensors.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; it is part of the checkpoint's face_encoder folder")
-    state = load_pickle(Path(path))
+    state = load_pickle(face_file(path))
     for key in ("model", "module", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} does not hold a table of named tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        raise CheckpointError(f"{path} does not hold a table of named tensors; {AGAIN}")
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def face_file(path: Path | str) -> Path:
+    """The path of a file of the folder face_encoder. CheckpointError where it is missing or empty."""
+    path = Path(path)
+    try:
+        if path.stat().st_size and path.is_file():
+            return path
+        said = "is empty" if path.is_file() else "is no file"
+    except OSError as error:
+        said = "is missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else reason(error)
+    raise CheckpointError(f"{path} {said}; it is part of the checkpoint's face_encoder folder: {AGAIN}")
+
+
+def require_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """CheckpointError in one line unless the tensors of a file are the module's, by name, shape and kind."""
+    wanted = module.state_dict()
+    missing, extra = [name for name in wanted if name not in state], [name for name in state if name not in wanted]
+    found = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
+    for name, tensor in wanted.items():
+        there = state.get(name)
+        if there is None:
+            continue
+        if there.shape != tensor.shape:
+            found.append(f"{quoted(name)} is {list(there.shape)}, expected {list(tensor.shape)}")
+        elif there.is_floating_point() != tensor.is_floating_point() or there.layout != torch.strided:
+            found.append(f"{quoted(name)} is of {there.dtype}, expected {tensor.dtype}")
+    if found:
+        more = f" (and {len(found) - 2} more)" if len(found) > 2 else ""
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {'; '.join(found[:2])}{more}; {AGAIN}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(quoted(name) for name in names[:2]) + more

@@ -107,6 +107,7 @@ def test_person_options_that_will_not_do(picture: str, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(("missing", "source"), [([], "portrait.png"), (["onnxruntime"], "identity.safetensors")])
 def test_the_demos_person_is_read_once(monkeypatch: pytest.MonkeyPatch, missing: list[str], source: str) -> None:
     monkeypatch.setattr("consisid_xdit.generate.missing_packages", lambda: missing)
+    monkeypatch.setattr("consisid_xdit.generate._check_person", lambda *_: None)
     asked: list[object] = []
     seen: list[object] = []
 

@@ -7,16 +7,24 @@ are drawn by name on either side, so that only inputs and outputs are stored.
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.weights.schema import CheckpointError
+from consisid_xdit.demo import demo_config
 from consisid_xdit.eva import EvaTower, load_eva, rope_tables
+from consisid_xdit.face import DETECTOR, FOLDER, LANDMARKS, PARSER, RECOGNISER, TOWER
+from consisid_xdit.face_demo import write_face_models
 from consisid_xdit.face_detect import ArcFace, RetinaDetector, Scrfd, align, onnx_network, suppress
+from consisid_xdit.face_files import check_face_files
 from consisid_xdit.face_models import BiSeNet, RetinaFace, load_model
+from consisid_xdit.onnx_header import read_outline
 from tests.helpers.face import (
     DATA,
     EVA_TINY,
@@ -97,7 +105,7 @@ def test_eva_loads_only_its_part_and_only_tensors(tmp_path: Path) -> None:
     torch.save({"x": Path("code")}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match="plain tensors"):
         load_eva(tmp_path / "code.pt", config=EVA_TINY)
-    with pytest.raises(FileNotFoundError, match="face_encoder"):
+    with pytest.raises(CheckpointError, match=r"none\.pt is missing; it is part of the checkpoint's face_encoder"):
         load_eva(tmp_path / "none.pt", config=EVA_TINY)
 
 
@@ -180,5 +188,99 @@ def test_onnx_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(ValueError, match=r"bad\.onnx"):
         onnx_network(tmp_path / "bad.onnx")
-    with pytest.raises(FileNotFoundError, match="face_encoder"):
+    with pytest.raises(CheckpointError, match="face_encoder"):
         onnx_network(tmp_path / "none.onnx")
+
+
+# --- files, before anything is loaded ---
+
+
+@pytest.fixture(scope="module")
+def face_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faces")
+    write_face_models(folder, demo_config(), seed=0)
+    return folder
+
+
+def test_files_that_fit_are_not_loaded(face_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("loaded"))
+    check_face_files(face_folder, demo_config())
+    outline = read_outline(face_folder / FOLDER / DETECTOR)
+    assert outline.outputs == 9 and outline.inputs >= 1 and outline.nodes > 1
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_one(path: Path) -> None:
+    state = torch.load(path)
+    del state[sorted(name for name in state if "rope" not in name)[0]]
+    torch.save(state, path)
+
+
+def of_another_width(path: Path) -> None:
+    state = torch.load(path)
+    name = sorted(name for name, tensor in state.items() if tensor.ndim > 1)[0]
+    torch.save(state | {name: torch.zeros(3, 3)}, path)
+
+
+def whole_numbers(path: Path) -> None:
+    torch.save({name: tensor.int() for name, tensor in torch.load(path).items()}, path)
+
+
+def code(path: Path) -> None:
+    torch.save({"x": Path("code")}, path)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def page(path: Path) -> None:
+    path.write_bytes(b"<!DOCTYPE html>" * 30)
+
+
+NETWORKS, TABLES = (DETECTOR, RECOGNISER), (LANDMARKS, PARSER, TOWER)
+SPOILT = [
+    *((name, Path.unlink, "is missing; it is part of") for name in (*NETWORKS, *TABLES)),
+    *((name, empty, "is empty") for name in (DETECTOR, PARSER)),
+    *((name, change, "is no ONNX file, or is damaged") for name in NETWORKS for change in (cut, page)),
+    *((name, change, "damaged") for name in TABLES for change in (cut, page)),
+    *((name, without_one, "does not fit") for name in TABLES),
+    *((name, of_another_width, "is [3, 3], expected [") for name in TABLES),
+    *((name, whole_numbers, "is of torch.int32, expected torch.float32") for name in TABLES),
+    *((name, code, "no file of plain tensors") for name in TABLES),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "said"), SPOILT)
+def test_files_that_will_not_do_are_told_at_the_door(face_folder: Path, tmp_path: Path, name, spoil, said) -> None:
+    shutil.copytree(face_folder, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path / FOLDER / name)
+    with pytest.raises(CheckpointError) as found:
+        check_face_files(tmp_path, demo_config())
+    line = str(found.value)
+    assert said in line and name in line and "\n" not in line and len(line) < 600
+
+
+def test_networks_in_each_others_place_and_a_folder_of_another_model(face_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(face_folder, tmp_path, dirs_exist_ok=True)
+    shutil.copyfile(tmp_path / FOLDER / RECOGNISER, tmp_path / FOLDER / DETECTOR)
+    with pytest.raises(
+        CheckpointError, match=r"is another network: .* 1 outputs, this one would have 9; remove it and"
+    ):
+        check_face_files(tmp_path, demo_config())
+    with pytest.raises(CheckpointError, match=r"its image tower gives .* both must come from one checkpoint"):
+        check_face_files(face_folder, replace(demo_config(), vit_dim=2 * demo_config().vit_dim))
+
+
+def test_no_cut_of_an_onnx_file_is_taken_for_one(face_folder: Path, tmp_path: Path) -> None:
+    """Nor are bytes drawn at random: whatever they are, they end in one line."""
+    whole = (face_folder / FOLDER / RECOGNISER).read_bytes()
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        content = whole[: draw.integers(0, len(whole))] if draw.random() < 0.5 else draw.bytes(draw.integers(0, 200))
+        (tmp_path / "x.onnx").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"x\.onnx"):
+            read_outline(tmp_path / "x.onnx")
