@@ -12,7 +12,7 @@ import click
 from common.registry.forks import get_model, model_names
 from common.registry.layout import Layout, as_options
 from planner.hardware import SCHEMES, describe, get_profile, known_names, names, published_machines, with_links
-from planner.layouts import Plan, enough, plan
+from planner.layouts import Plan, enough, plan, throughput
 from planner.machine import local_profile
 from planner.model import GIB, RUNTIME_GIB, Prediction, predict
 
@@ -155,6 +155,10 @@ def show(plan: Plan) -> None:
     if plan.ranks > 1 and (fewer := enough(plan)).layout.ranks < plan.ranks:
         ranks = fewer.layout.ranks
         click.echo(f"as fast on {ranks} of these GPUs: --gpus {ranks}, {fewer.layout}: {fewer.total:.1f} s")
+    if plan.ranks > 1:
+        replicas, one = throughput(plan)
+        often = f"{3600 * replicas / one.total:.1f} videos an hour"
+        click.echo(f"most videos: --replicas {replicas}, each {one.layout}: {one.total:.1f} s a video, {often}")
 
 
 def _named(layout: Layout) -> str:

@@ -155,6 +155,44 @@ def choose_degrees(
     return layout, f"{why}; from {known[1]}"
 
 
+def choose_replicas(
+    models: Sequence[str], ranks: int, heads: int, guided: bool, videos: int, device: str, size: Size
+) -> int:
+    """How many groups of equal size make so many videos soonest; 1 where the planner cannot tell.
+
+    Arguments as for `choose_degrees`.
+    """
+    alike = [m for m in known_models() if m.name in models and m.heads == heads]
+    model = next((m for m in alike if not m.problems(size)), None)
+    known = local_profile(device) if model else None
+    if model is None or known is None:
+        return 1
+    try:
+        whole = plan(model, replace(size, guided=guided), ranks, known[0], "ours")
+    except ValueError:
+        return 1
+    return throughput(whole, videos)[0]
+
+
+def throughput(whole: Plan, videos: int | None = None) -> tuple[int, Prediction]:
+    """How many groups of equal size make most videos in the same time, and the best layout of one of them.
+
+    videos: how many are to be made; None: many. With equal times the fewer groups.
+    """
+    found = [(1, whole.best)]
+    for replicas in range(2, min(whole.ranks, videos or whole.ranks) + 1):
+        if whole.ranks % replicas == 0:
+            nodes = max(1, -(-whole.nodes // replicas))
+            with suppress(ValueError):  # fewer GPUs may not have the memory
+                part = plan(whole.model, whole.size, whole.ranks // replicas, whole.profile, whole.scheme, nodes)
+                found.append((replicas, part.best))
+
+    def seconds(replicas: int, one: Prediction) -> float:
+        return one.total * (1 / replicas if videos is None else -(-videos // replicas))
+
+    return min(found, key=lambda one: (seconds(*one), one[0]))
+
+
 def choose_layout(
     model_name: str,
     size: Size | None,

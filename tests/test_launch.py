@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from common.parallel.mesh import Layout, distributed
-from common.run import launch
-from common.run import supervise as supervise_module
-from common.run.supervise import _shared_environment, free_port, supervise
+from common.run import children, launch
+from common.run.children import free_port, shared_environment
+from common.run.supervise import supervise
 from common.system import environment
 from common.system.environment import Process, this_process
 from common.system.failure import Failure, describe, is_out_of_memory, verdict
@@ -379,7 +379,7 @@ def test_ranks_start_without_a_folder_for_temporary_files(tmp_path, capfd, monke
     def none(*arguments, **options):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(supervise_module.tempfile, "TemporaryFile", none)
+    monkeypatch.setattr(children.tempfile, "TemporaryFile", none)
     body = "print(handed_down().decode(), flush=True); print('broken', file=sys.stderr); os._exit(3)"
     assert supervise(script(tmp_path, body), 1, cpu=True, request=b"hello") == 1
     told = capfd.readouterr()
@@ -389,11 +389,11 @@ def test_ranks_start_without_a_folder_for_temporary_files(tmp_path, capfd, monke
 def test_cuda_ranks_get_an_allocator_setting_unless_the_user_has_one(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    assert _shared_environment(2, cpu=False)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert "PYTORCH_ALLOC_CONF" not in _shared_environment(2, cpu=True)
+    assert shared_environment(2, cpu=False)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in shared_environment(2, cpu=True)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert "PYTORCH_ALLOC_CONF" not in _shared_environment(2, cpu=False)
-    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in _shared_environment(2, cpu=False)
+    assert "PYTORCH_ALLOC_CONF" not in shared_environment(2, cpu=False)
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in shared_environment(2, cpu=False)
 
 
 @pytest.mark.parametrize("module", ["mochi_xdit", "cogvideox_xdit", "consisid_xdit"])

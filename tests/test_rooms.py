@@ -28,7 +28,7 @@ def imported(path: Path) -> set[str]:
 def test_a_room_imports_those_before_it(room: str) -> None:
     allowed = set(rooms.ROOMS[: rooms.ROOMS.index(room) + 1])
     for path in (ROOT / "common" / room).glob("*.py"):
-        assert imported(path) <= allowed, path
+        assert imported(path) <= allowed or f"{room}/{path.name}" == rooms.DOOR, path
 
 
 def test_every_module_is_in_a_room() -> None:

@@ -54,6 +54,10 @@ class WanPipeline(Pipeline):
         self.config, self.vae_config = self.files.config, self.files.vae_config
         self.sp.require_heads(self.config.heads, self.config.head_width)
 
+    @property
+    def model_key(self) -> Any:
+        return super().model_key, self.residual
+
     @torch.inference_mode()
     def __call__(
         self,

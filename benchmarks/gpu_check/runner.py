@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.gpu_check.machine import Machine
 from common.registry.layout import Layout
+from common.run.children import free_port
 from common.run.demo import cache_home
-from common.run.supervise import free_port
 from common.system import environment
 from common.system.host import allocator_default
 

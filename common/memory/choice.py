@@ -20,7 +20,7 @@ from common.system.units import gib
 from common.video.decode import DecodePlan
 from common.video.decode_planning import TILES_COST
 from common.weights.dtypes import Precision
-from common.weights.placement import Placement
+from common.weights.placement import Placement, held_bytes
 
 Count = Callable[[Placement, bool], Estimate]
 """(placement, whether models stay between stages) -> what one rank needs."""
@@ -121,7 +121,7 @@ def estimator(fork: Fork, request: Request, mesh: Mesh) -> Estimator:
     sampling, precision = video.sampling, Precision.of(runtime)
     work = fork.module("sampling").workload(
         fork.model(source.official) if source.model_dir is None else source.model_dir,
-        Size(sampling.width, sampling.height, sampling.num_frames, sampling.num_steps, request.guided(video)),
+        Size.of(sampling, request.guided(video)),
         mesh,
         precision.dtype,
         negative=bool(video.negative_prompt),
@@ -131,8 +131,12 @@ def estimator(fork: Fork, request: Request, mesh: Mesh) -> Estimator:
 
 
 def free_memory_on(mesh: Mesh, runtime: Runtime, local_ranks: int) -> FreeMemory:
-    """What the rank with least has, no more than `--max-memory`. Collective."""
-    free = free_memory(mesh, runtime.max_bytes)
+    """What the rank with least has, no more than `--max-memory`. Collective.
+
+    Models that are kept on a GPU count as free: they serve this run, or go.
+    """
+    held = held_bytes(mesh.kept.models.values()) if mesh.kept is not None and mesh.device.type == "cuda" else 0
+    free = free_memory(mesh, runtime.max_bytes, held)
     return FreeMemory(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), runtime.device)
 
 

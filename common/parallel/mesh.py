@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,6 +37,25 @@ class Axis:
     edges: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
 
+@dataclass
+class Kept:
+    """Models that stay on a rank's device when a pipeline goes, for the next one on the same mesh.
+
+    They are of one kind, which `key` tells: another kind's take their place. loadings: how many were loaded so far.
+    """
+
+    key: Any = None
+    models: dict[str, Any] = field(default_factory=dict)
+    loadings: int = 0
+
+    def of(self, key: Any) -> dict[str, Any]:
+        """The models of a kind, by name; those of another kind are let go. None: of no kind that is kept."""
+        if key is None or key != self.key:
+            self.models.clear()
+            self.key = key
+        return self.models
+
+
 @dataclass(frozen=True)
 class Mesh:
     """One rank's place: every axis it belongs to, and its device. The default is one process on the CPU.
@@ -46,6 +65,8 @@ class Mesh:
     and a group of its own, so that gathers of weights do not queue before the exchanges of the model (NCCL runs what
     one group does in order). Used as a context manager, a mesh destroys the process groups when it is left without an
     exception: NCCL's teardown waits for the other ranks, which wait for the one that failed.
+
+    kept: where models stay between pipelines; None: they go with their pipeline.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -56,6 +77,7 @@ class Mesh:
     ring: Axis = field(default_factory=Axis)
     ulysses: Axis = field(default_factory=Axis)
     weights: Axis = field(default_factory=Axis)
+    kept: Kept | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -154,13 +176,46 @@ def build_mesh(layout: Layout, device: torch.device, timeout: float | None = Non
     shape = tuple(getattr(layout, name) for name in names)
     device_mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     limit = None if timeout is None else timedelta(seconds=timeout)
-    axes = {name: _axis(device_mesh[name], limit) for name in names}
+    axes: dict[str, Any] = {name: _axis(device_mesh[name], limit) for name in names}
     axes["sequence"] = _axis(device_mesh["ring", "ulysses"]._flatten("sequence"), limit)
     everyone, rank = list(range(layout.ranks)), dist.get_rank()
     whole = dist.new_group(everyone, limit, _backend(device))
     axes["weights"] = Axis(layout.ranks, rank, whole)
     neighbours = edges([everyone], device, limit)
     return Mesh(layout=layout, device=device, world=Axis(layout.ranks, rank, dist.group.WORLD, neighbours), **axes)
+
+
+def side_group(mesh: Mesh, timeout: float) -> dist.ProcessGroup | None:
+    """A group of all ranks for messages on the CPU, beside the model's own; None for one rank. Collective."""
+    if mesh.world.group is None:
+        return None
+    return dist.new_group(list(range(mesh.world.size)), timedelta(seconds=timeout), "gloo")
+
+
+def with_new_edges(mesh: Mesh, timeout: float) -> Mesh:
+    """The mesh after a decode that was left: its neighbours connected anew, whatever was on its way. Collective."""
+    if mesh.world.edges is None:
+        return mesh
+    for group in mesh.world.edges:
+        if mesh.device.type == "cuda":
+            group.abort()  # its kernel would wait for the other side without end
+        else:
+            dist.destroy_process_group(group)
+    everyone = list(range(mesh.world.size))
+    return replace(mesh, world=replace(mesh.world, edges=edges([everyone], mesh.device, timedelta(seconds=timeout))))
+
+
+def take_down(mesh: Mesh, broken: bool) -> None:
+    """End all process groups of a mesh, so that another can be built. Collective unless broken.
+
+    broken: an error left its ranks at different places; nothing is waited for.
+    """
+    if mesh.world.group is None:
+        return
+    if broken and mesh.device.type == "cuda":
+        for group in list(dist.distributed_c10d._world.pg_map):
+            group.abort()
+    dist.destroy_process_group()
 
 
 def _backend(device: torch.device) -> str:

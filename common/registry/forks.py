@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from common.registry.checks import Rules
 from common.registry.downloads import Part
 from common.registry.request import ForkOptions, Source
+from common.registry.settings import Sampling
 
 HERE = ("mochi_xdit", "cogvideox_xdit", "consisid_xdit", "wan_xdit")
 GROUP = "xdit_zoo.forks"
@@ -41,6 +42,11 @@ class Size:
     num_frames: int
     num_steps: int
     guided: bool = True
+
+    @classmethod
+    def of(cls, sampling: Sampling, guided: bool) -> Size:
+        """Of what is sampled."""
+        return cls(sampling.width, sampling.height, sampling.num_frames, sampling.num_steps, guided)
 
 
 class Tokens(Protocol):

@@ -119,6 +119,12 @@ class Unfinished:
     steps: int
     seed: int
     """Of the first video."""
+    done: frozenset[int] = frozenset()
+    """Which videos after that one are whole, where several were made at the same time; from 0."""
+
+    def left(self, videos: int) -> list[int]:
+        """The indices of the videos that are not whole, of so many."""
+        return [index for index in range(self.video, videos) if index not in self.done]
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,10 @@ class Request:
     """As given; several videos add numbers to it."""
     layout_chosen: str = ""
     """Why the program chose this layout; empty where it did not."""
+    replicas: int = 1
+    """Groups of this layout, each of which makes one video at a time."""
+    ray_address: str | None = None
+    """Of the Ray cluster on which they are; `auto`: where RAY_ADDRESS says."""
     timeout: float = 1800.0
     debug: bool = False
     overwrite: bool = False
@@ -178,6 +188,12 @@ class Request:
         """The checkpoint's, where there is one: at the latest when a demo has been made."""
         assert self.source.model_dir is not None
         return self.source.model_dir
+
+    @property
+    def left(self) -> list[int]:
+        """The indices of the videos that are not made yet."""
+        every = len(self.videos)
+        return list(range(every)) if self.unfinished is None else self.unfinished.left(every)
 
     @property
     def sampled(self) -> bool:

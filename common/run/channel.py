@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ class Channel:
         self.process, self.debug = at, debug
         self.stderr: IO[str] = sys.stderr
         self._pipe: int | None = None
+        self._one_at_a_time = threading.Lock()
         if at.launcher == "supervise":
             self._attach()
         elif at.launcher == "torchrun":
@@ -55,7 +57,7 @@ class Channel:
 
     def at_stage(self, where: str) -> None:
         """Tell the parent where this rank is; lost when the parent does not keep up."""
-        self._send({"stage": where})
+        self.tell({"stage": where})
 
     def failed(self, stage: str, error: BaseException, status: int = 1, afterword: str = "") -> None:
         """Tell the user, once for all ranks, why this rank failed. afterword: follows the message on the same line."""
@@ -63,8 +65,7 @@ class Channel:
         if self.debug:
             say(failure.trace, self.stderr)
         if self._pipe is not None:
-            os.set_blocking(self._pipe, True)
-            self._send({"failure": failure.as_dict()})
+            self.tell({"failure": failure.as_dict()}, surely=True)
         elif self.process.world_size == 1:
             say(f"error: {shown(failure.text(with_rank=False))}{afterword}", self.stderr)
         elif _first_to_fail():
@@ -82,10 +83,23 @@ class Channel:
                 stream.flush()
         os._exit(status)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._pipe is not None:
-            with suppress(BlockingIOError, BrokenPipeError):
-                os.write(self._pipe, json.dumps(message).encode() + b"\n")
+    def tell(self, message: dict[str, Any], surely: bool = False) -> None:
+        """Send the parent a message of plain values, unless there is no parent.
+
+        surely: waits where the parent does not keep up; otherwise the message is lost then.
+        """
+        if self._pipe is None:
+            return
+        line = json.dumps(message).encode() + b"\n"
+        surely = surely or len(line) > select.PIPE_BUF  # such a line could be torn
+        with self._one_at_a_time, suppress(BrokenPipeError):
+            while line:
+                try:
+                    line = line[os.write(self._pipe, line) :]
+                except BlockingIOError:
+                    if not surely:
+                        return
+                    select.select([], [self._pipe], [])
 
 
 def _die_with_parent() -> None:

@@ -29,8 +29,8 @@ from common.registry.hub import checkpoint_folder
 from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
-from common.run.degrees import choose_layout
-from common.run.destination import format_problem, named, own_name, place_problems
+from common.run.degrees import choose_layout, ray_problems, share_out
+from common.run.destination import format_problem, named, numbered, own_name, place_problems
 from common.run.help import Command
 from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
 from common.run.options import DRAWN, MOST, SYNONYMS, options
@@ -122,6 +122,10 @@ class _RequestBuilder:
         imagined = values["device"] == "cuda" or (self.unseen and values["demo"] is None)
         if self.dry and imagined and not self.gpus:
             self.gpus = max(1, ranks)  # a dry run asks nothing of them
+        if values["ray_address"] is not None:
+            problems += ray_problems(self.process.launcher is None)
+            self.gpus = 0 if values["device"] == "cpu" else max(1, (values["replicas"] or 1) * ranks)
+            self.unseen = 0
 
     def request(self) -> Request:
         source, rules = self._source()
@@ -141,7 +145,7 @@ class _RequestBuilder:
         self._placement()
         options = filled(self.fork.options, self.values)
         self.problems += options.problems(source, videos, self.dry)
-        layout, chosen = self._layout(rules, videos[0].sampling)
+        layout, chosen, replicas = self._layout(rules, videos)
         runtime = self._runtime(rules, len(videos) > 1, layout.ranks)
         if runtime.engine == "xfuser":
             self.problems += xfuser_problems(
@@ -157,6 +161,7 @@ class _RequestBuilder:
             rules=rules,
             layout=layout,
             layout_chosen=chosen,
+            replicas=replicas,
             runtime=runtime,
             decode=filled(DecodeOptions, self.values),
             options=options,
@@ -263,7 +268,7 @@ class _RequestBuilder:
         if len(prompts) * count > MOST["num_videos"]:
             self.problems.append(f"{len(prompts)} prompts x {count} videos are more than {MOST['num_videos']}")
             count = 1
-        return self._writable(_numbered(base, prompts, count))
+        return self._writable(numbered(base, prompts, count))
 
     def _writable(self, videos: list[Video]) -> list[Video]:
         """The videos, after a look at every file that they will leave."""
@@ -364,15 +369,15 @@ class _RequestBuilder:
             self.probe = False
             return Path("video.mp4"), False
 
-    def _layout(self, rules: Rules, sampling: Sampling) -> tuple[Layout, str]:
-        """The layout, and why it was chosen where the program chose a degree of it."""
+    def _layout(self, rules: Rules, videos: Sequence[Video]) -> tuple[Layout, str, int]:
+        """The layout, why it was chosen where the program chose a degree of it, and how many groups have one."""
         ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
         cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
         self._positive("gpus")
         absurd = [name for name in ("gpus", "ulysses_degree", "ring_degree") if (self.values[name] or 0) > MOST[name]]
         if absurd:
             self._positive(*(name for name in absurd if name != "gpus"))
-            return Layout(), ""
+            return Layout(), "", 1
         if self.values["device"] == "cuda" and not self.gpus:
             self.problems.append("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         if self.unseen and not self.gpus and self.values["demo"] is None and self.process.launcher is None:
@@ -383,16 +388,20 @@ class _RequestBuilder:
         self.problems += kernel_problems(self.values["attention"], "cuda" if self.gpus else "cpu", dtype)
         ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
         guided = rules.guided(self._value("cfg_scale", rules.cfg_scale))
-        wrong = layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
+        size = Size.of(videos[0].sampling, guided)
+        given = (cfg, ring, ulysses, "cuda" if self.gpus else "cpu", size)
+        alone = self.process.launcher is None
+        model = (self.fork.names, rules.heads, guided, *given)
+        ranks, replicas, wrong = share_out(ranks, self.values["replicas"], len(videos), alone, model)
+        wrong += layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong
         if wrong:
-            return Layout(), ""
-        size = Size(sampling.width, sampling.height, sampling.num_frames, sampling.num_steps, guided)
-        given = (cfg, ring, ulysses, "cuda" if self.gpus else "cpu", size)
-        return choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given)
+            return Layout(), "", 1
+        return *choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given), replicas
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
-        requested, product = self.values["gpus"], math.prod(max(1, degree) for degree in given)
+        replicas = min(max(1, self.values["replicas"] or 1), MOST["replicas"])
+        requested, product = self.values["gpus"], replicas * math.prod(max(1, degree) for degree in given)
         if self.process.launcher is not None:
             world = self.process.world_size
             if requested and requested != world:
@@ -408,7 +417,7 @@ class _RequestBuilder:
             return Ranks(gpus, _visible(gpus)) if gpus and product > gpus else Ranks(product, f"{product} would run")
         if gpus:
             return Ranks(gpus, _visible(gpus))
-        alone = DEMO_RANKS if self.values["demo"] else 1
+        alone = max(replicas, DEMO_RANKS if self.values["demo"] else 1)
         return Ranks(alone, f"{alone} would run on the CPU")
 
     def _unusable_gpu(self) -> bool:
@@ -433,16 +442,3 @@ class _RequestBuilder:
 
 def _visible(gpus: int) -> str:
     return f"{gpus} GPU{' is' if gpus == 1 else 's are'} visible"
-
-
-def _numbered(base: Video, prompts: Sequence[str], count: int) -> list[Video]:
-    """Every prompt `count` times; the k-th of each prompt has the k-th seed. Several get numbers in their names."""
-    total = len(prompts) * count
-    videos = []
-    for index in range(total):
-        seed = None if base.seed is None else base.seed + index % count
-        output = base.output
-        if total > 1:
-            output = output.with_stem(f"{output.stem}-{index + 1:0{len(str(total))}}")
-        videos.append(replace(base, prompt=prompts[index // count], seed=seed, index=index % count, output=output))
-    return videos

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
-from common.registry.checks import choose_degrees
+from common.registry.checks import Ranks, choose_degrees
 from common.registry.forks import Size
 from common.registry.layout import RULE, Layout
+from common.system.extras import install
 
 
 def choose_layout(
@@ -30,3 +33,50 @@ def choose_layout(
     planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses, device, size)
     layout = choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
     return planned or (layout, RULE if ranks > 1 and None in (cfg, ring, ulysses) else "")
+
+
+def ray_problems(starts: bool) -> list[str]:
+    """What is wrong with --ray-address here. starts: whether this program starts the ranks."""
+    if not starts:
+        return ["--ray-address under torchrun: Ray starts the processes; leave torchrun out"]
+    if importlib.util.find_spec("ray") is None:
+        return [f"--ray-address needs the package ray: {install('ray')}"]
+    return []
+
+
+def share_out(
+    ranks: Ranks, replicas: int | None, videos: int, starts: bool, model: tuple[Any, ...]
+) -> tuple[Ranks, int, list[str]]:
+    """The ranks of each of several groups, how many groups, and what is wrong with that.
+
+    replicas: as asked; None: the planner's advice where it has one, else 1. videos: how many are to be made. starts:
+    whether this program starts the ranks. model: names, heads, guided, and degrees, device and size as for
+    `choose_layout`.
+    """
+    if replicas is None:
+        replicas = _advised(ranks, videos, model) if starts and videos > 1 else 1
+    problem = None
+    if replicas < 1:
+        problem = f"--replicas {replicas} is not a positive number; at least 1"
+    elif replicas > 1 and not starts:
+        problem = f"--replicas {replicas} under torchrun: each replica starts its own processes; leave torchrun out"
+    elif replicas > videos:
+        made = f"{videos} video{' is' if videos == 1 else 's are'} to be made"
+        problem = f"--replicas {replicas}, but {made}, and each replica makes one at a time; at most {videos}"
+    elif ranks.count % replicas:
+        fitting = ", ".join(str(n) for n in range(1, ranks.count + 1) if ranks.count % n == 0)
+        problem = f"--replicas {replicas} does not divide {ranks.count} ranks ({ranks.source}); choose of {fitting}"
+    if problem is not None:
+        return ranks, 1, [problem]
+    each = f"each of {replicas} replicas has {ranks.count // replicas} of them"
+    source = ranks.source if replicas == 1 else f"{ranks.source}, and {each}"
+    return Ranks(ranks.count // replicas, source), replicas, []
+
+
+def _advised(ranks: Ranks, videos: int, model: tuple[Any, ...]) -> int:
+    names, heads, guided, cfg, ring, ulysses, device, size = model
+    if ranks.count == 1 or device != "cuda" or (cfg, ring, ulysses) != (None, None, None):
+        return 1
+    from planner import layouts  # not needed for --help
+
+    return layouts.choose_replicas(names, ranks.count, heads, guided, videos, device, size)

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common.registry.request import Video
@@ -67,3 +68,16 @@ def existing_problems(videos: Sequence[Video]) -> list[str]:
 
 def _empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+def numbered(base: Video, prompts: Sequence[str], count: int) -> list[Video]:
+    """Every prompt `count` times; the k-th of each prompt has the k-th seed. Several get numbers in their names."""
+    total = len(prompts) * count
+    videos = []
+    for index in range(total):
+        seed = None if base.seed is None else base.seed + index % count
+        output = base.output
+        if total > 1:
+            output = output.with_stem(f"{output.stem}-{index + 1:0{len(str(total))}}")
+        videos.append(replace(base, prompt=prompts[index // count], seed=seed, index=index % count, output=output))
+    return videos

@@ -18,7 +18,7 @@ from common.run.command_line import parse
 from common.run.destination import existing_problems
 from common.run.outputs import clean_up
 from common.run.supervise import supervise
-from common.run.unfinished import states_saved, taken_up, with_interrupted
+from common.run.unfinished import states_saved, taken_up, with_interrupted, with_whole
 from common.system.environment import Process, open_standard_streams, this_process
 from common.system.failure import describe
 from common.system.files import claimed, lenient_streams, say, shown
@@ -71,12 +71,17 @@ def _run(
             say(f"error: {error}")
             return 2
         # Now that no other run can make them.
-        begun = request.unfinished.video if request.unfinished else 0
-        there = [] if request.overwrite else existing_problems(request.videos[begun:])
+        request = with_whole(request)
+        left = [request.videos[index] for index in request.left]
+        there = [] if request.overwrite else existing_problems(left)
         if there:
             for problem in there:
                 say(f"error: {shown(problem)}")
             return 2
+        if request.replicas > 1 or request.ray_address is not None:
+            from common.workers import prompts
+
+            return prompts.run(prompts.Maker(fork, generate.__module__, generate.__qualname__), request, arguments)
         starts = process.launcher is None and request.layout.ranks > 1
         ranks = request.layout.ring * request.layout.ulysses if starts else 1
         request, close = held.enter_context(states_saved(request, arguments, ranks))

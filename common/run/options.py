@@ -18,7 +18,7 @@ MIN_TILE = 32
 MOST = {
     **{"width": 16384, "height": 16384, "num_frames": 100_000, "num_steps": 10_000, "fps": 1000},
     **{"num_videos": 100_000, "gpus": MOST_RANKS, "ulysses_degree": MOST_RANKS, "ring_degree": MOST_RANKS},
-    **{"vae_chunk": 100_000, "overlap_groups": 1024},
+    **{"replicas": MOST_RANKS, "vae_chunk": 100_000, "overlap_groups": 1024},
 }
 """The largest numbers that are taken: beyond what any machine makes, so that an absurd one costs no time or memory."""
 SYNONYMS = {
@@ -160,6 +160,13 @@ def _how_many(fork: Fork) -> list[Option]:
             help="GPUs that split the video's tokens and exchange them for attention heads (DeepSpeed-Ulysses); at "
             f"most as many as the model has heads ({heads}). Default: chosen.",
         ),
+        option(
+            ["--replicas"],
+            type=int,
+            help="Of several videos, how many are made at the same time, each by its share of the GPUs; a GPU that "
+            "fails costs its share a restart and the video a step. Default: 1, or the planner's advice where it knows "
+            "the GPUs.",
+        ),
     ]
 
 
@@ -296,6 +303,14 @@ def _output() -> list[Option]:
 def _expert() -> list[Option]:
     option = partial(Option, group=EXPERT)
     return [
+        option(
+            ["--ray-address"],
+            is_flag=False,
+            flag_value="auto",
+            metavar="[ADDRESS]",
+            help="Run on a Ray cluster of any number of machines: its address; without one, what RAY_ADDRESS says. "
+            "--gpus says how many of its GPUs; outputs are written by one of its machines. Needs the extra ray.",
+        ),
         option(
             ["--text-encoder-dir"],
             type=PATH,

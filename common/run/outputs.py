@@ -131,14 +131,19 @@ def outputs(request: Request, mesh: Mesh, report: Report) -> Iterator[Output]:
     """An `Output` for each video of a request that is not made yet; their seeds are drawn."""
     from common.run.resume import keeper_of
 
-    videos, finished = request.videos, request.unfinished.video if request.unfinished else 0
-    for number, video in enumerate(videos[finished:], finished + 1):
+    videos = request.videos
+    for number, video in ((index + 1, videos[index]) for index in request.left):
         if len(videos) > 1:
             report.about = f"video {number} of {len(videos)}"
             report.note(f"{report.about}: {video.prompt}")
         if video.latents is None:
             report.note(f"seed {video.seed}")
-        yield Output(video, request, mesh, report, keeper_of(request, mesh, number - 1))
+        keeper = keeper_of(request, mesh, number - 1)
+        try:
+            yield Output(video, request, mesh, report, keeper)
+        finally:
+            with suppress(OSError):  # of a full disk or memory: the sampling did not need it
+                keeper.wait()  # whatever ended the video, nothing of it is written later
 
 
 def _gather(mesh: Mesh, records: list[StageRecord]) -> list[list[StageRecord]]:

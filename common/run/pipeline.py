@@ -28,7 +28,7 @@ from common.video.decode_planning import AgreedPlans
 from common.video.decode_video import decode_video
 from common.weights.blocks import finish
 from common.weights.dtypes import Precision
-from common.weights.placement import Placement, check_model, resident_bytes
+from common.weights.placement import Placement, check_model, held_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,7 +69,7 @@ class Pipeline:
         self.report = report or Report(device=mesh.device)
         self.sp = sequence_parallel(mesh, runtime.attention, runtime.engine, runtime.overlap_groups, self.dtype)
         self.guidance = Guidance(mesh.cfg)
-        self.loaded: dict[str, Any] = {}
+        self._loaded: dict[str, Any] | None = None
         self.agreed_plans: AgreedPlans = {}
 
     @classmethod
@@ -97,6 +97,20 @@ class Pipeline:
     def keeps(self) -> bool:
         """Whether models stay on the device between stages and calls."""
         return self.runtime.keep_loaded or self.runtime.offload == "none"
+
+    @property
+    def model_key(self) -> Any:
+        """All that decides what this pipeline's models are: equal for two that can use each other's on one mesh."""
+        runtime = replace(self.runtime, keep_loaded=False, max_memory=None)
+        return type(self).__qualname__, type(self).__module__, self.model_dir.absolute(), runtime
+
+    @property
+    def loaded(self) -> dict[str, Any]:
+        """The models that are here now, by name: this pipeline's own, or those that the mesh keeps."""
+        if self._loaded is None:
+            kept = self.mesh.kept
+            self._loaded = {} if kept is None else kept.of(self.model_key if self.keeps else None)
+        return self._loaded
 
     def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
         """Compare all tensors that a call would load with the models', by headers alone: names, shapes and dtypes.
@@ -143,6 +157,8 @@ class Pipeline:
             # Not after the previous stage: its own frame still held the model then.
             release_memory()
             self.loaded[name] = load()
+            if self.mesh.kept is not None:
+                self.mesh.kept.loadings += 1
         try:
             yield self.loaded[name]
             if not self.keeps and isinstance(self.loaded[name], nn.Module):
@@ -202,8 +218,7 @@ class Pipeline:
 
     def _held(self) -> int:
         """Bytes of the weights that are loaded here now."""
-        loaded = [m.model if isinstance(m, TextEncoder) else m for m in self.loaded.values()]
-        return sum(resident_bytes(model) for model in loaded if isinstance(model, nn.Module))
+        return held_bytes(self.loaded.values())
 
     def load_decoder(self) -> VideoDecoder:
         raise NotImplementedError

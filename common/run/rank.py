@@ -51,10 +51,10 @@ def run(
         with stoppable() if alone else nullcontext(Asked()) as signals, _told(channel, report, leave, signals):
             with as_wrong_use():
                 request, mesh = _connect(request, process, report, arguments)
-                _self_test(mesh, request, report, channel)
-                request = _resolved(fork, request, mesh, process, report)
+                try_connections(mesh, request, report, lambda error: channel.failed(report.where, error))
+                request = resolved(fork, request, mesh, process, report)
             generate(request, mesh, report)
-            _wait_for_all(mesh)
+            wait_for_all(mesh)
         leave(True)
         if process.world_size > 1:
             channel.leave(0)
@@ -142,15 +142,16 @@ def _of_rank_0(request: Request, process: Process, store: Store, arguments: Sequ
     return request
 
 
-def _self_test(mesh: Mesh, request: Request, report: Report, channel: Channel) -> None:
+def try_connections(mesh: Mesh, request: Request, report: Report, on_hang: Callable[[TimeoutError], None]) -> None:
+    """Through every group of the mesh; one that hangs ends this process after `on_hang`. Collective."""
     from common.parallel.self_test import self_test
 
     with report.stage("testing the connections", quiet=True):
         limit = min(request.timeout, SELF_TEST_SECONDS)
-        self_test(mesh, limit, lambda error: channel.failed(report.where, error))
+        self_test(mesh, limit, on_hang)
 
 
-def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report: Report) -> Request:
+def resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report: Report) -> Request:
     """The request with a real checkpoint directory, and a placement of its weights; says what is known in advance.
 
     A demo checkpoint is made by one rank of each machine. Collective.
@@ -162,7 +163,7 @@ def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report
         with report.stage("making the demo checkpoint", quiet=True):
             if process.local_rank == 0:
                 fork.demo_folder(name)
-            _wait_for_all(mesh)
+            wait_for_all(mesh)
             request = replace(request, source=replace(request.source, model_dir=fork.demo_folder(name)))
     with report.stage("opening the checkpoint", quiet=True):
         request, outlook = with_placement(fork, request, mesh, process.local_world_size)
@@ -173,7 +174,8 @@ def _resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report
     return request
 
 
-def _wait_for_all(mesh: Mesh) -> None:
+def wait_for_all(mesh: Mesh) -> None:
+    """Until every rank has come here. Collective."""
     if mesh.world.group is not None:
         import torch
 

@@ -65,6 +65,11 @@ class Slots:
         for descriptor in self.descriptors:
             os.close(descriptor)
 
+    def clear(self) -> None:
+        """Hold nothing, for whoever begins with something else."""
+        for slot in self.descriptors:
+            os.pwrite(slot, _HEAD.pack(-1, -1, -1, -1), 0)
+
     def write(self, at: At, steps: int, part: bytes) -> None:
         """The part of one step, in the place of that of three steps before. Raises OSError."""
         slot = self.descriptors[at.step % SLOTS]
@@ -113,11 +118,18 @@ def newest(ranks: Sequence[Slots]) -> Record | None:
 class Saver:
     """Writes the newest state to a file: when a video begins, when its last step is done, and in between now and then.
 
-    write: makes the file of a record, see `StateFile.write`. every: seconds between two of the steps in between.
+    write: makes the file of a record, see `StateFile.write`. every: seconds between two of the steps in between. tell:
+    gets a line for the user where that fails.
     """
 
-    def __init__(self, ranks: Sequence[Slots], write: Callable[[Record], None], every: float) -> None:
-        self.ranks, self._write, self.every = ranks, write, every
+    def __init__(
+        self,
+        ranks: Sequence[Slots],
+        write: Callable[[Record], None],
+        every: float,
+        tell: Callable[[str], None] = lambda text: say(f"warning: {text}"),
+    ) -> None:
+        self.ranks, self._write, self.every, self._tell = ranks, write, every, tell
         self._saved: tuple[At, int] | None = None
         self._last = time.monotonic()
         self._warned = False
@@ -161,7 +173,7 @@ class Saver:
             self._saved = record.at, record.steps
         except OSError as error:
             if not self._warned:
-                say(f"warning: the state of the sampling is not saved: {error}")
+                self._tell(f"the state of the sampling is not saved: {error}")
             self._warned = True
 
 

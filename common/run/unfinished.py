@@ -12,11 +12,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from common.registry.request import Request, Unfinished, WrongUse, beside, draw_seeds
+from common.registry.request import Request, Unfinished, Video, WrongUse, beside, draw_seeds, settings
 from common.run.states import At, Saver, Slots, StateFile
 from common.system.files import shown, size_of
 from common.weights.headers import read_header
@@ -68,6 +68,7 @@ def state_file(request: Request, arguments: Sequence[str]) -> StateFile:
         **{"format": FORMAT, "program": request.program, "digest": request.digest},
         **{"seed": str(request.videos[0].seed), "output": request.output.name + "/" * request.videos[0].folder},
         **{"cwd": os.getcwd(), "arguments": json.dumps(list(arguments))},
+        **{"done": ",".join(map(str, sorted(request.unfinished.done))) if request.unfinished else ""},
     }
     return StateFile(_state_path(request), known)
 
@@ -86,7 +87,39 @@ def taken_up(request: Request, fresh: bool = False) -> Request:
     videos = draw_seeds(request.videos, begun.seed)
     many = f"video {begun.video + 1} of {len(videos)}, " if len(videos) > 1 else ""
     remark = f"going on with an interrupted run: {many}step {begun.step} of {begun.steps} is done"
+    if begun.done:
+        left = len(begun.left(len(videos)))
+        remark = f"going on with an interrupted run: {len(videos) - left} of {len(videos)} videos are whole"
     return replace(request, videos=tuple(videos), unfinished=begun, remarks=(*request.remarks, remark))
+
+
+def with_whole(request: Request) -> Request:
+    """The request without the videos that an interrupted run of it has finished, but had no time to say so.
+
+    Whether one is such a video, the json beside it says.
+    """
+    begun = request.unfinished
+    whole = set() if begun is None else {index for index in request.left if _is_whole(request, request.videos[index])}
+    if begun is None or not whole:
+        return request
+    done = begun.done | whole
+    first = next((index for index in range(begun.video, len(request.videos)) if index not in done), None)
+    if first is not None and first != begun.video:
+        begun = replace(begun, video=first, step=0)
+    return replace(request, unfinished=replace(begun, done=frozenset(done)))
+
+
+def _is_whole(request: Request, video: Video) -> bool:
+    if not video.output.exists():
+        return False
+    try:
+        told = json.loads(video.sidecar.read_text(encoding="utf-8"))
+        theirs = told["settings"] if told["program"] == request.program else {}
+        ours = settings(request, video)
+        names = ("prompt", "negative_prompt", "seed", "demo", "model_dir", "dtype", "output")
+        return all(theirs[name] == ours[name] for name in (*names, *(one.name for one in fields(video.sampling))))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _read(request: Request, fresh: bool) -> Unfinished | None:
@@ -107,7 +140,8 @@ def _read(request: Request, fresh: bool) -> Unfinished | None:
             ]
         )
     numbers = {name: int(stored[name]) for name in ("video", "step", "steps", "seed")}
-    return Unfinished(path, **numbers)
+    done = frozenset(int(index) for index in stored.get("done", "").split(",") if _is_number(index))
+    return Unfinished(path, **numbers, done=done)
 
 
 def metadata(path: Path) -> Mapping[str, str]:
@@ -171,6 +205,13 @@ def _command_of(path: Path, program: str) -> list[str]:
     return arguments if arguments[-2:] == where else arguments + where
 
 
+def remove_states(request: Request, file: StateFile) -> None:
+    """The file of a command, and those of its videos where several were made at the same time."""
+    file.remove()
+    for video in request.videos if len(request.videos) > 1 else ():
+        StateFile(state_path(video.output, video.folder), {}).remove()
+
+
 @contextmanager
 def states_saved(
     request: Request, arguments: Sequence[str], ranks: int
@@ -196,8 +237,9 @@ def states_saved(
         if held is None and begun is not None:
             held = At(begun.video, begun.step), begun.steps
         at, steps = held or (At(0, 0), 1)
-        if done or at == (0, 0) or (at.step == steps and elsewhere and not several):
-            file.remove()
+        apart = begun is not None and bool(begun.done)
+        if done or (at == (0, 0) and not apart) or (at.step == steps and elsewhere and not several):
+            remove_states(request, file)
             return ""
         of_many = f" of video {at.video + 1}" if several else ""
         return f"; step {at.step}{of_many} is kept: the same command goes on from it, or --resume {shown(file.path)}"

@@ -33,6 +33,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 BYTE = "byte"
+STEP = "step"
+"""The unit of a stage whose steps all ranks take together."""
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a running stage prints at most this often
 
 
@@ -120,6 +122,10 @@ class Report:
         self._failed: str | None = None
         self._progress: Progress | None = None
         self.device = device
+        self.pause: Callable[[], None] = lambda: None
+        """Called where all ranks of a run are together: when a stage that counts begins, after each of its steps where
+        they are taken together, and between chunks of a decode. It may raise `common.system.stopping.Abandoned`, in all
+        of them alike."""
 
     @property
     def where(self) -> str:
@@ -130,12 +136,20 @@ class Report:
         return f"{self.about}, {where}" if self.about else where
 
     @property
+    def standing(self) -> tuple[str, str, int, int] | None:
+        """The innermost running stage: its name, the unit that it counts, how many are done, of how many (0: none)."""
+        if not self._stack:
+            return None
+        active = self._stack[-1]
+        return active.name, active.unit, active.done, active.total or 0
+
+    @property
     def _on_gpu(self) -> bool:
         return getattr(self.device, "type", None) == "cuda"
 
     @contextmanager
     def stage(
-        self, name: str, total: int | None = None, unit: str = "step", quiet: bool = False, done: int = 0
+        self, name: str, total: int | None = None, unit: str = STEP, quiet: bool = False, done: int = 0
     ) -> Iterator[Callable[..., None]]:
         """Run a stage; yields `step(count=1)`, to be called as units get done when `total` is given.
 
@@ -153,6 +167,8 @@ class Report:
             self._step(active, count)
 
         try:
+            if total is not None:
+                self.pause()
             yield step
             self._synchronize()
         except BaseException:
@@ -234,6 +250,8 @@ class Report:
         elif self.console is not None and active.total and now - active.last_line >= PLAIN_LINE_SECONDS:
             active.last_line = now
             self.note(f"{active.name} {active.speed}")
+        if active.unit == STEP:
+            self.pause()
 
     def _open(self, active: _Active) -> None:
         if self.console is None or active.quiet:

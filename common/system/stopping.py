@@ -1,4 +1,4 @@
-"""How a signal ends a run: as an exception that lets what is half written be removed."""
+"""How a run is ended from outside: as an exception that lets what is half written be removed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         self.status = 128 + number
+
+
+class Abandoned(BaseException):
+    """All ranks have agreed to leave what they do, at the same place; they go on with something else.
+
+    unread: whether messages between neighbours may be on their way that nobody will take (`Mesh.world.edges`).
+    """
+
+    unread = False
 
 
 @dataclass

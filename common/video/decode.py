@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.parallel.mesh import Axis
+from common.system.stopping import Abandoned
 from common.video.causal import CausalStream, Link, LocalLink, Sent, TimeSplit, spans, wait_for
 from common.video.tiles import tiles
 
@@ -100,11 +102,13 @@ def decode_frames(
     latents: Tensor,
     plan: DecodePlan | None = None,
     split: TimeSplit | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor | None]:
     """Decode a video, yielding its frames in order as they become ready.
 
     latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
     split: the ranks that share the work; collective over its axis. Default: this process alone.
+    pause: called on every rank between two rounds of chunks; may raise `Abandoned` on all of them alike.
     Yields on rank 0 uint8 CPU tensors (t, H, W, 3), one per chunk, together all frames; on the other ranks None, now
     and then. Every rank must run it to its end: one that stops early leaves the others waiting.
     Raises ValueError for more than one video, and on the rank that computed them FloatingPointError for frames that
@@ -114,7 +118,7 @@ def decode_frames(
         raise ValueError(f"latents have shape {tuple(latents.shape)}; one video is decoded at a time: (1, C, T, h, w)")
     plan, split = plan or DecodePlan(), split or TimeSplit()
     weight = next(decoder.parameters())
-    run = _Decode(decoder, decoder.denormalize(latents).to(weight.device, weight.dtype), plan, split)
+    run = _Decode(decoder, decoder.denormalize(latents).to(weight.device, weight.dtype), plan, split, pause)
     yield from run.tiled() if plan.mode == "tiled" else run.exact()
 
 
@@ -122,8 +126,10 @@ class _Decode:
     """One run of `decode_frames`. Inference mode is entered where something is computed: it must not leak to the
     caller while a generator rests."""
 
-    def __init__(self, decoder: VideoDecoder, z: Tensor, plan: DecodePlan, split: TimeSplit) -> None:
-        self.decoder, self.z, self.split = decoder, z, split
+    def __init__(
+        self, decoder: VideoDecoder, z: Tensor, plan: DecodePlan, split: TimeSplit, pause: Callable[[], None]
+    ) -> None:
+        self.decoder, self.z, self.split, self.pause = decoder, z, split, pause
         lengths = decoder.chunks(z.shape[2], plan.chunk)
         self.times = spans(lengths)
         self.frames = [decoder.num_frames(n, first=k == 0) for k, n in enumerate(lengths)]
@@ -148,7 +154,7 @@ class _Decode:
             return torch.empty(self.frames[k], self.height * factor, self.width * factor, 3, dtype=torch.uint8)
 
         owners = [k % self.split.axis.size for k in range(len(self.times))]
-        yield from compute_round_robin(owners, self.split.axis, work, blank)
+        yield from compute_round_robin(owners, self.split.axis, work, blank, self.split.axis.size, self.pause)
         link.close()
 
     def tiled(self) -> Iterator[Tensor | None]:
@@ -171,7 +177,7 @@ class _Decode:
             return torch.empty(3, self.frames[k], *self.tiles[j].size(self.decoder.spatial_factor), dtype=self.z.dtype)
 
         owners = [item % count % axis.size for item in range(len(self.times) * count)]
-        pieces = compute_round_robin(owners, axis, work, blank)
+        pieces = compute_round_robin(owners, axis, work, blank, count, self.pause)
         if axis.rank != 0:
             yield from pieces
             return
@@ -195,16 +201,22 @@ def compute_round_robin(
     axis: Axis,
     compute: Callable[[int], Tensor],
     empty: Callable[[int], Tensor],
+    of_round: int,
+    pause: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor | None]:
     """Item i is computed by rank owners[i]; rank 0 yields every item in order, the others None for each of theirs.
 
     compute(i): the item, a contiguous CPU tensor. empty(i): an empty tensor of its shape and dtype.
+    pause: called on every rank before each `of_round` items but the first; where it raises `Abandoned`, it does so on
+    every rank, and all items of the rounds before have arrived.
     Rank 0 computes its next item before it waits for those of the others, so it never holds up the wavefront, and
     holds no more than the items between two of its own. The others keep one finished item until it is taken.
     """
     if axis.rank == 0:
         awaited: deque[Sent] = deque()
         for item, owner in enumerate(owners):
+            if item and item % of_round == 0:
+                _pause(pause, lambda: list(_arrivals(awaited)))
             if owner == 0:
                 mine = compute(item)
                 yield from _arrivals(awaited)
@@ -216,12 +228,24 @@ def compute_round_robin(
         return
     sending: Sent | None = None
     for item, owner in enumerate(owners):
+        if item and item % of_round == 0:
+            _pause(pause, partial(wait_for, sending))
         if owner == axis.rank:
             mine = compute(item)
             wait_for(sending)
             sending = (dist.isend(mine, group=axis.group, group_dst=0), mine)
             yield None
     wait_for(sending)
+
+
+def _pause(pause: Callable[[], None], settle: Callable[[], object]) -> None:
+    """Where the ranks leave here, what is on its way to rank 0 is let through first."""
+    try:
+        pause()
+    except Abandoned as left:
+        settle()
+        left.unread = True  # the tails of the last chunk
+        raise
 
 
 def _arrivals(awaited: deque[Sent]) -> Iterator[Tensor]:

@@ -59,7 +59,9 @@ def decode_video(
             report.warn(said)
         try:
             return _collect(
-                decode_frames(decoder, latents, plan, split), len(decoder.chunks(frames, plan.chunk)), report
+                decode_frames(decoder, latents, plan, split, report.pause),
+                len(decoder.chunks(frames, plan.chunk)),
+                report,
             )
         except Exception as error:
             if not is_out_of_memory(error) or mesh.world.size > 1 or i == len(plans) - 1:

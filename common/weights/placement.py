@@ -7,10 +7,10 @@ model. `stage` and `none` differ only in whether a model stays between stages
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -168,3 +168,9 @@ def resident_bytes(model: nn.Module) -> int:
             held = [*source.shares, *([] if source.share is None else [source.share])]
             seen |= {share.untyped_storage().data_ptr(): share.untyped_storage().nbytes() for share in held}
     return sum(seen.values())
+
+
+def held_bytes(models: Iterable[Any]) -> int:
+    """`resident_bytes` of all of these; of what is no module but has one, its `model`."""
+    modules = (one if isinstance(one, nn.Module) else getattr(one, "model", None) for one in models)
+    return sum(resident_bytes(module) for module in modules if isinstance(module, nn.Module))

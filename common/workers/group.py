@@ -17,7 +17,14 @@ from common.registry.request import Request
 
 
 class GroupError(RuntimeError):
-    """A group that cannot start, or cannot take this job; one line for the user."""
+    """A group that cannot start, or cannot take this job; one line for the user.
+
+    device: the one that is to be suspected, where that is known.
+    """
+
+    def __init__(self, message: str, device: int | None = None) -> None:
+        super().__init__(message)
+        self.device = device
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "docs" / "map.md"
 ROOMS = ("system", "registry", "parallel", "weights", "video", "text", "model", "memory", "run", "workers")
 """Of `common/`, each of which may import those before it."""
+DOOR = "run/launch.py"
+"""What every program calls first: it may import all rooms."""
 HEAD = """# Map
 
 Made by `python -m tools.docs.map` from the code.
 
 A fork is a folder of its own (`{forks}`).
 It calls the rooms of `common/`, which know no fork; the planner knows the registry alone; `xdit_doctor`,
-`xdit_download` and `xdit_serve` are programs above both. A room imports those before it and none after:
+`xdit_download` and `xdit_serve` are programs above both. A room imports those before it and none after
+(but for `{door}`, where every program begins):
 
 ```
 {chain}
@@ -36,7 +39,7 @@ def said(path: Path) -> str:
 def page() -> str:
     """The whole page."""
     packages = "/`, `".join(fork.package for fork in forks())
-    lines = [HEAD.format(forks=f"{packages}/", chain=" <- ".join(ROOMS))]
+    lines = [HEAD.format(forks=f"{packages}/", chain=" <- ".join(ROOMS), door=DOOR)]
     for room in ROOMS:
         folder = ROOT / "common" / room
         lines += [f"## common/{room}", "", said(folder / "__init__.py"), "", "| file | what |", "|---|---|"]

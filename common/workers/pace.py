@@ -1,0 +1,70 @@
+"""How long a job still takes, by its own steps so far and by jobs of its kind before it. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from common.registry.request import Request
+from common.system.progress import BYTE
+
+MOST_KINDS = 256
+
+
+def kind_of(request: Request) -> Any:
+    """Equal for jobs that take about as long: program, weights, size, steps, layout."""
+    video = request.videos[0]
+    size = (video.sampling.width, video.sampling.height, video.sampling.num_frames, video.sampling.num_steps)
+    return request.program, request.source, size, request.guided(video), request.layout
+
+
+class Durations:
+    """Seconds of each stage of the last job of each kind, in the order of the stages."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, dict[str, float]] = {}
+
+    def of(self, kind: Any) -> Mapping[str, float]:
+        return self._known.get(kind, {})
+
+    def learn(self, kind: Any, seconds: Mapping[str, float]) -> None:
+        """Loading is left out: the next job finds the models loaded."""
+        if len(self._known) >= MOST_KINDS:
+            self._known.clear()
+        self._known[kind] = {name: took for name, took in seconds.items() if not name.startswith("loading")}
+
+
+class Pace:
+    """Seconds left of one job. known: of the stages of a job like it, in their order."""
+
+    def __init__(self, known: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self._known, self._clock = known, clock
+        self._stage: tuple[str, str] | None = None
+        self._began = 0.0
+        self._from = 0
+        self._first: tuple[float, int] | None = None
+
+    def left(self, name: str, unit: str, done: int, total: int) -> float | None:
+        """What is left when this stage has so many of its units done; None where nothing is known of it."""
+        now = self._clock()
+        if (name, unit) != self._stage:
+            self._stage, self._began, self._from, self._first = (name, unit), now, done, None
+        own = done - self._from
+        if own and self._first is None:
+            self._first = now, own
+        names = list(self._known)
+        after = sum(self._known[one] for one in names[names.index(name) + 1 :]) if name in names else 0.0
+        # The first step warms up kernels and allocators: it counts only while it is alone.
+        if total and self._first is not None and own > self._first[1]:
+            here = (now - self._first[0]) / (own - self._first[1]) * (total - done)
+        elif total and own:
+            here = (now - self._began) / own * (total - done)
+        elif name in self._known:
+            share = 1.0 if not total else (total - done) / total
+            here = max(0.0, self._known[name] * share - (now - self._began))
+        elif unit == BYTE or not total:
+            return sum(self._known.values()) or None
+        else:
+            return None
+        return here + after

@@ -1,0 +1,157 @@
+"""`--replicas N`, `--ray-address`: the videos of one command, made by worker groups. No torch here.
+
+The command's state file says which videos are whole; beside each video that is being made lies a state of its own. So
+the same command goes on, with as many replicas as it then has.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from common.registry.request import Request
+from common.run.states import At, Record, StateFile
+from common.run.unfinished import digest, remove_states, state_file, state_path
+from common.system.files import WriteError, say, shown, tell
+from common.system.stopping import Stopped, stoppable
+from common.workers.group import Event, Failed, Finished, GroupError, Job, Note, WorkerGroup
+from common.workers.local import LocalGroup
+from common.workers.orders import Maker
+from common.workers.replicas import Replicas
+from common.workers.work import known_of, with_state
+
+STOP_SECONDS = 5.0
+
+
+def run(maker: Maker, request: Request, arguments: Sequence[str]) -> int:
+    """Make the videos that are left; the exit status: 0 all are made, 1 some are not, 2 wrong use, or 128 + signal.
+
+    request: with its seeds, its digest and what is whole. arguments: the command's, for its state file.
+    """
+    queue = _Queue(request, arguments)
+    ranks, on_cpu = request.layout.ranks, request.on_cpu
+    devices = [range(i * ranks, (i + 1) * ranks) for i in range(request.replicas)]
+
+    def make(devices: Sequence[int]) -> WorkerGroup:
+        keep, where = request.runtime.keep_loaded, request.ray_address
+        if where is not None:
+            from common.workers.ray_group import RayGroup
+
+            address = None if where == "auto" else where
+            return RayGroup(len(devices), on_cpu, address, keep, request.timeout, (maker,))
+        return LocalGroup(devices, on_cpu, keep, request.timeout, request.replicas, (maker,), request.debug)
+
+    replicas = Replicas(make, devices, queue.take, queue.hear, (maker,))
+    for remark in request.remarks:
+        say(remark)
+    kind = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    groups = "1 replica" if request.replicas == 1 else f"{request.replicas} replicas"
+    say(f"{groups} of {kind} on {request.runtime.device}: {request.layout}")
+    status = 0
+    with stoppable():
+        try:
+            queue.save()
+            replicas.start()
+            replicas.finish()
+        except Stopped as stopped:
+            status = stopped.status
+        except (GroupError, WriteError) as error:
+            say(f"error: {shown(str(error))}")
+            status = 1
+        finally:
+            replicas.stop(STOP_SECONDS)
+    return queue.close(status)
+
+
+class _Queue:
+    """The videos of a command on their way through the replicas. Called by several threads."""
+
+    def __init__(self, request: Request, arguments: Sequence[str]) -> None:
+        self.request, self._arguments = request, arguments
+        self._lock = threading.Lock()
+        self._waiting = deque(request.left)
+        self._left = set(request.left)
+        self.status = 0
+
+    def take(self, timeout: float) -> Job | None:
+        """For `Replicas`."""
+        with self._lock:
+            if not self._waiting or self.status == 2:
+                return None
+            return self._job(self._waiting.popleft())
+
+    def _job(self, index: int) -> Job:
+        video = self.request.videos[index]
+        alone = replace(self.request, videos=(video,), output=video.output, replicas=1, ray_address=None)
+        request = replace(alone, remarks=(), unfinished=None, slots=())
+        job = with_state(Job(str(index), request, None, state_path(video.output, video.folder)))
+        begun = self.request.unfinished
+        if job.state is None and begun is not None and begun.video == index and begun.step:
+            # One group made it when the command was interrupted, and the state is in the command's own file.
+            file = StateFile(_path(job), known_of(replace(request, digest=digest(request))))
+            with suppress(OSError):  # without room for it the video begins anew
+                file.write(Record(At(0, begun.step), begun.steps, (begun.path.read_bytes(),)))
+                job = with_state(job)
+        return job
+
+    def hear(self, replica: int, event: Event) -> None:
+        """For `Replicas`."""
+        with self._lock:
+            index = int(event.job or 0)
+            about = f"video {index + 1} of {len(self.request.videos)}"
+            if isinstance(event, Note):
+                say(f"{'warning: ' if event.warning else ''}{about}: {shown(event.text)}")
+            elif isinstance(event, Finished):
+                self._left.discard(index)
+                try:
+                    self._save()
+                except OSError as error:  # the next one may find room
+                    say(f"warning: which videos are whole is not saved: {error}")
+                tell(shown(self.request.videos[index].output))
+            elif isinstance(event, Failed):
+                if not (event.wrong_use and self.status == 2):
+                    say(f"error: {about}: {shown(event.message)}")
+                self.status = max(self.status, 2 if event.wrong_use else 1)
+
+    def save(self) -> None:
+        """Write which videos are whole into the command's state file. Raises WriteError."""
+        with self._lock:
+            self._save()
+
+    def _save(self) -> None:
+        if not self._left:
+            return
+        first = min(self._left)
+        done = frozenset(range(first, len(self.request.videos))) - self._left
+        record = Record(At(first, 0), self.request.videos[first].sampling.num_steps, ())
+        known = {**state_file(self.request, self._arguments).known, "done": ",".join(map(str, sorted(done)))}
+        StateFile(self._file.path, known).write(record)
+
+    @property
+    def _file(self) -> StateFile:
+        return state_file(self.request, self._arguments)
+
+    def close(self, status: int) -> int:
+        """After the last group is gone: what is left of the states, and the last line for the user."""
+        status, count = status or self.status, len(self.request.videos)
+        if not self._left:
+            remove_states(self.request, self._file)
+            return status
+        made = count - len(self._left)
+        left = [self.request.videos[index] for index in self._left]
+        began = made or any(state_path(video.output, video.folder).exists() for video in left)
+        if not began:
+            remove_states(self.request, self._file)
+        said = f"{made} of {count} videos are made"
+        kept = f": the same command goes on, or --resume {shown(self._file.path)}" if began else ""
+        say(f"{'interrupted' if status > 2 else 'error'}: {said}{kept}")
+        return status or 1
+
+
+def _path(job: Job) -> Path:
+    assert job.keep_state is not None
+    return job.keep_state
