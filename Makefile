@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 HERE = $(abspath $(BIN))
 READY := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast fuzz rehearsal lint format bench gpu-check clean
+.PHONY: setup demo serve test test-fast fuzz rehearsal lint format bench gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -29,6 +29,10 @@ demo: setup
 	    "  $(HERE)/cogvideox-xdit --demo --output cogvideox.mp4" \
 	    "  $(HERE)/xdit-doctor" \
 	    "or bring all commands of README.md into this shell:  source $(HERE)/activate"
+
+# The small checkpoints of all programs behind HTTP, on this machine alone; its address is printed. ARGS= see --help.
+serve: setup
+	$(BIN)/xdit-serve --demo --port $(or $(PORT),8000) $(ARGS)
 
 # By WORKERS processes side by side, each with whole files, in the order of their names; 0: in one, as pytest alone.
 test: setup

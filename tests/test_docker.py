@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from common.registry.forks import HERE, forks
+from xdit_serve.cli import command as serve
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +27,7 @@ LINES = re.sub(r"\\\n\s*", "", TEXT).splitlines()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yml").read_text())
 FORKS = [fork for fork in forks() if fork.package in HERE]
-PROGRAMS = {fork.name: fork.program for fork in FORKS}
+PROGRAMS = {fork.name: fork.program for fork in FORKS} | {"serve": "xdit-serve"}
 
 
 def stages() -> dict[str, list[str]]:
@@ -40,7 +42,8 @@ def stages() -> dict[str, list[str]]:
 
 def test_every_program_has_a_target_with_its_entry_point():
     for target, program in PROGRAMS.items():
-        assert f'ENTRYPOINT ["{program}"]' in stages()[target]
+        (entry,) = [line for line in stages()[target] if line.startswith("ENTRYPOINT")]
+        assert json.loads(entry.removeprefix("ENTRYPOINT"))[0] == program
         assert program in PROJECT["scripts"]
 
 
@@ -56,6 +59,19 @@ def test_an_image_has_the_extras_that_its_fork_names():
         installed = {word for line in lines if "pip install" in line for word in line.split()}
         assert installed & names_of(PROJECT["optional-dependencies"]) == names_of(fork.extras)
         assert any(f'image.title="xdit-zoo {fork.name}"' in line for line in lines)
+
+
+def test_the_server_has_its_extra_and_keeps_its_data():
+    lines = stages()["serve"]
+    installed = {word for line in lines if "pip install" in line for word in line.split()}
+    assert installed & names_of(PROJECT["optional-dependencies"]) == names_of(["serve"])
+    assert 'VOLUME ["/data"]' in lines and "STOPSIGNAL SIGTERM" in lines
+    (entry,) = [json.loads(line.removeprefix("ENTRYPOINT")) for line in lines if line.startswith("ENTRYPOINT")]
+    given = serve.make_context("xdit-serve", entry[1:]).params
+    assert (given["host"], str(given["data_dir"]), given["no_auth"]) == ("0.0.0.0", "/data", False)
+    service = COMPOSE["services"]["serve"]
+    assert "XDIT_API_KEY" in service["environment"] and service["stop_grace_period"] == "40s"
+    serve.make_context("xdit-serve", service["command"])
 
 
 def test_the_version_is_the_packages():
@@ -75,8 +91,8 @@ def test_dependencies_come_before_the_source_and_from_the_lock():
         line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
     wanted = [re.split(r"[<>=]", d)[0].lower() for d in PROJECT["dependencies"]]
-    wanted += [re.split(r"[<>=]", d)[0].lower() for d in PROJECT["optional-dependencies"]["face"]]
-    assert set(wanted) <= pinned
+    wanted += [name.lower() for name in names_of(["face", "serve"])]
+    assert {name.replace("_", "-") for name in wanted} <= {name.replace("_", "-") for name in pinned}
 
 
 def test_the_base_has_the_cuda_of_the_wheel():

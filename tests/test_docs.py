@@ -17,6 +17,7 @@ from planner.cli import command as plan
 from tools.docs import flags, tables
 from xdit_doctor.cli import command as doctor
 from xdit_download.cli import command as download
+from xdit_serve.cli import command as serve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -26,8 +27,8 @@ PAGES = sorted(
 )
 PROGRAMS = {fork.program: fork for fork in forks()}
 FOLDERS = {fork.package: PROGRAMS[fork.program] for fork in forks()}
-IMAGES = {f"xdit-{fork.name}": fork.program for fork in forks()}
-TOOLS = {"xdit-plan": plan, "xdit-doctor": doctor, "xdit-download": download}
+IMAGES = {f"xdit-{fork.name}": fork.program for fork in forks()} | {"xdit-serve": "xdit-serve"}
+TOOLS = {"xdit-plan": plan, "xdit-doctor": doctor, "xdit-download": download, "xdit-serve": serve}
 NEEDS = {"weights", "gpu", "network", "docker"}
 
 
@@ -106,6 +107,10 @@ def test_a_command_is_one_that_exists(given):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "xdit-download":
         download.make_context("xdit-download", list(words[1:]))
+    elif words[0] == "xdit-serve" or "xdit-serve" in words[2:]:
+        serve.make_context("xdit-serve", list(words[words.index("xdit-serve") + 1 :]))
+    elif words[0] == "curl":
+        assert given.page == "docs/serving.md", "test_serve_docs.py runs those of that page alone"
     elif words[0] == "docker" and words[1] == "build":
         stages = (ROOT / "docker" / "Dockerfile").read_text()
         assert f" AS {words[words.index('--target') + 1]}\n" in stages

@@ -233,7 +233,9 @@ def test_sigterm_lets_no_job_in_and_keeps_the_running_one(tmp_path: Path) -> Non
             time.sleep(0.02)
         held = []
         with http.stream("GET", f"/v1/videos/{running}/events") as stream:
-            following = threading.Thread(target=lambda: held.extend(stream.iter_lines()))
+            lines = stream.iter_lines()
+            next(lines)
+            following = threading.Thread(target=lambda: held.extend(lines))
             following.start()
             began = time.monotonic()
             assert server.end() == 0 and time.monotonic() - began < 30

@@ -14,7 +14,7 @@ from common.registry.forks import HERE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", *HERE, "planner", "xdit_doctor", "xdit_download", "xdit_serve")
-COMMANDS = (*(name.replace("_", "-") for name in HERE), "xdit-plan", "xdit-doctor", "xdit-download")
+COMMANDS = (*(name.replace("_", "-") for name in HERE), "xdit-plan", "xdit-doctor", "xdit-download", "xdit-serve")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common.registry.request import Request
@@ -20,4 +21,5 @@ def build(offer: Offer, own: Sequence[str], arguments: Sequence[str], folder: Pa
     """
     files = [f"--{path.name.removeprefix(INPUT)}={path}" for path in sorted(folder.glob(f"{INPUT}*"))]
     ends = [f"--output={folder / output}", "--overwrite"]
-    return parse(offer.fork, [*offer.weights, *own, *arguments, *files, *ends])
+    request = parse(offer.fork, [*offer.weights, *own, *arguments, *files, *ends])
+    return replace(request, ray_address=None)  # the groups know where they are

@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from common.registry.request import Request, WrongUse
-from common.run.unfinished import metadata
 from common.system.files import say, shown
 from common.workers.group import (
     ENDINGS,
@@ -27,6 +25,7 @@ from common.workers.group import (
     Note,
     Preview,
 )
+from common.workers.work import with_state
 from xdit_serve.board import Board
 from xdit_serve.building import build
 from xdit_serve.errors import shortened
@@ -166,7 +165,7 @@ class Dispatcher:
             name = f"{record.id}.{next(self._numbers)}"  # one that comes back goes out under another name
             self._jobs[name] = record
             keep = self.store.folder_of(record.id) / STATE
-            job = Job(name, request, self._state(record), keep)
+            job = with_state(Job(name, request, None, keep))
             if self._is_deleted(record):  # between the two lines above nobody would have told the workers
                 self._workers.cancel(name)
             return job
@@ -177,20 +176,6 @@ class Dispatcher:
         if offer is None:
             raise WrongUse([f"model {shown(record.model)} is not offered any more"])
         return build(offer, self.own, record.arguments, self.store.make_folder(record.id), record.output)
-
-    def _state(self, record: Record) -> Path | None:
-        """Where a job goes on, if a state of it can be read."""
-        path = self.store.folder_of(record.id) / STATE
-        if not path.is_file():
-            return None
-        try:
-            metadata(path)
-        except ValueError as error:
-            self._say(f"{record.id} begins anew: {error}")
-            with suppress(OSError):
-                path.unlink()
-            return None
-        return path
 
     def tell(self, number: int, event: Event) -> None:
         """What happened to a job of the group of this number."""

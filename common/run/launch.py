@@ -72,7 +72,9 @@ def _run(
             return 2
         # Now that no other run can make them.
         request = with_whole(request)
-        if there := existing_problems(request):
+        left = [request.videos[index] for index in request.left]
+        there = [] if request.overwrite else existing_problems(left)
+        if there:
             for problem in there:
                 say(f"error: {shown(problem)}")
             return 2

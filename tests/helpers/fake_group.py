@@ -7,10 +7,11 @@ import queue
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.run.states import At, Record, StateFile
-from common.run.unfinished import FORMAT, metadata
+from common.run.unfinished import FORMAT, digest, metadata
 from common.system.files import write_file
 from common.workers.group import (
     Cancelled,
@@ -36,8 +37,14 @@ class FakeGroup:
     that it gets there; `[lost once at 3]` only the first time; `[slow 0.2]` makes steps longer.
     """
 
-    def __init__(self, step_seconds: float = 0.0, starts_after: float = 0.0, log: Path | None = None) -> None:
-        self.devices = (0, 1)
+    def __init__(
+        self,
+        step_seconds: float = 0.0,
+        starts_after: float = 0.0,
+        log: Path | None = None,
+        devices: Sequence[int] = (0, 1),
+    ) -> None:
+        self.devices = tuple(devices)
         self.step_seconds, self.starts_after, self.log = step_seconds, starts_after, log
         self.state, self.starts = "stopped", 0
         self.made: list[tuple[str, int]] = []
@@ -129,7 +136,12 @@ class FakeGroup:
         if job.keep_state is None:
             return
         video = job.request.videos[0]
-        known = {"format": FORMAT, "program": job.request.program, "digest": "x", "seed": str(video.seed)}
+        known = {
+            "format": FORMAT,
+            "program": job.request.program,
+            "digest": digest(job.request),
+            "seed": str(video.seed),
+        }
         known |= {"output": video.output.name, "cwd": "/", "arguments": "[]"}
         StateFile(job.keep_state, known).write(Record(At(0, step), steps, ()))
 

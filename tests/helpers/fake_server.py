@@ -55,8 +55,8 @@ def served(folder: Path, *arguments: str, command: Sequence[str] = ()) -> Iterat
 
 
 def main() -> int:
+    from common.workers.replicas import Replicas
     from tests.helpers.fake_group import FakeGroup
-    from xdit_serve.crew import Crew
     from xdit_serve.offers import demos
     from xdit_serve.service import Settings
     from xdit_serve.serving import serve
@@ -65,19 +65,29 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--keys", nargs="*", default=())
     parser.add_argument("--queue", type=int, default=1000)
+    parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--starts-after", type=float, default=0.0)
     parser.add_argument("--body-seconds", type=float, default=60.0)
     parser.add_argument("--log", type=Path)
     given = parser.parse_args()
-    groups = [FakeGroup(given.step_seconds, given.starts_after, given.log) for _ in range(given.groups)]
     settings = Settings(
-        given.data, demos(), OWN, keys=tuple(given.keys), queue=given.queue, body_seconds=given.body_seconds
+        given.data,
+        demos(),
+        OWN,
+        port=given.port,
+        keys=tuple(given.keys),
+        queue=given.queue,
+        body_seconds=given.body_seconds,
     )
+
+    def make(devices: Sequence[int]) -> FakeGroup:
+        return FakeGroup(given.step_seconds, given.starts_after, given.log, devices)
+
     return serve(
         settings,
-        lambda take, tell: Crew(groups, take, tell),
+        lambda take, tell: Replicas(make, [(0, 1)] * given.groups, take, tell),
         lambda model, request: "not enough memory" if request.videos[0].sampling.width > 8000 else "",
         lambda url: print(url, flush=True),
     )

@@ -1,0 +1,173 @@
+"""`xdit-serve`: the models behind HTTP. Exit status: 0 after SIGTERM, 1 failed, 2 wrong use, 130 interrupted."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.registry.request import WrongUse
+from common.run.options import version
+from common.system.environment import open_standard_streams
+from common.system.extras import install
+from common.system.files import lenient_streams, say, shown, tell
+
+PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "multipart", "prometheus_client")
+"""Modules of the extra `serve`."""
+MOST = 10**6
+PATH = click.Path(path_type=Path)
+
+
+@click.command(
+    "xdit-serve",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "max_content_width": 110,
+        "show_default": True,
+    },
+)
+@click.version_option(version(), message="%(prog)s %(version)s")
+@click.option("--demo", is_flag=True, help="Offer the small checkpoints of all programs; they are made on first use.")
+@click.option("--model-dir", type=PATH, multiple=True, help="A checkpoint to offer, by its folder's name; repeat it.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
+@click.option("--gpus", type=int, help="Ranks of all replicas, one per GPU. Default: all GPUs, or two on a CPU.")
+@click.option("--replicas", type=int, default=1, help="Groups that the ranks form, each with a job of its own.")
+@click.option("--ray-address", help="Of a Ray cluster that has the ranks; 'auto': the one on this machine.")
+@click.option("--keep-loaded/--no-keep-loaded", default=True, help="Models stay in memory where it suffices.")
+@click.option("--host", default="127.0.0.1", help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0: a free one.")
+@click.option("--api-key-file", type=PATH, help="Keys, one a line. Default: those in the environment, XDIT_API_KEY.")
+@click.option("--no-auth", is_flag=True, help="Ask nobody for a key, though others can connect.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="A page's origin that may ask, https://host; repeat it.")
+@click.option("--data-dir", type=PATH, default=Path("xdit-data"), help="Jobs, videos, states: all that is kept.")
+@click.option("--keep-hours", type=float, default=168.0, help="Ended jobs are removed after so many.")
+@click.option("--keep-gb", type=float, default=100.0, help="The oldest are removed when all take more (10^9 bytes).")
+@click.option("--queue", type=click.IntRange(1, MOST), default=1000, help="Jobs that may wait; more are refused.")
+@click.option("--timeout", type=float, default=1800.0, help="Seconds after which ranks that hang are ended.")
+@click.option("--save-every", type=float, default=60.0, help="Seconds between two states of a job on disk.")
+@click.option("--debug", is_flag=True, help="Show what the ranks write.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
+def command(**given: Any) -> int:
+    """Serve models by the video API that OpenAI's client speaks, /v1/videos and more.
+
+    OPTIONS, behind --, are the programs' own and go to every job, such as: -- --dtype fp8 --max-memory 40
+    """
+    return run(given)
+
+
+def run(given: dict[str, Any]) -> int:
+    """Serve as asked until a signal comes. WrongUse for what cannot be."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise WrongUse([f"the package of {missing[0]} is not installed: {install('serve')}"])
+    # What takes time to import comes after --help.
+    from xdit_serve.groups import place, workers
+    from xdit_serve.keys import VARIABLE, read_keys
+    from xdit_serve.memory import Memory
+    from xdit_serve.offers import Offer, checkpoint, demos
+    from xdit_serve.service import Settings
+    from xdit_serve.serving import serve
+    from xdit_serve.store import StoreError
+
+    try:
+        keys = [] if given["no_auth"] else read_keys(given["api_key_file"])
+        if given["no_auth"] and given["api_key_file"]:
+            raise ValueError("--no-auth and --api-key-file exclude each other; give one of them")
+        if not keys and not given["no_auth"] and not _is_local(given["host"]):
+            raise ValueError(
+                f"--host {shown(given['host'])} lets others connect: give --api-key-file FILE or {VARIABLE} in the "
+                "environment, or say --no-auth"
+            )
+        _check_numbers(given)
+        at = place(given["device"], given["gpus"], given["replicas"], given["ray_address"])
+        offers: list[Offer] = demos() if given["demo"] else []
+        for folder in given["model_dir"]:
+            offers.append(checkpoint(folder, [offer.name for offer in offers]))
+        if not offers:
+            raise ValueError("nothing to serve: give --model-dir FOLDER, or --demo")
+    except ValueError as error:
+        raise WrongUse([str(error)]) from None
+    own = (*at.words, f"--timeout={given['timeout']}", f"--save-every={given['save_every']}")
+    own += ("--keep-loaded" if given["keep_loaded"] else "--no-keep-loaded", *given["options"])
+    _try(offers, own)
+    settings = Settings(
+        data_dir=given["data_dir"].absolute(),
+        offers=offers,
+        own=own,
+        host=given["host"],
+        port=given["port"],
+        keys=tuple(keys),
+        open=given["no_auth"],
+        origins=given["cors"],
+        queue=given["queue"],
+        keep_hours=given["keep_hours"],
+        keep_gb=given["keep_gb"],
+    )
+    memory = Memory()
+    try:
+        made = workers(at, given["keep_loaded"], given["timeout"], given["debug"])
+        return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"))
+    except StoreError as error:
+        say(f"error: {error}")
+        return 1
+    except OSError as error:
+        raise WrongUse([f"--host {given['host']} --port {given['port']}: {error.strerror or error}"]) from None
+    finally:
+        memory.close()
+
+
+def _try(offers: Sequence[Any], own: Sequence[str]) -> None:
+    """Whether each model's program takes the words that every job gets. WrongUse, as a job would be refused with."""
+    from common.run.command_line import parse
+
+    for offer in offers:
+        words = [*offer.weights, *own, "--prompt=a trial", f"--output={os.devnull}.mp4"]
+        try:
+            parse(offer.fork, words)
+        except WrongUse as wrong:
+            problems = [one for one in wrong.problems if not one.startswith(("--output", "--image", "--prompt"))]
+            if problems:
+                raise WrongUse([f"{offer.name}: {problem}" for problem in problems]) from None
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    for name in ("keep_hours", "keep_gb", "save_every"):
+        if not (given[name] > 0 and math.isfinite(given[name])):
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not a number above 0")
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine can connect to an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    open_standard_streams()
+    lenient_streams()
+    try:
+        return command.main(args=arguments, prog_name="xdit-serve", standalone_mode=False) or 0
+    except click.UsageError as error:
+        say(f"error: {error.format_message()}")
+        return 2
+    except WrongUse as wrong:
+        for problem in wrong.problems:
+            say(f"error: {shown(problem)}")
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The groups of ranks that a server works with: on this machine's devices, or over a Ray cluster. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.registry.layout import MOST_RANKS
+from common.system import environment
+from common.workers.group import Event, Job, WorkerGroup
+from common.workers.replicas import Replicas
+from xdit_serve.dispatch import MakeWorkers, Workers
+
+CPU_RANKS = 2
+"""Of a group on a CPU, where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where jobs are made: `replicas` groups of `ranks` each. ray: the address of a cluster; None: this machine."""
+
+    on_cpu: bool
+    ranks: int
+    replicas: int
+    ray: str | None = None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """For the command line of every job. Of a cluster's GPUs this machine need not have any."""
+        found = (f"--device={'cpu' if self.on_cpu else 'cuda'}", f"--gpus={self.ranks}")
+        return found if self.ray is None else (*found, f"--ray-address={self.ray}")
+
+
+def place(device: str, gpus: int | None, replicas: int, ray: str | None) -> Place:
+    """Ranks shared out over groups. ValueError says what does not go.
+
+    device: auto, cpu or cuda. gpus: of all groups together; None: all that are visible, on a CPU two for each group.
+    """
+    visible = environment.visible_gpus()
+    on_cpu = device == "cpu" or (device == "auto" and not visible and ray is None)
+    if not 1 <= replicas <= MOST_RANKS:
+        raise ValueError(f"--replicas {replicas} is not a number from 1 to {MOST_RANKS}")
+    if device == "cuda" and not visible and ray is None:
+        raise ValueError("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
+    if gpus is None and ray is not None:
+        raise ValueError("--ray-address: say with --gpus how many of the cluster's GPUs there are for all replicas")
+    if gpus is None:
+        gpus = CPU_RANKS * replicas if on_cpu else visible
+    if not 1 <= gpus <= MOST_RANKS:
+        raise ValueError(f"--gpus {gpus} is not a number from 1 to {MOST_RANKS}")
+    if not on_cpu and ray is None and gpus > visible:
+        raise ValueError(f"--gpus {gpus}, but {visible} GPU{' is' if visible == 1 else 's are'} visible")
+    if gpus % replicas:
+        fitting = ", ".join(str(count) for count in range(1, gpus + 1) if gpus % count == 0)
+        raise ValueError(f"--replicas {replicas} does not divide --gpus {gpus}; choose of {fitting}")
+    return Place(on_cpu, gpus // replicas, replicas, ray)
+
+
+def workers(at: Place, keep_loaded: bool, timeout: float, debug: bool) -> MakeWorkers:
+    """What makes the groups. timeout: seconds after which ranks that say nothing are ended."""
+
+    def make(devices: Sequence[int]) -> WorkerGroup:
+        if at.ray is not None:
+            from common.workers.ray_group import RayGroup
+
+            address = None if at.ray == "auto" else at.ray
+            return RayGroup(len(devices), at.on_cpu, address, keep_loaded, timeout)
+        from common.workers.local import LocalGroup
+
+        return LocalGroup(devices, at.on_cpu, keep_loaded, timeout, at.replicas, (), debug)
+
+    def made(take: Callable[[float], Job | None], tell: Callable[[int, Event], None]) -> Workers:
+        devices = [range(i * at.ranks, (i + 1) * at.ranks) for i in range(at.replicas)]
+        return Replicas(make, devices, take, tell)
+
+    return made
