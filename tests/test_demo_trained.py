@@ -14,7 +14,7 @@ from torch import Tensor
 from common.registry.forks import forks
 from tests.helpers.programs import demo_of
 from tools.demo.reading import read
-from tools.demo.world import SHAPES, dataset
+from tools.demo.world import SHAPES, dataset, render
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = {fork.name: fork for fork in forks() if (ROOT / fork.package / "demo_data").is_dir()}
@@ -30,7 +30,7 @@ def maker(fork: str) -> Callable[..., Tensor]:
     """From a prompt and more to frames, as `--demo` makes them."""
     folder, rules = demo_of(FORKS[fork])
     pipe = FORKS[fork].pipeline_class().from_pretrained(folder, keep_loaded=True)
-    names = ("width", "height", "num_frames", "num_steps", "cfg_scale")
+    names = ("width", "height", "num_frames", "num_steps", "cfg_scale", "negative_prompt")
     settings = {name: getattr(rules, name) for name in names}
     return lambda prompt, **more: pipe(prompt, **settings, **more)
 
@@ -51,7 +51,7 @@ def test_a_checkpoint_is_whole_small_and_says_what_it_is(fork: str) -> None:
     assert fork != "consisid" or "no face" in card.lower()
 
 
-@pytest.mark.parametrize("fork", ["mochi", "cogvideox"])
+@pytest.mark.parametrize("fork", ["mochi", "cogvideox", "wan"])
 @pytest.mark.slow
 def test_prompts_that_were_held_out_come_true(fork: str) -> None:
     """Of four at least three in colour and direction; the cards have the figures of a hundred."""
@@ -62,6 +62,18 @@ def test_prompts_that_were_held_out_come_true(fork: str) -> None:
         for name in right:
             right[name] += getattr(found, name) == getattr(scene, name)
     assert min(right.values()) >= 3
+
+
+@pytest.mark.slow
+def test_wans_videos_go_on_from_a_picture() -> None:
+    """The first frame is the picture's, and what it shows moves where the caption says."""
+    make = maker("wan")
+    for seed, (scene, text) in enumerate(dataset(4242, 3, 13, test=True)):
+        picture = render(scene, 13)[0]
+        video = make(text, seed=seed, image=picture.numpy())
+        found = read(video)
+        assert (found.colour, found.direction) == (scene.colour, scene.direction)
+        assert (video[0].float() - picture.float()).square().mean() < 100
 
 
 @pytest.mark.slow
@@ -81,12 +93,19 @@ def test_the_picture_that_stands_for_a_face_decides_the_colour() -> None:
 def test_training_can_go_on_from_what_is_shipped(tmp_path: Path) -> None:
     from cogvideox_xdit.transformer import CogVideoXTransformer
     from consisid_xdit.transformer import ConsisIDTransformer
-    from tools.demo import cogvideox, consisid, shipped
+    from tools.demo import cogvideox, consisid, shipped, wan
     from tools.demo.cogvideox_vae import load_autoencoder
+    from wan_xdit.demo import trained_config
+    from wan_xdit.transformer import WanTransformer
 
     shipped.take_up(tmp_path)
     load_autoencoder(tmp_path)
     kinds = {"cogvideox": (CogVideoXTransformer, cogvideox), "consisid": (ConsisIDTransformer, consisid)}
+    WanTransformer(trained_config()).load_state_dict(cogvideox.trained(tmp_path, "wan"))
+    made = wan.export(tmp_path)
+    for part in ("transformer", "vae", "text_encoder"):
+        (file,) = (made / part).glob("*.safetensors")
+        assert file.read_bytes() == (folder_of("wan") / part / file.name).read_bytes()
     for name, (kind, module) in kinds.items():
         kind(module.trained_config()).load_state_dict(cogvideox.trained(tmp_path, name))
         out = module.export(tmp_path) / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -15,7 +15,7 @@ from mochi_xdit.transformer import pack
 from tests.helpers.mochi import denoise
 from tools.demo import lossy
 from tools.demo.cogvideox_vae import Autoencoder, _whitened, load_autoencoder, train_decoder, whiten
-from tools.demo.evaluate import evaluate
+from tools.demo.evaluate import SEED, evaluate, from_pictures
 from tools.demo.mochi import Velocity, start
 from tools.demo.mochi_vae import clips
 from tools.demo.reading import read
@@ -67,6 +67,18 @@ def test_evaluation_counts_what_came_true():
     result = evaluate(lambda text, seed: blank, 20, 13)
     assert result["right"]["colour"] == result["right"]["shape"] == result["right"]["direction"] == 0.0
     assert len(result["misses"]) == 20
+
+
+def test_pictures_are_the_first_frames_of_the_captions_clips():
+    seen = []
+
+    def generate(text, seed, image):
+        seen.append((text, image))
+        return torch.zeros(13, 64, 64, 3, dtype=torch.uint8)
+
+    evaluate(from_pictures(generate, 3, 13), 3, 13)
+    for (scene, text), (said, image) in zip(dataset(SEED, 3, 13, test=True), seen, strict=True):
+        assert said == text and torch.equal(torch.from_numpy(image), render(scene, 13)[0])
 
 
 def test_the_page_on_fidelity_is_what_was_measured():

@@ -17,9 +17,17 @@ from common.weights.placement import Placement
 from tests.helpers import programs
 from tests.helpers.programs import main
 from tests.helpers.wan import write_checkpoint
-from wan_xdit.checkpoint import DEMO_KINDS, NEGATIVE, RULES, SHAKING, demo_rules, find_checkpoint
+from wan_xdit.checkpoint import DEMO, DEMO_KINDS, NEGATIVE, RULES, SHAKING, TRAINED, demo_rules, find_checkpoint
 from wan_xdit.config import OTHERS, T2V_14B, VAE_2_1, TransformerConfig, read_transformer, transformer_json, vae_json
-from wan_xdit.demo import demo_checkpoint, demo_config, model_index
+from wan_xdit.demo import (
+    SHIPPED,
+    TRAINED_VAE,
+    demo_checkpoint,
+    demo_config,
+    is_random,
+    model_index,
+    trained_config,
+)
 from wan_xdit.fork import FORK
 
 read, problems = partial(programs.read, FORK), partial(programs.problems, FORK)
@@ -192,10 +200,26 @@ def test_keys_and_values_of_the_text_are_counted_where_they_are_kept(cache: Path
     assert kept.activations - streamed.activations == 2 * 30 * 2 * 512 * 1536 * 2
 
 
+def test_the_trained_demo_comes_with_the_package_and_takes_a_picture(cache: Path) -> None:
+    Image.new("RGB", (8, 8)).save(cache / "a.png")
+    request = read("--demo", "--device", "cpu", "--gpus", 1, "--image", "a.png")
+    assert request.source.demo == TRAINED and demo_checkpoint(TRAINED) == SHIPPED and not is_random(SHIPPED)
+    files = find_checkpoint(SHIPPED)
+    files.check_task(image=True)
+    files.check_task(image=False)
+    assert files.config == trained_config() and files.vae_config == TRAINED_VAE and files.kind == "ti2v-5b"
+    rules = files.rules
+    assert (DEMO.heads, DEMO.size_multiple, DEMO.frame_step) == (rules.heads, rules.size_multiple, rules.frame_step)
+    assert DEMO.shift == rules.shift and DEMO.dtype == "bf16"
+    video = request.videos[0]
+    assert (video.sampling.width, video.sampling.height, video.sampling.num_frames) == (64, 64, 13)
+    assert video.negative_prompt == "" and problems("--demo", "--width", 40)
+
+
 def test_demos_have_the_traits_of_their_kinds() -> None:
     for kind in DEMO_KINDS:
         config, rules = demo_config(kind), demo_rules(kind)
         assert rules.heads == config.heads and bool(config.image_channels) == kind.startswith("i2v")
         assert rules.boundary == RULES[kind].boundary and rules.shift == RULES[kind].shift
-    with pytest.raises(ValueError, match=r"no demo called '3b'; wan-xdit has t2v-1\.3b"):
+    with pytest.raises(ValueError, match=r"no demo called '3b'; wan-xdit has shapes, t2v-1\.3b"):
         demo_checkpoint("3b")

@@ -127,7 +127,19 @@ def demo_rules(kind: str) -> WanRules:
     )
 
 
-DEMOS: Mapping[str, Rules] = {kind: demo_rules(kind) for kind in DEMO_KINDS}
+TRAINED = "shapes"
+"""The demo that shows something: trained on moving shapes (`tools/demo` in the repository), of TI2V-5B's kind."""
+DEMO = replace(
+    demo_rules("ti2v-5b"),
+    width=64,
+    num_frames=13,
+    num_steps=20,
+    cfg_scale=3.0,
+    dtype=RULES["ti2v-5b"].dtype,
+    size_multiple=16,
+    default_prompt="A big red circle moves slowly to the right on a black background.",
+)
+DEMOS: Mapping[str, Rules] = {TRAINED: DEMO} | {kind: demo_rules(kind) for kind in DEMO_KINDS}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Demo checkpoints: small models of the published kinds, random weights, loaded by the same code as the real ones."""
+"""Demo checkpoints: small models of the published kinds, loaded by the same code as the real ones.
+
+One was trained and comes with the package; the others have random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from common.run.demo import cache_home, fill, made_once, red_circle, write_json, write_part, write_text_encoder
 from common.text.t5 import UMT5
 from common.weights.load import save
-from wan_xdit.checkpoint import DEMO_KINDS, RULES
+from wan_xdit.checkpoint import DEMO_KINDS, RULES, TRAINED
 from wan_xdit.clip import ImageConfig, ImageEncoder
 from wan_xdit.clip import rename_table as clip_table
 from wan_xdit.config import TransformerConfig, VAEConfig, transformer_json, vae_json
@@ -24,6 +26,7 @@ from wan_xdit.weights import decoder_table, encoder_table, rename_table
 SEED = 20250225
 _REVISION = 2
 """Goes up when what `random_checkpoint` writes changes, so that nobody's cache holds the old one."""
+SHIPPED = Path(__file__).parent / "demo_data"
 IMAGE = "image.png"
 """In the folder of a demo that starts from a picture."""
 _VAE = VAEConfig(width=8, decoder_width=8, latent_channels=4, multiples=(1, 1, 2, 2), depth=1)
@@ -64,7 +67,7 @@ def demo_vae(kind: str) -> VAEConfig:
 def demo_config(kind: str) -> TransformerConfig:
     """Four heads of 16 in two layers. ValueError for an unknown kind."""
     if kind not in DEMO_KINDS:
-        raise ValueError(f"no demo called {kind!r}; wan-xdit has {', '.join(DEMO_KINDS)}")
+        raise ValueError(f"no demo called {kind!r}; wan-xdit has {', '.join((TRAINED, *DEMO_KINDS))}")
     vae = demo_vae(kind)
     channels = vae.latent_channels
     beside = channels + vae.time if kind.startswith("i2v") else 0
@@ -100,15 +103,17 @@ def trained_config() -> TransformerConfig:
 
 def is_random(folder: Path) -> bool:
     """Whether this demo checkpoint's pictures are noise, those of random weights."""
-    return True
+    return folder != SHIPPED
 
 
 def demo_checkpoint(kind: str = DEMO_KINDS[0], cache_dir: str | Path | None = None) -> Path:
-    """The folder of a demo checkpoint: random weights of a published kind.
+    """The folder of a demo checkpoint: the trained one, which the package has, or random weights of a published kind.
 
-    Made at first use, whole or not at all, under `cache_dir` (the user's cache). Raises ValueError when that cannot be
-    written or when there is no demo of that name.
+    Random ones are made at first use, whole or not at all, under `cache_dir` (the user's cache). Raises ValueError when
+    that cannot be written or when there is no demo of that name.
     """
+    if kind == TRAINED:
+        return SHIPPED
     config, vae = demo_config(kind), demo_vae(kind)
     target = cache_home(cache_dir) / f"wan-demo-{kind}-{_REVISION}"
 

@@ -73,15 +73,15 @@ def pipeline(model: str, folder: Path, mesh: Mesh | None = None, **options: Any)
     return _FORKS[model].pipeline_class().from_pretrained(folder, mesh, keep_loaded=True, **options)
 
 
-def generator(model: str, pipe: Any, **settings: Any) -> Callable[[str, int], Tensor]:
+def generator(model: str, pipe: Any, **settings: Any) -> Callable[..., Tensor]:
     """From a caption and a seed to frames; settings: num_steps, cfg_scale and how to decode.
 
-    ConsisID's captions lose shape and colour, a reference picture has them.
+    ConsisID's captions lose shape and colour, a reference picture has them. Wan takes an `image` as well.
     """
-    settings |= {"height": 64, "width": 64, "num_frames": FRAMES[model]}
+    settings |= {"height": 64, "width": 64, "num_frames": FRAMES[model], "negative_prompt": ""}
     if model == "consisid":
         return lambda text, seed: pipe(**_shown(text, pipe.config), seed=seed, **settings)
-    return lambda text, seed: pipe(text, seed=seed, **settings)
+    return lambda text, seed, **more: pipe(text, seed=seed, **settings, **more)
 
 
 def _shown(text: str, config: Any) -> dict[str, Any]:
@@ -94,6 +94,12 @@ def _shown(text: str, config: Any) -> dict[str, Any]:
         "prompt": nameless(text, shape, colour),
         "identity": shape_identity(reference(shape, colour), config),
     }
+
+
+def from_pictures(generate: Callable[..., Tensor], count: int, frames: int) -> Callable[[str, int], Tensor]:
+    """`generate` for `evaluate`, which also gives it the first frame of each caption's clip as `image`."""
+    scenes = dataset(SEED, count, frames, test=True)
+    return lambda text, seed: generate(text, seed, image=render(scenes[seed][0], frames)[0].numpy())
 
 
 def reconstruction(model: str, pipe: Any) -> Callable[[Tensor], Tensor]:
@@ -136,6 +142,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--num-steps", type=int, help="default: the demo's")
     parser.add_argument("--cfg-scale", type=float, help="default: the demo's")
+    parser.add_argument("--from-pictures", action="store_true", help="start from each clip's first frame (wan)")
+    parser.add_argument("--shift", type=float, help="how far the noise levels are moved up (wan)")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures and the misses")
@@ -145,9 +153,13 @@ def main() -> None:
     steps, scale = arguments.num_steps or own.num_steps, arguments.cfg_scale or own.cfg_scale
     folder = arguments.model_dir or shipped
     pipe, frames = pipeline(arguments.model, folder, dtype=arguments.dtype), FRAMES[arguments.model]
-    generate = generator(arguments.model, pipe, num_steps=steps, cfg_scale=scale)
+    given = {} if arguments.shift is None else {"shift": arguments.shift}
+    generate = generator(arguments.model, pipe, num_steps=steps, cfg_scale=scale, **given)
+    if arguments.from_pictures:
+        generate = from_pictures(generate, arguments.count, frames)
     result: dict[str, Any] = {"psnr": round(psnr(reconstruction(arguments.model, pipe), 50, frames), 2)}
     result |= {"model": arguments.model, "steps": steps, "cfg_scale": scale, "dtype": arguments.dtype}
+    result |= given | ({"from": "pictures"} if arguments.from_pictures else {})
     result |= evaluate(generate, arguments.count, frames)
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -48,7 +48,7 @@ def arguments_of(model: str) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo.sheet", description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--model", choices=["mochi", "cogvideox", "consisid"], default="mochi")
+    parser.add_argument("--model", choices=["mochi", "cogvideox", "consisid", "wan"], default="mochi")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zoom", type=int, default=2)
     arguments = parser.parse_args()
