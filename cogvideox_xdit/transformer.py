@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from cogvideox_xdit import positions
 from cogvideox_xdit.config import TransformerConfig
 from common.model.elementwise import add_gated, in_place
-from common.model.linear import in_parts, linear_gelu
+from common.model.linear import add_heads, heads_of, linear_gelu
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.usp import SequenceParallel
 from common.weights.blocks import Blocks
@@ -117,7 +118,7 @@ def _multiply_add(x: Tensor, factor: Tensor, video: Tensor, text: Tensor, n_text
 class Block(nn.Module):
     """Attention over all tokens, then a feed-forward, each between a modulated norm and a gate."""
 
-    regions = ("before_attention", "after_attention")
+    regions = ("before_attention", "project", "output", "after_attention")
 
     def __init__(self, config: TransformerConfig, sp: SequenceParallel) -> None:
         super().__init__()
@@ -136,24 +137,36 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor, cond: Condition) -> Tensor:
         """h: (B, n, W) this rank's text and video tokens; c: (B or 1, time_dim), the activated time embedding."""
-        q, k, v, gate = self.before_attention(h, c, cond)
-        out = self.sp.attention(q, k, v, cond.lengths)
-        del q, k, v  # the feed-forward needs their memory
-        return self.after_attention(h, out, gate, c, cond)
+        normed, gate = self.before_attention(h, c, cond)
+        project = partial(self.project, normed, cond.rope)
+        del normed
+        branch = self.sp.attend(project, self.output, self.heads, cond.lengths)
+        del project  # the feed-forward needs its memory
+        return self.after_attention(h, branch, gate, c, cond)
 
-    def before_attention(self, h: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, ...]:
-        """q, k, v (B, n, H, D) and the gate of what will be attended to (B, 2, W)."""
+    def before_attention(self, h: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """h as attention reads it (B, n, W), and the gate of what comes of it (B, 2, W)."""
         shift, scale, gate = self._modulation(self.mod1, c)
-        h = modulated_norm(self.norm1, h, shift, scale, cond.n_text)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in in_parts(self.qkv, h, 3))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if cond.rope is not None:
-            q, k = rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope)
-        return q, k, v, gate
+        return modulated_norm(self.norm1, h, shift, scale, cond.n_text), gate
 
-    def after_attention(self, h: Tensor, out: Tensor, gate: Tensor, c: Tensor, cond: Condition) -> Tensor:
-        """h after both residual branches; out (B, n, H, D) is what was attended to."""
-        h = add_gated_streams(h, self.out(out.flatten(2)), gate, cond.n_text)
+    def project(self, h: Tensor, rope: Tensor | None, heads: slice, parts: str) -> tuple[Tensor, ...]:
+        """`parts` of q, k and v of some heads, (B, n, h, D) each."""
+        norms = {"q": self.q_norm, "k": self.k_norm}
+        made = []
+        for part, x in zip(parts, heads_of(self.qkv, h, self.heads, heads, parts)):
+            if part in norms:
+                x = norms[part](x)
+                x = x if rope is None else rotate_pairs(x, rope)
+            made.append(x)
+        return tuple(made)
+
+    def output(self, out: Tensor, heads: slice, so_far: Tensor | None) -> Tensor:
+        """The output projection of some heads (B, n, h, D), added to that of others: (B, n, W)."""
+        return add_heads(self.out, out, self.heads, heads, so_far)
+
+    def after_attention(self, h: Tensor, branch: Tensor, gate: Tensor, c: Tensor, cond: Condition) -> Tensor:
+        """h after both residual branches; branch (B, n, W) is attention's."""
+        h = add_gated_streams(h, branch, gate, cond.n_text)
         shift, scale, gate = self._modulation(self.mod2, c)
         hidden = linear_gelu(self.ff_in, modulated_norm(self.norm2, h, shift, scale, cond.n_text))
         return add_gated_streams(h, self.ff_out(hidden), gate, cond.n_text)

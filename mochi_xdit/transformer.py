@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.model.elementwise import add_gated, at_least_fp32, rms_norm, swiglu
-from common.model.linear import in_parts
+from common.model.linear import add_heads, heads_of
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.attention import join_heads
 from common.parallel.usp import SequenceParallel
@@ -28,6 +29,8 @@ from mochi_xdit.config import MochiConfig
 NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
 Mod = tuple[Tensor, ...]
+Branches = tuple[Tensor, Tensor | None]
+"""What attention adds to video and to text, which the last block drops."""
 BASE_AREA = 192 * 192
 """Positions are scaled as if every frame had this many patches."""
 
@@ -97,29 +100,38 @@ class JointAttention(nn.Module):
         self.proj_x = nn.Linear(config.hidden_x, config.hidden_x)
         self.proj_y = None if last else nn.Linear(config.hidden_x, config.hidden_y)
 
-    def heads_of(self, x: Tensor, y: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to q, k and v of both (B, n + m, H, D)."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in in_parts(self.qkv_x, x, 3))
+    def project(self, x: Tensor, y: Tensor, rope: Tensor, heads: slice, parts: str) -> tuple[Tensor, ...]:
+        """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to `parts` of q, k, v of both (B, n + m, h, D)."""
+        of_x = heads_of(self.qkv_x, x, self.heads, heads, parts)
         # The text's tokens are few: less is copied than launched.
-        q_y, k_y, v_y = self.qkv_y(y).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q = rotate_pairs(self._normed(q, self.q_norm_x), rope, self._normed(q_y, self.q_norm_y))
-        k = rotate_pairs(self._normed(k, self.k_norm_x), rope, self._normed(k_y, self.k_norm_y))
-        return q, k, join_heads(v, v_y)
+        of_y = heads_of(self.qkv_y, y, self.heads, heads, parts, apart=False)
+        norms = {"q": (self.q_norm_x, self.q_norm_y), "k": (self.k_norm_x, self.k_norm_y)}
+        made = []
+        for part, video, words in zip(parts, of_x, of_y):
+            if part in norms:
+                norm_x, norm_y = norms[part]
+                turned = rotate_pairs(self._normed(video, norm_x), rope[:, :, heads], self._normed(words, norm_y))
+                made.append(turned)
+            else:
+                made.append(join_heads(video, words))
+        return tuple(made)
 
     @staticmethod
     def _normed(heads: Tensor, norm: nn.RMSNorm) -> Tensor:
         return rms_norm(heads, QK_NORM_EPS, norm.weight)
 
-    def project(self, out: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """What was attended to (B, n + m, H, D), back to the widths of x and y."""
-        x, y = out.flatten(2).split((n, out.shape[1] - n), dim=1)
-        return self.proj_x(x), y if self.proj_y is None else self.proj_y(y)
+    def output(self, n: int, out: Tensor, heads: slice, so_far: Branches | None) -> Branches:
+        """Some heads of what was attended to (B, n + m, h, D), back to the widths of x and y, added to other heads'."""
+        x, y = out.split((n, out.shape[1] - n), dim=1)
+        dx, dy = so_far or (None, None)
+        dx = add_heads(self.proj_x, x, self.heads, heads, dx)
+        return dx, None if self.proj_y is None else add_heads(self.proj_y, y, self.heads, heads, dy)
 
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normed before and after, and gated. The last one drops the text."""
 
-    regions = ("before_attention", "after_attention")
+    regions = ("before_attention", "project", "output", "after_attention")
 
     def __init__(self, config: MochiConfig, sp: SequenceParallel, last: bool) -> None:
         super().__init__()
@@ -133,22 +145,30 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, c: Tensor, cond: MochiCondition) -> tuple[Tensor, Tensor]:
         """x (B, n, hidden_x), y (B, m, hidden_y), c (B, hidden_x) activated conditioning. Returns x and y."""
-        q, k, v, mod = self.before_attention(x, y, c, cond.rope)
-        out = self.sp.attention(q, k, v, cond.lengths)
-        del q, k, v  # the feed-forward needs their memory
-        return self.after_attention(x, y, out, mod)
+        x_in, y_in, mod = self.before_attention(x, y, c)
+        project, output = partial(self.project, x_in, y_in, cond.rope), partial(self.output, x.shape[1])
+        del x_in, y_in
+        dx, dy = self.sp.attend(project, output, self.attn.heads, cond.lengths)
+        del project  # the feed-forward needs its memory
+        return self.after_attention(x, y, dx, dy, mod)
 
-    def before_attention(self, x: Tensor, y: Tensor, c: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Mod]:
-        """q, k, v of both streams (B, n + m, H, D), and what modulates the block."""
+    def before_attention(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Mod]:
+        """x and y as attention reads them, and what modulates the block."""
         mod = self.modulation(c)
-        x, y = rms_norm(x, NORM_EPS, mod[0]), rms_norm(y, NORM_EPS, mod[4])
-        return *self.attn.heads_of(x, y, rope), mod
+        return rms_norm(x, NORM_EPS, mod[0]), rms_norm(y, NORM_EPS, mod[4]), mod
 
-    def after_attention(self, x: Tensor, y: Tensor, out: Tensor, mod: Mod) -> tuple[Tensor, Tensor]:
-        """x and y after both residual branches; out (B, n + m, H, D) is what was attended to."""
-        dx, dy = self.attn.project(out, x.shape[1])
+    def project(self, x: Tensor, y: Tensor, rope: Tensor, heads: slice, parts: str) -> tuple[Tensor, ...]:
+        """See `JointAttention.project`."""
+        return self.attn.project(x, y, rope, heads, parts)
+
+    def output(self, n: int, out: Tensor, heads: slice, so_far: Branches | None) -> Branches:
+        """See `JointAttention.output`."""
+        return self.attn.output(n, out, heads, so_far)
+
+    def after_attention(self, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor | None, mod: Mod) -> tuple[Tensor, Tensor]:
+        """x and y after both residual branches, of which attention's are dx and dy."""
         x = self._residual(x, dx, self.mlp_x, *mod[1:4])
-        return x, y if self.mlp_y is None else self._residual(y, dy, self.mlp_y, *mod[5:8])
+        return x, y if self.mlp_y is None or dy is None else self._residual(y, dy, self.mlp_y, *mod[5:8])
 
     @staticmethod
     def _residual(x: Tensor, dx: Tensor, mlp: nn.Module, gate: Tensor, mlp_weight: Tensor, mlp_gate: Tensor) -> Tensor:

@@ -281,7 +281,7 @@ def test_pack_orders_rows_columns_channels() -> None:
     assert torch.equal(unpack(tokens, (2, 4, 6)), z)
 
 
-def test_a_block_is_one_graph_before_attention_and_one_after(folder: Path) -> None:
+def test_the_regions_of_a_block_are_whole_graphs(folder: Path) -> None:
     model, given = load_transformer(folder), inputs((1, 6, 10))
     want = actual(model, given)
     compile_transformer(model, CompileOptions(compile=True, backend="eager"))

@@ -7,6 +7,7 @@ the queries are. Letters: W width, H heads, D head width, N tokens of all ranks,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.model.elementwise import add, add_gated, at_least_fp32, in_place, rms_norm
-from common.model.linear import in_parts, linear_gelu
+from common.model.linear import add_heads, heads_of, linear_gelu
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.attention import attention
 from common.parallel.usp import SequenceParallel
@@ -92,12 +93,37 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.width, config.eps)
         self.out = nn.Linear(config.width, config.width)
 
-    def before(self, h: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, n, W) -> q, k and v (B, n, H, D)"""
-        q, k, v = in_parts(self.qkv, h, 3)
-        q, k = rms_norm(q, self.eps, self.q_norm.weight), rms_norm(k, self.eps, self.k_norm.weight)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
-        return rotate_pairs(q, cond.rope), rotate_pairs(k, cond.rope), v
+    def project(self, h: Tensor, rope: Tensor, parts: str, heads: slice | None = None) -> tuple[Tensor, ...]:
+        """(B, n, W) -> `parts` of q, k and v (B, n, H, D); heads: of v, where it is asked for alone; else all."""
+        made = []
+        for part, x in zip(parts, heads_of(self.qkv, h, self.heads, heads or self.all, parts)):
+            if part != "v":
+                weight = (self.q_norm if part == "q" else self.k_norm).weight
+                x = rotate_pairs(rms_norm(x.flatten(2), self.eps, weight).unflatten(-1, (self.heads, -1)), rope)
+            made.append(x)
+        return tuple(made)
+
+    @property
+    def all(self) -> slice:
+        return slice(0, self.heads)
+
+
+class Projection:
+    """What makes q, k and v of one block's self-attention for `SequenceParallel.attend`.
+
+    Queries and keys are normalised over all heads, so they are made whole before their first heads leave.
+    """
+
+    def __init__(self, project: Callable[..., tuple[Tensor, ...]], h: Tensor, rope: Tensor, heads: int) -> None:
+        self.project, self.h, self.rope, self.heads = project, h, rope, heads
+        self.whole: tuple[Tensor, ...] = ()
+
+    def __call__(self, heads: slice, parts: str) -> tuple[Tensor, ...]:
+        if heads.stop - heads.start == self.heads:
+            return self.project(self.h, self.rope, parts)
+        assert parts == "qkv", "groups of heads leave together"
+        self.whole = self.whole or self.project(self.h, self.rope, "qk")
+        return *(x[:, :, heads] for x in self.whole), *self.project(self.h, self.rope, "v", heads)
 
 
 class CrossAttention(nn.Module):
@@ -144,7 +170,7 @@ class Block(nn.Module):
     The stream x keeps the dtype it comes with: fp32 as in the original, or the weights' own.
     """
 
-    regions = ("before_attention", "before_cross", "after_cross")
+    regions = ("before_attention", "project", "output", "before_cross", "after_cross")
 
     def __init__(self, config: TransformerConfig, sp: SequenceParallel) -> None:
         super().__init__()
@@ -161,23 +187,32 @@ class Block(nn.Module):
 
         kept: this block's entry of `cond.cross`.
         """
-        q, k, v, rows = self.before_attention(x, c, cond)
-        found = self.attention.sp.attention(q, k, v, cond.lengths)
-        del q, k, v  # the feed-forward needs their memory
-        x, q = self.before_cross(x, found, rows, cond)
+        h, rows = self.before_attention(x, c, cond)
+        project = Projection(self.project, h, cond.rope, self.attention.heads)
+        del h
+        branch = self.attention.sp.attend(project, self.output, self.attention.heads, cond.lengths)
+        del project  # the feed-forward needs its memory
+        x, q = self.before_cross(x, branch, rows, cond)
         found = self.cross.attend(q, kept or self.cross.keys_values(cond))
         return self.after_cross(x, found, rows, cond)
 
-    def before_attention(self, x: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, ...]:
-        """q, k and v (B, n, H, D) of the self-attention; and the time with the block's modulation, like c."""
+    def before_attention(self, x: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """x as the self-attention reads it (B, n, W); and the time with the block's modulation, like c."""
         rows = self.modulation[:, None] + c
         shift, scale, *_ = rows.unbind(2)
-        h = norm_spans(x, shift, scale, self.eps, cond.still)
-        return *self.attention.before(h.to(self.dtype), cond), rows
+        return norm_spans(x, shift, scale, self.eps, cond.still).to(self.dtype), rows
 
-    def before_cross(self, x: Tensor, found: Tensor, rows: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """x after the self-attention, which has `found` (B, n, H, D); and the cross-attention's q (B, n, H, D)."""
-        x = gate_spans(x, self.attention.out(found.flatten(2)), rows[:, :, 2], cond.still)
+    def project(self, h: Tensor, rope: Tensor, parts: str, heads: slice | None = None) -> tuple[Tensor, ...]:
+        """See `SelfAttention.project`."""
+        return self.attention.project(h, rope, parts, heads)
+
+    def output(self, out: Tensor, heads: slice, so_far: Tensor | None) -> Tensor:
+        """The self-attention's output projection of some heads (B, n, h, D), added to that of others: (B, n, W)."""
+        return add_heads(self.attention.out, out, self.attention.heads, heads, so_far)
+
+    def before_cross(self, x: Tensor, branch: Tensor, rows: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """x after the self-attention, to which it adds `branch` (B, n, W); and the cross-attention's q (B, n, H, D)."""
+        x = gate_spans(x, branch, rows[:, :, 2], cond.still)
         h = self.cross_norm(x.to(self.cross_norm.weight.dtype))
         return x, self.cross.before(h.to(self.dtype))
 

@@ -4,13 +4,15 @@ Blocks are compiled one by one (regional compilation): they share their code, so
 model, and the time it takes does not grow with their number. Nothing around them is compiled, which leaves the loop
 over blocks free to bring their weights (`common.weights.blocks`).
 
-A block names methods of its own as its `regions`: what it does before attention and after it. Each is compiled whole.
-Attention between them runs as it always does: a compiler that had the exchanges in its graph would wait for each where
-it is posted, and nothing would travel behind the work that is there to hide it.
+A block names methods of its own as its `regions`: what it does before attention, what makes heads and what projects
+them, and what it does after. Each is compiled whole. Attention between them runs as it always does: a compiler that had
+the exchanges in its graph would wait for each where it is posted, and nothing would travel behind the work that is
+there to hide it.
 
-What makes a new graph: another dtype or layout, the last block where it has other parts, and a rank whose share of the
-text is empty. With `dynamic` (the default) the number of tokens does not; without it every other video size, prompt
-length (Mochi drops padding) and guidance branch of another length compiles again, up to torch's limit of 8.
+What makes a new graph: another dtype or layout, the last block where it has other parts, a rank whose share of the
+text is empty, and the first group of heads of several. With `dynamic` (the default) the number of tokens does not;
+without it every other video size, prompt length (Mochi drops padding) and guidance branch of another length compiles
+again, up to `_GRAPHS`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from torch import nn
 from common.registry.settings import CompileOptions
 from common.video.decode import VideoDecoder
 from common.weights.blocks import Blocks
+
+_GRAPHS = 16
+"""Of one region. Sizes of no and of one token, as a rank's share of the text may be, are graphs of their own, for
+Mochi's last block again, and for the first group of heads again: 12 of torch's usual 8."""
 
 
 def compile_transformer(model: nn.Module, options: CompileOptions) -> None:
@@ -60,4 +66,4 @@ def _arguments(options: CompileOptions) -> dict[str, Any]:
         torch.fx.experimental._config.use_duck_shape = False
     mode: dict[str, Any] = {"mode": options.compile_mode} if options.backend == "inductor" else {}
     how = {"dynamic": options.compile_dynamic, "fullgraph": options.compile_fullgraph}
-    return {"backend": options.backend, **mode, **how}
+    return {"backend": options.backend, "recompile_limit": _GRAPHS, **mode, **how}

@@ -2,9 +2,9 @@
 
 Ulysses (all-to-all over heads) inside, ring (keys and values travel) outside.
 
-The three words a model says are `shard`, `attention` and `gather`. With one rank they are identity,
-plain attention and identity. Shards are uneven where they must be: n tokens over P ranks are n // P
-each, the first n % P get one more, and heads over Ulysses ranks alike. Nothing is padded or masked.
+The three words a model says are `shard`, `attend` (or the plain `attention`) and `gather`. With one rank they are
+identity, attention between its projections, and identity. Shards are uneven where they must be: n tokens over P ranks
+are n // P each, the first n % P get one more, and heads over Ulysses ranks alike. Nothing is padded or masked.
 
 Ulysses: Jacobs et al. 2023 (arXiv 2309.14509). Ring attention: Liu et al. 2023 (arXiv 2310.01889).
 The log-sum-exp merge of partial softmaxes: Milakov and Gimelshein 2018 (arXiv 1805.02867).
@@ -12,7 +12,9 @@ The log-sum-exp merge of partial softmaxes: Milakov and Gimelshein 2018 (arXiv 1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed._functional_collectives as collectives
@@ -22,19 +24,29 @@ from common.parallel.attention import attention, attention_with_lse, check_kerne
 from common.parallel.mesh import Axis, Mesh
 from common.registry.layout import split_evenly
 
+T = TypeVar("T")
+Project = Callable[[slice, str], tuple[Tensor, ...]]
+"""(heads, parts) -> those of "qkv" that `parts` names, of these heads of this rank's tokens, each (B, n, h, D)."""
+Output = Callable[[Tensor, slice, T | None], T]
+"""(out, heads, sum) -> sum + what the output projection makes of `out` (B, n, h, D), the columns of these heads; the
+first time there is no sum yet."""
+
 
 def head_groups(heads: int, ranks: int, groups: int) -> list[tuple[range, ...]]:
-    """Which heads of every rank each group takes: ranks share the heads evenly, and a rank's are cut into groups.
+    """Which heads of each group every rank takes. A group's heads are neighbours, and ranks share all heads evenly.
 
     No more groups than the rank with the fewest heads has heads.
     """
     counts = split_evenly(heads, ranks)
     cut = [split_evenly(count, min(groups, counts[-1])) for count in counts]
-    starts = [sum(counts[:i]) for i in range(ranks)]
-    return [
-        tuple(range(start + sum(sizes[:j]), start + sum(sizes[: j + 1])) for start, sizes in zip(starts, cut))
-        for j in range(len(cut[0]))
-    ]
+    found, at = [], 0
+    for j in range(len(cut[0])):
+        group = []
+        for sizes in cut:
+            group.append(range(at, at + sizes[j]))
+            at += sizes[j]
+        found.append(tuple(group))
+    return found
 
 
 def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
@@ -104,7 +116,7 @@ class SequenceParallel:
         return collectives.wait_tensor(full).movedim(0, dim)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Attention of this rank's queries over every rank's keys.
+        """Attention of this rank's queries over every rank's keys: `attend` of heads that are there already.
 
         q, k, v: (B, n, H, D), this rank's tokens of all streams. lengths: every rank's n, in rank order.
         Returns (B, n, H, D). Order of tokens does not matter, so streams may simply be concatenated.
@@ -112,32 +124,79 @@ class SequenceParallel:
         if self.size == 1:
             return attention(q, k, v, self.kernel)
         assert lengths is not None and lengths[self.rank] == q.shape[1], "lengths must describe q"
-        heads = q.shape[2]
-        assert heads >= self.ulysses.size, "require_heads was not called"
+        groups = self.attend(partial(_take, {"q": q, "k": k, "v": v}), _collect, q.shape[2], lengths)
+        return groups[0] if len(groups) == 1 else torch.cat(groups, dim=2)
+
+    def attend(self, project: Project, output: Output[T], heads: int, lengths: Sequence[int] | None = None) -> T:
+        """From what makes q, k and v to the projected output, with exchanges under whatever does not depend on them.
+
+        project, output: see `Project` and `Output`. heads: of the model. lengths: every rank's tokens, in rank order.
+        On one rank each is called once, for all heads, around plain attention. Over a ring keys and values leave before
+        the queries are made. Between Ulysses ranks each group of heads leaves as soon as it is made, so that it travels
+        under the projection of the next ones; while a group is attended to, the next one arrives and the one before
+        goes home, and what came home is projected while the last one is on its way.
+        """
+        whole = slice(0, heads)
+        if self.size == 1:
+            q, k, v = project(whole, "qkv")
+            del project  # what it holds is needed no more
+            return output(attention(q, k, v, self.kernel), whole, None)
+        assert lengths is not None and heads >= self.ulysses.size, "no lengths, or require_heads was not called"
+        if self.ulysses.size > 1:
+            return self._attend_groups(project, output, head_groups(heads, self.ulysses.size, self.groups), lengths)
+        ring = _Ring(self, _pack(project(whole, "kv")), lengths)
+        (q,) = project(whole, "q")
+        del project
+        ring.go_round(q)
+        return output(ring.last(q), whole, None)
+
+    def _attend_groups(
+        self, project: Project, output: Output[T], groups: Sequence[Sequence[range]], lengths: Sequence[int]
+    ) -> T:
         u, r = self.ulysses.size, self.ring.rank
         mine, ring = lengths[r * u : (r + 1) * u], [sum(lengths[i * u : (i + 1) * u]) for i in range(self.ring.size)]
-        packed = torch.stack((q, k, v), dim=2).transpose(0, 1)  # (n, B, 3, H, D)
-        if u == 1:
-            return self._ring(q, packed[:, :, 1:], ring)
-        groups = head_groups(heads, u, self.groups)
-        # All groups set out at once; while one is attended to, the next arrives and the one before goes home.
-        under_way = [self._scatter_heads(packed, group, mine) for group in groups]
-        home = []
-        for group, arriving in zip(groups, under_way):
-            shape = (sum(mine), q.shape[0], 3, len(group[self.ulysses.rank]), q.shape[3])
-            got = collectives.wait_tensor(arriving).view(shape)
-            out = self._ring(got[:, :, 0].transpose(0, 1), got[:, :, 1:], ring)
-            home.append(self._return_heads(out, group, mine))
-        return self._join_heads(home, groups, q)
+        spans = [slice(group[0].start, group[-1].stop) for group in groups]
+        under_way = []
+        for group, span in zip(groups, spans):
+            made = project(span, "qkv")
+            under_way.append(self._scatter_heads(made, group, mine))
+            batch, n, _, width = made[0].shape
+            del made
+        del project
 
-    def _scatter_heads(self, packed: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Tensor:
+        def arrive(i: int) -> tuple[Tensor, _Ring]:
+            got = self.wait(under_way[i]).view(sum(mine), batch, 3, len(groups[i][self.ulysses.rank]), width)
+            return got[:, :, 0].transpose(0, 1), _Ring(self, got[:, :, 1:], ring)
+
+        home, count = [], len(groups)
+        q, round_trip = arrive(0)
+        for i, group in enumerate(groups):
+            round_trip.go_round(q)
+            # Its keys and values set out round the ring under the last attention of this group.
+            following = arrive(i + 1) if i + 1 < count and self.ring.size > 1 else None
+            home.append(self._return_heads(round_trip.last(q), group, mine))
+            if i + 1 < count:
+                q, round_trip = following or arrive(i + 1)
+        done: T | None = None
+        for group, span, arriving in zip(groups, spans, home):
+            done = output(self._join_heads(arriving, group, (batch, n, width)), span, done)
+        assert done is not None
+        return done
+
+    def wait(self, arriving: Tensor) -> Tensor:
+        """What an `exchange` brings, once it is there."""
+        return collectives.wait_tensor(arriving)
+
+    def _scatter_heads(self, made: Sequence[Tensor], group: Sequence[range], lengths: Sequence[int]) -> Tensor:
         """Begin to give up other ranks' heads of this rank's tokens for this rank's heads of the Ulysses group's.
 
-        packed: (n, B, 3, H, D). Token-major on the wire, so that what arrives is already one tensor in token order.
+        made: q, k and v (B, n, h, D) of the group's heads. Token-major on the wire, (n, B, 3, h, D) for each rank, so
+        that what arrives is already one tensor in token order.
         """
-        n, batch, _, _, width = packed.shape
-        send = torch.cat([packed[:, :, :, part.start : part.stop].reshape(-1) for part in group])
-        row, mine = batch * 3 * width, len(group[self.ulysses.rank])
+        batch, n, _, width = made[0].shape
+        at, row, mine = group[0].start, batch * 3 * width, len(group[self.ulysses.rank])
+        parts = [[x[:, :, part.start - at : part.stop - at] for x in made] for part in group]
+        send = torch.cat([_pack(part).flatten() for part in parts])
         return exchange(send, [n * len(part) * row for part in group], [m * mine * row for m in lengths], self.ulysses)
 
     def _return_heads(self, out: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Tensor:
@@ -147,39 +206,68 @@ class SequenceParallel:
         sent, received = [m * mine * row for m in lengths], [n * len(part) * row for part in group]
         return exchange(out.transpose(0, 1).reshape(-1), sent, received, self.ulysses)
 
-    def _join_heads(self, home: Sequence[Tensor], groups: Sequence[Sequence[range]], like: Tensor) -> Tensor:
-        """What came home, group by group, as one tensor like q (B, n, H, D)."""
-        batch, n, _, width = like.shape
-        pieces: dict[int, Tensor] = {}
-        for arriving, group in zip(home, groups):
-            parts = collectives.wait_tensor(arriving).split([n * len(part) * batch * width for part in group])
-            pieces |= {part.start: p.view(n, batch, len(part), width) for p, part in zip(parts, group)}
-        return torch.cat([pieces[start] for start in sorted(pieces)], dim=2).transpose(0, 1)
+    def _join_heads(self, arriving: Tensor, group: Sequence[range], shape: tuple[int, int, int]) -> Tensor:
+        """A group that comes home, as one tensor (B, n, h, D); shape: its B, n and D."""
+        batch, n, width = shape
+        parts = self.wait(arriving).split([n * len(part) * batch * width for part in group])
+        return torch.cat([p.view(n, batch, len(part), width) for p, part in zip(parts, group)], dim=2).transpose(0, 1)
 
-    def _ring(self, q: Tensor, kv: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Attention of q (B, N, h, D) over the keys and values of all ring ranks; kv: (N, B, 2, h, D)."""
-        size, rank = self.ring.size, self.ring.rank
-        if size == 1:
-            return attention(q, *_keys_values(kv), self.kernel)
-        out: Tensor | None = None
-        lse: Tensor | None = None
-        for step in range(size):
-            # Posted before the attention that hides it.
-            following = self._pass_on(kv, lengths[(rank - step - 1) % size]) if step < size - 1 else None
-            if lengths[(rank - step) % size]:
-                part, part_lse = attention_with_lse(q, *_keys_values(kv), self.kernel)
-                out, lse = _merge(out, lse, part, part_lse)
-            if following is not None:
-                kv = collectives.wait_tensor(following)
-        assert out is not None, "a sequence without tokens"
-        return out.to(q.dtype)
 
-    def _pass_on(self, kv: Tensor, incoming: int) -> Tensor:
-        """Send kv to the next rank of the ring while `incoming` rows come from the one before."""
-        size, rank = self.ring.size, self.ring.rank
+class _Ring:
+    """Keys and values on their way round the ring, from the moment that this rank's own are there.
+
+    kv: (N, B, 2, h, D) of this rank, which leave at once. lengths: every ring rank's N.
+    """
+
+    def __init__(self, sp: SequenceParallel, kv: Tensor, lengths: Sequence[int]) -> None:
+        self.sp, self.kv, self.lengths, self.step = sp, kv, lengths, 0
+        self.out: Tensor | None = None
+        self.lse: Tensor | None = None
+        self.following = self._pass_on()
+
+    def go_round(self, q: Tensor) -> None:
+        """Attention of q (B, N, h, D) over all keys but the last to come, which are waited for."""
+        while self.following is not None:
+            self._attend(q)
+            self.kv = self.sp.wait(self.following)
+            self.step += 1
+            self.following = self._pass_on()
+
+    def last(self, q: Tensor) -> Tensor:
+        """Attention over those too, and the result (B, N, h, D)."""
+        if len(self.lengths) == 1:
+            return attention(q, *_keys_values(self.kv), self.sp.kernel)
+        self._attend(q)
+        assert self.out is not None, "a sequence without tokens"
+        return self.out.to(q.dtype)
+
+    def _attend(self, q: Tensor) -> None:
+        if self.lengths[(self.sp.ring.rank - self.step) % len(self.lengths)]:
+            part, part_lse = attention_with_lse(q, *_keys_values(self.kv), self.sp.kernel)
+            self.out, self.lse = _merge(self.out, self.lse, part, part_lse)
+
+    def _pass_on(self) -> Tensor | None:
+        """Send what is here to the next rank of the ring while the one before sends its own, unless all have come."""
+        size, rank = len(self.lengths), self.sp.ring.rank
+        if self.step == size - 1:
+            return None
         sent, received = [0] * size, [0] * size
-        sent[(rank + 1) % size], received[(rank - 1) % size] = kv.shape[0], incoming
-        return exchange(kv, sent, received, self.ring)
+        sent[(rank + 1) % size] = self.kv.shape[0]
+        received[(rank - 1) % size] = self.lengths[(rank - self.step - 1) % size]
+        return exchange(self.kv, sent, received, self.sp.ring)
+
+
+def _pack(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, n, h, D) as one, token-major: (n, B, parts, h, D)."""
+    return torch.stack([part.transpose(0, 1) for part in parts], dim=2)
+
+
+def _take(made: Mapping[str, Tensor], heads: slice, parts: str) -> tuple[Tensor, ...]:
+    return tuple(made[part][:, :, heads] for part in parts)
+
+
+def _collect(out: Tensor, heads: slice, groups: list[Tensor] | None) -> list[Tensor]:
+    return [*(groups or []), out]
 
 
 def _keys_values(kv: Tensor) -> tuple[Tensor, Tensor]:

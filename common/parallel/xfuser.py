@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.parallel.mesh import Mesh
-from common.parallel.usp import SequenceParallel
+from common.parallel.usp import Output, Project, SequenceParallel, T
 from common.registry.checks import ENGINES, xfuser_problems
 from common.system.extras import install
 
@@ -69,6 +69,12 @@ class XFuserSequenceParallel(SequenceParallel):
             return super().attention(q, k, v, lengths)
         assert lengths is not None and set(lengths) == {q.shape[1]}, "lengths() was not asked"
         return self._layer(None, q, k, v)
+
+    def attend(self, project: Project, output: Output[T], heads: int, lengths: Sequence[int] | None = None) -> T:
+        """As of SequenceParallel, all heads at once: xfuser's exchanges begin and end inside its attention."""
+        whole = slice(0, heads)
+        q, k, v = project(whole, "qkv")
+        return output(self.attention(q, k, v, lengths), whole, None)
 
 
 def _make_layer(mesh: Mesh, kernel: str) -> Any:

@@ -11,7 +11,7 @@ e4m3: 4 bits of exponent, 3 of mantissa, largest value 448 (Micikevicius et al. 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -85,21 +85,43 @@ class Float8Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=FLOAT8, device=device), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(outputs, 1, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs, device=device), requires_grad=False) if bias else None
-        self.multiplies = multiplies and not (inputs % _ALIGNMENT or outputs % _ALIGNMENT)
+        self.multiplies = multiplies and _aligned(outputs, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.multiplies and x.numel() and x.dtype == torch.bfloat16:
-            return self.scaled_matmul(x)
-        return F.linear(x, self.weight.to(x.dtype) * self.weight_scale.to(x.dtype), self.bias)
+        return self._product(x, self.weight, self.weight_scale, self.bias)
 
-    def scaled_matmul(self, x: Tensor) -> Tensor:
-        """x (..., in) bf16 rounded to fp8 by rows, times the weight in fp8; result (..., out) bf16.
+    def rows(self, x: Tensor, spans: Sequence[slice]) -> Sequence[Tensor]:
+        """Some of the outputs, (..., length of the span) each; x is rounded once."""
+        # Bytes, which every device joins.
+        weight = torch.cat([self.weight.view(torch.uint8)[span] for span in spans]).view(FLOAT8)
+        scale = torch.cat([self.weight_scale[span] for span in spans])
+        bias = None if self.bias is None else torch.cat([self.bias[span] for span in spans])
+        return self._product(x, weight, scale, bias).split([span.stop - span.start for span in spans], dim=-1)
 
-        Sums are kept in fp32: the faster way of the hardware, which carries fewer bits of them, is not asked for.
-        """
-        values, scale = to_float8(x.flatten(0, -2))
-        out = _multiply(values, scale, self.weight.t(), self.weight_scale.t(), x.dtype, self.bias)
-        return out.unflatten(0, x.shape[:-1])
+    def columns(self, x: Tensor, span: slice, bias: bool = False) -> Tensor:
+        """What some of the inputs, x (..., length of the span), have in the outputs; bias: whether it is added."""
+        weight = self.weight.view(torch.uint8)[:, span].contiguous().view(FLOAT8)
+        return self._product(x, weight, self.weight_scale, self.bias if bias else None)
+
+    def _product(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        if self.multiplies and _aligned(*weight.shape) and x.numel() and x.dtype == torch.bfloat16:
+            return scaled_matmul(x, weight, scale, bias)
+        return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype), bias)
+
+
+def _aligned(outputs: int, inputs: int) -> bool:
+    """Whether the hardware takes a weight of these sizes."""
+    return not (outputs % _ALIGNMENT or inputs % _ALIGNMENT)
+
+
+def scaled_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) bf16 rounded to fp8 by rows, times the weight (out, in) in fp8; result (..., out) bf16.
+
+    Sums are kept in fp32: the faster way of the hardware, which carries fewer bits of them, is not asked for.
+    """
+    values, scale = to_float8(x.flatten(0, -2))
+    out = _multiply(values, scale, weight.t(), weight_scale.t(), x.dtype, bias)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def _multiply(

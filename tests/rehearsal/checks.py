@@ -97,8 +97,8 @@ def check_overlap(scene: Scene, ran: Ran) -> None:
         assert passed and len(hidden) == len(passed), f"{len(hidden)} of {len(passed)} passes lie behind attention"
     if scene.groups > 1 and scene.layout.ulysses > 1:
         posted = [m for m in moments if m.what == "post" and m.subject.group == ran.axes["ulysses"]]
-        hidden = [m for m in posted if _between(moments, m) & ATTENTION]
-        assert 2 * len(hidden) >= len(posted), f"{len(hidden)} of {len(posted)} exchanges of heads lie behind attention"
+        hidden = [m for m in posted if _between(moments, m) & MULTIPLIES]
+        assert posted and len(hidden) == len(posted), f"{len(hidden)} of {len(posted)} exchanges of heads are hidden"
     if scene.shard and scene.layout.ranks > 1:
         gathers = [m for m in moments if m.what == "post" and m.subject.op == "_allgather_base_"]
         hidden = [m for m in gathers if _between(moments, m) & MULTIPLIES]

@@ -100,7 +100,7 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
 
     with (
         installed(),
-        mock.patch.object(common.weights.load._Reader, "_bytes", lambda *_: None),
+        mock.patch.object(common.weights.load._FileReader, "_bytes", lambda *_: None),
         mock.patch.multiple(common.weights.blocks, Pinned=Locked, ThreadPoolExecutor=threads),
         # Counted on the meta device, which takes as long as two chunks: every plan fits.
         mock.patch.object(common.video.decode_video, "decode_memory", lambda *_, **__: 2**30),
