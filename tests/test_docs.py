@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from common.registry.forks import Fork, forks
-from common.run.command_line import _unknown, command
+from common.run.command_line import command
+from common.run.unknown import unknown_words
 from planner.cli import command as plan
 from tools.docs import flags, tables
 from xdit_doctor.cli import command as doctor
@@ -126,7 +127,7 @@ def test_a_command_is_one_that_exists(given):
         spec = command(program)
         context = spec.make_context(program.program, arguments)
         assert not context.meta.get("problems"), context.meta["problems"]
-        assert not _unknown(context.args, [name for option in spec.params for name in option.opts])
+        assert not unknown_words(program, context.args, spec.params)
     elif words[:3] == ("pip", "install", "-e"):
         extras = re.findall(r"\w+", words[3])
         text = (ROOT / "pyproject.toml").read_text()

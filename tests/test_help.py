@@ -13,7 +13,7 @@ from common.run.help import GROUPS, grouped
 
 FORKS = pytest.mark.parametrize("fork", forks(), ids=lambda fork: fork.name)
 GIVEN = {"model_dir", "demo", "prompt", "prompt_file", "image", "video", "id_embeddings", "save_id_embeddings"}
-GIVEN |= {"text_cache", "from_latents", "resume", "dry_run"}
+GIVEN |= {"text_cache", "from_latents", "resume", "dry_run", "ray_address"}
 """Options without a default: what they name is there, or it is not."""
 
 

@@ -18,6 +18,7 @@ from common.registry.hub import checkpoint_folder
 from common.run.quantize import run as quantize
 from mochi_xdit import MochiPipeline
 from mochi_xdit.fork import FORK as MOCHI
+from tests.helpers import cogvideox
 from tests.helpers.hub import COMMIT, copy_of_folder, keep
 from tests.helpers.mochi import write_checkpoint
 from tests.helpers.programs import problems, read
@@ -109,6 +110,12 @@ def test_the_usual_folders_name_has_the_command_too():
 def test_another_programs_repository_names_the_program():
     (said,) = problems(MOCHI, "--model-dir", "zai-org/CogVideoX-5b", *GENERATE)
     assert said.endswith("is a checkpoint of CogVideoX-5b; use cogvideox-xdit")
+
+
+def test_another_programs_folder_names_the_program(tmp_path):
+    folder = cogvideox.write_checkpoint(tmp_path / "model", "2b")
+    (said,) = problems(MOCHI, "--model-dir", folder, *GENERATE)
+    assert said.endswith("; it is a checkpoint of CogVideoX: use cogvideox-xdit")
 
 
 def test_an_old_owners_name_is_the_same_checkpoint(cache):

@@ -10,6 +10,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from common.registry.downloads import Part
@@ -50,6 +51,16 @@ def checkpoint_folder(given: str | Path, fork: Fork, text: bool = True) -> Path:
             f"{'is' if len(lost) == 1 else 'are'} missing; fetch what is missing with: {_completing(repo, lost)}"
         )
     return snapshot
+
+
+def other_program(folder: Path | None, fork: Fork) -> str:
+    """The end of an error: whose checkpoint a folder is that is none of `fork`'s; empty where it is nobody's."""
+    for other in forks():
+        if folder is not None and other.name != fork.name and other.read_rules is not None:
+            with suppress(ValueError, OSError):
+                other.read_rules(folder)
+                return f"; it is a checkpoint of {other.title}: use {other.program}"
+    return ""
 
 
 def cached(repo: str) -> Path | None:

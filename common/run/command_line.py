@@ -6,7 +6,6 @@ Hyphens and underscores are alike in every option (`--model-dir`, `--model_dir`)
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from common.registry.checks import (
     xfuser_problems,
 )
 from common.registry.forks import Fork, Size
-from common.registry.hub import checkpoint_folder
+from common.registry.hub import checkpoint_folder, other_program
 from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
@@ -34,6 +33,7 @@ from common.run.destination import format_problem, named, numbered, own_name, pl
 from common.run.help import Command
 from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
 from common.run.options import DRAWN, MOST, SYNONYMS, options
+from common.run.unknown import unknown_words
 from common.system import environment
 from common.system.files import absence, as_text, reason, shown, text_problem, writing_problem
 from common.system.host import gpus_are_hidden
@@ -44,6 +44,13 @@ MAX_MEMORY = 1_000_000  # GiB
 MAX_PROMPT_FILE = 64 << 20
 MAX_TIMEOUT = 10_000_000
 UNUSABLE_GPU = "there is a GPU driver, but PyTorch sees no GPU (a CPU build, or a driver older than its CUDA?)"
+NO_EFFECT = {
+    "use_xdit": "--use-xdit has no effect: the parallel path is the only one here",
+    "use_fsdp": "--use-fsdp has no effect; --shard-weights is what keeps a share of the weights on each GPU",
+    "cpu_offload": "--cpu-offload has no effect: a stage is loaded when it is needed and freed after it, and "
+    "--offload block keeps less on the GPU",
+}
+"""What is said of options that are taken for mochi-xdit's published command lines."""
 DEMO_RANKS = 2
 """Of a demo on a CPU."""
 
@@ -85,21 +92,9 @@ def parse(fork: Fork, arguments: Sequence[str], at: environment.Process | None =
     except click.UsageError as error:
         raise WrongUse([error.format_message()]) from None
     problems = list(context.meta.get("problems", []))
-    problems += _unknown(context.args, [name for option in spec.params for name in option.opts])
+    problems += unknown_words(fork, context.args, spec.params)
     reader = _RequestBuilder(fork, context.params, problems, at or environment.Process(), given_options(context))
     return replace(reader.request(), decode_options=decode_options(context, fixed(fork)))
-
-
-def _unknown(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
-    problems = []
-    for i, argument in enumerate(arguments):
-        if argument.startswith("-"):
-            name = argument.split("=")[0].replace("_", "-")
-            near = difflib.get_close_matches(name, known, n=1)
-            problems.append(f"no such option: {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        elif i == 0 or not arguments[i - 1].startswith("-"):
-            problems.append(f"unexpected argument {argument!r}; quote a prompt that has spaces")
-    return problems
 
 
 class _RequestBuilder:
@@ -192,20 +187,24 @@ class _RequestBuilder:
         if model_dir is not None and demo is not None:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
         elif model_dir is None and demo is None:
-            self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
+            if "demo" not in self.given:  # what is wrong with its name is said
+                self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
         else:
             return self._opened(model_dir, demo) or (Source(model_dir, demo), official)
         return Source(model_dir, demo), official
 
     def _opened(self, named: Path | None, demo: str | None) -> tuple[Source, Rules] | None:
         """A checkpoint folder, by its place or its repository's name, or a demo, and what it admits."""
-        where = "--model-dir"
         try:
             folder = named and checkpoint_folder(named, self.fork, self.values["text_encoder_dir"] is None)
-            where = f"--model-dir {named}:"
-            return (source := Source(folder, demo)), self.fork.rules(source)
         except (ValueError, OSError) as error:
-            self.problems.append(f"{where} {error}")
+            self.problems.append(f"--model-dir {error}")
+            return None
+        source = Source(folder, demo)
+        try:
+            return source, self.fork.rules(source)
+        except (ValueError, OSError) as error:
+            self.problems.append(f"--model-dir {named}: {error}{other_program(folder, self.fork)}")
         return None
 
     def _official(self, weights: object) -> str | None:
@@ -322,7 +321,7 @@ class _RequestBuilder:
         elif file is not None:
             return self._prompts_of(file) or [""]
         elif prompt is None and self.values["from_latents"] is None:
-            if rules.default_prompt is None and not self.dry:
+            if rules.default_prompt is None and not self.dry and "demo" not in self.given:
                 self.problems.append("--prompt is missing; say what the video shows")
             return [rules.default_prompt or ""]
         return [prompt or ""]
@@ -433,11 +432,7 @@ class _RequestBuilder:
             remarks.append(f"no GPU is visible: {self.unseen} ranks {where}")
         if self.values["shard_weights"] and ranks == 1:
             remarks.append("--shard-weights has no effect on one rank, which has nobody to share with")
-        if self.values["use_xdit"] or self.values["use_fsdp"]:
-            remarks.append("--use-xdit and --use-fsdp have no effect: the parallel path is the only one here")
-        if self.values["cpu_offload"]:
-            remarks.append("--cpu-offload has no effect: a stage is loaded when it is needed and freed after it")
-        return remarks
+        return remarks + [said for name, said in NO_EFFECT.items() if self.values[name]]
 
 
 def _visible(gpus: int) -> str:

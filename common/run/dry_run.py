@@ -79,7 +79,8 @@ def _free_memory(request: Request) -> FreeMemory | None:
 def _placements(counted: Estimator, request: Request, free: float) -> None:
     """What rank 0 would need by each placement."""
     runtime = request.runtime
-    print(f"{'':12}{'text':>12}{'sampling':>12}{'decode':>12}{'host':>12}   rank 0, weights + activations")
+    heads = "".join(f"{name:>12}" for name in (*STAGES, "host"))
+    print(f"{'':12}{heads}   rank 0, weights + activations; host: of each rank")
     for placement, keep in candidates(request.layout.ranks, runtime.device, runtime.keep_loaded):
         estimate = counted.estimate(placement, keep, free)
         cells = [gib(estimate.stages[name].total) for name in STAGES] + [gib(estimate.host) if estimate.host else "-"]
