@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from cogvideox_xdit.config import FRAME_STEP, STRENGTH, CheckpointConfig, official_rules, read_checkpoint
 from cogvideox_xdit.sampling import Start, draw, sample
 from cogvideox_xdit.solver import Solver, dynamic_scale
-from cogvideox_xdit.transformer import CogVideoXTransformer, Condition, Size
+from cogvideox_xdit.transformer import CogVideoXTransformer, Size
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder, encode
 from cogvideox_xdit.weights import check_vae, load_decoder, load_encoder, load_transformer, transformer_files
 from common.parallel.guidance import NEGATIVE, POSITIVE
@@ -25,6 +26,24 @@ from common.video.inputs import Clip, Picture, image_frames, pixels, video_frame
 from common.video.latents import check_latents, save_latents
 from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The numbers of one generation, every default filled in.
+
+    size: latent frames, rows and columns; the first `padding` frames are dropped at the end. solver: at its first step.
+    scales: guidance of each step. negative: whether the negative prompt's branch is computed on some rank.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    size: Size
+    padding: int
+    solver: Solver
+    scales: list[float]
+    negative: bool
 
 
 class CogVideoXPipeline(Pipeline):
@@ -87,33 +106,53 @@ class CogVideoXPipeline(Pipeline):
         num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
         cfg_scale = either(cfg_scale=cfg_scale, guidance_scale=guidance_scale)
         self.config.check_task(image is not None, video is not None)
-        rules = self.rules
-        height, width, num_frames = rules.size_of(height, width, num_frames)
-        num_steps = rules.num_steps if num_steps is None else num_steps
-        cfg_scale = rules.cfg_scale if cfg_scale is None else cfg_scale
-        size, padding = self.latent_size(height, width, num_frames)
-        self._check(video is not None, strength, latents, size, output)
-        if self.config.learned and size[0] != self.config.latent_frames:
-            usual = self.config.sample_frames
-            self.report.warn(f"learned positions exist for {usual} frames only; sines and cosines stand in for them")
-        solver = Solver(self.checkpoint.scheduler, num_steps, self.scheduler, 1.0 if video is None else strength)
-        frames: Tensor | None = None
-        if image is not None:
-            frames = on_main(self.mesh, lambda: image_frames(image, height, width, fit, self.report.note, rules))
-        elif video is not None:
-            told = self.report.note
-            frames = on_main(self.mesh, lambda: video_frames(video, height, width, num_frames, fit, told, rules))
-        text = self._encode(prompt, negative_prompt if rules.guided(cfg_scale) or self.mesh.cfg.size > 1 else None)
-        start = self._start(size, padding, seed, latents, frames, solver)
-        scales = [cfg_scale if rules.guided(cfg_scale) else 1.0] * len(solver)
-        if dynamic_cfg and rules.guided(cfg_scale):
-            scales = [dynamic_scale(cfg_scale, t, len(solver)) for t in solver.timesteps]
-        final = self._sample(start, text, solver, scales, keeper)[:, :, padding:]
+        share = 1.0 if video is None else strength
+        run = self.generation(height, width, num_frames, num_steps, cfg_scale, dynamic_cfg, share)
+        self.check(run, latents, output, video is not None)
+        frames = self._first_frames(image, video, fit, run)
+        text = self.encode_prompts(prompt, negative_prompt, run)
+        # The seed's draws come in the reference's order: image or video, noise, steps.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        known = None if frames is None else self.encode_frames(frames, generator)
+        start = self.start(run, known, latents, generator)
+        final = self._sample(start, text, run, keeper)[:, :, run.padding :]
         if latents_file is not None and self.mesh.is_main:
             save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed}, self.report.warn)
         if output == "latent":
             return final
         return self.decode(final, decode)
+
+    def generation(
+        self,
+        height: int | None,
+        width: int | None,
+        num_frames: int | None,
+        num_steps: int | None,
+        cfg_scale: float | None,
+        dynamic_cfg: bool = False,
+        share: float = 1.0,
+    ) -> Generation:
+        """What is None is the checkpoint's own. share, of (0, 1]: how much of the schedule is run.
+
+        Raises ValueError for what the checkpoint does not admit.
+        """
+        rules = self.rules
+        height, width, num_frames = rules.size_of(height, width, num_frames)
+        if not 0 < share <= 1:
+            raise ValueError(f"strength is {share}; it must be above 0 and at most 1")
+        size, padding = self.latent_size(height, width, num_frames)
+        if self.config.learned and size[0] != self.config.latent_frames:
+            usual = self.config.sample_frames
+            self.report.warn(f"learned positions exist for {usual} frames only; sines and cosines stand in for them")
+        num_steps = rules.num_steps if num_steps is None else num_steps
+        cfg_scale = rules.cfg_scale if cfg_scale is None else cfg_scale
+        guided = rules.guided(cfg_scale)
+        solver = Solver(self.checkpoint.scheduler, num_steps, self.scheduler, share)
+        scales = [cfg_scale if guided else 1.0] * len(solver)
+        if dynamic_cfg and guided:
+            scales = [dynamic_scale(cfg_scale, t, len(solver)) for t in solver.timesteps]
+        negative = guided or self.mesh.cfg.size > 1
+        return Generation(height, width, num_frames, size, padding, solver, scales, negative)
 
     def latent_size(self, height: int, width: int, num_frames: int) -> tuple[Size, int]:
         """Latent frames (padding included), rows and columns; and how many padding frames stand in front.
@@ -132,43 +171,46 @@ class CogVideoXPipeline(Pipeline):
         padding = -frames % config.patch[0]
         return (frames + padding, height // vae.space_compression, width // vae.space_compression), padding
 
-    def _check(self, from_video: bool, strength: float, latents: Tensor | None, size: Size, output: str) -> None:
+    def check(self, run: Generation, latents: Tensor | None, output: str, from_video: bool = False) -> None:
+        """Raise ValueError for an unknown output, and for latents that do not fit or stand beside a video."""
         if output not in ("frames", "latent"):
             raise ValueError(f"output is {output!r}; choose frames or latent")
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength is {strength}; it must be above 0 and at most 1")
         if latents is not None:
             if from_video:
                 raise ValueError("latents and video exclude each other: sampling starts from one of them")
-            check_latents(latents, (1, self.config.out_channels, *size))
+            check_latents(latents, (1, self.config.out_channels, *run.size))
 
-    def _encode(self, prompt: str, negative: str | None) -> dict[int, Tensor]:
-        """T5 features (1, L, D) of the branches."""
-        prompts = {POSITIVE: prompt} if negative is None else {POSITIVE: prompt, NEGATIVE: negative}
+    def _first_frames(self, image: Picture | None, video: Clip | None, fit: str, run: Generation) -> Tensor | None:
+        """What sampling starts from besides noise, uint8 (T, H, W, 3), if anything. Collective."""
+        size, told = (run.height, run.width), self.report.note
+        if image is not None:
+            return on_main(self.mesh, lambda: image_frames(image, *size, fit, told, self.rules))
+        if video is not None:
+            return on_main(self.mesh, lambda: video_frames(video, *size, run.num_frames, fit, told, self.rules))
+        return None
+
+    def encode_prompts(self, prompt: str, negative_prompt: str, run: Generation) -> dict[int, Tensor]:
+        """T5 features (1, L, D) of the branches that are computed. Collective."""
+        prompts = {POSITIVE: prompt} | ({NEGATIVE: negative_prompt} if run.negative else {})
         # Padding is encoded and attended to without a mask: so the model was trained.
         text = self.encode_text(prompts, self.config.text_length, use_mask=False)
         return {branch: features for branch, (features, _) in text.items()}
 
-    def _start(
-        self, size: Size, padding: int, seed: int, latents: Tensor | None, frames: Tensor | None, solver: Solver
-    ) -> Start:
-        """Latents to begin with. The seed's draws come in the reference's order: image or video, noise, steps."""
-        generator = torch.Generator("cpu").manual_seed(seed)
-        known, image = None, None
-        if frames is not None:
-            known = self._encode_frames(frames, generator)
-            if self.config.image_channels:
-                image, known = self.image_latents(known, size), None
+    def start(self, run: Generation, known: Tensor | None, latents: Tensor | None, generator: torch.Generator) -> Start:
+        """Latents to begin with. known: encoded frames, as `encode_frames` gives them. latents: in place of noise."""
+        image = None
         if latents is None:
-            latents = draw(size, self.config.out_channels, generator)
-        if known is not None:
+            latents = draw(run.size, self.config.out_channels, generator)
+        if known is not None and self.config.image_channels:
+            image = self.image_latents(known, run.size)
+        elif known is not None:
             scaled = known * self.vae_config.scaling_factor
             # What stands in front is dropped at the end, so it may be a copy of the first frame.
-            scaled = torch.cat((scaled[:, :, :1].expand(-1, -1, padding, -1, -1), scaled), dim=2)
-            latents = solver.add_noise(scaled, latents)
+            scaled = torch.cat((scaled[:, :, :1].expand(-1, -1, run.padding, -1, -1), scaled), dim=2)
+            latents = run.solver.add_noise(scaled, latents)
         return Start(latents, image, generator)
 
-    def _encode_frames(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_frames(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """A sample of the autoencoder's latents of frames (T, H, W, 3): (1, C, t, h, w) on the CPU, unscaled."""
         compute_dtype = latent_dtype(self.dtype)
         with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding video"):
@@ -186,27 +228,18 @@ class CogVideoXPipeline(Pipeline):
         return torch.cat((scaled, zeros), dim=2)
 
     def _sample(
-        self,
-        start: Start,
-        text: dict[int, Tensor],
-        solver: Solver,
-        scales: list[float],
-        keeper: StateKeeper | None = None,
+        self, start: Start, text: dict[int, Tensor], run: Generation, keeper: StateKeeper | None = None
     ) -> Tensor:
-        size = (start.latents.shape[2], start.latents.shape[3], start.latents.shape[4])
+        """The final latents, padding included, (1, C, T, h, w). The model is gone when this returns."""
         with self.stage_model("transformer", self.compiled_transformer) as model:
-            conds = {b: self.condition(model, text[b], size, start.image) for b in self.guidance.branches(*scales)}
-            return sample(model, start, conds, solver, scales, self.guidance, self.report, keeper)
+            conds = {b: model.prepare(text[b], run.size, start.image) for b in self.guidance.branches(*run.scales)}
+            return sample(model, start, conds, run.solver, run.scales, self.guidance, self.report, keeper)
 
     def check_vae(self, frames: bool) -> None:
         check_vae(self.model_dir, self.vae_config, self.dtype, frames)
 
     def transformer_files(self) -> tuple[TransformerFiles, ...]:
         return transformer_files(self.model_dir, self.dtype)
-
-    def condition(self, model: CogVideoXTransformer, text: Tensor, size: Size, image: Tensor | None) -> Condition:
-        """Everything about one guidance branch that no step changes."""
-        return model.prepare(text, size, image)
 
     @staticmethod
     def read_config(model_dir: Path) -> CheckpointConfig:

@@ -5,27 +5,29 @@ CogVideoX's image to video pipeline, with the aligned face as its image and the 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cogvideox_xdit.pipeline import CogVideoXPipeline
-from cogvideox_xdit.transformer import Size
+from cogvideox_xdit.pipeline import CogVideoXPipeline, Generation
+from cogvideox_xdit.sampling import Start, sample
 from cogvideox_xdit.weights import STEM
 from common.parallel.mesh import on_main
+from common.registry.settings import DecodeOptions, either
 from common.run.quantize import TransformerFiles
 from common.video.inputs import Picture, image_frames
 from common.video.pictures import as_rgb, read_image
+from common.video.states import StateKeeper
 from common.weights.load import find_files, on_meta, open_checkpoint
 from common.weights.placement import place
 from consisid_xdit.config import ConsisIDConfig, read_consisid
 from consisid_xdit.face import FaceReader, IdentityFeatures, load_identity
 from consisid_xdit.keypoints import draw_keypoints
-from consisid_xdit.transformer import ConsisIDTransformer, Face, FaceCondition
+from consisid_xdit.transformer import ConsisIDTransformer
 from consisid_xdit.weights import rename_table, transformer_files
 
 
@@ -37,33 +39,46 @@ class ConsisIDPipeline(CogVideoXPipeline):
 
     config: ConsisIDConfig
     read_config = staticmethod(read_consisid)
-    _identity: IdentityFeatures | None = None
-    _face: Face | None = None
 
     @torch.inference_mode()
     def __call__(  # type: ignore[override]
         self,
         prompt: str,
         negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_steps: int | None = None,
+        cfg_scale: float | None = None,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        output: str = "frames",
         image: Picture | None = None,
         identity: IdentityFeatures | str | Path | None = None,
-        **options: Any,
+        dynamic_cfg: bool = False,
+        decode: DecodeOptions | None = None,
+        keeper: StateKeeper | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Tensor | None:
         """Generate one video of a person. Collective: every rank calls it with the same arguments.
 
         image: a photograph with the face (a file, a PIL image or uint8 (H, W, 3)); needs the extra `face`.
         identity: what `identify` gave, or a file of it, in place of the photograph.
-        options: as for CogVideoX (`height`, `width`, `num_frames`, `num_steps`, `cfg_scale`, `seed`, `latents`,
-        `output`, `dynamic_cfg`, `decode`, ...), with its results and errors.
+        The rest is as for CogVideoX, with its results and errors.
         """
+        num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
+        cfg_scale = either(cfg_scale=cfg_scale, guidance_scale=guidance_scale)
+        run = self.generation(height, width, num_frames, num_steps, cfg_scale, dynamic_cfg)
+        self.check(run, latents, output)
         if not isinstance(identity, IdentityFeatures):
             identity = self.identify(image, identity)
-        self._identity, self._face = identity, None
-        try:
-            # The aligned face on white is stretched, as in the reference: so the model was trained.
-            return super().__call__(prompt, negative_prompt, image=identity.image.cpu(), fit="stretch", **options)
-        finally:
-            self._identity, self._face = None, None
+        text = self.encode_prompts(prompt, negative_prompt, run)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        known = [self.encode_frames(frames, generator) for frames in self._pictures(identity, run)]
+        start = self.start(run, torch.cat(known, dim=2), latents, generator)
+        final = self._sample_person(identity, start, text, run, keeper)[:, :, run.padding :]
+        return final if output == "latent" else self.decode(final, decode)
 
     @torch.inference_mode()
     def identify(self, image: Picture | None = None, file: str | Path | None = None) -> IdentityFeatures:
@@ -87,25 +102,31 @@ class ConsisIDPipeline(CogVideoXPipeline):
             self.report.warn(text)
         return identity
 
-    def condition(  # type: ignore[override]
-        self, model: ConsisIDTransformer, text: Tensor, size: Size, image: Tensor | None
-    ) -> FaceCondition:
-        """A guidance branch; the face is the same in both, so it is read at the first and kept for the other."""
-        if self._face is None and self.config.face:
-            assert self._identity is not None
-            self._face = model.read_face(self._identity.id_cond, self._identity.id_vit_hidden)
-        return model.prepare(text, size, image, face=self._face)
+    def _pictures(self, identity: IdentityFeatures, run: Generation) -> list[Tensor]:
+        """The aligned face and, where the checkpoint wants them, its drawn landmarks; each (1, H, W, 3), a video apart.
 
-    def _encode_frames(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """The face's latents; the drawn landmarks' behind them where the checkpoint wants them, as a picture apart."""
-        latents = [super()._encode_frames(frames, generator)]
+        The square face on white is stretched, as in the reference: so the model was trained.
+        """
+        canvases: list[Picture] = [identity.image.cpu()]
         if self.config.kps:
-            assert self._identity is not None
-            canvas = draw_keypoints(self._identity.face_kps.cpu().numpy(), *self._identity.image.shape[:2])
-            height, width = frames.shape[1:3]
-            landmarks = image_frames(canvas, height, width, "stretch")
-            latents.append(super()._encode_frames(landmarks.to(frames.device), generator))
-        return torch.cat(latents, dim=2)
+            canvases.append(draw_keypoints(identity.face_kps.cpu().numpy(), *identity.image.shape[:2]))
+        size = (run.height, run.width)
+        return [on_main(self.mesh, partial(image_frames, canvas, *size, "stretch")) for canvas in canvases]
+
+    def _sample_person(
+        self,
+        identity: IdentityFeatures,
+        start: Start,
+        text: dict[int, Tensor],
+        run: Generation,
+        keeper: StateKeeper | None,
+    ) -> Tensor:
+        """As `_sample`, with the face in the conditions of both branches."""
+        branches = self.guidance.branches(*run.scales)
+        with self.stage_model("transformer", self.compiled_transformer) as model:
+            face = model.read_face(identity.id_cond, identity.id_vit_hidden) if self.config.face else None
+            conds = {b: model.prepare(text[b], run.size, start.image, face=face) for b in branches}
+            return sample(model, start, conds, run.solver, run.scales, self.guidance, self.report, keeper)
 
     def _load_face_models(self) -> FaceReader:
         with self.report.stage("loading face models"):

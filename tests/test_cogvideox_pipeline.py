@@ -263,7 +263,7 @@ def test_pictures_keep_their_shape(
     def encode(self: CogVideoXPipeline, frames: Tensor, generator: torch.Generator) -> Tensor:
         raise Encoded(frames)
 
-    monkeypatch.setattr(CogVideoXPipeline, "_encode_frames", encode)
+    monkeypatch.setattr(CogVideoXPipeline, "encode_frames", encode)
     pipe = CogVideoXPipeline.from_pretrained(folders[kind], dtype="fp32")
     given, frames_of = (picture(), image_frames) if of == "image" else (clip(9), partial(video_frames, num_frames=9))
     height, width = size
