@@ -39,7 +39,8 @@ class Channel:
             self._attach()
         elif at.launcher == "torchrun":
             _die_with_parent()
-            # At once, even while a collective waits: torchrun would kill us only 30 seconds later.
+            # At once, even while a collective waits: torchrun would kill us only 30 seconds later. Rank 0 has more to
+            # do, see `common.run.rank`.
             if not is_ignored(signal.SIGINT):
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -70,11 +71,21 @@ class Channel:
             say(f"error: {shown(failure.text(with_rank=False))}{afterword}", self.stderr)
         elif _first_to_fail():
             say(f"error: {shown(failure.text())}{afterword}", self.stderr)
+        elif afterword:
+            say(afterword.removeprefix("; "), self.stderr)
 
     def interrupted(self, afterword: str) -> None:
-        """Tell the user who interrupted the run what is kept; nothing where nothing is."""
-        if afterword:
+        """Tell the user who interrupted the run what is kept; nothing where nothing is, but under torchrun.
+
+        There a signal may be torchrun's answer to a rank that failed: that one has said so, and what is kept remains.
+        """
+        if self.process.world_size == 1:
+            if afterword:
+                say(f"interrupted{afterword}", self.stderr)
+        elif _first_to_fail():
             say(f"interrupted{afterword}", self.stderr)
+        elif afterword:
+            say(afterword.removeprefix("; "), self.stderr)
 
     def leave(self, status: int) -> NoReturn:
         """End this process without tearing down process groups: their threads may wait for a peer, or abort at exit."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 import shlex
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from common.registry.forks import Fork
 from common.registry.request import Request, WrongUse, as_wrong_use
 from common.run.channel import Channel
 from common.system.environment import Process, split_cores
+from common.system.failure import describe
 from common.system.host import allocator_default, bind_to_gpu
 from common.system.progress import Report
-from common.system.stopping import Asked, Stopped, stoppable
+from common.system.stopping import SIGNALS, Asked, Stopped, heard, stoppable
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -28,6 +31,7 @@ Generate: TypeAlias = "Callable[[Request, Mesh, Report], None]"
 Leave: TypeAlias = "Callable[[bool], str]"
 """Called with whether all is done; returns what of an unfinished run is kept, as the end of an error line."""
 SELF_TEST_SECONDS = 60.0
+SIGNAL_SECONDS = 0.5
 
 
 def run(
@@ -46,9 +50,7 @@ def run(
     channel = Channel(process, request.debug)
     report = _report(channel, request)
     try:
-        # With peers, signals end a rank at once: in a collective that hangs Python would never see them.
-        alone = process.world_size == 1
-        with stoppable() if alone else nullcontext(Asked()) as signals, _told(channel, report, leave, signals):
+        with _interruptible(channel, leave) as signals, _told(channel, report, leave, signals):
             with as_wrong_use():
                 request, mesh = _connect(request, process, report, arguments)
                 try_connections(mesh, request, report, lambda error: channel.failed(report.where, error))
@@ -59,8 +61,7 @@ def run(
         if process.world_size > 1:
             channel.leave(0)
     except Stopped as stopped:
-        channel.interrupted(leave(False))
-        return stopped.status
+        return _interrupted(channel, leave, stopped.status)
     except KeyboardInterrupt:
         channel.interrupted(leave(False))
         return 130
@@ -81,6 +82,38 @@ def _report(channel: Channel, request: Request) -> Report:
     return report
 
 
+@contextmanager
+def _interruptible(channel: Channel, leave: Leave) -> Iterator[Asked]:
+    """A signal raises `Stopped` in a rank that is alone, and in rank 0 of torchrun's, which tells for all.
+
+    Other ranks end at once: in a collective that hangs Python would never see a signal. For rank 0 there is a thread.
+    """
+    at = channel.process
+    if at.world_size == 1:
+        with stoppable() as signals:
+            yield signals
+    elif at.launcher == "torchrun" and at.rank == 0:
+        with stoppable(once=True) as signals, heard(lambda number: _end(channel, leave, 128 + number)):
+            yield signals
+    else:
+        yield Asked()
+
+
+def _interrupted(channel: Channel, leave: Leave, status: int) -> int:
+    if channel.process.world_size > 1:
+        _end(channel, leave, status)
+    channel.interrupted(leave(False))
+    return status
+
+
+def _end(channel: Channel, leave: Leave, status: int) -> NoReturn:
+    with suppress(ValueError):  # not the main thread, where they are ignored already
+        for number in SIGNALS:  # torchrun hands on what a terminal sends to all
+            signal.signal(number, signal.SIG_IGN)
+    channel.interrupted(leave(False))
+    channel.leave(status)
+
+
 class _Failed(Exception):
     def __init__(self, status: int) -> None:
         self.status = status
@@ -96,6 +129,8 @@ def _told(channel: Channel, report: Report, leave: Leave, signals: Asked) -> Ite
     try:
         yield
     except Exception as error:
+        if channel.process.launcher == "torchrun" and signals.number is None and describe(error, 0, "").secondary:
+            time.sleep(SIGNAL_SECONDS)  # the peer may be gone by a signal that is on its way to us, too
         if signals.number is not None:
             raise Stopped(signals.number) from None
         status = 2 if isinstance(error, WrongUse) else 1

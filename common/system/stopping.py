@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+GRACE_SECONDS = 2.0
+"""For the main thread to end by itself after a signal, before another ends the process."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -36,13 +39,13 @@ class Asked:
 
 
 @contextmanager
-def stoppable() -> Iterator[Asked]:
+def stoppable(once: bool = False) -> Iterator[Asked]:
     """SIGINT, SIGTERM and SIGHUP raise `Stopped` inside, so that what is half written is removed on the way out.
 
     The value tells afterwards that it was so, whatever error a library has made of the exception.
 
     A signal that was ignored when the program began stays ignored: that is how `nohup`, and a shell's `&` in a script,
-    ask for a run that outlives its terminal.
+    ask for a run that outlives its terminal. once: what comes after the first signal changes nothing.
     """
     signals = Asked()
     if threading.current_thread() is not threading.main_thread():
@@ -50,6 +53,8 @@ def stoppable() -> Iterator[Asked]:
         return
 
     def stop(number: int, frame: Any) -> None:
+        if once and signals.number is not None:
+            return
         signals.number = number
         raise Stopped(number)
 
@@ -59,6 +64,37 @@ def stoppable() -> Iterator[Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def heard(end: Callable[[int], None]) -> Iterator[None]:
+    """Inside `stoppable`: if the main thread does not leave soon after a signal, another calls `end` with its number.
+
+    A thread that waits for another rank inside a library runs no Python, so it never sees the exception; the system
+    tells of the signal all the same, through a descriptor. Main thread only.
+    """
+    left = threading.Event()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def listen() -> None:
+        while told := os.read(read, 1):
+            if told[0] in SIGNALS:
+                if not left.wait(GRACE_SECONDS):
+                    end(told[0])
+                return
+
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        listener.join()
+        os.close(read)
 
 
 def is_ignored(number: signal.Signals) -> bool:
