@@ -24,7 +24,7 @@ from planner import cost, get_profile, plan
 from planner.cli import command
 from planner.layouts import choose_layout
 from tests.helpers.hub import Hub, download, there
-from tests.toy_fork import install
+from tests.helpers.outside import install
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("common", "planner", "xdit_doctor", "xdit_download", "xdit_serve", "benchmarks", *registry.HERE)
@@ -119,8 +119,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.forks.cache_clear()
     yield
     registry.forks.cache_clear()
-    sys.modules.pop("toy_xdit.fork", None)
-    sys.modules.pop("toy_xdit", None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "toy_xdit"]:
+        del sys.modules[name]
 
 
 @pytest.mark.usefixtures("toy")
