@@ -185,7 +185,7 @@ def test_a_field_that_is_wrong_is_named(http: httpx.Client, given: dict[str, Any
     assert told(http.post("/v1/videos", content=body, headers=JSON), 400)["param"] == param
     if (
         param not in ("input_reference", None)
-        and "\ud800" not in str(given)
+        and given.get("prompt") != "\ud800"  # which no form can carry
         and all(isinstance(value, str) for value in given.values())
     ):
         form = {
