@@ -54,7 +54,7 @@ OF_GPU = ("matmul", "attention", "convolution", "single_gpu")
 def keys_of(row: Row) -> dict[str, Key]:
     group = group_of(row)
     keys = {name: (name, "*") for name in EVERYONE}
-    keys |= {name: (name, row.gpu) for name in OF_GPU}
+    keys |= {name: (name, group.kernels) for name in OF_GPU}
     keys |= {name: (name, group.machine) for name in LINKS}
     keys |= {name: (name, group.constants_of) for name in ("speed", "other_s")}
     keys |= {"fsdp_across": ("fsdp_across", group.machine), "elementwise": ("elementwise", group.program)}

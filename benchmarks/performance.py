@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 
 import click
 
-from benchmarks import door
+from benchmarks import comparisons, door
 from benchmarks.plots import profile_of, seconds_of
 from benchmarks.published import HERE, Row, excluded, rows, shown
 from common.registry.forks import fork_of, get_model, model_names
@@ -32,7 +32,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION = HERE / "calibration.json"
 SHOWN_GPUS = ("l40", "a100", "h20", "h100")
-UNITS = {"step": "s a step", "sampling": "s sampling", "total": "s end to end"}
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -58,6 +57,7 @@ def page(results: Sequence[dict[str, Any]], calibration: dict[str, Any]) -> str:
         *measured(results),
         *ours(),
         *scaling(),
+        *comparisons.section(table),
         *quality(calibration),
         *tables(),
         *unexplained(calibration),
@@ -165,7 +165,7 @@ def _published_line(row: Row) -> list[object]:
         row.model.title,
         f"{d.ranks} x {row.gpu.upper()}",
         f"{d.cfg} x {d.ring} x {d.ulysses}{fsdp}",
-        UNITS[row.kind],
+        comparisons.UNITS[row.kind],
         f"{row.seconds:g}",
         f"{seconds_of(row):.4g}",
         f"{here:.4g}",

@@ -363,9 +363,9 @@ def test_a_published_machine_is_predicted_with_ours_beside_it() -> None:
     line = ["--model", "consisid", "--gpu", "consisid-h100", "--gpus", "6", "--json"]
     assert json.loads(ask(*line).stdout)[0]["ours"]["total"] == pytest.approx(ours.total)
     assert f"{ours.total:.1f}" in best and f"{ours.total:.1f} s" in text.split("ours there: ")[1]
-    assert "mean error 1.2 %" in text
+    assert f"mean error {100 * get_profile('consisid-h100').error:.1f} %" in text
     kind = ask("--model", "consisid", "--gpu", "h100", "--gpus", "6").stdout
-    assert "280 GB/s assumed" in kind and "--gpu consisid-h100 predicts that machine" in kind
+    assert "155 GB/s fitted on wan2.2-a14b-h100" in kind and "--gpu consisid-h100 predicts that machine" in kind
 
 
 def test_a_video_too_large_for_ours_is_said_beside_the_published_system() -> None:

@@ -54,6 +54,8 @@ class Group:
     nvlink: bool
     balanced: bool
     """Whether ranks are spread evenly over the machine's sockets."""
+    kernels: str
+    """Whose matrix products and attention: those of its kind of GPU, or of a program with other kernels there."""
 
 
 def group_of(row: Row) -> Group:
@@ -66,6 +68,7 @@ def group_of(row: Row) -> Group:
         raw.get("program", "diffusers"),
         links.get("nvlink", False),
         links.get("balanced", False),
+        raw.get("kernels", row.gpu),
     )
 
 
