@@ -57,9 +57,9 @@ def _json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def bf16(module: nn.Module, prefix: str = "", exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def bf16(module: nn.Module, prefix: str = "", keep_fp32: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The module's tensors as bf16, but for the names that stay fp32."""
-    return {prefix + n: t if n in exact else t.to(torch.bfloat16) for n, t in module.state_dict().items()}
+    return {prefix + n: t if n in keep_fp32 else t.to(torch.bfloat16) for n, t in module.state_dict().items()}
 
 
 def write_text_encoder(folder: Path, limit: int, sizes: Mapping[str, int] = T5_XXL) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +16,10 @@ from click.testing import CliRunner
 
 from benchmarks import calibrate, fitting
 from benchmarks.published import Row, excluded, rows
-from common.registry.forks import Size, model_names
+from common.registry.forks import Size, forks, model_names
 from common.registry.layout import RULE, Layout, layouts_of
 from common.run import degrees
+from common.run.options import options
 from planner import choose_layout, get_model, get_profile, machine, plan, predict
 from planner.hardware import names
 from planner.layouts import enough, refusal
@@ -381,6 +384,9 @@ def test_memory_is_that_of_a_dry_run() -> None:
 
 
 def test_nothing_is_advised_that_no_program_does() -> None:
-    for gpus in ("6", "8", "64"):
-        text = ask("--model", "mochi", "--gpu", "l40", "--gpus", gpus).stdout
-        assert "copies" not in text and "videos" not in text
+    known = {spelling for option in options(forks()[0]) for spelling in option.opts}
+    for gpus in (6, 8, 64):
+        text = ask("--model", "mochi", "--gpu", "l40", "--gpus", str(gpus)).stdout
+        assert set(re.findall(r"(?<!\w)--[a-z][a-z-]*", text)) <= known
+        groups = re.search(r"--replicas (\d+), each cfg (\d+) x ring (\d+) x ulysses (\d+)", text)
+        assert groups and math.prod(map(int, groups.groups())) <= gpus
