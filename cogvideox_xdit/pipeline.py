@@ -106,6 +106,8 @@ class CogVideoXPipeline(Pipeline):
         num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
         cfg_scale = either(cfg_scale=cfg_scale, guidance_scale=guidance_scale)
         self.config.check_task(image is not None, video is not None)
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}; it must be above 0 and at most 1")
         share = 1.0 if video is None else strength
         run = self.generation(height, width, num_frames, num_steps, cfg_scale, dynamic_cfg, share)
         self.check(run, latents, output, video is not None)
@@ -138,8 +140,6 @@ class CogVideoXPipeline(Pipeline):
         """
         rules = self.rules
         height, width, num_frames = rules.size_of(height, width, num_frames)
-        if not 0 < share <= 1:
-            raise ValueError(f"strength is {share}; it must be above 0 and at most 1")
         size, padding = self.latent_size(height, width, num_frames)
         if self.config.learned and size[0] != self.config.latent_frames:
             usual = self.config.sample_frames
