@@ -8,8 +8,9 @@
 Random weights, which decode as fast as trained ones. Every line is a set of fresh processes. The peak is what decoding
 adds to the process that needs most: on the CPU resident memory (Linux), on a GPU what PyTorch allocated. `estimate` is
 what plans are chosen by. `--peer` adds diffusers' decoder of the same sizes, one process, all at once. `--count` says
-instead what the first two chunks read and write, by kind of operation, and how much sooner several ranks would be done
-if every latent frame took the same time.
+instead, without data and by the plan that so many ranks choose, the share of all FLOPs that lies on the critical path,
+the most that a rank sends, as tails to the next one and to those that share its chunks, and what the busiest rank reads
+and writes, by kind of operation.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -34,13 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import door, forks
-from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.mesh import Axis, Layout, Mesh, distributed
 from common.registry.forks import get_model, model_names
-from common.video.causal import CausalStream, LocalLink, TimeSplit, lay_out
+from common.registry.layout import decode_parts
+from common.video.causal import CausalStream, Grid, LocalLink, TimeSplit, lay_out
 from common.video.decode import DecodePlan, VideoDecoder, decode_frames
 from common.video.decode_planning import decode_memory, decode_plans
+from common.video.rows import Messages, Rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -127,7 +131,9 @@ def one_rank(pipe: Connection, rank: int, ranks: int, port: int, how: str, optio
             with torch.inference_mode():
                 result = measure(lambda: decode(z).shape[2], mesh, options.repeat)
         else:
-            plan = DecodePlan("exact", shape[1] if how == "whole" else options.chunk)
+            chunk = shape[1] if how == "whole" else options.chunk
+            parts = decode_parts(decoder.chunks(shape[1], chunk), shape[2], ranks)
+            plan = DecodePlan("exact", chunk, parts=parts)
             split = TimeSplit(mesh.world)
             pieces = lambda: sum(len(p) for p in decode_frames(decoder, z, plan, split) if p is not None)  # noqa: E731
             result = measure(pieces, mesh, options.repeat)
@@ -165,21 +171,88 @@ class Moved(TorchDispatchMode):
         return out
 
 
+class Sent(LocalLink):
+    """Counts the bytes and messages of a rank's tails; what is received was never sent here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.messages = 0
+
+    def send(self, key: Hashable, tail: torch.Tensor) -> None:
+        self.bytes, self.messages = self.bytes + tail.nbytes, self.messages + 1
+
+    def receive(self, key: Hashable, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        return x.new_empty(size)
+
+
+class Exchanged(Messages):
+    """Counts the bytes and messages that a rank sends those that share its chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.messages = 0
+
+    def post(self, sent: Sequence[tuple[int, torch.Tensor]], awaited: Sequence[tuple[int, torch.Tensor]]) -> list[Any]:
+        self.bytes, self.messages = self.bytes + sum(x.nbytes for _, x in sent), self.messages + len(sent)
+        return []
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a rank does for its part of one chunk: FLOPs, bytes and messages of tails and of exchanges, bytes moved."""
+
+    flops: int
+    tails: tuple[int, int]
+    exchanges: tuple[int, int]
+    moved: Counter[str]
+
+
+def items(decoder: VideoDecoder, shape: tuple[int, int, int, int], grid: Grid, chunk: int) -> list[list[Item]]:
+    """By chunk and part; alike ones are counted once, without data."""
+    lengths, made = decoder.chunks(shape[1], chunk), {}
+    last, dtype = len(lengths) - 1, next(decoder.parameters()).dtype
+
+    def item(k: int, part: int) -> Item:
+        kind = (k == 0, k == last, lengths[k], grid.lengths[part], part == 0, part == len(grid.lengths) - 1)
+        if kind not in made:
+            link, messages = Sent(), Exchanged()
+            rows = Rows(grid.lengths, part, messages=messages)
+            z = torch.empty(1, shape[0], lengths[k], grid.lengths[part], shape[3], device="meta", dtype=dtype)
+            with FlopCounterMode(display=False) as flops, Moved() as moved, torch.inference_mode():
+                decoder(z, CausalStream(link, k == 0, k == last, rows))
+            tails = (link.bytes, link.messages) if grid.groups > 1 else (0, 0)
+            sent = messages.bytes, messages.messages
+            made[kind] = Item(flops.get_total_flops(), tails, sent, moved.bytes)
+        return made[kind]
+
+    return [[item(k, part) for part in range(len(grid.lengths))] for k in range(len(lengths))]
+
+
 def count(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One line for each number of ranks, by the plan that these would choose."""
     decoder, shape = build(options, torch.device("meta"))
     lines = []
     for ranks in options.ranks:
         plan = decode_plans(decoder, shape, ranks, "exact")[0]
-        with Moved() as moved, torch.inference_mode():
-            link, lengths = LocalLink(), decoder.chunks(shape[1], plan.chunk)
-            for k, n in enumerate(lengths[:2]):
-                z = torch.empty(1, shape[0], n, *shape[2:], device="meta", dtype=DTYPES[options.dtype])
-                decoder(z, CausalStream(link, k == 0, k == len(lengths) - 1))
-        busiest = max(sum(lengths[rank::ranks]) for rank in range(ranks))
-        sizes = {f"{kind} GB": round(size / 1e9, 1) for kind, size in sorted(moved.bytes.items())}
-        line = {"how": "counted", "ranks": ranks, "chunks": "+".join(map(str, lengths))}
-        lines.append(line | {"speed-up": round(sum(lengths) / busiest, 2)} | sizes)
+        grid = Grid(Axis(ranks), shape[2], plan.parts)
+        found = items(decoder, shape, grid, plan.chunk)
+        # Ranks that share a chunk go through it together.
+        together = [max(item.flops for item in parts) for parts in found]
+        critical = max(sum(together[group :: grid.groups]) for group in range(grid.groups))
+        by_rank: list[list[Item]] = [[] for _ in range(ranks)]
+        for k, parts in enumerate(found):
+            for part, item in enumerate(parts):
+                by_rank[grid.owner(k, part)].append(item)
+        busiest = max(by_rank, key=lambda own: sum(item.flops for item in own))
+        line = {"how": "counted", "ranks": ranks, "groups x parts": f"{grid.groups} x {plan.parts}"}
+        line["chunks"] = "+".join(map(str, decoder.chunks(shape[1], plan.chunk)))
+        line["critical path"] = round(critical / sum(item.flops for parts in found for item in parts), 3)
+        for name in ("tails", "exchanges"):
+            sent = [[getattr(item, name) for item in own] for own in by_rank]
+            line[f"{name} MB"] = round(max(sum(size for size, _ in own) for own in sent) / 1e6, 1)
+            line[f"{name} messages"] = max(sum(number for _, number in own) for own in sent)
+        moved = sum((item.moved for item in busiest), Counter())
+        lines.append(line | {f"{kind} GB": round(size / 1e9, 1) for kind, size in sorted(moved.items())})
     return lines
 
 

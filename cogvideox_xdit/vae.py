@@ -25,6 +25,7 @@ from common.video.causal import (
     silu,
 )
 from common.video.decode import VideoDecoder
+from common.video.rows import Borders, Rows, doubled, group_norm
 
 LATENT_CHUNK = 2
 FRAME_CHUNK = 8
@@ -50,7 +51,7 @@ class PlainNorm(nn.GroupNorm):
     """The encoder's norm, which looks at no latents."""
 
     def forward(self, x: Tensor, z: Tensor, stream: CausalStream) -> Tensor:  # type: ignore[override]
-        return super().forward(x)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, stream.rows)
 
 
 class SpatialNorm(nn.Module):
@@ -69,7 +70,8 @@ class SpatialNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor, stream: CausalStream) -> Tensor:
         """x: (B, C, T, H, W). z: (B, 16, t, h, w), of which T, H and W are whole multiples; see `_apart`."""
         scale, shift = self.conv_y(z, stream), self.conv_b(z, stream)
-        x = self.norm_layer(x)
+        norm = self.norm_layer
+        x = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, stream.rows)
         parts = [_modulate(*part) for part in zip(_apart(x), _apart(scale), _apart(shift))]
         del x
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -110,31 +112,36 @@ class ResBlock(nn.Module):
 class Frames2d(nn.Module):
     """A 2D convolution on every frame, which `prepare` makes larger or smaller before it."""
 
-    def __init__(self, channels: int, stride: int, padding: int, time: bool) -> None:
+    def __init__(self, channels: int, stride: int, padding: int | tuple[int, int], time: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride, padding)
         self.time = time
 
-    def prepare(self, frames: Tensor) -> Tensor:
-        """(N, C, H, W), what the convolution is given of the frames."""
+    def prepare(self, frames: Tensor, above: Tensor | None, below: Tensor | None) -> Tensor:
+        """(N, C, H, W) and the rows beside them, what the convolution is given of the frames."""
         raise NotImplementedError
 
-    def each(self, x: Tensor) -> Tensor:
+    def each(self, x: Tensor, rows: Rows) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H', W'), some frames at a time: see `LARGEST_CONVOLUTION`."""
+        borders = rows.borders(x).wait()
         # An enlarged frame has four times the elements; what is made smaller is counted so too.
         most = max(1, LARGEST_CONVOLUTION // (4 * x[:, :, 0].numel()))
         if x.shape[2] <= most:
-            return self._some(x)
-        first = self._some(x[:, :, :most])
+            return self._some(x, borders, slice(None))
+        first = self._some(x, borders, slice(most))
         out = empty_for(self.conv.weight, (*first.shape[:2], x.shape[2], *first.shape[3:]), x)
         out[:, :, :most] = first
         del first
         for i in range(most, x.shape[2], most):
-            out[:, :, i : i + most] = self._some(x[:, :, i : i + most])
+            out[:, :, i : i + most] = self._some(x, borders, slice(i, i + most))
         return out
 
-    def _some(self, x: Tensor) -> Tensor:
-        out = self.conv(self.prepare(x.transpose(1, 2).flatten(0, 1)))
+    def _some(self, x: Tensor, borders: Borders, frames: slice) -> Tensor:
+        def pictures(part: Tensor) -> Tensor:
+            return part[:, :, frames].transpose(1, 2).flatten(0, 1)
+
+        above, below = (None if rows is None else pictures(rows) for rows in (borders.above, borders.below))
+        out = self.conv(self.prepare(pictures(x), above, below))
         return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
@@ -142,13 +149,13 @@ class Upsample(Frames2d):
     """Twice the rows and columns, and with `time` twice the frames but for the first of an odd number."""
 
     def __init__(self, channels: int, time: bool) -> None:
-        super().__init__(channels, stride=1, padding=1, time=time)
+        super().__init__(channels, stride=1, padding=(0, 1), time=time)
 
-    def prepare(self, frames: Tensor) -> Tensor:
-        return F.interpolate(frames, scale_factor=2.0)
+    def prepare(self, frames: Tensor, above: Tensor | None, below: Tensor | None) -> Tensor:
+        return doubled(frames, above, below)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.each(x)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        x = self.each(x, rows)
         if not self.time:
             return x
         # Frames are doubled after the convolution, which treats each alone, not before it as in the reference.
@@ -167,15 +174,15 @@ class Downsample(Frames2d):
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__(channels, stride=2, padding=0, time=time)
 
-    def prepare(self, frames: Tensor) -> Tensor:
-        return F.pad(frames, (0, 1, 0, 1))
+    def prepare(self, frames: Tensor, above: Tensor | None, below: Tensor | None) -> Tensor:
+        return F.pad(frames if below is None else torch.cat([frames, below], 2), (0, 1, 0, int(below is None)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
         if self.time:
             alone = x.shape[2] % 2
             pairs = (x[:, :, alone::2] + x[:, :, alone + 1 :: 2]) / 2
             x = torch.cat([x[:, :, :alone], pairs], dim=2)
-        return self.each(x)
+        return self.each(x, rows)
 
 
 class Mid(nn.Module):
@@ -205,7 +212,7 @@ class Stage(nn.Module):
         for resnet in self.resnets:
             x = resnet(x, z, stream)
         for resize in self.get_submodule(self.resize).children():
-            x = resize(x)
+            x = resize(x, stream.rows)
         return x
 
 
@@ -293,7 +300,7 @@ class CogVideoXEncoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = Mid(widths[-1], norm)
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=EPS)
+        self.norm_out = PlainNorm(config.groups, widths[-1], eps=EPS)
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels)
 
     def chunks(self, frames: int) -> list[int]:
@@ -306,7 +313,7 @@ class CogVideoXEncoder(nn.Module):
         x = self.conv_in(x, stream)
         for block in [*self.down_blocks, self.mid_block]:
             x = block(x, x, stream)
-        return self.conv_out(silu(self.norm_out(x)), stream)
+        return self.conv_out(silu(self.norm_out(x, x, stream)), stream)
 
 
 def _chunks(frames: int, size: int) -> list[int]:

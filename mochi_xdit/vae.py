@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from common.registry.layout import split_evenly
 from common.video.causal import CausalConv3d, CausalStream, silu
 from common.video.decode import VideoDecoder
+from common.video.rows import Rows, group_norm
 from mochi_xdit.config import MochiVAEConfig
 
 # The encoder also sees sin and cos of 2 pi 2^k x.
@@ -28,9 +29,10 @@ ATTENTION_ROWS = 2**15
 class FrameNorm(nn.GroupNorm):
     """Group normalisation with the statistics of each frame alone, (B, C, T, H, W)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
         frames = x.transpose(1, 2).flatten(0, 1)
-        return super().forward(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        frames = group_norm(frames, self.num_groups, self.weight, self.bias, self.eps, rows)
+        return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 class CausalAttention(nn.Module):
@@ -59,9 +61,9 @@ class AttentionBlock(nn.Module):
         self.norm = FrameNorm(groups, channels)
         self.attn = CausalAttention(channels, head_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
         b, _, _, h, w = x.shape
-        pixels = self.norm(x).permute(0, 3, 4, 2, 1).flatten(0, 2)  # (B * H * W, T, C)
+        pixels = self.norm(x, rows).permute(0, 3, 4, 2, 1).flatten(0, 2)  # (B * H * W, T, C)
         return x + self.attn(pixels).unflatten(0, (b, h, w)).permute(0, 4, 3, 1, 2)
 
 
@@ -87,13 +89,14 @@ class ResBlock(nn.Module):
                 CausalConv3d(channels, channels, 3, padding_mode="replicate"),
             ]
         )
-        self.attn_block = AttentionBlock(channels, groups, head_dim) if head_dim else nn.Identity()
+        self.attn_block = AttentionBlock(channels, groups, head_dim) if head_dim else None
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:
         norm1, act1, conv1, norm2, act2, conv2 = self.stack
-        h = conv1(act1(norm1(x)), stream)
+        h = conv1(act1(norm1(x, stream.rows)), stream)
         # The sum lies in memory as its first term does, which is the order that the next convolution wants.
-        return self.attn_block(conv2(act2(norm2(h)), stream) + x)
+        h = conv2(act2(norm2(h, stream.rows)), stream) + x
+        return h if self.attn_block is None else self.attn_block(h, stream.rows)
 
 
 class UpBlock(nn.Module):
@@ -214,7 +217,7 @@ class MochiEncoder(nn.Module):
         x = proj_in(features.movedim(1, -1)).movedim(-1, 1)
         for block in blocks:
             x = block(x, stream)
-        moments = self.output_proj(silu(self.output_norm(x)).movedim(1, -1)).movedim(-1, 1)
+        moments = self.output_proj(silu(self.output_norm(x, stream.rows)).movedim(1, -1)).movedim(-1, 1)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.registry.forks import Model, Size, Stack
-from common.registry.layout import Coordinates, Layout
+from common.registry.layout import Coordinates, Layout, decode_parts, decode_share, split_evenly
 from planner import cost, reference
 from planner.cost import BYTES, Pass
 from planner.hardware import GIGA, Links, Profile
@@ -232,10 +232,17 @@ def outside_seconds(
     video = model.decoder.decoding(*model.latents.decoded(size))
     decode = video.flops / (peak * profile.convolution)
     if scheme == "ours":
-        # Chunks are dealt round robin, so the busiest rank has the rounded-up share.
-        decode *= -(-video.chunks // layout.ranks) / video.chunks
+        lengths, rows, parts = _decode_grid(model, size, layout)
+        decode *= decode_share(lengths, rows, layout.ranks, parts)
     parallel = profile.other_parallel if layout.ranks > 1 else 1.0
     return text, decode * (parallel if scheme == "reference" else 1.0), profile.other_s * parallel
+
+
+def _decode_grid(model: Model, size: Size, layout: Layout) -> tuple[tuple[int, ...], int, int]:
+    """Latent frames of the chunks, rows of the latents, and the parts that the height is cut into."""
+    frames, rows, columns = model.latents.decoded(size)
+    lengths = split_evenly(frames, model.decoder.decoding(frames, rows, columns).chunks)
+    return lengths, rows, decode_parts(lengths, rows, layout.ranks)
 
 
 def memory_gib(model: Model, size: Size, layout: Layout, scheme: str) -> dict[str, float]:
@@ -248,6 +255,9 @@ def memory_gib(model: Model, size: Size, layout: Layout, scheme: str) -> dict[st
     transformer, encoders = model.parameters * BYTES, [t.parameters * BYTES for t in model.text]
     decoder = model.decoder.parameters * BYTES
     frames = model.decoder.decoding(*model.latents.decoded(size)).peak
+    if scheme == "ours":
+        _, rows, parts = _decode_grid(model, size, layout)
+        frames *= -(-rows // parts) / rows
     encoding = 0.2e9 if encoders else 0.0
     largest = max(encoders, default=0) + encoding
     stages = {"text": largest, "sampling": transformer + sampling, "decode": decoder + frames}

@@ -67,7 +67,11 @@ def test_plans_go_from_the_fastest_to_the_smallest():
     for i, need in enumerate(needs):
         assert plan_decode(model, shape, wanted(0, need), plans) == plans[i:]
     assert plan_decode(model, shape, 0, plans) == plans[-1:]
-    assert decode_plans(model, shape, ranks=8)[0].chunk == 2
+    assert [(p.chunk, p.parts) for p in decode_plans(model, shape, 8, "exact")] == [(3, 8), (2, 8), (1, 8)]
+    # A chunk for each rank is ahead here, though cut rows take less memory.
+    odd = decode_plans(model, (2, 12, 3, 64), 4, "exact")
+    assert [(p.chunk, p.parts) for p in odd] == [(3, 1), (2, 4), (1, 4)]
+    assert [(p.chunk, p.parts) for p in decode_plans(model, (2, 9, 2, 64), 6, "exact")] == [(3, 2), (2, 2), (1, 2)]
     assert decode_plans(model, (2, 1, 40, 64))[0].chunk == 1
     assert {p.mode for p in decode_plans(model, shape, mode="exact")} == {"exact"}
     assert decode_plans(model, shape, mode="tiled", tile=(20, 20), chunk=5) == (DecodePlan("tiled", 5, (20, 20)),)
@@ -201,6 +205,14 @@ def test_a_probe_sees_memory_run_out_whoever_says_it(monkeypatch, error):
         probe(model, (2, 4, 3, 5), DecodePlan())
 
 
+def test_a_part_of_the_height_takes_so_much_less_memory():
+    model, shape = net(channels=8).to("meta"), (2, 9, 40, 64)
+    whole, shared = (decode_memory(model, shape, DecodePlan("exact", 2, parts=n), ranks=n) for n in (1, 4))
+    assert 0.25 < shared / whole < 0.35  # its own quarter, and the rows beside it
+    empty = decode_memory(model, (2, 9, 3, 64), DecodePlan("exact", 2, parts=8), ranks=8)
+    assert empty == decode_memory(model, (2, 9, 3, 64), DecodePlan("exact", 2, parts=3), ranks=3)
+
+
 def test_tails_that_arrive_from_another_rank_are_counted():
     model, shape, plan = net(channels=8), (2, 12, 9, 8), DecodePlan("exact", 2)
     tails = 8 * 2 * (2 + 3 * 8) * 18 * 16  # two frames before each layer of 2 and 8 channels
@@ -212,7 +224,7 @@ def test_tails_that_arrive_from_another_rank_are_counted():
 
 def test_ranks_agree_on_a_plan_that_fits_them_all(run_ranks):
     roomy = run_ranks(2, agreed, 2, -1)
-    assert roomy[0] == roomy[1] == "exact, 2 latent frames at a time"
+    assert roomy[0] == roomy[1] == "exact, 3 latent frames at a time, the height shared by 2 ranks"
     tight = run_ranks(2, agreed, 2, 1)
     assert tight[0] == tight[1] and tight[0].startswith("tiled")
     with pytest.raises(MemoryError, match="smallest"):

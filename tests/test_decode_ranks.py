@@ -63,9 +63,9 @@ class Recorded:
         self.log.append("send")
         self.link.send(key, tail)
 
-    def receive(self, key, x, frames):
+    def receive(self, key, x, size):
         self.log.append("receive")
-        return self.link.receive(key, x, frames)
+        return self.link.receive(key, x, size)
 
     def close(self):
         self.link.close()

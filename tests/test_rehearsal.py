@@ -271,3 +271,24 @@ def test_a_block_that_is_not_prefetched_is_found(folder):
     rehearse(replace(scene, layers=4), folder)
     with pytest.raises(AssertionError, match="are hidden"):
         rehearse(scene, folder)
+
+
+def test_batches_wait_for_both_ends_of_each_message_and_for_no_order_of_them():
+    """A batch is one launch: either rank may name its messages in any order, but batches pass one after the other."""
+
+    def work(mesh: Mesh, tracer: Tracer, sends: list[int]) -> None:
+        other, group = 1 - mesh.ring.rank, mesh.world.group
+        for only in sends:
+            messages = [
+                dist.P2POp(dist.isend, block(mesh), group=group, tag=0, group_peer=other),
+                dist.P2POp(dist.irecv, block(mesh), group=group, tag=0, group_peer=other),
+            ]
+            for one in dist.batch_isend_irecv(messages[:: 1 - 2 * mesh.ring.rank] if only < 0 else [messages[only]]):
+                one.wait()
+
+    check_ends(ranks(lambda mesh, tracer: work(mesh, tracer, [-1, -1])))
+    check_ends(ranks(lambda mesh, tracer: work(mesh, tracer, [mesh.ring.rank, -1])))
+    stuck = ranks(lambda mesh, tracer: work(mesh, tracer, [0, 1]))
+    check_exchanges(stuck)
+    with pytest.raises(AssertionError, match="never happen"):
+        check_ends(stuck)

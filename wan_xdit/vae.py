@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from common.registry.layout import split_evenly
 from common.video.causal import CausalConv3d, CausalStream, TimeSplit, encode_moments, silu
 from common.video.decode import VideoDecoder
+from common.video.rows import Rows, doubled
 from common.weights.dtypes import latent_dtype
 from wan_xdit.config import VAEConfig
 
@@ -50,7 +51,7 @@ class ResBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Every place of a frame attends to all places of it, with one head; (B, C, H, W)."""
+    """Every place of a frame attends to all places of it, with one head; frames are (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,16 +59,26 @@ class FrameAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # b (h w) 3c
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """(B, C, T, H, W)"""
+        frames = pictures(x)
+        qkv = self.qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()  # b (h w) 3c
+        q, kv = qkv.tensor_split([x.shape[1]], dim=-1)
+        if not rows.alone:
+            kv = torch.cat(rows.everyone(kv, dim=1), dim=1)
         # Fused kernels, which keep no scores in memory, are for tensors with a dimension of heads.
-        h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, dim=-1))[:, 0]
-        return x + self.out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+        h = F.scaled_dot_product_attention(q[:, None], *kv[:, None].chunk(2, dim=-1))[:, 0]
+        return video(frames + self.out(h.transpose(1, 2).unflatten(2, frames.shape[2:])), x)
 
 
-def each_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer for pictures on every frame of (B, C, T, H, W)."""
-    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+def pictures(x: Tensor) -> Tensor:
+    """Every frame of (B, C, T, H, W) as a picture (B T, C, H, W)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def video(frames: Tensor, like: Tensor) -> Tensor:
+    """The reverse of `pictures`, for as many videos as `like` has."""
+    return frames.unflatten(0, (like.shape[0], -1)).transpose(1, 2)
 
 
 class Upsample(nn.Module):
@@ -76,14 +87,16 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, channels_out: int, time: bool) -> None:
         super().__init__()
         self.time = CausalConv3d(channels, 2 * channels, (3, 1, 1), zeros_before=True) if time else None
-        self.space = nn.Conv2d(channels, channels_out, 3, padding=1)
+        self.space = nn.Conv2d(channels, channels_out, 3, padding=(0, 1))
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:
         if self.time is not None:
             alone = x[:, :, :1] if stream.first else x[:, :, :0]
             x = self._double(x[:, :, alone.shape[2] :], stream)
             x = torch.cat([alone, x], dim=2) if alone.shape[2] else x
-        return each_frame(self.space, F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact"))
+        borders = stream.rows.borders(x).wait()
+        above, below = (side if side is None else pictures(side) for side in (borders.above, borders.below))
+        return video(self.space(doubled(pictures(x), above, below)), x)
 
     def _double(self, x: Tensor, stream: CausalStream) -> Tensor:
         assert self.time is not None
@@ -103,7 +116,9 @@ class Downsample(nn.Module):
         self.time = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:
-        x = each_frame(self.space, F.pad(x, (0, 1, 0, 1)))
+        below = stream.rows.borders(x).wait().below
+        whole = F.pad(x if below is None else torch.cat([x, below], 3), (0, 1, 0, int(below is None)))
+        x = video(self.space(pictures(whole)), x)
         if self.time is None:
             return x
         before = stream.before(self, x, 1)
@@ -165,7 +180,7 @@ class Middle(nn.Module):
         self.last = ResBlock(channels, channels)
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:
-        return self.last(each_frame(self.attention, self.first(x, stream)), stream)
+        return self.last(self.attention(self.first(x, stream), stream.rows), stream)
 
 
 class WanDecoder(VideoDecoder):

@@ -6,7 +6,7 @@ with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 MOST_RANKS = 512
@@ -78,6 +78,29 @@ class Coordinates:
 def split_evenly(n: int, parts: int) -> tuple[int, ...]:
     """How many of n things each part gets: n // parts, and one more in the first n % parts."""
     return tuple(n // parts + (i < n % parts) for i in range(parts))
+
+
+def decode_share(lengths: Sequence[int], rows: int, ranks: int, parts: int) -> float:
+    """Of the work of a decode, what its slowest ranks have: a share of latent frames times rows.
+
+    lengths: latent frames of the chunks. Each chunk of `rows` rows is shared by `parts` ranks, as evenly as can be, and
+    the chunks are dealt in turn to the `ranks // parts` groups of so many.
+    """
+    groups = ranks // parts
+    busiest = max(sum(lengths[group::groups]) for group in range(groups))
+    return busiest / sum(lengths) * -(-rows // parts) / rows
+
+
+def decode_parts(lengths: Sequence[int], rows: int, ranks: int) -> int:
+    """Into how many parts the height is best cut: of the divisors of `ranks` the one with the least `decode_share`.
+
+    Of equal ones that with the fewest rows to a rank, which then holds least, and sends less than it would of tails.
+    """
+
+    def cost(parts: int) -> tuple[float, int, int]:
+        return round(decode_share(lengths, rows, ranks, parts), 9), -(-rows // parts), parts
+
+    return min((parts for parts in range(1, ranks + 1) if ranks % parts == 0), key=cost)
 
 
 def layouts_of(ranks: int) -> Iterator[Layout]:

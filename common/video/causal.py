@@ -6,7 +6,8 @@ come out as if it had passed in one piece. `CausalStream` is all a model sees of
 repeated, this rank's memory (`LocalLink`), or the rank that computes the chunk before (`PairLink`).
 
 Over P ranks chunk k belongs to rank k mod P, and a convolution's tail leaves for the next rank before the
-convolution runs. So chunk k + 1 follows chunk k one layer behind: a wavefront over (chunk, layer).
+convolution runs. So chunk k + 1 follows chunk k one layer behind: a wavefront over (chunk, layer). Several ranks can
+share a chunk too, each with some rows of the height: see `common.video.rows`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.parallel.mesh import Axis
+from common.registry.layout import split_evenly
+from common.video.rows import Borders, Buffers, Messages, Rows
 
 # Elements of the input of one convolution call. What a call needs beside input and output (the padded copy, the
 # workspace) grows with it, and CUDA's 3D kernels index with 32 bits.
@@ -42,8 +45,8 @@ class Link(Protocol):
 
     def send(self, key: Hashable, tail: Tensor) -> None: ...
 
-    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
-        """The `frames` frames before `x`, (B, C, frames, H, W), with the dtype and device of `x`."""
+    def receive(self, key: Hashable, x: Tensor, size: torch.Size) -> Tensor:
+        """The frames before `x`, a tensor of this size (B, C, frames, H, W), with the dtype and device of `x`."""
         ...
 
     def close(self) -> None:
@@ -63,7 +66,7 @@ class LocalLink:
         kept = tail.to("cpu", copy=True) if self.offload else tail.clone()
         self.kept[key].append(kept)
 
-    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+    def receive(self, key: Hashable, x: Tensor, size: torch.Size) -> Tensor:
         return self.kept[key].popleft().to(x.device)
 
     def close(self) -> None:
@@ -77,29 +80,22 @@ class PairLink:
     waited for only when the same layer sends again, one round later: by then its receiver, which depends on nothing
     this rank has still to do, has taken it. At most one tail a layer is on its way.
 
-    Each layer has one buffer to send from and one to receive into, for the whole video. Fresh tensors would not be
-    reused on a GPU: the allocator gives out memory that a message has used only after the message is known to be done,
-    and the host queues a whole chunk ahead. Reuse is safe there since NCCL's stream first waits for all that the
-    computing stream had queued when the message was posted, the last use of what was received before among it; and
-    waiting for a message makes the computing stream, not the host, wait, so that a buffer is filled again only after
-    its send is done.
+    Each layer has one buffer to send from and one to receive into, for the whole video; see `Buffers`.
     """
 
     def __init__(self, before: dist.ProcessGroup, after: dist.ProcessGroup) -> None:
         self.before, self.after = before, after
         self.sending: dict[Hashable, Sent] = {}
-        self.received: dict[Hashable, Tensor] = {}
+        self.buffers = Buffers()
 
     def send(self, key: Hashable, tail: Tensor) -> None:
-        sent = self.sending.pop(key, None)
-        wait_for(sent)
-        buffer = _like(tail, tail.shape, sent and sent[1]).copy_(tail)
+        wait_for(self.sending.pop(key, None))
+        buffer = self.buffers.take(("sent", key), tail.shape, tail).copy_(tail)
         self.sending[key] = (dist.isend(buffer, group=self.after, group_dst=1 - dist.get_rank(self.after)), buffer)
 
-    def receive(self, key: Hashable, x: Tensor, frames: int) -> Tensor:
+    def receive(self, key: Hashable, x: Tensor, size: torch.Size) -> Tensor:
         """See `Link`. What is returned holds until the same layer receives again."""
-        shape = torch.Size((*x.shape[:2], frames, *x.shape[3:]))
-        self.received[key] = tail = _like(x, shape, self.received.get(key))
+        tail = self.buffers.take(("received", key), size, x)
         wait_for((dist.irecv(tail, group=self.before, group_src=1 - dist.get_rank(self.before)), tail))
         return tail
 
@@ -107,41 +103,45 @@ class PairLink:
         for sent in self.sending.values():
             wait_for(sent)
         self.sending.clear()
-        self.received.clear()
-
-
-def _like(x: Tensor, shape: torch.Size, kept: Tensor | None) -> Tensor:
-    """`kept` where it has the shape, and dtype and device of `x`; else a new tensor that has."""
-    fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (shape, x.dtype, x.device)
-    return kept if fits and kept is not None else x.new_empty(shape)
 
 
 class CausalStream:
-    """One chunk's place in its video. The default is the whole video as one chunk, which also trains."""
+    """One chunk's place in its video, and the rows of it that are in hand.
 
-    def __init__(self, link: Link | None = None, first: bool = True, last: bool = True) -> None:
+    The default is the whole video as one chunk, which also trains.
+    """
+
+    def __init__(
+        self, link: Link | None = None, first: bool = True, last: bool = True, rows: Rows | None = None
+    ) -> None:
         self.link = link or LocalLink()
         self.first, self.last = first, last
+        self.rows = rows or Rows()
 
-    def before(self, key: Hashable, x: Tensor, frames: int, zeros: bool = False) -> Tensor:
+    def before(
+        self, key: Hashable, x: Tensor, frames: int, zeros: bool = False, borders: Borders | None = None
+    ) -> Tensor:
         """The `frames` frames before `x` (B, C, T, H, W): copies of its first frame where the video begins, or zeros.
 
-        `key` names the layer. The chunk's own last frames are handed on before anything is awaited, unless the chunk
-        is so short that they reach into the chunk before.
+        `key` names the layer. The chunk's own last frames are handed on before the chunk before is waited for, unless
+        this one is so short that they reach into that one. borders: the rows beside x, which have arrived; the frames
+        that are handed on and come back have such rows too, so that nobody asks for them twice.
         """
+        borders = borders or Borders()
+        size = torch.Size((*x.shape[:2], frames, x.shape[3] + sum(borders.rows), x.shape[4]))
         if frames == 0:
-            return x[:, :, :0]
+            return x.new_empty(size)
         enough = x.shape[2] >= frames
         if enough and not self.last:
-            self.link.send(key, x[:, :, -frames:])
+            self.link.send(key, borders.around(x, slice(-frames, None)))
         if not self.first:
-            before = self.link.receive(key, x, frames)
+            before = self.link.receive(key, x, size)
         elif zeros:
-            before = x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
+            before = x.new_zeros(size)
         else:
-            before = x[:, :, :1].expand(-1, -1, frames, -1, -1)
+            before = borders.around(x, slice(0, 1)).expand(size)
         if not enough and not self.last:
-            self.link.send(key, torch.cat([before, x], dim=2)[:, :, -frames:])
+            self.link.send(key, torch.cat([before, borders.around(x, slice(None))], dim=2)[:, :, -frames:])
         return before
 
     def skip(self, x: Tensor, frames: int) -> Tensor:
@@ -177,17 +177,19 @@ class CausalConv3d(nn.Conv3d):
         self.border = padding[1:] if padding_mode == "replicate" else (0, 0)
 
     def forward(self, x: Tensor, stream: CausalStream) -> Tensor:  # type: ignore[override]
-        before = stream.before(self, x, self.kernel_size[0] - 1, self.zeros_before)
+        borders = stream.rows.borders(x, int(self.padding[1])).wait()
+        before = stream.before(self, x, self.kernel_size[0] - 1, self.zeros_before, borders)
         cuts = self._cuts(before.shape[2] + x.shape[2], x[:, :, 0].numel())
+        whole = stream.rows.alone
         if len(cuts) == 1:
             # Rebound, so that what was handed in does not live beside its copy while that is convolved.
-            x = self._input(before, x, cuts[0][0])
-            return self._convolve(x)
+            x = self._input(before, x, cuts[0][0], borders, whole)
+            return self._convolve(x, whole)
         rows, columns = (self._size(x.shape[dim], dim) for dim in (3, 4))
         total = self._size(before.shape[2] + x.shape[2], 2)
         out = empty_for(self.weight, (x.shape[0], self.out_channels, total, rows, columns), x)
         for cut, made in cuts:
-            out[:, :, made] = self._convolve(self._input(before, x, cut))
+            out[:, :, made] = self._convolve(self._input(before, x, cut, borders, whole), whole)
         return out
 
     def _size(self, length: int, dim: int) -> int:
@@ -203,28 +205,51 @@ class CausalConv3d(nn.Conv3d):
         made = [slice(i, min(i + most, total)) for i in range(0, total, most)]
         return [(slice(m.start * stride, (m.stop - 1) * stride + kernel), m) for m in made]
 
-    def _input(self, before: Tensor, x: Tensor, cut: slice) -> Tensor:
-        """The frames `cut` of both together and the border that repeats their edges, written once, into one tensor."""
+    def _input(self, before: Tensor, x: Tensor, cut: slice, borders: Borders, alone: bool) -> Tensor:
+        """The frames `cut` of both together and the rows and columns around them, written once, into one tensor.
+
+        Around them are the rows of other ranks, and where the picture ends its edges repeated, or zeros. alone: this is
+        the whole height, around which the convolution puts zeros by itself.
+        """
         n, (top, left) = before.shape[2], self.border
-        old, new = before[:, :, cut], x[:, :, max(cut.start - n, 0) : max(cut.stop - n, 0)]
+        top = top if alone else int(self.padding[1])
+        old, new = before[:, :, cut], slice(max(cut.start - n, 0), max(cut.stop - n, 0))
+        x = x[:, :, new]
         if not (old.shape[2] or top or left):
-            return new
+            return x
         height, width = x.shape[3:]
-        size = (*x.shape[:2], old.shape[2] + new.shape[2], height + 2 * top, width + 2 * left)
+        size = (*x.shape[:2], old.shape[2] + x.shape[2], height + 2 * top, width + 2 * left)
         whole = empty_for(self.weight, size, x)
-        inside = whole[:, :, :, top : top + height, left : left + width]
+        inside = whole[..., left : left + width]
+        above, below = borders.rows
         if old.shape[2]:
-            inside[:, :, : old.shape[2]] = old
-        inside[:, :, old.shape[2] :] = new
-        # Rows, then columns: these bring the corners along.
-        for dim, border, length in ((3, top, height), (4, left, width)):
-            whole.narrow(dim, 0, border).copy_(whole.narrow(dim, border, 1))
-            whole.narrow(dim, border + length, border).copy_(whole.narrow(dim, border + length - 1, 1))
+            inside[:, :, : old.shape[2], top - above : top + height + below] = old
+        inside = inside[:, :, old.shape[2] :]
+        inside[:, :, :, top : top + height] = x
+        for side, start in ((borders.above, 0), (borders.below, top + height)):
+            if side is not None:
+                inside[:, :, :, start : start + top] = side[:, :, new]
+        self._edges(whole, (0 if above else top, 0 if below else top), left)
         return whole
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        padding = self.padding if self.padding_mode == "zeros" else 0
-        return F.conv3d(x, self.weight, self.bias, self.stride, padding)
+    def _edges(self, whole: Tensor, rows: tuple[int, int], columns: int) -> None:
+        """Fill the outermost rows, so many above and below, and columns, so many on each side."""
+        # Rows, then columns: these bring the corners along.
+        for dim, (first, last) in ((3, rows), (4, (columns, columns))):
+            for count, start, edge in (
+                (first, 0, first),
+                (last, whole.shape[dim] - last, whole.shape[dim] - last - 1),
+            ):
+                if count and self.padding_mode == "zeros":
+                    whole.narrow(dim, start, count).zero_()
+                elif count:
+                    whole.narrow(dim, start, count).copy_(whole.narrow(dim, edge, 1))
+
+    def _convolve(self, x: Tensor, alone: bool) -> Tensor:
+        """alone: as for `_input`."""
+        padding = self.padding if self.padding_mode == "zeros" else (0, 0, 0)
+        around = padding if alone else (0, 0, padding[2])
+        return F.conv3d(x, self.weight, self.bias, self.stride, around)  # type: ignore[arg-type]
 
 
 def lay_out(model: M, device: torch.device) -> M:
@@ -257,6 +282,36 @@ class TimeSplit:
     def link(self) -> Link:
         """A fresh link for one video."""
         return PairLink(*self.axis.edges) if self.axis.edges else LocalLink()
+
+
+class Grid:
+    """Which rank of an axis has which part of the height of which chunk.
+
+    height: rows of latents. parts: how many parts a chunk is cut into, a divisor of the number of ranks; where there
+    are fewer rows, the last parts are empty and their ranks have nothing to do for it.
+
+    Where all ranks share every chunk, each keeps its part of the height. Else part r of chunk k belongs to rank
+    k + r G mod P, with G = P / parts groups of ranks that chunks are dealt to: so tails always go to the next rank,
+    and groups of neighbours that the ranks have already are enough for every grid.
+    """
+
+    def __init__(self, axis: Axis, height: int, parts: int = 1) -> None:
+        assert axis.size % parts == 0, f"{parts} parts on {axis.size} ranks"
+        self.axis, self.groups = axis, axis.size // parts
+        self.lengths = [length for length in split_evenly(height, parts) if length]
+        self.heights = spans(self.lengths)
+        self.messages = Messages(axis if axis.group is not None else None)
+
+    def link(self) -> Link:
+        """A fresh link for one video."""
+        return TimeSplit(self.axis).link() if self.groups > 1 else LocalLink()
+
+    def owner(self, chunk: int, part: int) -> int:
+        """The rank of the axis."""
+        return part if self.groups == 1 else (chunk + part * self.groups) % self.axis.size
+
+    def rows(self, chunk: int, part: int) -> Rows:
+        return Rows(self.lengths, part, [self.owner(chunk, i) for i in range(len(self.lengths))], self.messages)
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:

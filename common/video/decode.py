@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from common.parallel.mesh import Axis
 from common.system.stopping import Abandoned
-from common.video.causal import CausalStream, Link, LocalLink, Sent, TimeSplit, spans, wait_for
+from common.video.causal import CausalStream, Grid, Link, LocalLink, Sent, TimeSplit, spans, wait_for
+from common.video.rows import Rows
 from common.video.tiles import tiles
 
 OVERLAP = 8
@@ -59,16 +61,19 @@ class DecodePlan:
     """How to decode: `exact` gives the result of one full decode, `tiled` cuts the picture too.
 
     chunk: latent frames at a time. tile: largest tile (height, width) and overlap, in latent pixels, when tiled.
+    parts: of the height, each of them on another rank, when exact; divides the number of ranks.
     """
 
     mode: str = "exact"
     chunk: int = 1
     tile: tuple[int, int] | None = None
     overlap: int = OVERLAP
+    parts: int = 1
 
     def __str__(self) -> str:
         where = f", tiles of {self.tile[0]}x{self.tile[1]} latent pixels" if self.tile else ""
         frames = "1 latent frame" if self.chunk == 1 else f"{self.chunk} latent frames"
+        where += f", the height shared by {self.parts} ranks" if self.parts > 1 else ""
         return f"{self.mode}, {frames} at a time{where}"
 
 
@@ -136,25 +141,38 @@ class _Decode:
         self.shown = [range(span.start, span.stop) for span in spans(self.frames)]
         self.height, self.width = z.shape[3], z.shape[4]
         self.tiles = tiles(self.height, self.width, plan.tile, plan.overlap)
+        self.grid = Grid(split.axis, self.height, plan.parts)
 
-    def stream(self, k: int, link: Link) -> CausalStream:
-        return CausalStream(link, first=k == 0, last=k == len(self.times) - 1)
+    def stream(self, k: int, link: Link, rows: Rows | None = None) -> CausalStream:
+        return CausalStream(link, first=k == 0, last=k == len(self.times) - 1, rows=rows)
 
     def exact(self) -> Iterator[Tensor | None]:
-        """Chunk k of the whole picture on rank k mod P."""
-        link, factor = self.split.link(), self.decoder.spatial_factor
+        """Chunk by chunk and part by part of the height, each on the rank that the grid says."""
+        link, grid, factor = self.grid.link(), self.grid, self.decoder.spatial_factor
+        count = len(grid.heights)
+        if count > 1:
+            grid.messages.meet(self.z.device)
 
         @torch.inference_mode()
-        def work(k: int) -> Tensor:
-            pixels = self.decoder(self.z[:, :, self.times[k]], self.stream(k, link))
+        def work(item: int) -> Tensor:
+            k, part = divmod(item, count)
+            z = self.z[:, :, self.times[k], grid.heights[part]]
+            pixels = self.decoder(z, self.stream(k, link, grid.rows(k, part)))
             require_finite_pixels(pixels, self.shown[k])
             return to_uint8(pixels[0], self.decoder.rounding)
 
-        def blank(k: int) -> Tensor:
-            return torch.empty(self.frames[k], self.height * factor, self.width * factor, 3, dtype=torch.uint8)
+        def blank(item: int) -> Tensor:
+            k, part = divmod(item, count)
+            rows = grid.lengths[part] * factor
+            return torch.empty(self.frames[k], rows, self.width * factor, 3, dtype=torch.uint8)
 
-        owners = [k % self.split.axis.size for k in range(len(self.times))]
-        yield from compute_round_robin(owners, self.split.axis, work, blank, self.split.axis.size, self.pause)
+        owners = [grid.owner(k, part) for k in range(len(self.times)) for part in range(count)]
+        pieces = compute_round_robin(owners, self.split.axis, work, blank, grid.groups * count, self.pause)
+        if self.split.axis.rank != 0 or count == 1:
+            yield from pieces
+        else:
+            for _ in self.times:
+                yield torch.cat([piece for piece in itertools.islice(pieces, count) if piece is not None], dim=1)
         link.close()
 
     def tiled(self) -> Iterator[Tensor | None]:

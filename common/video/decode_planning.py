@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from common.parallel.device_memory import release_memory, wanted
 from common.parallel.mesh import Axis, all_min
+from common.registry.layout import decode_parts, decode_share, split_evenly
 from common.system.failure import is_out_of_memory
 from common.system.units import gib
 from common.video.causal import CausalStream, LocalLink
 from common.video.decode import OVERLAP, DecodePlan, DecodeSize, VideoDecoder
+from common.video.rows import Messages, Rows
 from common.video.tiles import tiles
 
 TILES_COST = "24 to 29 dB PSNR to the exact one on the demos (docs/fidelity.md)"
@@ -84,6 +86,7 @@ def decode_memory(
     of the device on which it would run; default: where the decoder is.
     """
     parts = tiles(latents[2], latents[3], plan.tile, plan.overlap)
+    groups = ranks // plan.parts
     weights = {name: torch.empty_like(weight, device="meta") for name, weight in decoder.state_dict().items()}
     device = device or next(decoder.parameters()).device.type
     link, counter = LocalLink(), PeakMemory(device)
@@ -93,7 +96,7 @@ def decode_memory(
     # Beside a GPU the waiting tiles' tails lie in host memory; on the CPU they lie where the work is done.
     waiting = len(parts) - 1 if device == "cpu" else 0
     # Between ranks a tail that is received lies beside the one that is being sent.
-    waiting += plan.mode == "exact" and ranks > 1
+    waiting += plan.mode == "exact" and groups > 1
     tails = sum(tail.nbytes for queue in link.kept.values() for tail in queue)
     return counter.peak + waiting * tails
 
@@ -106,16 +109,24 @@ def _two_chunks(
     link: LocalLink,
     device: torch.device | str,
 ) -> None:
-    """The largest tile's first chunk, which is the longest, and its second, which finds tails and leaves its own."""
+    """The largest tile's first chunk, which is the longest, and its second, which finds tails and leaves its own.
+
+    Of a shared height one part of the largest, beside two others where there are so many.
+    """
     channels, frames, height, width = latents
+    shared = [length for length in split_evenly(height, plan.parts) if length]
+    part = int(len(shared) > 2 and shared[1] == shared[0])
+    messages = Messages()
     sizes = [part.size() for part in tiles(height, width, plan.tile, plan.overlap)]
     tall, wide = max(sizes, key=lambda size: size[0] * size[1])
+    tall = shared[part] if plan.parts > 1 else tall
     lengths = decoder.chunks(frames, plan.chunk)
     dtype = next(decoder.parameters()).dtype
     with torch.inference_mode():
         for k, length in enumerate(lengths[:2]):
             z = torch.zeros(1, channels, length, tall, wide, dtype=dtype, device=device)
-            run(z, CausalStream(link, first=k == 0, last=k == len(lengths) - 1))
+            rows = Rows(shared, part, messages=messages)
+            run(z, CausalStream(link, k == 0, k == len(lengths) - 1, rows))
 
 
 def decode_plans(
@@ -129,6 +140,8 @@ def decode_plans(
 ) -> tuple[DecodePlan, ...]:
     """The ways to decode (C, T, h, w) latents on `ranks` ranks, each needing less memory than the one before.
 
+    The first has the least work on any rank (`common.registry.layout.decode_share`); of two alike it is the one with
+    the longer chunks.
     mode: `auto`, `exact` or `tiled`; chunk (latent frames) and tile (latent pixels) fix what they name.
     Raises ValueError for a mode, chunk or tile that cannot be.
     """
@@ -145,14 +158,29 @@ def decode_plans(
         raise ValueError(
             f"VAE chunk is {chunk}; the chunks are part of this model, so only {decoder.chunk_choices[0]} is possible"
         )
-    share = -(-frames // ranks)
-    shared = tuple(c for c in decoder.chunk_choices if c <= share) or decoder.chunk_choices[-1:]
-    choices = (chunk,) if chunk else shared
-    exact = [DecodePlan("exact", c) for c in choices] if mode != "tiled" and tile is None else []
+    choices = tuple(c for c in (chunk,) if c) or decoder.chunk_choices
+    exact = _exact_plans(decoder, frames, height, ranks, choices) if mode != "tiled" and tile is None else []
     smallest = DecodePlan("tiled", choices[-1], overlap=overlap)
     limits = [tile] if tile else _tile_limits(height, width)
     tiled = [replace(smallest, tile=limit) for limit in limits] if mode != "exact" else []
     return tuple(exact + tiled)
+
+
+def _exact_plans(
+    decoder: VideoDecoder, frames: int, height: int, ranks: int, choices: Sequence[int]
+) -> list[DecodePlan]:
+    """The fastest plan for each length of chunks, from the fastest of all on, and the one with the most parts."""
+    lengths = {chunk: decoder.chunks(frames, chunk) for chunk in choices}
+    plans = [DecodePlan("exact", c, parts=decode_parts(lengths[c], height, ranks)) for c in choices if c <= frames]
+    plans = plans or [DecodePlan("exact", choices[-1], parts=decode_parts(lengths[choices[-1]], height, ranks))]
+    least = min(decode_share(lengths[plan.chunk], height, ranks, plan.parts) for plan in plans)
+    while decode_share(lengths[plans[0].chunk], height, ranks, plans[0].parts) > least + 1e-9:
+        del plans[0]
+    if plans[-1].parts < ranks and -(-height // ranks) < -(-height // plans[-1].parts):
+        plans.append(replace(plans[-1], parts=ranks))
+    # What is in hand at once: frames of a chunk times rows.
+    sizes = [max(lengths[plan.chunk]) * -(-height // plan.parts) for plan in plans]
+    return [plan for i, plan in enumerate(plans) if sizes[i] < min(sizes[:i], default=sizes[i] + 1)]
 
 
 def _tile_limits(height: int, width: int, smallest: int = 12) -> list[tuple[int, int]]:
@@ -215,7 +243,8 @@ def warning(
     return (
         f"the decode is cut into tiles, which changes the picture: {TILES_COST}. For the exact decode "
         f"{gib(wanted(0, need) - free_bytes)} are missing: {room}. More free memory avoids it, or a smaller picture "
-        "(--width, --height); fewer frames or more ranks do not, since each rank holds one chunk of the whole picture. "
+        "(--width, --height) or more ranks, which share its height; fewer frames do not, since one chunk is held at a "
+        "time. "
         "--vae exact cuts nothing, and stops where memory runs out"
     )
 

@@ -59,6 +59,26 @@ class Collective:
     peer: int | None = None
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Messages that one rank posts together: on NCCL one launch on the group's stream, done when all of them are."""
+
+    messages: tuple[Collective, ...]
+    op: str = "batch"
+
+    @property
+    def group(self) -> str:
+        return self.messages[0].group
+
+    @property
+    def tensors(self) -> tuple[tuple[tuple[int, ...], torch.dtype, str], ...]:
+        return self.messages[0].tensors
+
+    @property
+    def splits(self) -> tuple[tuple[int, ...], ...]:
+        return ()
+
+
 @dataclass
 class Record:
     """What one rank did, in order. log: ("make" or "destroy", group name).

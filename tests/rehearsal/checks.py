@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tests.helpers.recorder import MESSAGES, Collective, agree
+from tests.helpers.recorder import MESSAGES, Batch, Collective, agree
 from tests.rehearsal.scene import Ran, Scene
 from tests.rehearsal.trace import COMPUTE, Moment
 from tests.rehearsal.traffic import ATTENTION, MULTIPLIES
@@ -180,11 +180,13 @@ def check_ends(ran: Sequence[Ran]) -> None:
     """Nobody waits for ever: the ranks' hosts and streams are replayed together.
 
     A collective happens when every rank that takes part has come to it on its group's stream, and what it depends on
-    there has happened. A host goes on at once, but for where it waits.
+    there has happened. Of a batch each message happens when both ends have come to theirs, and the batch is done with
+    the last of them. A host goes on at once, but for where it waits.
     """
     hosts = [deque(m for m in one.trace.timeline if m.what in ("post", "host")) for one in ran]
     queues: list[defaultdict[str, deque[Moment]]] = [defaultdict(deque) for _ in ran]
     done: list[defaultdict[str, int]] = [defaultdict(int) for _ in ran]
+    left_of: dict[int, set[tuple[str, int]]] = {}
 
     def ready(rank: int, moment: Moment, own: bool) -> bool:
         return all(
@@ -202,6 +204,14 @@ def check_ends(ran: Sequence[Ran]) -> None:
                     queues[rank][moment.stream].append(moment)
         for rank, streams in enumerate(queues):
             for stream in [stream for stream, queue in streams.items() if queue]:
+                head = streams[stream][0]
+                if isinstance(head.subject, Batch):
+                    met = _meet(ran, rank, head, queues, left_of) if ready(rank, head, own=True) else None
+                    for r in met or ():
+                        queues[r][stream].popleft()
+                        done[r][stream] += 1
+                        moved = True
+                    continue
                 takers = _takers(ran, rank, streams[stream][0], queues)
                 if takers is not None and all(ready(r, queues[r][s][0], own=True) for r, s in takers):
                     for r, s in takers:
@@ -211,6 +221,38 @@ def check_ends(ran: Sequence[Ran]) -> None:
     stuck = {r: host[0] for r, host in enumerate(hosts) if host}
     left = {r: s for r, streams in enumerate(queues) for s, queue in streams.items() if queue}
     assert not stuck and not left, f"hosts wait for ever at {stuck}, collectives of {left} never happen"
+
+
+def _meet(
+    ran: Sequence[Ran],
+    rank: int,
+    moment: Moment,
+    queues: Sequence[defaultdict[str, deque[Moment]]],
+    left_of: dict[int, set[tuple[str, int]]],
+) -> list[int]:
+    """Let the messages of a batch happen of which the other end has come too; the ranks whose batches are done then.
+
+    left_of: the messages that have still to happen, (op, peer), of every batch that has come.
+    """
+    members = ran[rank].record.made[moment.subject.group].ranks
+    mine, me = left_of.setdefault(id(moment), _ends(moment.subject)), members.index(rank)
+    finished = []
+    for op, peer in list(mine):
+        queue = queues[members[peer]][moment.stream]
+        if queue and isinstance(queue[0].subject, Batch):
+            theirs = left_of.get(id(queue[0]), set())
+            back = ("recv_" if op == "send" else "send", me)
+            if back in theirs:
+                mine.remove((op, peer))
+                theirs.remove(back)
+                finished += [] if theirs else [members[peer]]
+    return finished + ([] if mine else [rank])
+
+
+def _ends(batch: Batch) -> set[tuple[str, int]]:
+    ends = {(message.op, message.peer) for message in batch.messages if message.peer is not None}
+    assert len(ends) == len(batch.messages), f"two messages one way between two ranks in {batch}"
+    return ends
 
 
 def _takers(

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers.fake_cuda import Machine, Stream
-from tests.helpers.recorder import MESSAGES, Collective, Record, Watch, describe, is_collective
+from tests.helpers.recorder import MESSAGES, Batch, Collective, Record, Watch, describe, is_collective
 from tests.rehearsal.trace import COMPUTE, HOST, READER, Clock, Copy, Moment, Steps, Sync, Trace, Where
 from tests.rehearsal.traffic import file_of, innermost, launches, name_of, take_apart
 
@@ -40,6 +42,26 @@ class _Use:
     read: dict[str, int] = field(default_factory=dict)
     where: str = ""
     names: int = 1
+
+
+class Message:
+    """What stands for `P2POp`: a message that is posted with others."""
+
+    def __init__(self, op: Callable[..., Any], tensor: Tensor, *, group: Any, tag: int, group_peer: int) -> None:
+        self.op, self.tensor, self.group, self.tag, self.group_peer = op, tensor, group, tag, group_peer
+
+    @property
+    def sends(self) -> bool:
+        return self.op.__name__ == "isend"
+
+    def described(self) -> Collective:
+        tensors = ((tuple(self.tensor.shape), self.tensor.dtype, self.tensor.device.type),)
+        op = "send" if self.sends else "recv_"
+        return Collective(op, self.group.group_name, tensors, self.tensor.is_contiguous(), (), self.group_peer)
+
+    def post(self) -> Any:
+        way = {"group_dst" if self.sends else "group_src": self.group_peer}
+        return self.op(self.tensor, group=self.group, tag=self.tag, **way)
 
 
 class Unanswered(AssertionError):
@@ -64,8 +86,9 @@ class Tracer(Watch):
         self.names: dict[int, str] = {}
         self.events: weakref.WeakKeyDictionary[Any, Clock] = weakref.WeakKeyDictionary()
         self.pending: dict[int, tuple[Clock, Collective]] = {}
-        self.works: weakref.WeakKeyDictionary[Any, tuple[Clock, Collective]] = weakref.WeakKeyDictionary()
-        self.last: tuple[Clock, Collective] | None = None
+        self.works: weakref.WeakKeyDictionary[Any, tuple[Clock, Collective | Batch]] = weakref.WeakKeyDictionary()
+        self.last: tuple[Clock, Collective | Batch] | None = None
+        self.together: tuple[str, int] | None = None
         self.pinned: set[int] = set()
         self.host = HOST
 
@@ -126,7 +149,7 @@ class Tracer(Watch):
         self._arrive(*found)
         return True
 
-    def _arrive(self, clock: Clock, collective: Collective) -> None:
+    def _arrive(self, clock: Clock, collective: Collective | Batch) -> None:
         on_gpu = any(device == "cuda" for _, _, device in collective.tensors)
         stream = self.current if on_gpu else self.host
         self.join(stream, clock)
@@ -242,6 +265,8 @@ class Tracer(Watch):
         """A collective is posted: its stream, and its number on it."""
         self.record.collectives.append(collective)
         self.trace.collectives.append((self.step, collective))
+        if self.together is not None:
+            return self.together
         on_gpu = any(device == "cuda" for _, _, device in collective.tensors)
         backend = "nccl" if on_gpu else "gloo"
         # Gloo's messages to and from different ranks do not wait for each other.
@@ -275,6 +300,7 @@ class Tracer(Watch):
     def posted(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """A function of torch.distributed that gives out a work; which collective it is, is kept."""
 
+        @wraps(call)
         def calling(*args: Any, **kwargs: Any) -> Any:
             work = call(*args, **kwargs)
             if work is not None and self.last is not None:
@@ -282,6 +308,26 @@ class Tracer(Watch):
             return work
 
         return calling
+
+    def batch(self, messages: Sequence[Message]) -> list[Any]:
+        """What stands for `batch_isend_irecv`; on the CPU each message goes by itself."""
+        if not messages[0].tensor.is_cuda:
+            return [message.post() for message in messages]
+        posted = []
+        for message in messages:
+            other = dist.get_global_rank(message.group, message.group_peer)
+            assert message.tensor.is_cuda and message.group is messages[0].group and other != self.record.rank
+            posted.append(message.described())
+        whole = Batch(tuple(posted))
+        stream = f"nccl {whole.group}"
+        self.join(stream, self.clocks[self.current])
+        time = self.tick(stream)
+        self.trace.timeline.append(Moment(self.step, "post", whole, stream, _collectives(self.clocks[stream])))
+        self.together = stream, time
+        work = [message.post() for message in messages][-1]
+        self.together = None
+        self.works[work] = dict(self.clocks[stream]), whole
+        return [work]
 
     # ---- memory
 
@@ -381,8 +427,6 @@ ASYNCHRONOUS = (
 @contextmanager
 def tracing(tracer: Tracer) -> Iterator[None]:
     """Within it the tracer hears of streams, events and works. The mode itself is entered by `fake_groups`."""
-    import torch.distributed as dist
-
     tracer.machine.listeners.append(tracer.on_stream)
     tracer.name(tracer.machine.current_stream())
     with (
@@ -390,6 +434,7 @@ def tracing(tracer: Tracer) -> Iterator[None]:
         # Else a functional collective would wait at once, as it does while a compiler traces it.
         mock.patch.object(functional, "_are_we_tracing", torch.compiler.is_dynamo_compiling),
         mock.patch.multiple(dist, **{name: tracer.posted(getattr(dist, name)) for name in ASYNCHRONOUS}),
+        mock.patch.multiple(dist, P2POp=Message, batch_isend_irecv=tracer.batch),
     ):
         yield
     tracer.machine.listeners.remove(tracer.on_stream)
