@@ -128,7 +128,7 @@ def test_the_decode_keeps_to_the_memory_it_is_given(tmp_path, monkeypatch, keep)
     """What the estimate says for --max-memory is the plan that runs."""
     folder, used = write_checkpoint(tmp_path), []
 
-    def decoded(decoder, z, plan, split):
+    def decoded(decoder, z, plan, split, pause):
         used.append(plan)
         return iter([torch.zeros(1)])
 

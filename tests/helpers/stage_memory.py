@@ -18,7 +18,6 @@ import torch
 
 from cogvideox_xdit.pipeline import CogVideoXPipeline
 from cogvideox_xdit.sampling import workload as cogvideox_workload
-from cogvideox_xdit.solver import Solver
 from common.memory.estimate import Estimator, Precision
 from common.parallel.mesh import Mesh
 from common.registry.forks import Size
@@ -75,13 +74,13 @@ def mochi(pipe: MochiPipeline, stage: str, height: int, width: int, frames: int)
 
 
 def cogvideox(pipe: CogVideoXPipeline, stage: str, height: int, width: int, frames: int) -> Callable[[], object]:
-    size, padding = pipe.latent_size(height, width, frames)
+    run = pipe.generation(height, width, frames, 1, 1.0)
     if stage == "decode":
-        latents = draw_noise((1, pipe.config.out_channels, size[0] - padding, *size[1:]), 0)
+        latents = draw_noise((1, pipe.config.out_channels, run.size[0] - run.padding, *run.size[1:]), 0)
         return lambda: pipe.decode(latents, DecodeOptions("exact"))
     text = {0: torch.randn(1, pipe.config.text_length, pipe.config.text_dim)}
-    solver = Solver(pipe.checkpoint.scheduler, 1)
-    return lambda: pipe._sample(pipe._start(size, padding, 0, None, None, solver), text, solver, [1.0])
+    generator = torch.Generator().manual_seed(0)
+    return lambda: pipe._sample(pipe.start(run, None, None, generator), text, run)
 
 
 @torch.inference_mode()
