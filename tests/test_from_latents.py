@@ -52,6 +52,15 @@ def latents(folder: Path) -> str:
     return "made.latents.safetensors"
 
 
+def test_latents_are_for_whom_the_users_mask_says(folder: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_latents("made.safetensors", LATENTS, {"model": "mochi"})
+    finally:
+        os.umask(before)
+    assert Path("made.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def problems(fork: Fork, *arguments: str) -> list[str]:
     with pytest.raises(WrongUse) as wrong:
         parse(fork, [*HERE, *arguments])

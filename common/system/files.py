@@ -55,8 +55,9 @@ class Partial:
         _lock(self._descriptor)
         mask = os.umask(0)
         os.umask(mask)
+        self._mode &= ~mask
         with suppress(OSError):
-            os.fchmod(self._descriptor, self._mode & ~mask)  # tempfile's are for their owner's eyes only
+            os.fchmod(self._descriptor, self._mode)  # tempfile's are for their owner's eyes only
 
     def _make(self, prefix: str, suffix: str, folder: Path) -> tuple[int, str]:
         return tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
@@ -73,6 +74,8 @@ class Partial:
     def commit(self) -> None:
         """Flush the file to the disk, which may find out only now that it is full, and give it its name."""
         with writing(self.path):
+            with suppress(OSError):
+                os.chmod(self.name, self._mode)  # a library may have put a file of its own under the name
             _flush(self.name)
             os.replace(self.name, self.path)
 
