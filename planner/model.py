@@ -271,8 +271,9 @@ def _block_bytes(stack: Stack, size: Size, layout: Layout) -> int:
     """A rank's tensors at the widest moment of a block.
 
     Residual, its normalised copy and one result beside q, k, v with what attention makes of them, their exchanged
-    copies (of two exchanges where there are two), or the hidden layer of the feed-forward.
+    copies (of two exchanges where there are two), or the hidden layer of the feed-forward. A ring alone makes queries
+    only after keys and values have left.
     """
     rows = max(sum(cost.tokens_of(stack, size, branch)) for branch in (0, 1)) / layout.sequence
-    exchanged = 19 if layout.ring > 1 and layout.ulysses > 1 else 14 if layout.sequence > 1 else 4
+    exchanged = 4 if layout.sequence == 1 else 10 if layout.ulysses == 1 else 14 if layout.ring == 1 else 19
     return math.ceil(rows) * (3 * stack.width + max(stack.feed_forward, exchanged * stack.width)) * BYTES
