@@ -26,11 +26,11 @@ def section(table: Table) -> list[str]:
         "## Beside others' figures",
         "Rows of `benchmarks/published/comparisons.json`, from which nothing is fitted. This project is predicted in "
         "the best layout of as many GPUs at the size and steps that stand there or were assumed, once with the "
-        "constants of the GPU's kind and once with those of the authors' Wan 2.2 program on it (its kernels and its "
+        "constants of the GPU's kind and once with those of the model's own program on it (its kernels and its "
         "links; FlashAttention 3 on Hopper cards). Neither was measured.",
     ]
     heads = ("system", "model", "size, frames, steps", "GPUs", "layout, as stated", "unit", "published")
-    heads += ("best layout here", "predicted, GPU's constants", "predicted, Wan program's constants")
+    heads += ("best layout here", "predicted, GPU's constants", "predicted, its program's constants")
     for group in groups:
         sources = dict.fromkeys(row["source"] for row in group["rows"])
         parts += [f"### {group['title']}", f"{'; '.join(sources)}. Assumed: {group['assumed']}."]

@@ -230,11 +230,11 @@ def test_decode_falls_back_to_a_smaller_plan(native, monkeypatch, error):
     expected = pipe.decode(latents)
     plans: list[DecodePlan] = []
 
-    def short_of_memory(decoder, z, plan, split):
+    def short_of_memory(decoder, z, plan, split, pause):
         plans.append(plan)
         if plan.chunk > 1:
             raise error
-        return decode_frames(decoder, z, plan, split)
+        return decode_frames(decoder, z, plan, split, pause)
 
     monkeypatch.setattr("common.video.decode_video.decode_frames", short_of_memory)
     assert (pipe.decode(latents).int() - expected.int()).abs().max() <= 1

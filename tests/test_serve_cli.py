@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -106,7 +107,7 @@ def test_a_demo_that_is_killed_goes_on_and_is_the_same_video(tmp_path: Path) -> 
     data = tmp_path / "data"
     body = {"model": "mochi-demo", "prompt": "A small blue square moves to the left.", "seed": 3, "size": "32x32"}
     body |= {"num_inference_steps": 8}
-    with served(data, command=demo(data)) as server, ready(server) as http:
+    with served(data, command=demo(data)) as server, closing(ready(server)) as http:
         whole = http.post("/v1/videos/sync", json=body)
         assert whole.status_code == 200, whole.text
         job = http.post("/v1/videos", json=body | {"num_inference_steps": 60}).json()["id"]
@@ -120,7 +121,7 @@ def test_a_demo_that_is_killed_goes_on_and_is_the_same_video(tmp_path: Path) -> 
         while not state.exists() and time.monotonic() < end:
             time.sleep(0.01)
         server.end(signal.SIGKILL)
-    with served(data, command=demo(data)) as server, ready(server) as http:
+    with served(data, command=demo(data)) as server, closing(ready(server)) as http:
         end = time.monotonic() + 60
         while (told := http.get(f"/v1/videos/{job}").json())["status"] in ("queued", "in_progress"):
             assert time.monotonic() < end

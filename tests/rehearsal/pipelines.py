@@ -18,6 +18,7 @@ import cogvideox_xdit.pipeline
 import common.video.decode_video
 import common.weights.blocks
 import common.weights.load
+import consisid_xdit.pipeline
 import wan_xdit.pipeline
 from cogvideox_xdit import CogVideoXPipeline
 from common.parallel.mesh import Mesh
@@ -105,6 +106,7 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
         # Counted on the meta device, which takes as long as two chunks: every plan fits.
         mock.patch.object(common.video.decode_video, "decode_memory", lambda *_, **__: 2**30),
         mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=image, video_frames=video),
+        mock.patch.multiple(consisid_xdit.pipeline, image_frames=image),
         mock.patch.multiple(wan_xdit.pipeline, image_frames=image, as_array=picture),
     ):
         yield
