@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -50,6 +50,10 @@ class ConsisIDOptions(ForkOptions):
         Option(["--scheduler"], type=click.Choice(["ddim", "dpm"]), help=SCHEDULER, group=EXPERT),
         Option(["--dynamic-cfg"], is_flag=True, help=DYNAMIC, group=EXPERT),
     )
+
+    @property
+    def written(self) -> Mapping[str, Path]:
+        return {} if self.save_id_embeddings is None else {"--save-id-embeddings": self.save_id_embeddings}
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         """What is wrong with the photograph and the files of identity features."""

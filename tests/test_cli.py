@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from common.run.command_line import parse
 from common.system import environment
 from common.system.environment import Process
 from mochi_xdit.fork import FORK
+from tests.fake_fork.fork import FORK as FAKE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -333,3 +335,32 @@ def test_help_and_version():
     assert "torch" not in {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
     version = run(str(ROOT / "mochi_xdit" / "cli.py"), "--version")
     assert version.returncode == 0 and version.stdout.startswith("mochi-xdit ")
+
+
+class Distilled(Rules):
+    """No scale guides it."""
+
+    def guided(self, scale: float) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--negative-prompt", "blurred", "--cfg-scale", "1"), "at --cfg-scale 1 there is no guidance"),
+        (("--negative-prompt", "blurred"), ""),
+        (("--negative-prompt", "", "--cfg-scale", "1"), ""),
+        (("--cfg-scale", "1"), ""),
+    ],
+)
+def test_a_negative_prompt_that_nothing_reads_is_said(arguments, said):
+    remarks = read("--demo", "--device", "cpu", *arguments).remarks
+    assert remarks == ((f"--negative-prompt has no effect: {said}",) if said else ())
+
+
+def test_a_negative_prompt_for_a_model_without_guidance_is_said():
+    rules = Distilled(**vars(FAKE.demos["default"]))
+    distilled = replace(FAKE, demos={"default": rules})
+    request = parse(distilled, ["--demo", "--device", "cpu", "--gpus", "1", "--negative-prompt", "blurred"])
+    assert request.remarks == ("--negative-prompt has no effect: this checkpoint has no guidance",)
+    assert not parse(distilled, ["--demo", "--device", "cpu", "--gpus", "1"]).remarks

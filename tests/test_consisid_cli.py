@@ -156,6 +156,9 @@ def test_the_demo_makes_a_video_and_its_features_make_it_again(tmp_path: Path) -
     assert told["settings"]["layout"]["ranks"] == 2 and told["settings"]["num_frames"] == 9
     assert "reading the face" in {stage["name"] for stage in told["stages"]} or not cli.missing_packages()
     assert len(first) > 1000
+    line = [*run, "--output", "c.mp4", "--save-id-embeddings", "who.safetensors"]
+    refused = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--save-id-embeddings: who.safetensors exists; add --ov" in refused.stderr
     make("--output", "b.mp4", "--id-embeddings", "who.safetensors", "--gpus", "1")
     a, b = (read_video(tmp_path / name)[0].astype(int) for name in ("a.mp4", "b.mp4"))
     assert a.shape == b.shape == (9, 64, 96, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from common.registry.request import WrongUse
 from common.run.command_line import parse
 from mochi_xdit.fork import FORK
 from tests.fake_fork.fork import FORK as FAKE
+from tests.fake_fork.options import FakeOptions
 from tests.helpers.programs import main
 from tests.test_formats import NAMES, inside, read, said
 
@@ -121,6 +123,35 @@ def test_many_that_are_there_are_counted(tmp_path, capsys):
     assert make("--output", "x.mp4", "--num-videos", "9") == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 6 and told[-1] == "error: --output: 4 more of these videos exist"
+
+
+def test_a_dry_run_names_what_a_run_would_refuse(tmp_path, capsys):
+    line = ["--dry-run", "--device", "cpu", "--gpus", "1", "--num-frames", "7", "--width", "64", "--height", "64"]
+    (tmp_path / "x.mp4").touch()
+    for more, told in (((), True), (("--overwrite",), False), (("--output", "y.mp4"), False)):
+        assert main(FORK, [*line, "--output", "x.mp4", *more]) == 0
+        out = capsys.readouterr().out
+        assert ("note        a run would be refused: --output: x.mp4 exists; add --overwrite" in out) == told
+
+
+def test_a_forks_own_files_are_not_replaced_unasked(tmp_path, monkeypatch, capsys):
+    class Writing(FakeOptions):
+        written = property(lambda self: {"--pids": Path(self.pids)})
+
+    def run(*more: str) -> int:
+        return main(
+            replace(FAKE, options=Writing), ["--demo", "--device", "cpu", "--gpus", "1", "--pids", "who", *more]
+        )
+
+    assert run("--output", "x.mp4") == 0
+    before = (tmp_path / "who").read_bytes()
+    capsys.readouterr()
+    assert run("--output", "y.mp4") == 2
+    assert capsys.readouterr().err == (
+        "error: --pids: who exists; add --overwrite to replace it, or give another name\n"
+    )
+    assert (tmp_path / "who").read_bytes() == before and not (tmp_path / "y.mp4").exists()
+    assert run("--output", "y.mp4", "--overwrite") == 0
 
 
 def test_an_empty_folder_and_an_unfinished_runs_latents_are_no_outputs(tmp_path):

@@ -136,6 +136,12 @@ def test_wrong_values_are_told_at_the_door(tmp_path: Path) -> None:
     assert "multiple of 32" in problems("--demo", "ti2v-5b", "--width", 48)[0]
 
 
+def test_one_expert_that_is_guided_reads_the_negative_prompt() -> None:
+    given = ("--demo", "t2v-a14b", "--device", "cpu", "--gpus", "1", "--negative-prompt", "blurred", "--cfg-scale", "1")
+    assert any("--negative-prompt has no effect" in remark for remark in read(*given).remarks)
+    assert not read(*given, "--cfg-scale-2", "3").remarks
+
+
 def test_a_picture_where_none_is_taken_and_the_reverse(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (8, 8)).save(cache / "a.png")
     assert main(FORK, ["--demo", "t2v-1.3b", "--gpus", "1", "--device", "cpu", "--image", "a.png"]) == 2

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import click
 
-from common.registry.checks import FITS
+from common.registry.checks import FITS, Rules
 from common.registry.request import ForkOptions, Source, Video
 from common.run.help import EXPERT, Option
 from common.run.options import PATH, fit_option, unreadable_image
-from wan_xdit.checkpoint import RESIDUALS, SOLVER, SOLVERS
+from wan_xdit.checkpoint import RESIDUALS, SOLVER, SOLVERS, WanRules
 
 MAX_SHIFT = 100.0
 MAX_SCALE = 1000.0
@@ -65,6 +65,10 @@ class WanOptions(ForkOptions):
             group=EXPERT,
         ),
     )
+
+    def guided(self, rules: Rules, scale: float) -> bool:
+        assert isinstance(rules, WanRules)
+        return rules.guided(scale) or rules.guided(rules.second_scale(scale, self.cfg_scale_2))
 
     def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         problems = [] if self.image is None else unreadable_image(self.image)

@@ -137,6 +137,15 @@ class ForkOptions:
         """What is wrong with them for these videos. Without torch."""
         return []
 
+    def guided(self, rules: Rules, scale: float) -> bool:
+        """Whether the branch of the negative prompt is computed in any step."""
+        return rules.guided(scale)
+
+    @property
+    def written(self) -> Mapping[str, Path]:
+        """Files that the run writes besides the videos, by the options that name them."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Request:

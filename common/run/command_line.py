@@ -164,7 +164,7 @@ class _RequestBuilder:
             output=self.output,
             dry_run=self.dry,
             cpu_by_default=not self.gpus and self.values["device"] != "cpu",
-            remarks=tuple(self._remarks(layout.ranks)),
+            remarks=tuple(self._remarks(layout.ranks, rules, options)),
         )
 
     def _runtime(self, rules: Rules, several: bool, ranks: int) -> Runtime:
@@ -423,8 +423,13 @@ class _RequestBuilder:
         unseen = self.values["device"] == "auto" and not self.gpus and environment.driver_present()
         return unseen and not gpus_are_hidden(os.environ)
 
-    def _remarks(self, ranks: int) -> list[str]:
+    def _remarks(self, ranks: int, rules: Rules, options: Any) -> list[str]:
         remarks = []
+        scale = self._value("cfg_scale", rules.cfg_scale)
+        if self.values["negative_prompt"] and "negative_prompt" in self.given and not options.guided(rules, scale):
+            some = rules.guided(MAX_SCALE)
+            why = f"at --cfg-scale {scale:g} there is no guidance" if some else "this checkpoint has no guidance"
+            remarks.append(f"--negative-prompt has no effect: {why}")
         if self._unusable_gpu():
             remarks.append(f"{UNUSABLE_GPU}: running on the CPU")
         if self.unseen:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.registry.request import Video
+from common.registry.request import Request, Video
 from common.system.files import kind_of, replacing_problem, resolved, shown, taken_problem, writing_problem
 from common.video.formats import FOLDER, FRAME_NAMES, destination_problem, output_problem, suffix_of
 
@@ -50,13 +50,19 @@ def place_problems(videos: Sequence[Video]) -> list[str]:
     return [problem for problem in dict.fromkeys(problems) if problem][:MOST_TOLD]
 
 
-def existing_problems(videos: Sequence[Video]) -> list[str]:
+def existing_problems(request: Request) -> list[str]:
     """One line for each output that is there already; none for latents, which an unfinished run leaves.
 
-    An empty folder is no output.
+    An empty folder is no output, and what an interrupted run has made is not made again.
     """
+    if request.overwrite:
+        return []
     problems = []
-    for video in videos:
+    if request.unfinished is None:
+        for option, path in request.options.written.items():
+            if kind_of(path):
+                problems.append(f"{option}: {shown(path)} exists; add --overwrite to replace it, or give another name")
+    for video in (request.videos[index] for index in request.left):
         there = [path for path in (video.output, video.sidecar) if kind_of(path) and not _empty(path)]
         if there:
             names = " and ".join(map(shown, there))

@@ -15,7 +15,9 @@ from common.memory.choice import FreeMemory, candidates, choose_placement, estim
 from common.memory.estimate import STAGES, Estimate, Estimator, imagined
 from common.parallel.device_memory import host_memory
 from common.registry.forks import Fork
-from common.registry.request import Request
+from common.registry.request import Request, WrongUse
+from common.run.destination import existing_problems
+from common.run.unfinished import taken_up, with_whole
 from common.system.units import gb, gib
 from common.weights.placement import Placement
 
@@ -54,6 +56,18 @@ def _head(request: Request) -> None:
     print(f"layout      {layout}, {layout.ranks} x {request.runtime.device}{why}")
     for remark in request.remarks:
         print(f"note        {remark}")
+    for problem in _refused(request):
+        print(f"note        a run would be refused: {problem}")
+
+
+def _refused(request: Request) -> list[str]:
+    """What a run would not write over."""
+    try:
+        if request.source.official is None:  # else there are no weights, on which it hangs what a run goes on with
+            request = with_whole(taken_up(request, request.overwrite))
+        return existing_problems(request)
+    except WrongUse as wrong:
+        return wrong.problems
 
 
 def _step(counted: Estimator) -> None:

@@ -72,9 +72,7 @@ def _run(
             return 2
         # Now that no other run can make them.
         request = with_whole(request)
-        left = [request.videos[index] for index in request.left]
-        there = [] if request.overwrite else existing_problems(left)
-        if there:
+        if there := existing_problems(request):
             for problem in there:
                 say(f"error: {shown(problem)}")
             return 2
