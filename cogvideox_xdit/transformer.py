@@ -21,7 +21,7 @@ from common.model.elementwise import add_gated, in_place
 from common.model.linear import add_heads, heads_of, linear_gelu
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.usp import SequenceParallel
-from common.weights.blocks import Blocks
+from common.weights.blocks import Blocks, streamed
 
 Size = tuple[int, int, int]  # latent frames, rows, columns
 OFS = 2.0  # the one value the 1.5 image checkpoint was trained with
@@ -305,7 +305,7 @@ class CogVideoXTransformer(nn.Module):
         """
         c = self.time_embedding(t, cond)
         h = self.embed(x, cond)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(streamed(self.blocks)):
             h = self.after_block(i, block(h, c, cond), cond)
         return self.predict(h, c, cond)
 

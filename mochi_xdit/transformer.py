@@ -23,7 +23,7 @@ from common.model.linear import add_heads, heads_of
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.attention import join_heads
 from common.parallel.usp import SequenceParallel
-from common.weights.blocks import Blocks
+from common.weights.blocks import Blocks, streamed
 from mochi_xdit.config import MochiConfig
 
 NORM_EPS = 1e-6
@@ -336,7 +336,7 @@ class MochiTransformer(nn.Module):
         t = t.to(x.device).expand(x.shape[0])
         c = F.silu(self.t_embedder(t, cond.frequencies) + cond.pooled).to(self.dtype)
         x, y = self.x_embedder(x).to(self.dtype), cond.y.clone()  # blocks write over both
-        for block in self.blocks:
+        for block in streamed(self.blocks):
             x, y = block(x, y, c, cond)
         return self.final_layer(x, c)
 

@@ -16,7 +16,7 @@ from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.usp import SequenceParallel
 from common.video.decode_planning import PeakMemory
 from common.weights import blocks
-from common.weights.blocks import BlockLayout, Blocks, FromFile, FromHost, FromShares, Stream, bind, finish
+from common.weights.blocks import BlockLayout, Blocks, FromFile, FromHost, FromShares, Stream, bind, finish, streamed
 from common.weights.float8 import (
     FLOAT8,
     LARGEST,
@@ -122,7 +122,7 @@ class Stacked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.outer(x)
-        for block in self.blocks:
+        for block in streamed(self.blocks):
             x = x + block["down"](torch.tanh(block["up"](x)))
         return x
 
@@ -145,22 +145,22 @@ def shared_bytes(file: Path, ranks: int) -> int:
 def test_any_number_of_blocks(tmp_path, count, offload):
     model, file = small_blocks(count), tmp_path / "m.safetensors"
     save(model.state_dict(), file)
-    streamed = place(on_meta(Stacked, count), open_checkpoint(file), placement=Placement(offload))
+    moving = place(on_meta(Stacked, count), open_checkpoint(file), placement=Placement(offload))
     x = torch.randn(3, 8)
     for _ in range(3):
-        assert torch.equal(streamed(x), model(x))
-    assert list(streamed.state_dict()) == list(model.state_dict())
+        assert torch.equal(moving(x), model(x))
+    assert list(moving.state_dict()) == list(model.state_dict())
 
 
 def test_a_loop_that_was_left_early_does_not_spoil_the_next(tmp_path):
     model, file = small_blocks(4), tmp_path / "m.safetensors"
     save(model.state_dict(), file)
-    streamed = place(on_meta(Stacked, 4), open_checkpoint(file), placement=Placement("disk"))
-    for i, _ in enumerate(streamed.blocks):
+    moving = place(on_meta(Stacked, 4), open_checkpoint(file), placement=Placement("disk"))
+    for i, _ in enumerate(streamed(moving.blocks)):
         if i == 1:
             break
     x = torch.randn(3, 8)
-    assert torch.equal(streamed(x), model(x))
+    assert torch.equal(moving(x), model(x))
 
 
 class Recorder:
@@ -189,7 +189,7 @@ def test_each_block_is_asked_for_one_ahead(count, again, expected):
     layouts = [BlockLayout.of(block, lambda name: torch.float32) for block in blocks]
     blocks.stream = Stream(source, layouts, CPU, layouts[0].nbytes, again)
     for turn in range(2):
-        for i, _ in enumerate(blocks):
+        for i, _ in enumerate(streamed(blocks)):
             source.events.append(f"block {i}")
         if not turn:
             source.events.append("|")
@@ -396,7 +396,7 @@ def test_a_saved_float8_checkpoint_is_what_loading_would_have_made(request, tmp_
         on_meta(MochiTransformer, part.config), open_checkpoint(file), part.rename, placement=Placement(offload)
     )
     if offload != "stage":  # block 0 is what was fetched first
-        next(iter(again.blocks))
+        next(streamed(again.blocks))
     for name, tensor in again.blocks[0].state_dict().items():
         want = made.blocks[0].state_dict()[name]
         assert tensor.dtype == want.dtype and torch.equal(tensor.view(torch.uint8), want.view(torch.uint8)), name

@@ -19,7 +19,7 @@ from common.model.linear import add_heads, heads_of, linear_gelu
 from common.model.rope import rotate_pairs, rotation
 from common.parallel.attention import attention
 from common.parallel.usp import SequenceParallel
-from common.weights.blocks import Blocks
+from common.weights.blocks import Blocks, streamed
 from wan_xdit.config import TransformerConfig
 
 Size = tuple[int, int, int]  # latent frames, rows, columns
@@ -339,7 +339,7 @@ class WanTransformer(nn.Module):
         cond = Condition(size, self.patch.beside(tokens), y, seen, rope, lengths, still=still)
         if not keep:
             return cond
-        return replace(cond, cross=tuple(block.cross.keys_values(cond) for block in self.blocks))  # type: ignore[operator]
+        return replace(cond, cross=tuple(block.cross.keys_values(cond) for block in streamed(self.blocks)))  # type: ignore[operator]
 
     def _check(self, text: Tensor, beside: Tensor | None, image: Tensor | None) -> None:
         config = self.config
@@ -364,7 +364,7 @@ class WanTransformer(nn.Module):
         c = self.time_embedding(t)
         steps = self.time_proj(F.silu(c)).unflatten(-1, (6, -1))
         x = self.patch(x.to(self.dtype), cond.beside).to(self.residual or self.dtype)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(streamed(self.blocks)):
             x = block(x, steps, cond, cond.cross[i] if cond.cross is not None else None)
         shift, scale = (self.modulation[:, None] + c[:, :, None]).unbind(2)
         x = self.head(norm_spans(x, shift, scale, self.config.eps, cond.still).to(self.dtype))

@@ -36,8 +36,7 @@ def compile_transformer(model: nn.Module, options: CompileOptions) -> None:
     """Compile the regions of a transformer's blocks, if that was asked for."""
     if options.compile:
         for part in model.modules():
-            # Not by iterating, which would fetch the weights of streamed blocks.
-            for block in part.children() if isinstance(part, Blocks) else ():
+            for block in part if isinstance(part, Blocks) else ():
                 for name in block.regions:  # type: ignore[union-attr]
                     # As `nn.Module.compile` puts the compiled call beside the module's own.
                     setattr(block, name, torch.compile(getattr(block, name), **_arguments(options)))

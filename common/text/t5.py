@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.text.encoder import TextWork
 from common.text.tokenizer import PAD, SENTENCEPIECE, Tokenizer, content
-from common.weights.blocks import BlockLayout, Blocks, FromFile, Stream, bind
+from common.weights.blocks import BlockLayout, Blocks, FromFile, Stream, StreamedLayers, bind
 from common.weights.checkpoint import DTYPE_NAMES, Checkpoint, Stored, is_zip, open_checkpoint, read_index
 from common.weights.float8 import FLOAT8, SCALE, fill_float8, has_float8_matmul, use_float8
 from common.weights.load import CASTABLE, assign
@@ -205,7 +205,7 @@ def text_work(
     def new(dtype: torch.dtype) -> nn.Module:
         model = new_t5(numbers, member=member).to(dtype)
         model.encoder.embed_tokens.weight = model.shared.weight  # type: ignore[union-attr]
-        model.encoder.block = Blocks(model.encoder.block)  # type: ignore[union-attr,arg-type]
+        model.encoder.block = StreamedLayers(model.encoder.block)  # type: ignore[union-attr,arg-type]
         return model
 
     return TextWork(new, features_of, tokens, FLOAT8_LAYERS)
@@ -266,7 +266,7 @@ def load_t5(
     """
     model = new_t5(asdict(files.numbers()), member=files.member)
     mapped = _mapped(files, _shapes(model))
-    layers = model.encoder.block = Blocks(model.encoder.block)  # type: ignore[arg-type]
+    layers = model.encoder.block = StreamedLayers(model.encoder.block)  # type: ignore[arg-type]
     for layer in layers if float8 else ():
         use_float8(layer, FLOAT8_LAYERS, has_float8_matmul(torch.device(device)))
     for name in list(mapped):
@@ -369,7 +369,7 @@ def _stream_layers(
         return slot if slot == FLOAT8 or name.endswith(SCALE) else dtype
 
     layouts = [BlockLayout.of(layer, partial(dtype_of, layer)) for layer in layers]
-    buffer_bytes = max(image.nbytes for image in layouts)
+    buffer_bytes = max(layout.nbytes for layout in layouts)
     stream = Stream(FromFile(fill, layouts, device), layouts, device, buffer_bytes, wrap_around=False)
     for i, layer in enumerate(layers):
         bind(layer, stream.views(i))

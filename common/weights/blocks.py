@@ -1,9 +1,10 @@
 """Transformer blocks whose weights need not all be on the device: they pass through it, one block ahead of the work.
 
-A model holds its blocks in `Blocks` and writes `for block in self.blocks`. Resident weights make that an ordinary
-list. With a `Stream`, two buffers on the device take the blocks' weights in turn: while block i computes, those of
-block i + 1 arrive, from wherever the `Source` has them. Parameters are views of the buffer of their block's turn, for
-good, so nothing is assigned while the model runs and a compiled block sees the same addresses in every step.
+A model holds its blocks in `Blocks` and runs them by `for block in streamed(self.blocks)`. With resident weights that
+is a loop over an ordinary list. With a `Stream`, two buffers on the device take the blocks' weights in turn: while
+block i computes, those of block i + 1 arrive, from wherever the `Source` has them. Parameters are views of the buffer
+of their block's turn, for good, so nothing is assigned while the model runs and a compiled block sees the same
+addresses in every step.
 
     host      pinned memory of this process
     file      the checkpoint itself, read anew each time
@@ -35,13 +36,22 @@ Fill = Callable[[int, Mapping[str, Tensor]], None]
 
 
 class Blocks(nn.ModuleList):
-    """Blocks in the order they run. Iterating yields each with its weights in place."""
+    """Blocks in the order they run, a list as any other, and what brings their weights where these do not stay."""
 
     stream: Stream | None = None
 
+
+def streamed(blocks: Blocks) -> Iterator[nn.Module]:
+    """The blocks in the order they run, each when its weights are in place."""
+    return iter(blocks) if blocks.stream is None else blocks.stream.visit(list(blocks), len(blocks))
+
+
+class StreamedLayers(Blocks):
+    """Layers of a model whose own code, not ours, goes over them: iterating brings their weights."""
+
     def __iter__(self) -> Iterator[nn.Module]:
-        plain = super().__iter__()
-        return plain if self.stream is None else self.stream.visit(plain, len(self))
+        layers = super().__iter__()
+        return layers if self.stream is None else self.stream.visit(layers, len(self))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.parallel.usp import SequenceParallel
-from common.weights.blocks import Blocks
+from common.weights.blocks import Blocks, streamed
 from toy_xdit.config import LATENTS, Config
 
 
@@ -75,7 +75,7 @@ class ToyTransformer(nn.Module):
         x = self.picture_in(z.to(dtype)) + cond.positions
         x = torch.cat((x, self.sound_in(s.to(dtype)), cond.y), dim=1)
         x = x + self.time_in(torch.full((1, 1), t, dtype=dtype, device=x.device))
-        for block in self.blocks:
+        for block in streamed(self.blocks):
             x = block(x, cond)
         return self.picture_out(x[:, :n]).to(z.dtype), self.sound_out(x[:, n : n + m]).to(s.dtype)
 
