@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.run.demo import fill
+from common.weights.blocks import streamed
 from common.weights.float8 import Float8Linear
 from common.weights.load import CheckpointError, save
 from common.weights.placement import Placement
@@ -234,7 +235,7 @@ def test_eight_bits_are_kept_as_they_are(parts, scaled, offload, tmp_path):
     model = load_transformer(find_checkpoint(tmp_path), dtype=torch.float32, placement=Placement(offload))
     wide = widened(stored, scaled)
     seen = 0
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(streamed(model.blocks)):
         for name, layer in block.named_modules():
             if isinstance(layer, Float8Linear):
                 seen += 1
