@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.weights.load import Checkpoint, Concat, Rename, check, find_files, load, on_meta, open_checkpoint
 from common.weights.schema import MAX_LAYERS, CheckpointError, bounded, build, read_object
 from wan_xdit.layouts import CLIP_SIGNS
+from wan_xdit.weights import behind
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -141,9 +142,7 @@ def rename_table(config: ImageConfig, layout: str = "transformers") -> Rename:
     table: dict[str, str | Concat] = dict(_ORIGINAL if original else _TRANSFORMERS)
     names = _ORIGINAL_LAYER if original else _TRANSFORMERS_LAYER
     for i in range(config.num_hidden_layers - 1):
-        for ours, theirs in names.items():
-            full = tuple(f"{_LAYERS[layout]}.{i}.{name}" for name in ((theirs,) if isinstance(theirs, str) else theirs))
-            table[f"layers.{i}.{ours}"] = full[0] if isinstance(theirs, str) else Concat(full)
+        table |= behind(f"layers.{i}", f"{_LAYERS[layout]}.{i}", names)
     return table
 
 

@@ -5,6 +5,7 @@ ComfyUI's files have the original names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,11 +130,18 @@ def rename_table(config: TransformerConfig, layout: str) -> Rename:
         table |= _ORIGINAL_IMAGE if original else _DIFFUSERS_IMAGE
         block = block | (_ORIGINAL_BLOCK_IMAGE if original else _DIFFUSERS_BLOCK_IMAGE)
     for i in range(config.layers):
-        for ours, theirs in block.items():
-            names = (theirs,) if isinstance(theirs, str) else theirs
-            full = tuple(f"blocks.{i}.{name}" for name in names)
-            table[f"blocks.{i}.{ours}"] = full[0] if isinstance(theirs, str) else Concat(full)
+        table |= behind(f"blocks.{i}", f"blocks.{i}", block)
     return table
+
+
+def behind(ours: str, theirs: str, names: Mapping[str, str | tuple[str, ...]]) -> dict[str, str | Concat]:
+    """Names of a module's parts -> of the same module among others; several of theirs are one of ours, side by side."""
+    return {
+        f"{ours}.{name}": f"{theirs}.{part}"
+        if isinstance(part, str)
+        else Concat(tuple(f"{theirs}.{one}" for one in part))
+        for name, part in names.items()
+    }
 
 
 _VAE = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +17,7 @@ from common.system.files import say
 from xdit_serve import answers
 from xdit_serve.errors import ApiError
 from xdit_serve.images import image_routes
+from xdit_serve.keys import is_here
 from xdit_serve.service import Service, short
 from xdit_serve.videos import video_routes
 
@@ -139,22 +139,14 @@ class Door:
 
 def _foreign(method: str, headers: dict[bytes, bytes], allowed: tuple[str, ...]) -> str:
     """Why a request to a server without keys comes from a page elsewhere; empty where it does not."""
-    if not _is_here(_host(b"//" + headers.get(b"host", b""))):
+    if not is_here(_host(b"//" + headers.get(b"host", b""))):
         return (
             "this server has no keys and answers to this machine's name alone (localhost); give it a key, or --no-auth"
         )
     origin = headers.get(b"origin")
-    if origin is None or method not in CHANGING or origin.decode("latin-1") in allowed or _is_here(_host(origin)):
+    if origin is None or method not in CHANGING or origin.decode("latin-1") in allowed or is_here(_host(origin)):
         return ""
     return "pages from elsewhere may not ask this server; start it with --cors ORIGIN to let them"
-
-
-def _is_here(host: str | None) -> bool:
-    """Whether a name can only be this machine's."""
-    try:
-        return host == "localhost" or ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _host(url: bytes) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ from common.run.options import version
 from common.system.environment import open_standard_streams
 from common.system.extras import install
 from common.system.files import lenient_streams, say, shown, tell
+from xdit_serve.keys import is_here
 
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "multipart", "prometheus_client")
 """Modules of the extra `serve`."""
@@ -81,7 +81,7 @@ def run(given: dict[str, Any]) -> int:
         keys = [] if given["no_auth"] else read_keys(given["api_key_file"])
         if given["no_auth"] and given["api_key_file"]:
             raise ValueError("--no-auth and --api-key-file exclude each other; give one of them")
-        if not keys and not given["no_auth"] and not _is_local(given["host"]):
+        if not keys and not given["no_auth"] and not is_here(given["host"]):
             raise ValueError(
                 f"--host {shown(given['host'])} lets others connect: give --api-key-file FILE or {VARIABLE} in the "
                 "environment, or say --no-auth"
@@ -142,14 +142,6 @@ def _check_numbers(given: dict[str, Any]) -> None:
     for name in ("keep_hours", "keep_gb", "save_every"):
         if not (given[name] > 0 and math.isfinite(given[name])):
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not a number above 0")
-
-
-def _is_local(host: str) -> bool:
-    """Whether only this machine can connect to an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

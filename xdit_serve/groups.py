@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.registry.layout import MOST_RANKS
 from common.system import environment
-from common.workers.group import Event, Job, WorkerGroup
-from common.workers.replicas import Replicas
-from xdit_serve.dispatch import MakeWorkers, Workers
+from common.workers.making import Groups
+from xdit_serve.dispatch import MakeWorkers
 
 CPU_RANKS = 2
 """Of a group on a CPU, where nobody says how many."""
@@ -58,19 +56,4 @@ def place(device: str, gpus: int | None, replicas: int, ray: str | None) -> Plac
 
 def workers(at: Place, keep_loaded: bool, timeout: float, debug: bool) -> MakeWorkers:
     """What makes the groups. timeout: seconds after which ranks that say nothing are ended."""
-
-    def make(devices: Sequence[int]) -> WorkerGroup:
-        if at.ray is not None:
-            from common.workers.ray_group import RayGroup
-
-            address = None if at.ray == "auto" else at.ray
-            return RayGroup(len(devices), at.on_cpu, address, keep_loaded, timeout)
-        from common.workers.local import LocalGroup
-
-        return LocalGroup(devices, at.on_cpu, keep_loaded, timeout, at.replicas, (), debug)
-
-    def made(take: Callable[[float], Job | None], tell: Callable[[int, Event], None]) -> Workers:
-        devices = [range(i * at.ranks, (i + 1) * at.ranks) for i in range(at.replicas)]
-        return Replicas(make, devices, take, tell)
-
-    return made
+    return Groups(at.ranks, at.replicas, at.on_cpu, at.ray, keep_loaded, timeout, debug).at_work

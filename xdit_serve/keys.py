@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 
 from common.system.files import reason, shown
@@ -63,3 +64,11 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
         if not LEAST <= len(key) <= MOST or not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError(f"{where}: key {number} is not {LEAST} to {MOST} ASCII letters without spaces")
     return keys
+
+
+def is_here(host: str | None) -> bool:
+    """Whether a name or an address can only be this machine's."""
+    try:
+        return host == "localhost" or ip_address(host or "").is_loopback
+    except ValueError:
+        return False

@@ -1,4 +1,4 @@
-"""What the machine says of its GPUs without PyTorch: which CPU cores are near them.
+"""What the machine says without PyTorch: which CPU cores are near its GPUs, what a process holds.
 
 Everything is read from Linux's /proc and /sys; what is not there, as in some containers, is no error.
 """
@@ -32,6 +32,13 @@ def ensure_temporary_folder(fallback: Path) -> None:
     except OSError:
         shared = Path("/dev/shm")
         os.environ["TMPDIR"] = str(shared if os.access(shared, os.W_OK) else fallback.absolute())
+
+
+def resident_bytes(pid: int | None = None) -> int:
+    """Resident memory of a process, of this one by default; 0 where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid or 'self'}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def gpus_are_hidden(env: Mapping[str, str]) -> bool:

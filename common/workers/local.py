@@ -15,6 +15,7 @@ from common.run.children import Child, end_all, pipe, read, scratch, shared_envi
 from common.run.states import Slots
 from common.system.environment import LIFE, open_standard_streams
 from common.system.failure import Failure
+from common.system.host import resident_bytes
 from common.workers.orders import Hello, Maker, Message, framed
 from common.workers.watched import Ranks, Seat, Watched
 
@@ -128,9 +129,7 @@ class _Processes(Ranks):
 
     def memory(self, seat: Seat) -> int:
         """Resident memory of the process; 0 where the system does not say."""
-        with suppress(OSError, ValueError, IndexError):
-            return int(Path(f"/proc/{seat.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return 0
+        return resident_bytes(seat.pid)
 
     def _listen(self, rank: _Rank) -> bool:
         def take(message: dict[str, Any]) -> None:

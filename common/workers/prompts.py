@@ -18,10 +18,9 @@ from common.run.states import At, Record, StateFile
 from common.run.unfinished import digest, remove_states, state_file, state_path
 from common.system.files import WriteError, say, shown, tell
 from common.system.stopping import Stopped, stoppable
-from common.workers.group import Event, Failed, Finished, GroupError, Job, Note, WorkerGroup
-from common.workers.local import LocalGroup
+from common.workers.group import Event, Failed, Finished, GroupError, Job, Note
+from common.workers.making import Groups
 from common.workers.orders import Maker
-from common.workers.replicas import Replicas
 from common.workers.work import known_of, with_state
 
 STOP_SECONDS = 5.0
@@ -33,24 +32,23 @@ def run(maker: Maker, request: Request, arguments: Sequence[str]) -> int:
     request: with its seeds, its digest and what is whole. arguments: the command's, for its state file.
     """
     queue = _Queue(request, arguments)
-    ranks, on_cpu = request.layout.ranks, request.on_cpu
-    devices = [range(i * ranks, (i + 1) * ranks) for i in range(request.replicas)]
-
-    def make(devices: Sequence[int]) -> WorkerGroup:
-        keep, where = request.runtime.keep_loaded, request.ray_address
-        if where is not None:
-            from common.workers.ray_group import RayGroup
-
-            address = None if where == "auto" else where
-            return RayGroup(len(devices), on_cpu, address, keep, request.timeout, (maker,))
-        return LocalGroup(devices, on_cpu, keep, request.timeout, request.replicas, (maker,), request.debug)
-
-    replicas = Replicas(make, devices, queue.take, queue.hear, (maker,))
+    runtime, ranks = request.runtime, request.layout.ranks
+    groups = Groups(
+        ranks,
+        request.replicas,
+        request.on_cpu,
+        request.ray_address,
+        runtime.keep_loaded,
+        request.timeout,
+        request.debug,
+        (maker,),
+    )
+    replicas = groups.at_work(queue.take, queue.hear)
     for remark in request.remarks:
         say(remark)
     kind = "1 rank" if ranks == 1 else f"{ranks} ranks"
-    groups = "1 replica" if request.replicas == 1 else f"{request.replicas} replicas"
-    say(f"{groups} of {kind} on {request.runtime.device}: {request.layout}")
+    count = "1 replica" if request.replicas == 1 else f"{request.replicas} replicas"
+    say(f"{count} of {kind} on {runtime.device}: {request.layout}")
     status = 0
     with stoppable():
         try:
@@ -128,8 +126,8 @@ class _Queue:
         first = min(self._left)
         done = frozenset(range(first, len(self.request.videos))) - self._left
         record = Record(At(first, 0), self.request.videos[first].sampling.num_steps, ())
-        known = {**state_file(self.request, self._arguments).known, "done": ",".join(map(str, sorted(done)))}
-        StateFile(self._file.path, known).write(record)
+        known = {**self._file.known, "done": ",".join(map(str, sorted(done)))}
+        replace(self._file, known=known).write(record)
 
     @property
     def _file(self) -> StateFile:

@@ -7,10 +7,8 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +16,7 @@ from common.registry.request import Request, WrongUse, as_wrong_use
 from common.run.rank import resolved, try_connections
 from common.system.environment import Process
 from common.system.failure import describe
-from common.system.host import allocator_default, bind_to_gpu
+from common.system.host import allocator_default, bind_to_gpu, resident_bytes
 from common.system.progress import Report
 from common.system.stopping import Abandoned
 from common.workers.orders import Hello, Leave, Message, Order
@@ -200,7 +198,7 @@ class Resident:
 
     def _standing(self) -> dict[str, Any]:
         kept, on_gpu = self._mesh and self._mesh.kept, self._mesh is not None and self._mesh.device.type == "cuda"
-        memory = _resident_bytes()
+        memory = resident_bytes()
         if on_gpu and self._mesh is not None:
             import torch
 
@@ -272,10 +270,3 @@ class _Agreement:
         (work, flag), self._asked = self._asked, None
         work.wait()
         return bool(flag.item())
-
-
-def _resident_bytes() -> int:
-    """Of this process; 0 where the system does not say."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
