@@ -110,12 +110,19 @@ class TransformerConfig:
 
     def check_task(self, image: bool, video: bool) -> None:
         """ValueError unless the checkpoint can start from what is given."""
-        if self.image_channels and not image:
-            raise ValueError("this checkpoint makes a video from an image; give one (--image)")
-        if self.image_channels and video:
-            raise ValueError("this checkpoint starts from an image, not from a video; use a text to video checkpoint")
-        if image and not self.image_channels:
-            raise ValueError("this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)")
+        if problem := task_problem(bool(self.image_channels), image, video):
+            raise ValueError(problem)
+
+
+def task_problem(starts_from_image: bool, image: bool, video: bool) -> str:
+    """Why a checkpoint of either task cannot start from what is given; empty if it can."""
+    if starts_from_image and not image:
+        return "this checkpoint makes a video from an image; give one (--image)"
+    if starts_from_image and video:
+        return "this checkpoint starts from an image, not from a video; use a text to video checkpoint"
+    if image and not starts_from_image:
+        return "this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)"
+    return ""
 
 
 _2B = TransformerConfig()
@@ -153,7 +160,13 @@ def official_rules(config: TransformerConfig) -> CogVideoXRules:
         frame_offsets=FRAME_OFFSETS,
         dtype="bf16" if config.rotary else "fp16",
         sizes=((width, height),) if config.learned else (),
+        takes=takes(config),
     )
+
+
+def takes(config: TransformerConfig) -> tuple[str, ...]:
+    """The option that names what a checkpoint can start from."""
+    return ("image",) if config.image_channels else ("video",)
 
 
 STRENGTH = 0.8
@@ -171,6 +184,7 @@ DEMO = CogVideoXRules(
     default_prompt="A big red circle moves slowly to the right on a black background.",
     frame_step=FRAME_STEP,
     frame_offsets=FRAME_OFFSETS,
+    takes=("video",),
 )
 
 
@@ -185,6 +199,7 @@ def random_demo_rules(kind: str) -> CogVideoXRules:
         dtype="fp32",
         sizes=((96, 64),) if CONFIGS[kind].learned else (),
         default_prompt="A red circle moves slowly to the left on a black background.",
+        takes=takes(CONFIGS[kind]),
     )
 
 

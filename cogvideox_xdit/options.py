@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import click
 
-from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH
-from common.registry.checks import FITS, nearest
+from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH, task_problem
+from common.registry.checks import FITS, Rules, nearest
 from common.registry.request import ForkOptions, Source, Video
 from common.run.help import EXPERT, Option
 from common.run.options import PATH, fit_option, unreadable_image
@@ -52,7 +52,7 @@ class CogVideoXOptions(ForkOptions):
         Option(["--dynamic-cfg"], is_flag=True, help=DYNAMIC, group=EXPERT),
     )
 
-    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+    def problems(self, rules: Rules, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         """What is wrong with the image, the video and the strength. They are read as far as they are used."""
         problems = []
         strength, sampling = self.strength, videos[0].sampling
@@ -60,6 +60,10 @@ class CogVideoXOptions(ForkOptions):
             problems.append("--image and --video exclude each other; give one of them")
         if self.image is not None:
             problems += unreadable_image(self.image)
+        from_image, needed = "image" in rules.takes, source.demo is None and videos[0].latents is None and not dry_run
+        image = self.image is not None or (from_image and not needed)
+        if not problems and (problem := task_problem(from_image, image, self.video is not None)):
+            problems.append(f"{'--video' if self.video is not None else '--image'}: {problem}")
         if strength is not None and not 0 < strength <= 1:
             problems.append(f"--strength {strength} must be above 0 and at most 1")
         elif self.video is not None and strength is not None and int(sampling.num_steps * strength) < 1:

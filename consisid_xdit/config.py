@@ -85,6 +85,7 @@ DEMOS: Mapping[str, Rules] = {
         cfg_scale=1.5,  # the guidance that the model card's figures were measured with
         sizes=((64, 64),),
         default_prompt="A big shape moves slowly to the right on a black background.",
+        takes=(),  # there are no face models for it
     ),
     "face": random_demo_rules("5b-i2v"),
 }

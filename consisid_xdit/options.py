@@ -11,6 +11,7 @@ from typing import ClassVar
 import click
 
 from cogvideox_xdit.options import DYNAMIC, SCHEDULER
+from common.registry.checks import Rules
 from common.registry.request import ForkOptions, Source, Video
 from common.run.help import EXPERT, OUTPUT, Option
 from common.run.options import PATH, unreadable_image
@@ -55,7 +56,7 @@ class ConsisIDOptions(ForkOptions):
     def written(self) -> Mapping[str, Path]:
         return {} if self.save_id_embeddings is None else {"--save-id-embeddings": self.save_id_embeddings}
 
-    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+    def problems(self, rules: Rules, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         """What is wrong with the photograph and the files of identity features."""
         image, file, save = self.image, self.id_embeddings, self.save_id_embeddings
         problems = []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from common.registry.checks import Rules
 from common.registry.request import ForkOptions, Source, Video
 from common.run.help import EXPERT, Option
 from mochi_xdit.config import FAST, OFFICIAL
@@ -34,7 +35,7 @@ class MochiOptions(ForkOptions):
         ),
     )
 
-    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+    def problems(self, rules: Rules, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         problems = []
         threshold, linear, steps = self.threshold_noise, self.linear_steps, videos[0].sampling.num_steps
         if threshold is not None and not 0 < threshold < 1:

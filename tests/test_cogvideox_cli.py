@@ -66,7 +66,9 @@ def test_python_and_the_command_line_make_the_same_video(kind: str, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_defaults_are_the_official_ones_of_the_checkpoint(kind: str, tmp_path: Path) -> None:
-    request = read("--model_dir", folder_of(kind, tmp_path), "--prompt", "x", "--gpus", 1)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    start = ("--image", tmp_path / "a.png") if kind.endswith("i2v") else ()
+    request = read("--model_dir", folder_of(kind, tmp_path), "--prompt", "x", "--gpus", 1, *start)
     video = request.videos[0]
     size = (video.sampling.width, video.sampling.height, video.sampling.num_frames, video.fps)
     assert size == ((1360, 768, 81, 16) if kind.startswith("1.5") else (720, 480, 49, 8))

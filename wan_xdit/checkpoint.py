@@ -55,12 +55,22 @@ class WanRules(Rules):
 
     shift: how far the noise levels are moved up; small_shift: the same up to 832 x 480 pixels, None: as shift.
     boundary: of two experts the first has the noise levels from here up; cfg_scale_2: the other one's guidance.
+    needs_image: no video without a picture to begin with.
     """
 
     shift: float = 5.0
     small_shift: float | None = None
     boundary: float | None = None
     cfg_scale_2: float | None = None
+    needs_image: bool = False
+
+    def task_problem(self, image: bool) -> str:
+        """Why a video cannot be made with a picture, or without one; empty if it can."""
+        if self.needs_image and not image:
+            return "this checkpoint makes a video from an image; give one (--image)"
+        if image and "image" not in self.takes:
+            return "this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)"
+        return ""
 
     def shift_of(self, width: int, height: int) -> float:
         """The official shift for a size in pixels."""
@@ -86,15 +96,17 @@ _T2V_14B = WanRules(
     negative_prompt=NEGATIVE,
     small_shift=3.0,
 )
-_I2V_14B = replace(_T2V_14B, num_steps=40, negative_prompt=SHAKING + NEGATIVE)
-_A14B = replace(_T2V_14B, num_steps=40, small_shift=None)
+_FROM_IMAGE = replace(_T2V_14B, num_steps=40, takes=("image",), needs_image=True)
+_I2V_14B = replace(_FROM_IMAGE, negative_prompt=SHAKING + NEGATIVE)
 RULES: Mapping[str, WanRules] = {
     "t2v-14b": _T2V_14B,
     "t2v-1.3b": replace(_T2V_14B, heads=T2V_1_3B.heads, width=832, height=480, small_shift=None),
     "i2v-14b-480p": replace(_I2V_14B, width=832, height=480),
     "i2v-14b-720p": _I2V_14B,
-    "t2v-a14b": replace(_A14B, shift=12.0, cfg_scale=4.0, cfg_scale_2=3.0, boundary=0.875),
-    "i2v-a14b": replace(_A14B, cfg_scale=3.5, cfg_scale_2=3.5, boundary=0.9),
+    "t2v-a14b": replace(
+        _T2V_14B, num_steps=40, small_shift=None, shift=12.0, cfg_scale=4.0, cfg_scale_2=3.0, boundary=0.875
+    ),
+    "i2v-a14b": replace(_FROM_IMAGE, small_shift=None, cfg_scale=3.5, cfg_scale_2=3.5, boundary=0.9),
     "ti2v-5b": replace(
         _T2V_14B,
         heads=TI2V_5B.heads,
@@ -103,6 +115,7 @@ RULES: Mapping[str, WanRules] = {
         fps=24,
         size_multiple=32,
         small_shift=None,
+        takes=("image",),
     ),
 }
 """Official defaults of each kind, and the sizes that it admits."""
@@ -190,10 +203,8 @@ class CheckpointFiles:
 
     def check_task(self, image: bool) -> None:
         """ValueError unless the checkpoint can start from what is given."""
-        if self.config.image_channels and not image:
-            raise ValueError("this checkpoint makes a video from an image; give one (--image)")
-        if image and not (self.config.image_channels or self.per_token):
-            raise ValueError("this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)")
+        if problem := self.rules.task_problem(image):
+            raise ValueError(problem)
         if self.config.image_width is not None and self.image_encoder is None:
             raise ValueError(
                 "this checkpoint sees its image through CLIP, whose weights are missing; put beside the others "

@@ -70,8 +70,13 @@ class WanOptions(ForkOptions):
         assert isinstance(rules, WanRules)
         return rules.guided(scale) or rules.guided(rules.second_scale(scale, self.cfg_scale_2))
 
-    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+    def problems(self, rules: Rules, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+        assert isinstance(rules, WanRules)
         problems = [] if self.image is None else unreadable_image(self.image)
+        supplied = source.demo is not None or videos[0].latents is not None or dry_run
+        image = self.image is not None or (rules.needs_image and supplied)
+        if not problems and (problem := rules.task_problem(image)):
+            problems.append(f"--image: {problem}")
         if self.shift is not None and not 0 < self.shift <= MAX_SHIFT:
             problems.append(f"--shift {self.shift} is not a number above 0 and up to {MAX_SHIFT}")
         if self.cfg_scale_2 is not None and not 0 <= self.cfg_scale_2 <= MAX_SCALE:

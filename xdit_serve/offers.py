@@ -61,9 +61,8 @@ class Offer:
 
     @cached_property
     def inputs(self) -> Mapping[str, str]:
-        """Options that take a file, with what the file has to be."""
-        names = [option.name or "" for option in self.fork.options.command_line]
-        return {name: kind for name, kind in INPUTS.items() if name in names}
+        """Options that take a file which this model starts from, with what the file has to be."""
+        return {name: kind for name, kind in INPUTS.items() if name in self.rules.takes}
 
 
 def demos() -> list[Offer]:

@@ -29,7 +29,8 @@ class Rules:
 
     Sizes are pixels; an admissible frame count is `frame_step * k` plus one of `frame_offsets`, and at least 1.
     sizes: the only (width, height), where not every one will do. heads: attention heads, the limit of the ulysses
-    degree. default_prompt, negative_prompt: what is said where nobody says it.
+    degree. default_prompt, negative_prompt: what is said where nobody says it. takes: the options, `image` or
+    `video`, that name a file which the checkpoint can start from.
     """
 
     heads: int
@@ -46,6 +47,7 @@ class Rules:
     dtype: str = "bf16"
     default_prompt: str | None = None
     negative_prompt: str = ""
+    takes: tuple[str, ...] = ()
 
     def size_of(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """Height, width and frames: what is None is the checkpoint's own."""

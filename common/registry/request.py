@@ -133,8 +133,8 @@ class ForkOptions:
 
     command_line: ClassVar[tuple[click.Option, ...]] = ()
 
-    def problems(self, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
-        """What is wrong with them for these videos. Without torch."""
+    def problems(self, rules: Rules, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
+        """What is wrong with them for these videos of a checkpoint that admits `rules`. Without torch."""
         return []
 
     def guided(self, rules: Rules, scale: float) -> bool:

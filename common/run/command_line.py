@@ -139,7 +139,7 @@ class _RequestBuilder:
             self.problems.append(f"{UNUSABLE_GPU}; install a driver and a PyTorch that fit, or say --device cpu")
         self._placement()
         options = filled(self.fork.options, self.values)
-        self.problems += options.problems(source, videos, self.dry)
+        self.problems += options.problems(rules, source, videos, self.dry)
         layout, chosen, replicas = self._layout(rules, videos)
         runtime = self._runtime(rules, len(videos) > 1, layout.ranks)
         if runtime.engine == "xfuser":

@@ -2,8 +2,9 @@
 
     python -m tests.soak.groups --jobs 100 --faults 50 --seed 1
 
-A rank is killed or stopped, or a job is cancelled. Prints a line for each
-fault and for each thing that is wrong, and figures at the end; exit status 1 if anything was wrong.
+A rank is killed or stopped, or a job is cancelled, at a moment of its sampling; the faults are spread over the jobs. A
+job meets another one only after it went on from the last: three losses at one step would end it, as they should. Prints
+a line for each fault and for each thing that is wrong, and figures at the end; exit status 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Soak:
     steps: Counter[str] = field(default_factory=Counter)
     cancelled: set[str] = field(default_factory=set)
     restarts: int = 0
+    met: dict[str, int] = field(default_factory=dict)
+    """The step at which a job met its last fault."""
 
     def __post_init__(self) -> None:
         self.waiting = deque(range(self.jobs))
@@ -79,12 +82,16 @@ class Soak:
     def fault(self, replicas: Replicas) -> str | None:
         """One more; None where nothing runs that one could be done to."""
         kind = self.chance.choice(FAULTS)
-        groups = [one for one in replicas.health() if one.state == "busy" and one.job is not None]
+        with self.lock:
+            went_on = {name for name, step in self.steps.items() if step > self.met.get(name, 0)}
+            ripe = went_on - self.ended.keys() - self.cancelled
+        groups = [one for one in replicas.health() if one.state == "busy" and one.job in ripe]
         if not groups:
             return None
         group = self.chance.choice(groups)
+        assert group.job is not None
+        self.met[group.job] = self.steps[group.job]
         if kind == "cancel":
-            assert group.job is not None
             with self.lock:
                 self.cancelled.add(group.job)
             replicas.cancel(group.job)
@@ -138,8 +145,8 @@ def run(folder: Path, jobs: int, faults: int, seed: int, groups: int = 2, ranks:
     finishing = threading.Thread(target=replicas.finish)
     finishing.start()
     while finishing.is_alive() and done < faults:
-        time.sleep(soak.chance.uniform(0.2, 1.0 + 0.5 * jobs / max(1, faults)))
-        if (said := soak.fault(replicas)) is not None:
+        time.sleep(soak.chance.uniform(0.05, 0.5))
+        if len(soak.ended) * faults >= (done - 1) * jobs and (said := soak.fault(replicas)) is not None:
             done += 1
             print(said, flush=True)
     finishing.join()
