@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,8 +86,9 @@ def sample(
     with report.stage("sampling", total=count, done=state.step) as step:
         for i in range(state.step, count):
             t, scale = solver.timesteps[i], scales[i]
-            predictions = {b: model(z, t, conds[b]) for b in guidance.branches(scale)}
-            z = solver.step(i, z, guidance.combine(predictions, scale), noise)
+            branches = guidance.branches(scale)
+            predictions = sp.each(partial(model, z, t), [conds[b] for b in branches])
+            z = solver.step(i, z, guidance.combine(dict(zip(branches, predictions)), scale), noise)
             require_finite(z, f"sampling step {i + 1} of {count}")
             keeper.keep(i + 1, {"z": z, **solver.memory}, {"generator": start.generator.get_state()})
             step()

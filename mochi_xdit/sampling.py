@@ -71,8 +71,9 @@ def sample(
     times = torch.tensor([TIME_SCALE * (1.0 - sigma) for sigma in sigmas], dtype=z.dtype, device=z.device)
     with report.stage("sampling", total=len(scales), done=state.step) as step:
         for i, scale in enumerate(scales[state.step :], state.step):
-            predictions = {b: model(z, times[i : i + 1], conds[b]) for b in guidance.branches(scale)}
-            z = z + (sigmas[i] - sigmas[i + 1]) * guidance.combine(predictions, scale)
+            branches = guidance.branches(scale)
+            predictions = sp.each(partial(model, z, times[i : i + 1]), [conds[b] for b in branches])
+            z = z + (sigmas[i] - sigmas[i + 1]) * guidance.combine(dict(zip(branches, predictions)), scale)
             require_finite(z, f"sampling step {i + 1} of {len(scales)}")
             keeper.keep(i + 1, {"z": z})
             step()

@@ -117,6 +117,7 @@ class Stacked(nn.Module):
 
     def __init__(self, count: int = 8) -> None:
         super().__init__()
+        self.sp = SequenceParallel()
         self.outer = nn.Linear(8, 32)
         self.blocks = Blocks(nn.ModuleDict({"up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}) for _ in range(count))
 

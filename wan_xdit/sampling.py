@@ -129,8 +129,9 @@ def sample(
     """
     for i in turn.steps:
         t = solver.timesteps[i]
-        predictions = {b: model(tokens.z, t, conds[b]) for b in guidance.branches(turn.scale)}
-        tokens.z = solver.step(i, tokens.z, guidance.combine(predictions, turn.scale))
+        branches = guidance.branches(turn.scale)
+        predictions = model.sp.each(partial(model, tokens.z, t), [conds[b] for b in branches])
+        tokens.z = solver.step(i, tokens.z, guidance.combine(dict(zip(branches, predictions)), turn.scale))
         tokens.keep_first()
         require_finite(tokens.z, f"sampling step {i + 1} of {len(solver)}")
         keeper.keep(i + 1, {"z": tokens.z, **solver.memory})

@@ -2,8 +2,9 @@
 
 conds = {b: model.prepare(text[b]) for b in guidance.branches(*scales)}
 for t, scale in zip(times, scales):
-    predictions = {b: model(z, t, conds[b]) for b in guidance.branches(scale)}
-    z = step(z, guidance.combine(predictions, scale))
+    branches = guidance.branches(scale)
+    predictions = sp.each(partial(model, z, t), [conds[b] for b in branches])
+    z = step(z, guidance.combine(dict(zip(branches, predictions)), scale))
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from common.parallel.interleaver import Interleaver
 from common.parallel.network import choose_interface
 from common.registry.layout import Layout
 from common.system.environment import this_process
@@ -67,6 +68,7 @@ class Mesh:
     exception: NCCL's teardown waits for the other ranks, which wait for the one that failed.
 
     kept: where models stay between pipelines; None: they go with their pipeline.
+    interleaver: by which the guidance branches of one rank take turns; None: they are computed one after the other.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -78,6 +80,7 @@ class Mesh:
     ulysses: Axis = field(default_factory=Axis)
     weights: Axis = field(default_factory=Axis)
     kept: Kept | None = field(default=None, compare=False)
+    interleaver: Interleaver | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:

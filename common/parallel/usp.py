@@ -12,7 +12,7 @@ The log-sum-exp merge of partial softmaxes: Milakov and Gimelshein 2018 (arXiv 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -24,6 +24,8 @@ from common.parallel.attention import attention, attention_with_lse, check_kerne
 from common.parallel.mesh import Axis, Mesh
 from common.registry.layout import split_evenly
 
+A = TypeVar("A")
+R = TypeVar("R")
 T = TypeVar("T")
 Project = Callable[[slice, str], tuple[Tensor, ...]]
 """(heads, parts) -> those of "qkv" that `parts` names, of these heads of this rank's tokens, each (B, n, h, D)."""
@@ -76,6 +78,7 @@ class SequenceParallel:
             raise ValueError(f"the number of head groups is {groups}; it must be at least 1")
         self.groups = groups
         self.axis, self.ring, self.ulysses = mesh.sequence, mesh.ring, mesh.ulysses
+        self.interleaver = mesh.interleaver
         self.device, self.kernel = mesh.device, choose_kernel(kernel, mesh.device, dtype)
 
     @property
@@ -114,6 +117,11 @@ class SequenceParallel:
         copies = rows.expand(self.size, *rows.shape).flatten(0, 1)
         full = exchange(copies, [rows.shape[0]] * self.size, lengths, self.axis)
         return collectives.wait_tensor(full).movedim(0, dim)
+
+    @property
+    def each(self) -> Callable[[Callable[[A], R], Iterable[A]], Iterable[R]]:
+        """`map`, for what does not depend on each other: in turn where the mesh says so, see `Interleaver.map`."""
+        return map if self.interleaver is None else self.interleaver.map
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Attention of this rank's queries over every rank's keys: `attend` of heads that are there already.
@@ -184,7 +192,9 @@ class SequenceParallel:
         return done
 
     def wait(self, arriving: Tensor) -> Tensor:
-        """What an `exchange` brings, once it is there."""
+        """What an `exchange` brings, once it is there. Who takes turns with another lets it compute meanwhile."""
+        if self.interleaver is not None:
+            self.interleaver.pass_turn()
         return collectives.wait_tensor(arriving)
 
     def _scatter_heads(self, made: Sequence[Tensor], group: Sequence[range], lengths: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Axis
 from common.weights.load import assign
 
@@ -101,13 +102,21 @@ class Stream:
     """Brings blocks from a source, each one block ahead of its turn.
 
     layouts: of every block, in order. buffer_bytes: bytes of each of the two buffers, at least the largest layout.
-    wrap_around: whether the first block is fetched during the last, for another round.
+    wrap_around: whether the first block is fetched during the last, for another round. interleaver: of functions that
+    go along the blocks together and take each while it is there; None: nobody else comes.
     """
 
     def __init__(
-        self, source: Source, layouts: Sequence[BlockLayout], device: torch.device, buffer_bytes: int, wrap_around: bool
+        self,
+        source: Source,
+        layouts: Sequence[BlockLayout],
+        device: torch.device,
+        buffer_bytes: int,
+        wrap_around: bool,
+        interleaver: Interleaver | None = None,
     ) -> None:
         self.source, self.layouts, self.wrap_around = source, layouts, wrap_around
+        self.interleaver = interleaver or Interleaver()
         self.buffers = [
             torch.empty(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(min(2, len(layouts)))
         ]
@@ -119,13 +128,14 @@ class Stream:
         return self.layouts[index].views(self.buffers[index % len(self.buffers)])
 
     def visit(self, blocks: Iterable[nn.Module], count: int) -> Iterator[nn.Module]:
-        """The blocks, each when its weights are there. A buffer is refilled only after its block has been used."""
-        self._request(0)
+        """The blocks, each when its weights are there. A buffer is refilled only after its block has been used, by all
+        that take turns."""
         for i, block in enumerate(blocks):
+            together = self.interleaver.reach(i)
             self._arrive(i)
             following = i + 1 if i + 1 < count else 0
             # With an odd number the last block and the first share a buffer, so the first has to wait.
-            free = following % len(self.buffers) != i % len(self.buffers)
+            free = together and following % len(self.buffers) != i % len(self.buffers)
             if free and (following or self.wrap_around):
                 self._request(following)
             yield block

@@ -15,7 +15,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Axis
+from common.parallel.usp import SequenceParallel
 from common.registry.checks import OFFLOADS
 from common.weights.blocks import BlockLayout, Blocks, FromFile, FromHost, FromShares, Source, Stream, bind
 from common.weights.checkpoint import Checkpoint
@@ -62,6 +64,7 @@ class Model(Protocol):
     """What `place` asks of a transformer."""
 
     blocks: Blocks
+    sp: SequenceParallel
     matmuls: ClassVar[tuple[str, ...]]
     """Linear layers inside a block that may be held in eight bits."""
 
@@ -86,8 +89,8 @@ def place(
     arguments and errors as for `common.weights.load.load`. Collective with `shard`, in what follows.
     """
     placement, world, device = placement or Placement(), world or Axis(), torch.device(device)
-    blocks = model.blocks
-    assert isinstance(blocks, Blocks)
+    blocks, sp = model.blocks, model.sp
+    assert isinstance(blocks, Blocks) and isinstance(sp, SequenceParallel)
     if placement.float8 or has_float8(checkpoint):
         for block in blocks:
             use_float8(block, model.matmuls, has_float8_matmul(device))  # type: ignore[arg-type]
@@ -105,7 +108,7 @@ def place(
             FromShares(world, device, placement.offload == "block") if _shares(placement, world) else FromHost(device)
         )
     layouts = [BlockLayout.of(block, partial(_dtype_of, reader, i)) for i, block in enumerate(blocks)]
-    stream = _stream(source, reader, layouts, world, device, progress)
+    stream = _stream(source, reader, layouts, world, device, sp.interleaver, progress)
     for i in range(len(blocks)):
         bind(blocks[i], stream.views(i))
     blocks.stream = stream
@@ -134,13 +137,14 @@ def _stream(
     layouts: list[BlockLayout],
     world: Axis,
     device: torch.device,
+    interleaver: Interleaver | None,
     progress: Progress | None,
 ) -> Stream:
     """The stream of these blocks; a source in memory is filled first, block by block."""
     buffer_bytes = max(layout.nbytes for layout in layouts)
     if source is None:
         chosen: Source = FromFile(lambda i, tensors: reader.fill(f"blocks.{i}.", tensors), layouts, device)
-        return Stream(chosen, layouts, device, buffer_bytes, wrap_around=True)
+        return Stream(chosen, layouts, device, buffer_bytes, True, interleaver)
     if isinstance(source, FromShares):
         buffer_bytes = world.size * source.share_bytes(buffer_bytes, world.size)
     memory = torch.zeros(buffer_bytes, dtype=torch.uint8)
@@ -148,7 +152,7 @@ def _stream(
         for i, layout in enumerate(layouts):
             reader.fill(f"blocks.{i}.", layout.views(memory), progress)
             source.add(memory[: layout.nbytes])
-    return Stream(source, layouts, device, buffer_bytes, wrap_around=True)
+    return Stream(source, layouts, device, buffer_bytes, True, interleaver)
 
 
 def has_float8(checkpoint: Checkpoint) -> bool:
