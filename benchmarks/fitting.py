@@ -16,7 +16,7 @@ from benchmarks.published import Group, Row, group_of, special_priors
 from common.registry.forks import Model, Size, get_model
 from common.registry.layout import Layout
 from planner.hardware import Links, Profile, get_profile
-from planner.model import Pass, Spread, outside_seconds, spread, step_seconds, workload
+from planner.model import Pass, Spread, outside_seconds, spread, step_in_groups, workload
 
 Key = tuple[str, str]
 """A constant and whose it is: ("matmul", "l40")."""
@@ -106,7 +106,8 @@ class Observation:
         """Seconds on a machine."""
         if self.kind == "decode":
             return outside_seconds(self.model, self.size, self.layout, profile, self.scheme)[1]
-        parts = step_seconds(self.model, self.size, self.layout, profile, self.scheme, self.at, self.work)
+        how = (self.model, self.size, self.layout, profile, self.scheme, self.at)
+        _, parts = step_in_groups(*how, work=self.work)
         seconds = sum(parts.values())
         if self.kind != "step":
             seconds *= self.size.num_steps

@@ -20,6 +20,31 @@ GUIDANCE_BYTES = 4
 
 
 @dataclass(frozen=True)
+class SelfAttention:
+    """What one block attends to on a rank. Channels in equal to channels of all heads together."""
+
+    heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    """Tokens of every rank of the guidance branch, all streams together."""
+    place: Coordinates
+    normed_whole: bool = False
+    """See `common.registry.forks.Stack`."""
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Tokens of every rank of this rank's Ulysses group."""
+        u = self.place.layout.ulysses
+        return self.lengths[self.place.ring * u : (self.place.ring + 1) * u]
+
+    @property
+    def chunks(self) -> list[int]:
+        """Tokens of every Ulysses group of the ring."""
+        u = self.place.layout.ulysses
+        return [sum(self.lengths[i * u : (i + 1) * u]) for i in range(self.place.layout.ring)]
+
+
+@dataclass(frozen=True)
 class Pass:
     """One forward pass of a stack of blocks on one rank. FLOPs and bytes are whole, not per layer."""
 
@@ -37,6 +62,8 @@ class Pass:
     """Bytes of the largest message of one hop of the ring, in one layer."""
     ring: float = 0
     """Bytes this rank sends along the ring."""
+    block: SelfAttention | None = None
+    """None where nothing is known of the order in which exchanges are posted: the published systems."""
 
 
 def branches(place: Coordinates, guided: bool = True) -> tuple[int, ...]:
@@ -82,6 +109,9 @@ def forward(stack: Stack, tokens: Sequence[int], place: Coordinates) -> Pass:
         all_to_all=stack.layers * _exchanged(stack, tokens, place),
         hop=max(hops, default=0),
         ring=stack.layers * sum(hops),
+        block=SelfAttention(
+            stack.heads, stack.head_dim, tuple(_lengths(tokens, layout.sequence)), place, stack.normed_whole
+        ),
     )
 
 

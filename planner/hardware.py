@@ -37,6 +37,8 @@ class Links:
     balanced: bool = False
     """Whether ranks are spread evenly over the sockets, rather than filling the first."""
     gpus_per_node: int = 8
+    turns: float = 1.0
+    """Times its seconds on the link after which an exchange has arrived, though the link is free for the next one."""
     node_gbs: float = 25.0
     """What one machine sends to the others, all its GPUs together."""
 
@@ -79,7 +81,11 @@ class Profile:
     merge_bytes: float = 22.0
     """Bytes per channel and hop for merging the partial results of a ring."""
     exposed: float = 0.6
-    """Share of a ring's messages that never hides behind attention."""
+    """Share of an exchange that goes under no work: fitted on published rings, assumed for head groups on GPUs."""
+    group_ms: float = 0.06
+    """Per layer and further group of heads, for launches and smaller kernels: assumed."""
+    copying: float = 0.0
+    """Seconds for each byte sent in which nothing is computed: of a CPU, whose cores carry its messages."""
     layer_overhead_ms: float = 0.12
     """Per layer where tokens are split: launches and waiting for the slowest rank."""
     launch_floor_ms: float = 0.25

@@ -10,7 +10,7 @@ from common.registry.forks import Model, Size, get_model
 from common.registry.forks import models as known_models
 from common.registry.layout import MOST_RANKS, RULE, Layout, guidance_first, layouts_of
 from planner.hardware import Profile, get_profile
-from planner.machine import local_profile
+from planner.machine import local_profile, with_hiding
 from planner.model import RUNTIME_GIB, Prediction, memory_gib, predict
 
 MOST_PIXELS, MOST_FRAMES, MOST_STEPS = 65_536, 1_000_000, 1_000_000
@@ -88,9 +88,17 @@ class Plan:
 
 
 def plan(
-    model: Model, size: Size, ranks: int, profile: Profile, scheme: str | None = None, nodes: int | None = None
+    model: Model,
+    size: Size,
+    ranks: int,
+    profile: Profile,
+    scheme: str | None = None,
+    nodes: int | None = None,
+    groups: int | None = None,
 ) -> Plan:
-    """All layouts of `ranks` GPUs. Raises ValueError for a size the model cannot make, and when no layout is left."""
+    """All layouts of `ranks` GPUs. groups: of heads; None: the best number for each layout.
+
+    Raises ValueError for a size the model cannot make, and when no layout is left."""
     scheme = scheme or profile.scheme
     nodes = nodes if nodes is not None else max(1, -(-ranks // profile.links.gpus_per_node))
     problems = model.problems(size) + beyond(size, ranks)
@@ -104,7 +112,7 @@ def plan(
         if reason:
             refused.append(Refusal(layout, reason))
         else:
-            layouts.append(predict(model, size, layout, profile, scheme, nodes))
+            layouts.append(predict(model, size, layout, profile, scheme, nodes, groups))
     if not layouts:
         raise ValueError(f"no layout of {ranks} GPUs is possible: {refused[0].layout}: {refused[0].reason}")
     layouts.sort(key=lambda p: p.total)
@@ -133,12 +141,14 @@ def choose_degrees(
     ulysses: int | None = None,
     device: str = "cuda",
     size: Size | None = None,
+    groups: int | None = None,
 ) -> tuple[Layout, str] | None:
     """The layout for a checkpoint of a program, with the degrees that were given, and why it was chosen.
 
     None where the planner cannot tell. Of several models the first with the checkpoint's number of heads that admits
     the size (None: its published one) stands for it. The machine is asked only where there is a choice; a checkpoint
-    like none of the models (a demo) is not planned. device: cuda or cpu, of the ranks.
+    like none of the models (a demo) is not planned. device: cuda or cpu, of the ranks. groups: of heads; None: the best
+    number for each layout.
     """
     if ranks == 1 or None not in (cfg, ring, ulysses):
         return None
@@ -149,10 +159,34 @@ def choose_degrees(
         return None
     size = replace(size or model.default_size, guided=guided)
     try:
-        layout, why = choose_layout(model.name, size, ranks, known[0], cfg=cfg, ring=ring, ulysses=ulysses)
+        layout, why = choose_layout(
+            model.name, size, ranks, known[0], cfg=cfg, ring=ring, ulysses=ulysses, groups=groups
+        )
     except ValueError:
         return None
     return layout, f"{why}; from {known[1]}"
+
+
+def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size, device: str) -> tuple[int, str]:
+    """In how many groups of heads the all-to-all of a layout goes, and why.
+
+    Arguments as for `choose_degrees`.
+    """
+    if layout.ulysses == 1 or heads // layout.ulysses == 1:
+        return 1, "no all-to-all" if layout.ulysses == 1 else "a rank has one head"
+    alike = [m for m in known_models() if m.name in models and m.heads == heads]
+    model = next((m for m in alike if not m.problems(size)), None)
+    if model is None:
+        return 1, "the planner does not know this checkpoint"
+    known = with_hiding(local_profile(device), device)
+    if known is None:
+        return 1, "nothing is known of this machine's links; xdit-doctor measures them"
+    profile, source = known
+    best, whole = (predict(model, size, layout, profile, "ours", groups=groups) for groups in (None, 1))
+    seconds = f"{best.step:.3g} s a step predicted with {profile.links}"
+    if best.groups == 1:
+        return 1, f"{seconds}, and more are no faster; from {source}"
+    return best.groups, f"{seconds}, {whole.step:.3g} s with one; from {source}"
 
 
 def choose_replicas(
@@ -203,6 +237,7 @@ def choose_layout(
     ring: int | None = None,
     ulysses: int | None = None,
     nodes: int | None = None,
+    groups: int | None = None,
 ) -> tuple[Layout, str]:
     """The degrees that were not given, and why they were chosen, in a line to print.
 
@@ -227,6 +262,6 @@ def choose_layout(
     if profile is None:
         return min(allowed, key=guidance_first(size.guided)), RULE
     nodes = nodes or -(-ranks // profile.links.gpus_per_node)
-    predicted = [predict(model, size, d, profile, "ours", nodes) for d in allowed]
+    predicted = [predict(model, size, d, profile, "ours", nodes, groups) for d in allowed]
     best = min(predicted, key=lambda p: p.total)
     return best.layout, f"{best.total:.0f} s predicted on {profile.name}, bound by {best.bound}"

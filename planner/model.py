@@ -7,9 +7,11 @@ One layer of one forward pass takes
     elementwise       elementwise * rows * width * 2 bytes / HBM bandwidth
     all-to-all        bytes sent / B * max(1 + contention * crowd, 1 / across), and packing at HBM bandwidth
     ring              (r - 1) * (exposed * h + max(0, (1 - exposed) * h - attention / r)) + merging
-    overhead          a constant where tokens are split
+    overhead          a constant where tokens are split, and one for each further group of heads
 
-with h = bytes / B + 30 us for a hop, and crowd = u - 3 (0 for two ranks, 0.06 for three). B is the links' bandwidth;
+of the published systems. Ours posts its exchanges earlier: all-to-all and ring are there what is waited for in a block
+(`planner.overlap`), `exposed` of each exchange whatever it travels under, with packing, merging and copying.
+h = bytes / B + 30 us for a hop, and crowd = u - 3 (0 for two ranks, 0.06 for three). B is the links' bandwidth;
 `across` counts for groups that lie across sockets. Messages between machines share the machine's network: their time
 is what all of its ranks send in one direction over `node_gbs`.
 """
@@ -18,12 +20,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from common.registry.forks import Model, Size, Stack
 from common.registry.layout import Coordinates, Layout, decode_parts, decode_share, split_evenly
-from planner import cost, reference
+from planner import cost, overlap, reference
 from planner.cost import BYTES, Pass
 from planner.hardware import GIGA, Links, Profile
 
@@ -32,6 +34,9 @@ CROWD_OF_THREE = 0.06
 """A third rank in an all-to-all costs a little of what each further one does."""
 SHARING = 0.5
 """Rings across sockets share what is between them: n of them slow each other down by n to this power."""
+GROUPS = (1, 2, 3, 4, 6, 8)
+AS_FAST = 0.002
+"""Steps that differ by less of their seconds are as fast as each other."""
 KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
 TEXT_SECONDS = 0.2
 """Tokenizer and launches of a text encoder."""
@@ -84,8 +89,11 @@ def _most(values: Iterable[int]) -> int:
     return max(Counter(values).values(), default=0)
 
 
-def pass_seconds(work: Pass, layout: Layout, at: Spread, profile: Profile) -> dict[str, float]:
-    """Seconds of one forward pass, by kind; `elementwise` and `overhead` besides those of `KINDS`."""
+def pass_seconds(work: Pass, layout: Layout, at: Spread, profile: Profile, groups: int = 1) -> dict[str, float]:
+    """Seconds of one forward pass, by kind; `elementwise` and `overhead` besides those of `KINDS`.
+
+    groups: of heads, in which the all-to-all of our scheme goes.
+    """
     peak, hbm, layers = profile.tflops * 1e12, profile.hbm_gbs * GIGA, work.layers
     full = work.rows / (work.rows + profile.half_rows)
     attention = work.attention / (peak * profile.attention)
@@ -94,35 +102,73 @@ def pass_seconds(work: Pass, layout: Layout, at: Spread, profile: Profile) -> di
         "matmul": work.matmul / (peak * profile.matmul * full),
         "attention": attention,
         "elementwise": layers * profile.elementwise * bytes_once / hbm,
-        "all-to-all": layers * _all_to_all(work, layout.ulysses, at, profile.links, hbm),
-        "ring": layers * _ring(work, layout.ring, at, profile, attention / layers),
+        "all-to-all": 0.0,
+        "ring": 0.0,
         "overhead": layers * profile.layer_overhead_ms / 1e3 if layout.sequence > 1 else 0.0,
     }
     compute = seconds["matmul"] + attention + seconds["elementwise"]
+    if work.block is not None:
+        waited = _waited(work, seconds, layout, at, profile, groups)
+        seconds["overhead"] += layers * (groups - 1) * profile.group_ms / 1e3
+    else:
+        waited = {
+            "ulysses": _all_to_all(work, layout.ulysses, at, profile.links),
+            "ring": _ring(work, layout.ring, at, profile, attention / layers),
+        }
+    merging = profile.merge_bytes * bytes_once / BYTES if layout.ring > 1 else 0.0
+    seconds["all-to-all"] = layers * (waited["ulysses"] + 2 * work.held / hbm) + work.all_to_all * profile.copying
+    seconds["ring"] = layers * (waited["ring"] + layout.ring * merging / hbm) + work.ring * profile.copying
     seconds["overhead"] += max(0.0, layers * profile.launch_floor_ms / 1e3 - compute)
     return seconds
 
 
-def _all_to_all(work: Pass, u: int, at: Spread, links: Links, hbm: float) -> float:
+def _waited(
+    work: Pass, seconds: Mapping[str, float], layout: Layout, at: Spread, profile: Profile, groups: int
+) -> dict[str, float]:
+    """Seconds by axis that one block of our scheme waits."""
+    assert work.block is not None
+    exchange = _all_to_all(work, layout.ulysses, at, profile.links)
+    hop = _hop(work, layout.ring, at, profile.links)
+
+    def link(post: overlap.Post) -> float:
+        if post.axis == "ring":
+            return hop * post.sent / work.hop if work.hop else 0.0
+        return exchange * work.layers * post.sent / work.all_to_all if work.all_to_all else 0.0
+
+    return overlap.waited(
+        overlap.block(work.block, groups),
+        lambda one: one.flops * seconds[one.kind] / getattr(work, one.kind) if one.flops else 0.0,
+        link,
+        profile.exposed,
+        profile.links.turns,
+    )
+
+
+def _all_to_all(work: Pass, u: int, at: Spread, links: Links) -> float:
+    """Seconds of one block's two exchanges on the links."""
     if u == 1:
         return 0.0
     crowd = max(CROWD_OF_THREE, u - 3) if u > 2 else 0.0
     slower = max(1 + links.contention * crowd, 1 / links.across if at.ulysses_across else 1)
     inside = work.all_to_all / work.layers / (links.gbs * GIGA) * slower
     outside = at.ulysses_out * work.held / u / (links.node_gbs * GIGA) * u
-    return max(inside, outside) + 2 * work.held / hbm
+    return max(inside, outside)
+
+
+def _hop(work: Pass, r: int, at: Spread, links: Links) -> float:
+    """Seconds of the largest message of one hop on the links."""
+    across = links.across / at.rings_across**SHARING if at.rings_across else 1
+    bandwidth = links.gbs * GIGA * across * (links.ring_gain if r > 2 else 1)
+    return max(work.hop / bandwidth, at.ring_out * work.hop / (links.node_gbs * GIGA)) + HOP_SECONDS
 
 
 def _ring(work: Pass, r: int, at: Spread, profile: Profile, attention: float) -> float:
+    """Seconds that one block of a published system waits for its ring."""
     if r == 1:
         return 0.0
-    links, hbm = profile.links, profile.hbm_gbs * GIGA
-    across = links.across / at.rings_across**SHARING if at.rings_across else 1
-    bandwidth = links.gbs * GIGA * across * (links.ring_gain if r > 2 else 1)
-    hop = max(work.hop / bandwidth, at.ring_out * work.hop / (links.node_gbs * GIGA)) + HOP_SECONDS
+    hop = _hop(work, r, at, profile.links)
     hidden = (1 - profile.exposed) * hop
-    messages = (r - 1) * (profile.exposed * hop + max(0.0, hidden - attention / r))
-    return messages + r * profile.merge_bytes * work.rows * work.width / hbm
+    return (r - 1) * (profile.exposed * hop + max(0.0, hidden - attention / r))
 
 
 @dataclass(frozen=True)
@@ -141,6 +187,8 @@ class Prediction:
     """Weights and activations at the peak of each stage: text, sampling, decode."""
     sent: cost.Sent
     fits: bool
+    groups: int = 1
+    """Of heads, in which the all-to-all goes."""
 
     @property
     def total(self) -> float:
@@ -153,13 +201,19 @@ class Prediction:
 
 
 def predict(
-    model: Model, size: Size, layout: Layout, profile: Profile, scheme: str | None = None, nodes: int | None = None
+    model: Model,
+    size: Size,
+    layout: Layout,
+    profile: Profile,
+    scheme: str | None = None,
+    nodes: int | None = None,
+    groups: int | None = None,
 ) -> Prediction:
-    """What the layout costs. nodes: machines, by default as few as hold the ranks."""
+    """What the layout costs. nodes: machines, by default as few as hold the ranks. groups: of heads; None: the best."""
     scheme = scheme or profile.scheme
     nodes = nodes or -(-layout.ranks // profile.links.gpus_per_node)
     at = spread(layout, profile.links, nodes)
-    seconds = step_seconds(model, size, layout, profile, scheme, at)
+    groups, seconds = step_in_groups(model, size, layout, profile, scheme, at, groups)
     sampling = size.num_steps * sum(seconds.values())
     text, decode, other = outside_seconds(model, size, layout, profile, scheme)
     parts = {kind: size.num_steps * seconds.get(kind, 0.0) for kind in KINDS}
@@ -168,7 +222,9 @@ def predict(
     memory = memory_gib(model, size, layout, scheme)
     sent = cost.sent(model, size, Coordinates(layout, 0)) if scheme == "ours" else reference.sent(model, size, layout)
     fits = max(memory.values()) + RUNTIME_GIB <= profile.memory_gib
-    return Prediction(layout, text, sampling / size.num_steps, sampling, decode, other, parts, memory, sent, fits)
+    return Prediction(
+        layout, text, sampling / size.num_steps, sampling, decode, other, parts, memory, sent, fits, groups
+    )
 
 
 def workload(model: Model, size: Size, layout: Layout, scheme: str) -> list[list[Pass]]:
@@ -180,6 +236,36 @@ def workload(model: Model, size: Size, layout: Layout, scheme: str) -> list[list
     return [cost.passes(model, size, place) for place in places]
 
 
+def group_counts(model: Model, layout: Layout) -> list[int]:
+    """Numbers of head groups that are compared."""
+    most = _most_groups(model, layout)
+    return [groups for groups in GROUPS if groups <= most]
+
+
+def _most_groups(model: Model, layout: Layout) -> int:
+    return 1 if layout.ulysses == 1 else max(1, min(stack.heads for stack in model.stacks) // layout.ulysses)
+
+
+def step_in_groups(
+    model: Model,
+    size: Size,
+    layout: Layout,
+    profile: Profile,
+    scheme: str,
+    at: Spread,
+    groups: int | None = None,
+    work: list[list[Pass]] | None = None,
+) -> tuple[int, dict[str, float]]:
+    """The number of head groups, and seconds of one step with it by kind; of numbers that are as fast the least."""
+    work = work or workload(model, size, layout, scheme)
+    numbers = group_counts(model, layout)
+    if groups is not None or scheme == "reference":
+        numbers = [min(groups or 1, _most_groups(model, layout))]
+    found = [(n, step_seconds(model, size, layout, profile, scheme, at, work, n)) for n in numbers]
+    least = min(sum(seconds.values()) for _, seconds in found)
+    return next(one for one in found if sum(one[1].values()) <= (1 + AS_FAST) * least)
+
+
 def step_seconds(
     model: Model,
     size: Size,
@@ -188,10 +274,11 @@ def step_seconds(
     scheme: str,
     at: Spread,
     work: list[list[Pass]] | None = None,
+    groups: int = 1,
 ) -> dict[str, float]:
     """Seconds of one sampling step on the slowest rank, by kind."""
     work = work or workload(model, size, layout, scheme)
-    found = [_sum([pass_seconds(p, layout, at, profile) for p in passes]) for passes in work]
+    found = [_sum([pass_seconds(p, layout, at, profile, groups) for p in passes]) for passes in work]
     seconds = max(found, key=lambda kinds: sum(kinds.values()))
     if scheme == "reference" and layout.ranks == 1:
         for kind in ("matmul", "attention", "elementwise"):

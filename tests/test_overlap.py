@@ -17,11 +17,14 @@ from common.memory.estimate import FUSED, Traffic, imagined
 from common.model.linear import add_heads, heads_of
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.usp import SequenceParallel
+from common.registry.forks import get_model
+from common.registry.layout import Coordinates
 from common.run.demo import fill
 from common.weights.float8 import Float8Linear, fill_float8
 from common.weights.load import on_meta
 from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer
+from planner import cost, overlap
 from tests.helpers import cogvideox, mochi
 from wan_xdit.config import T2V_14B, TransformerConfig
 from wan_xdit.transformer import WanTransformer
@@ -182,6 +185,29 @@ def test_a_groups_first_round_goes_under_the_last_attention_of_the_one_before(gr
     rounds = [flops for axis, flops in windows if axis == "ring"]
     assert rounds == [step] + [2 * step] * (groups - 1)
     assert len(windows) == 3 * groups
+
+
+@pytest.mark.parametrize("name", ["mochi", "cogvideox-5b", "wan2.1-t2v-14b"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(ulysses=2),
+        Layout(ulysses=4),
+        Layout(ring=3),
+        Layout(ring=2, ulysses=2),
+        Layout(ring=3, ulysses=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("groups", [1, 2, 3, 8])
+def test_the_planner_knows_what_each_exchange_travels_under(name, layout, groups):
+    found, _ = block_windows(name.split("-")[0], layout, groups)
+    (stack,) = get_model(name).stacks
+    block = cost.forward(stack, (576,), Coordinates(layout, 0)).block
+    predicted = overlap.windows(overlap.block(block, groups))
+    assert [one.axis for one in predicted] == [axis for axis, _ in found]
+    assert [one.flops for one in predicted] == pytest.approx([flops for _, flops in found], rel=0.005)
 
 
 # --- Layers by heads --------------------------------------------------------------------------------------------------

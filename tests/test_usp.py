@@ -14,8 +14,8 @@ from common.memory.estimate import imagined
 from common.parallel.attention import attention, attention_with_lse, check_kernel
 from common.parallel.guidance import Guidance
 from common.parallel.mesh import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
-from common.parallel.usp import SequenceParallel, head_groups
-from common.registry.layout import split_evenly
+from common.parallel.usp import SequenceParallel
+from common.registry.layout import head_groups, split_evenly
 from common.weights.checkpoint import CheckpointError
 from tests.helpers.counting import Issued, count_attention
 

@@ -53,6 +53,7 @@ def stack(config: TransformerConfig, latents: Latents) -> Stack:
         once=once,
         feed_forward=config.ffn,
         cross=tuple(cross),
+        normed_whole=True,
     )
 
 

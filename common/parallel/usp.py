@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.parallel.attention import attention, attention_with_lse, check_kernel, choose_kernel
 from common.parallel.mesh import Axis, Mesh
-from common.registry.layout import split_evenly
+from common.registry.layout import head_groups, split_evenly
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -32,23 +32,6 @@ Project = Callable[[slice, str], tuple[Tensor, ...]]
 Output = Callable[[Tensor, slice, T | None], T]
 """(out, heads, sum) -> sum + what the output projection makes of `out` (B, n, h, D), the columns of these heads; the
 first time there is no sum yet."""
-
-
-def head_groups(heads: int, ranks: int, groups: int) -> list[tuple[range, ...]]:
-    """Which heads of each group every rank takes. A group's heads are neighbours, and ranks share all heads evenly.
-
-    No more groups than the rank with the fewest heads has heads.
-    """
-    counts = split_evenly(heads, ranks)
-    cut = [split_evenly(count, min(groups, counts[-1])) for count in counts]
-    found, at = [], 0
-    for j in range(len(cut[0])):
-        group = []
-        for sizes in cut:
-            group.append(range(at, at + sizes[j]))
-            at += sizes[j]
-        found.append(tuple(group))
-    return found
 
 
 def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:

@@ -152,6 +152,8 @@ class Stack:
     feed_forward: int = 0
     """Numbers of a token that are alive at the widest moment of the feed-forward, beside residual and its copies."""
     cross: tuple[CrossAttention, ...] = ()
+    normed_whole: bool = False
+    """Queries and keys are normed over all heads: none of them can leave before all are made."""
 
     @property
     def width(self) -> int:

@@ -80,6 +80,23 @@ def split_evenly(n: int, parts: int) -> tuple[int, ...]:
     return tuple(n // parts + (i < n % parts) for i in range(parts))
 
 
+def head_groups(heads: int, ranks: int, groups: int) -> list[tuple[range, ...]]:
+    """Which heads of each group every rank takes. A group's heads are neighbours, and ranks share all heads evenly.
+
+    No more groups than the rank with the fewest heads has heads.
+    """
+    counts = split_evenly(heads, ranks)
+    cut = [split_evenly(count, min(groups, counts[-1])) for count in counts]
+    found, at = [], 0
+    for j in range(len(cut[0])):
+        group = []
+        for sizes in cut:
+            group.append(range(at, at + sizes[j]))
+            at += sizes[j]
+        found.append(tuple(group))
+    return found
+
+
 def decode_share(lengths: Sequence[int], rows: int, ranks: int, parts: int) -> float:
     """Of the work of a decode, what its slowest ranks have: a share of latent frames times rows.
 

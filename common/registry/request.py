@@ -165,6 +165,8 @@ class Request:
     """As given; several videos add numbers to it."""
     layout_chosen: str = ""
     """Why the program chose this layout; empty where it did not."""
+    groups_chosen: str = ""
+    """Why the program chose this number of head groups; empty where it did not."""
     replicas: int = 1
     """Groups of this layout, each of which makes one video at a time."""
     ray_address: str | None = None

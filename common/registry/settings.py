@@ -93,8 +93,9 @@ class Runtime:
     """Kernel, see `common.parallel.attention`."""
     engine: str = "native"
     """Who spreads attention over the ranks, see `common.parallel.xfuser`."""
-    overlap_groups: int = 1
-    """Groups of heads that travel apart, see `common.parallel.usp.SequenceParallel`."""
+    overlap_groups: int | None = 1
+    """Groups of heads that travel apart, see `common.parallel.usp.SequenceParallel`. None: one; a program
+    chooses."""
     offload: str | None = None
     """Where weights wait, see `common.weights.placement.Placement`. None: one stage's are on the device; a program
     chooses."""

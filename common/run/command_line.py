@@ -28,7 +28,7 @@ from common.registry.hub import checkpoint_folder, other_program
 from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
-from common.run.degrees import choose_layout, ray_problems, share_out
+from common.run.degrees import choose_layout, ray_problems, share_out, with_groups
 from common.run.destination import format_problem, named, numbered, own_name, place_problems
 from common.run.help import Command
 from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
@@ -148,7 +148,7 @@ class _RequestBuilder:
             )
         if self.problems:
             raise WrongUse(list(dict.fromkeys(self.problems)))
-        return filled(
+        request = filled(
             Request,
             self.values,
             program=self.fork.program,
@@ -166,6 +166,7 @@ class _RequestBuilder:
             cpu_by_default=not self.gpus and self.values["device"] != "cpu",
             remarks=tuple(self._remarks(layout.ranks, rules, options)),
         )
+        return with_groups(request, self.fork.names)
 
     def _runtime(self, rules: Rules, several: bool, ranks: int) -> Runtime:
         keep = {"none": True, None: several}.get(self.values["offload"], False)
@@ -396,7 +397,8 @@ class _RequestBuilder:
         self.problems += wrong
         if wrong:
             return Layout(), "", 1
-        return *choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given), replicas
+        groups = self.values["overlap_groups"]
+        return *choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given, groups), replicas
 
     def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
         replicas = min(max(1, self.values["replicas"] or 1), MOST["replicas"])

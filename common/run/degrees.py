@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from common.registry.checks import Ranks, choose_degrees
 from common.registry.forks import Size
 from common.registry.layout import RULE, Layout
+from common.registry.request import Request
 from common.system.extras import install
 
 
@@ -22,17 +24,36 @@ def choose_layout(
     ulysses: int | None = None,
     device: str = "cuda",
     size: Size | None = None,
+    groups: int | None = None,
 ) -> tuple[Layout, str]:
     """The degrees that were not given, and why they were chosen, in words that go on after them; "" for no choice.
 
     The planner's for one of these models in this size on this machine's devices (cuda or cpu), else the rule of thumb.
+    groups: of heads; None: as many as is best for each layout.
     Raises ValueError as `common.registry.checks.choose_degrees` does.
     """
     from planner import layouts  # not needed for --help
 
-    planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses, device, size)
+    planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses, device, size, groups)
     layout = choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
     return planned or (layout, RULE if ranks > 1 and None in (cfg, ring, ulysses) else "")
+
+
+def with_groups(request: Request, models: Sequence[str]) -> Request:
+    """The request with a number of head groups for its layout, and why; one that was asked for stays.
+
+    models: the program's, as for `choose_layout`.
+    """
+    runtime, layout, video = request.runtime, request.layout, request.videos[0]
+    if runtime.overlap_groups is not None and not request.groups_chosen:
+        return request
+    groups, why = 1, "no all-to-all of this project's"
+    if runtime.engine == "native" and layout.ulysses > 1:
+        from planner import layouts  # not needed for --help
+
+        size = Size.of(video.sampling, request.guided(video))
+        groups, why = layouts.choose_groups(models, layout, request.rules.heads, size, str(runtime.device))
+    return replace(request, runtime=replace(runtime, overlap_groups=groups), groups_chosen=why)
 
 
 def ray_problems(starts: bool) -> list[str]:

@@ -51,6 +51,20 @@ class TileSize(click.ParamType):
         return int(sides[-1]), int(sides[0])
 
 
+class HeadGroups(click.ParamType):
+    """A number of groups, or `auto` as None."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "auto":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither auto nor a whole number", param, ctx)
+
+
 def _is_size(side: str) -> bool:
     return side.isascii() and side.isdigit() and len(side) < 9 and MIN_TILE <= int(side) <= MOST["width"]
 
@@ -248,10 +262,10 @@ def _speed() -> list[Option]:
         option(["--compile-vae"], is_flag=True, help="torch.compile for parts of the decoder."),
         option(
             ["--overlap-groups"],
-            type=int,
-            default=1,
-            help="Split the Ulysses exchange into this many groups of heads, so that sending one hides behind the "
-            "attention of another.",
+            type=HeadGroups(),
+            default="auto",
+            help="Split the Ulysses exchange into this many groups of heads, so that one travels under the work on "
+            "others; auto: as many as the planner predicts to be fastest over this machine's links.",
         ),
         option(
             ["--text-cache"],

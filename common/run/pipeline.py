@@ -67,7 +67,7 @@ class Pipeline:
         self.dtype = self.precision.dtype
         self.placement = Placement(runtime.offload or "stage", runtime.shard_weights, self.precision.float8)
         self.report = report or Report(device=mesh.device)
-        self.sp = sequence_parallel(mesh, runtime.attention, runtime.engine, runtime.overlap_groups, self.dtype)
+        self.sp = sequence_parallel(mesh, runtime.attention, runtime.engine, runtime.overlap_groups or 1, self.dtype)
         self.guidance = Guidance(mesh.cfg)
         self._loaded: dict[str, Any] | None = None
         self.agreed_plans: AgreedPlans = {}

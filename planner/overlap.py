@@ -1,0 +1,232 @@
+"""Which work of a block its exchanges travel under, and what of them is left to wait for.
+
+The order in which a block computes, posts and waits is that of `common.parallel.usp.SequenceParallel.attend`;
+tests/test_overlap.py records it there and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from common.registry.layout import head_groups
+from planner.cost import BYTES, SelfAttention
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one kind, matmul or attention."""
+
+    kind: str
+    flops: float
+
+
+@dataclass(frozen=True)
+class Post:
+    """Bytes that set out to other ranks of an axis, ulysses or ring. key: by which they are waited for."""
+
+    axis: str
+    sent: float
+    key: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    key: int
+
+
+Operation = Work | Post | Wait
+
+
+def block(at: SelfAttention, groups: int) -> list[Operation]:
+    """What one block does from its projections to its output projection, with heads in so many groups."""
+    made = _Block(at)
+    if at.place.layout.ulysses > 1:
+        made.in_groups(groups)
+    elif at.place.layout.ring > 1:
+        made.project(at.heads, 2)
+        ring = _Ring(made, at.heads)
+        made.project(at.heads, 1)
+        ring.go_round()
+        ring.last()
+        made.project(at.heads, 1)
+    return made.operations
+
+
+class _Block:
+    def __init__(self, at: SelfAttention) -> None:
+        self.at, self.operations = at, list[Operation]()
+        self.posted = 0
+
+    def work(self, kind: str, flops: float) -> None:
+        self.operations.append(Work(kind, flops))
+
+    def post(self, axis: str, numbers: float) -> int:
+        self.operations.append(Post(axis, numbers * BYTES, self.posted))
+        self.posted += 1
+        return self.posted - 1
+
+    def wait(self, key: int) -> None:
+        self.operations.append(Wait(key))
+
+    def project(self, heads: int, parts: int) -> None:
+        """So many of queries, keys, values and output, of so many heads."""
+        at = self.at
+        tokens = at.lengths[at.place.sequence]
+        self.work("matmul", 2 * tokens * at.heads * at.head_dim * parts * heads * at.head_dim)
+
+    def in_groups(self, groups: int) -> None:
+        at = self.at
+        group, width, u = at.group, at.head_dim, at.place.ulysses
+        own, split = group[u], head_groups(at.heads, at.place.layout.ulysses, groups)
+        heads = [sum(map(len, parts)) for parts in split]
+        mine = [len(parts[u]) for parts in split]
+        if at.normed_whole:
+            self.project(at.heads, 2)
+        under_way = []
+        for all_, kept in zip(heads, mine):
+            self.project(all_, 1 if at.normed_whole else 3)
+            under_way.append(self.post("ulysses", 3 * own * (all_ - kept) * width))
+
+        def arrive(i: int) -> _Ring:
+            self.wait(under_way[i])
+            return _Ring(self, mine[i])
+
+        home, ring, outside = [], arrive(0), at.place.layout.ring > 1
+        for i, kept in enumerate(mine):
+            ring.go_round()
+            following = arrive(i + 1) if outside and i + 1 < len(mine) else None
+            ring.last()
+            home.append(self.post("ulysses", (sum(group) - own) * kept * width))
+            if i + 1 < len(mine):
+                ring = following or arrive(i + 1)
+        for key, all_ in zip(home, heads):
+            self.wait(key)
+            self.project(all_, 1)
+
+
+class _Ring:
+    """Keys and values of some heads on their way round the ring."""
+
+    def __init__(self, made: _Block, heads: int) -> None:
+        self.made, self.heads, self.step, self.chunks = made, heads, 0, made.at.chunks
+        self.following = self._pass_on()
+
+    def go_round(self) -> None:
+        while self.following is not None:
+            self.last()
+            self.made.wait(self.following)
+            self.step += 1
+            self.following = self._pass_on()
+
+    def last(self) -> None:
+        """Attention over what is here."""
+        ring, channels = self.made.at.place.ring, self.heads * self.made.at.head_dim
+        keys = self.chunks[(ring - self.step) % len(self.chunks)]
+        self.made.work("attention", 4 * self.chunks[ring] * keys * channels)
+
+    def _pass_on(self) -> int | None:
+        if self.step == len(self.chunks) - 1:
+            return None
+        chunk = self.chunks[(self.made.at.place.ring - self.step) % len(self.chunks)]
+        return self.made.post("ring", 2 * chunk * self.heads * self.made.at.head_dim)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One exchange: bytes sent, and the FLOPs between its post and the wait for it."""
+
+    axis: str
+    sent: float
+    matmul: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.matmul + self.attention
+
+
+def windows(operations: Iterable[Operation]) -> list[Window]:
+    """Every exchange in the order of their posts."""
+    posted: dict[int, Post] = {}
+    work: dict[int, dict[str, float]] = {}
+    open_: set[int] = set()
+    for one in operations:
+        if isinstance(one, Post):
+            posted[one.key], work[one.key] = one, {"matmul": 0.0, "attention": 0.0}
+            open_.add(one.key)
+        elif isinstance(one, Wait):
+            open_.remove(one.key)
+        else:
+            for key in open_:
+                work[key][one.kind] += one.flops
+    return [Window(post.axis, post.sent, **work[key]) for key, post in posted.items()]
+
+
+def waited(
+    operations: Iterable[Operation],
+    work: Callable[[Work], float],
+    link: Callable[[Post], float],
+    exposed: float = 0.0,
+    turns: float = 1.0,
+) -> dict[str, float]:
+    """Seconds by axis that a rank waits for its exchanges.
+
+    work, link: seconds of an operation. One exchange is on the link at a time, those posted meanwhile queue up.
+    exposed: share of each exchange that goes under no work. turns: an exchange is there after so many times its
+    seconds, though the link is free for the next one after them.
+    """
+    clock = free = 0.0
+    seconds: dict[str, float] = {"ulysses": 0.0, "ring": 0.0}
+    under_way: dict[int, tuple[str, float, float]] = {}
+    for one in operations:
+        if isinstance(one, Work):
+            clock += work(one)
+        elif isinstance(one, Post):
+            whole = link(one)
+            begin = max(clock, free)
+            free = begin + whole
+            under_way[one.key] = one.axis, begin + turns * whole, turns * whole * exposed
+        else:
+            axis, arrival, least = under_way.pop(one.key)
+            wait = max(arrival - clock, least)
+            seconds[axis] += wait
+            clock += wait
+    return seconds
+
+
+def interleaved(first: Sequence[Operation], second: Sequence[Operation]) -> list[Operation]:
+    """Two guidance branches on the same ranks, in the order in which these compute them.
+
+    The turn passes to the other one before each wait. Keys of the second are made others than those of the first.
+    """
+    past = 1 + max((one.key for one in first if isinstance(one, Post)), default=-1)
+    sides = [_turns(first), _turns(_renamed(second, past))]
+    found: list[Operation] = []
+    while sides:
+        side = sides.pop(0)
+        if (turn := next(side, None)) is not None:
+            found += turn
+            sides.append(side)
+    return found
+
+
+def _turns(operations: Iterable[Operation]) -> Iterator[list[Operation]]:
+    """A turn begins with the wait before which the one before ended."""
+    turn: list[Operation] = []
+    for one in operations:
+        if isinstance(one, Wait):
+            yield turn
+            turn = []
+        turn.append(one)
+    yield turn
+
+
+def _renamed(operations: Iterable[Operation], past: int) -> Iterator[Operation]:
+    for one in operations:
+        if isinstance(one, Post):
+            yield Post(one.axis, one.sent, one.key + past)
+        elif isinstance(one, Wait):
+            yield Wait(one.key + past)
+        else:
+            yield one
