@@ -37,7 +37,7 @@ class FaceAttention(nn.Module):
         return self._split(k), self._split(v)
 
     def _attend(self, normed: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.to_out(attention(self._split(self.to_q(normed)), k, v).flatten(-2))
+        return attention(self._split(self.to_q(normed)), k, v).flatten(-2)
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, m, heads, head_dim) of context tokens (B, m, context_dim), in memory head by head."""
@@ -45,7 +45,7 @@ class FaceAttention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What queries (B, n, dim) read from `k`, `v`: (B, n, dim), to be added to them."""
+        """What queries (B, n, dim) read from `k`, `v`: (B, n, heads * head_dim), of which `to_out` is added to them."""
         return self._attend(self.norm2(x), k, v)
 
 
@@ -58,7 +58,7 @@ class ResamplerAttention(FaceAttention):
     def forward(self, context: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         normed = self.norm2(x)
         k, v = self._keys(torch.cat([self.norm1(context), normed], dim=1))
-        return self._attend(normed, k, v)
+        return self.to_out(self._attend(normed, k, v))
 
 
 def _feed_forward(dim: int, mult: int) -> nn.Sequential:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox_xdit.transformer import OFS, CogVideoXTransformer, Condition, Size
+from common.model.elementwise import in_place
+from common.model.linear import add_product
 from common.parallel.usp import SequenceParallel
 from consisid_xdit.config import ConsisIDConfig
 from consisid_xdit.facial import FaceAttention, LocalFacialExtractor
@@ -96,6 +98,6 @@ class ConsisIDTransformer(CogVideoXTransformer):
             return h
         crossing = index // self.config.interval
         k, v = (t.expand(h.shape[0], -1, -1, -1) for t in cond.face[crossing])
-        video = h[:, cond.n_text :]
-        read = self.perceiver_cross_attention[crossing](video, k, v)
-        return torch.cat((h[:, : cond.n_text], torch.add(video, read, alpha=self.config.face_scale)), dim=1)
+        cross, video = self.perceiver_cross_attention[crossing], h[:, cond.n_text :]
+        video = add_product(video, cross.to_out, cross(video, k, v), self.config.face_scale)  # type: ignore[arg-type]
+        return h if in_place() else torch.cat((h[:, : cond.n_text], video), dim=1)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from common.model.elementwise import add_gated, at_least_fp32, rms_norm, swiglu
 from common.model.linear import add_heads, heads_of
 from common.model.rope import rotate_pairs, rotation
-from common.parallel.attention import join_heads
 from common.parallel.usp import SequenceParallel
 from common.weights.blocks import Blocks, streamed
 from mochi_xdit.config import MochiConfig
@@ -102,9 +101,9 @@ class JointAttention(nn.Module):
 
     def project(self, x: Tensor, y: Tensor, rope: Tensor, heads: slice, parts: str) -> tuple[Tensor, ...]:
         """x (B, n, hidden_x), y (B, m, hidden_y), both normalised, to `parts` of q, k, v of both (B, n + m, h, D)."""
-        of_x = heads_of(self.qkv_x, x, self.heads, heads, parts)
         # The text's tokens are few: less is copied than launched.
         of_y = heads_of(self.qkv_y, y, self.heads, heads, parts, apart=False)
+        of_x = heads_of(self.qkv_x, x, self.heads, heads, parts, rest=of_y[-1] if "v" in parts else None)
         norms = {"q": (self.q_norm_x, self.q_norm_y), "k": (self.k_norm_x, self.k_norm_y)}
         made = []
         for part, video, words in zip(parts, of_x, of_y):
@@ -113,7 +112,7 @@ class JointAttention(nn.Module):
                 turned = rotate_pairs(self._normed(video, norm_x), rope[:, :, heads], self._normed(words, norm_y))
                 made.append(turned)
             else:
-                made.append(join_heads(video, words))
+                made.append(video)  # the words behind it
         return tuple(made)
 
     @staticmethod

@@ -9,35 +9,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.model.elementwise import fuses, gelu, in_place
+from common.parallel.attention import join_heads
 from common.weights.float8 import Float8Linear
 
 
-def in_parts(linear: nn.Module, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """The output channels of a linear layer in so many equal parts, (..., D) each.
-
-    Each has memory of its own where that is worth reading x again: a GPU's norms copy what is not contiguous.
-    """
-    if not (isinstance(linear, nn.Linear) and fuses(x)):
-        return linear(x).chunk(parts, dim=-1)
-    biases = (None,) * parts if linear.bias is None else linear.bias.chunk(parts)
-    return tuple(F.linear(x, weight, bias) for weight, bias in zip(linear.weight.chunk(parts), biases))
-
-
 def heads_of(
-    linear: nn.Module, x: Tensor, count: int, heads: slice, parts: str = "qkv", apart: bool = True
+    linear: nn.Module,
+    x: Tensor,
+    count: int,
+    heads: slice,
+    parts: str = "qkv",
+    apart: bool = True,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`parts` of q, k and v, (B, n, h, D) each, from a layer whose outputs are q, then k, then v of `count` heads.
 
-    heads: of which. apart: whether they may be products of their own where all are asked for; see `in_parts`.
+    heads: of which. apart: whether each has memory of its own where all are asked for and that is worth reading x
+    again: a GPU's norms copy what is not contiguous. rest: (B, m, h, D), tokens that follow x in v, the last of
+    `parts`: (B, n + m, h, D), in memory as attention reads it.
     """
-    if parts == "qkv" and heads.stop - heads.start == count:
-        made: Sequence[Tensor] = in_parts(linear, x, 3) if apart else linear(x).chunk(3, dim=-1)
+    each = heads.stop - heads.start
+    if parts == "qkv" and each == count and not (apart and fuses(x) and isinstance(linear, nn.Linear)):
+        *made, last = linear(x).chunk(3, dim=-1)
     else:
         assert isinstance(linear, nn.Linear | Float8Linear)
         width = linear.weight.shape[0] // (3 * count)
         at = ["qkv".index(part) * count for part in parts]
-        made = _rows(linear, x, [slice((a + heads.start) * width, (a + heads.stop) * width) for a in at])
-    return tuple(part.unflatten(-1, (heads.stop - heads.start, -1)) for part in made)
+        spans = [slice((a + heads.start) * width, (a + heads.stop) * width) for a in at]
+        if rest is not None and in_place() and fuses(x) and isinstance(linear, nn.Linear) and len(x) == 1:
+            made = [part.unflatten(-1, (each, -1)) for part in _rows(linear, x, spans[:-1])]
+            return *made, _product_before(linear, x, spans[-1], rest)
+        *made, last = _rows(linear, x, spans)
+    *made, last = (part.unflatten(-1, (each, -1)) for part in (*made, last))
+    return *made, last if rest is None else join_heads(last, rest)
 
 
 def _rows(linear: nn.Linear | Float8Linear, x: Tensor, spans: Sequence[slice]) -> Sequence[Tensor]:
@@ -46,6 +50,19 @@ def _rows(linear: nn.Linear | Float8Linear, x: Tensor, spans: Sequence[slice]) -
         return linear.rows(x, spans)
     biases = [None if linear.bias is None else linear.bias[span] for span in spans]
     return [F.linear(x, linear.weight[span], bias) for span, bias in zip(spans, biases)]
+
+
+def _product_before(linear: nn.Linear, x: Tensor, span: slice, rest: Tensor) -> Tensor:
+    """Some of the output channels of x (1, n, W), written where `rest` (1, m, h, D) follows: (1, n + m, h, D)."""
+    n, weight = x.shape[1], linear.weight[span].t()
+    out = rest.new_empty(1, n + rest.shape[1], *rest.shape[2:])
+    rows = out[0, :n].flatten(1)
+    if linear.bias is None:
+        torch.mm(x[0], weight, out=rows)
+    else:
+        torch.addmm(linear.bias[span], x[0], weight, out=rows)
+    out[:, n:] = rest
+    return out
 
 
 def add_heads(linear: nn.Module, out: Tensor, count: int, heads: slice, so_far: Tensor | None) -> Tensor:
@@ -68,6 +85,15 @@ def add_heads(linear: nn.Module, out: Tensor, count: int, heads: slice, so_far: 
     # Added before the product is rounded.
     total = torch.addmm(rows, x.flatten(0, 1), weight.t(), out=rows if in_place() else None)
     return total.view(so_far.shape)
+
+
+def add_product(x: Tensor, linear: nn.Linear, inputs: Tensor, factor: float) -> Tensor:
+    """x + factor * linear(inputs) of a layer without bias; x (B, n, W), which may be overwritten. Rounded once."""
+    if not in_place():
+        return torch.add(x, linear(inputs), alpha=factor)
+    for rows, of_rows in zip(x, inputs):
+        torch.addmm(rows, of_rows, linear.weight.t(), alpha=factor, out=rows)
+    return x
 
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:

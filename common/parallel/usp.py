@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -186,10 +187,17 @@ class SequenceParallel:
         made: q, k and v (B, n, h, D) of the group's heads. Token-major on the wire, (n, B, 3, h, D) for each rank, so
         that what arrives is already one tensor in token order.
         """
-        batch, n, _, width = made[0].shape
-        at, row, mine = group[0].start, batch * 3 * width, len(group[self.ulysses.rank])
-        parts = [[x[:, :, part.start - at : part.stop - at] for x in made] for part in group]
-        send = torch.cat([_pack(part).flatten() for part in parts])
+        batch, n, heads, width = made[0].shape
+        row, mine, at = batch * 3 * width, len(group[self.ulysses.rank]), 0
+        send = made[0].new_empty(n * heads * row)
+        # Ranks with as many heads each at once: two runs of them at most, and each number is copied once.
+        for each, parts in groupby(len(part) for part in group):
+            ranks = sum(1 for _ in parts)
+            count = ranks * each
+            wire = send.narrow(0, n * at * row, n * count * row).view(ranks, n, batch, 3, each, width)
+            for i, x in enumerate(made):
+                wire[:, :, :, i] = x[:, :, at : at + count].unflatten(2, (ranks, each)).permute(2, 1, 0, 3, 4)
+            at += count
         return exchange(send, [n * len(part) * row for part in group], [m * mine * row for m in lengths], self.ulysses)
 
     def _return_heads(self, out: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Tensor:
@@ -230,14 +238,18 @@ class _Ring:
         """Attention over those too, and the result (B, N, h, D)."""
         if len(self.lengths) == 1:
             return attention(q, *_keys_values(self.kv), self.sp.kernel)
-        self._attend(q)
+        self._attend(q, last=True)
         assert self.out is not None, "a sequence without tokens"
         return self.out.to(q.dtype)
 
-    def _attend(self, q: Tensor) -> None:
+    def _attend(self, q: Tensor, last: bool = False) -> None:
         if self.lengths[(self.sp.ring.rank - self.step) % len(self.lengths)]:
             part, part_lse = attention_with_lse(q, *_keys_values(self.kv), self.sp.kernel)
-            self.out, self.lse = _merge(self.out, self.lse, part, part_lse)
+            if self.out is None or self.lse is None:
+                self.out, self.lse = part, part_lse
+            else:
+                self.out = _merge(self.out, part, torch.sigmoid(part_lse - self.lse), last)
+                self.lse = None if last else torch.logaddexp(self.lse, part_lse)
 
     def _pass_on(self) -> Tensor | None:
         """Send what is here to the next rank of the ring while the one before sends its own, unless all have come."""
@@ -267,10 +279,13 @@ def _keys_values(kv: Tensor) -> tuple[Tensor, Tensor]:
     return kv[:, :, 0].transpose(0, 1), kv[:, :, 1].transpose(0, 1)
 
 
-def _merge(out: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine two softmax-normalised partial results (B, N, h, D) by their log-sum-exp (B, h, N), in lse's dtype."""
-    part = part.to(part_lse.dtype)
-    if out is None or lse is None:
-        return part, part_lse
-    weight = torch.sigmoid(part_lse - lse).transpose(1, 2).unsqueeze(-1)
-    return torch.lerp(out, part, weight), torch.logaddexp(lse, part_lse)
+def _merge(out: Tensor, part: Tensor, weight: Tensor, last: bool) -> Tensor:
+    """Two softmax-normalised partial results (B, N, h, D) as one, in the dtype of the weight (B, h, N) of `part`.
+
+    last: in the dtype of `part` instead, rounded once. `out` may be overwritten.
+    """
+    weight = weight.transpose(1, 2).unsqueeze(-1)
+    if torch.is_grad_enabled():
+        return torch.addcmul(out * (1 - weight), part, weight).to(part.dtype if last else weight.dtype)
+    out = torch.mul(out, 1 - weight, out=out if out.dtype == weight.dtype else None)
+    return torch.addcmul(out, part, weight, out=torch.empty_like(part) if last else out)

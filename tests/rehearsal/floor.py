@@ -27,8 +27,11 @@ KEPT = ("cross.kv", "cross.image_kv")
 """Run once a video."""
 
 
-def floor_of(name: str) -> float:
-    """Bytes of one block, in bf16, one sample; ConsisID's includes half a reading of the face."""
+def floor_of(name: str, wide: bool = False) -> float:
+    """Bytes of one block, in bf16, one sample; ConsisID's includes half a reading of the face.
+
+    wide: Wan with fp32 between its blocks, which three norms read, and two gates and a sum read and write.
+    """
     model, fork = MODELS[name], name.split("-")[0]
     module = on_meta(model.build, model.shallow(4).config, SequenceParallel(Mesh()))
     video, text = model.video_tokens, model.tokens if fork != "wan" else 0
@@ -38,6 +41,7 @@ def floor_of(name: str) -> float:
         if isinstance(layer, nn.Linear) and path not in KEPT:
             rows = 1 if path in ONCE else text if "_y" in path else joint
             numbers += rows * (layer.in_features + layer.out_features) + layer.in_features * layer.out_features
+    numbers += 9 * joint * _width(model) if wide else 0
     return HALF * (numbers + _attention(model, video + text) + _passes(model, fork, joint, text))
 
 
@@ -69,11 +73,12 @@ def _passes(model: Model, fork: str, joint: int, text: int) -> int:
 
 def main() -> None:
     print("| model | kernels | GB | matmuls and attention | floor | of the floor |\n|---|---|---|---|---|---|")
-    for name in MODELS:
-        counted, floor = count_block(name), floor_of(name)
+    for name, wide in [*((name, False) for name in MODELS), *((name, True) for name in MODELS if "wan" in name)]:
+        counted, floor = count_block(name, wide=wide), floor_of(name, wide)
         sizes = (counted.bytes, counted.multiplies, floor)
         gb = " | ".join(f"{size / 1e9:.2f}" for size in sizes)
-        print(f"| {name} | {counted.kernels:.0f} | {gb} | {counted.bytes / floor:.2f} |")
+        said = f"{name}, fp32 between blocks" if wide else name
+        print(f"| {said} | {counted.kernels:.0f} | {gb} | {counted.bytes / floor:.2f} |")
 
 
 if __name__ == "__main__":
