@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 
 import click
 
-from benchmarks import comparisons, door
+from benchmarks import comparisons, door, hiding
 from benchmarks.plots import profile_of, seconds_of
 from benchmarks.published import HERE, Row, excluded, rows, shown
 from common.registry.forks import fork_of, get_model, model_names
@@ -58,6 +58,7 @@ def page(results: Sequence[dict[str, Any]], calibration: dict[str, Any]) -> str:
         *ours(),
         *scaling(),
         *comparisons.section(table),
+        *hiding.section(table),
         *quality(calibration),
         *tables(),
         *unexplained(calibration),

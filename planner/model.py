@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from common.registry.forks import Model, Size, Stack
 from common.registry.layout import Coordinates, Layout, decode_parts, decode_share, split_evenly
@@ -94,54 +94,108 @@ def pass_seconds(work: Pass, layout: Layout, at: Spread, profile: Profile, group
 
     groups: of heads, in which the all-to-all of our scheme goes.
     """
-    peak, hbm, layers = profile.tflops * 1e12, profile.hbm_gbs * GIGA, work.layers
-    full = work.rows / (work.rows + profile.half_rows)
-    attention = work.attention / (peak * profile.attention)
-    bytes_once = work.rows * work.width * BYTES
-    seconds = {
-        "matmul": work.matmul / (peak * profile.matmul * full),
-        "attention": attention,
-        "elementwise": layers * profile.elementwise * bytes_once / hbm,
-        "all-to-all": 0.0,
-        "ring": 0.0,
-        "overhead": layers * profile.layer_overhead_ms / 1e3 if layout.sequence > 1 else 0.0,
-    }
-    compute = seconds["matmul"] + attention + seconds["elementwise"]
+    seconds = _computing(work, layout, profile)
     if work.block is not None:
-        waited = _waited(work, seconds, layout, at, profile, groups)
-        seconds["overhead"] += layers * (groups - 1) * profile.group_ms / 1e3
+        waited = _waited([(work, seconds)], layout, at, profile, groups)
+        seconds["overhead"] += work.layers * (groups - 1) * profile.group_ms / 1e3
     else:
         waited = {
             "ulysses": _all_to_all(work, layout.ulysses, at, profile.links),
-            "ring": _ring(work, layout.ring, at, profile, attention / layers),
+            "ring": _ring(work, layout.ring, at, profile, seconds["attention"] / work.layers),
         }
-    merging = profile.merge_bytes * bytes_once / BYTES if layout.ring > 1 else 0.0
-    seconds["all-to-all"] = layers * (waited["ulysses"] + 2 * work.held / hbm) + work.all_to_all * profile.copying
-    seconds["ring"] = layers * (waited["ring"] + layout.ring * merging / hbm) + work.ring * profile.copying
-    seconds["overhead"] += max(0.0, layers * profile.launch_floor_ms / 1e3 - compute)
+    seconds["all-to-all"] += work.layers * waited["ulysses"]
+    seconds["ring"] += work.layers * waited["ring"]
     return seconds
 
 
-def _waited(
-    work: Pass, seconds: Mapping[str, float], layout: Layout, at: Spread, profile: Profile, groups: int
+def pair_seconds(
+    pair: tuple[Pass, Pass], layout: Layout, at: Spread, profile: Profile, groups: int = 1
 ) -> dict[str, float]:
-    """Seconds by axis that one block of our scheme waits."""
+    """Seconds of two forward passes of our scheme that take turns on the same ranks, as of `pass_seconds`."""
+    both = [(work, _computing(work, layout, profile)) for work in pair]
+    waited, layers = _waited(both, layout, at, profile, groups), pair[0].layers
+    seconds = _sum([of_one for _, of_one in both])
+    seconds["overhead"] += 2 * layers * (groups - 1) * profile.group_ms / 1e3
+    seconds["all-to-all"] += layers * waited["ulysses"]
+    seconds["ring"] += layers * waited["ring"]
+    return seconds
+
+
+def _computing(work: Pass, layout: Layout, profile: Profile) -> dict[str, float]:
+    """Seconds of one forward pass in which no exchange is waited for."""
+    peak, hbm, layers = profile.tflops * 1e12, profile.hbm_gbs * GIGA, work.layers
+    full = work.rows / (work.rows + profile.half_rows)
+    values = work.rows * work.width
+    seconds = {
+        "matmul": work.matmul / (peak * profile.matmul * full),
+        "attention": work.attention / (peak * profile.attention),
+        "elementwise": layers * profile.elementwise * values * BYTES / hbm,
+        "overhead": layers * profile.layer_overhead_ms / 1e3 if layout.sequence > 1 else 0.0,
+    }
+    launched = layers * profile.launch_floor_ms / 1e3
+    seconds["overhead"] += max(0.0, launched - seconds["matmul"] - seconds["attention"] - seconds["elementwise"])
+    merging = layout.ring * profile.merge_bytes * values / hbm if layout.ring > 1 else 0.0
+    seconds["all-to-all"] = layers * 2 * work.held / hbm + work.all_to_all * profile.copying
+    seconds["ring"] = layers * merging + work.ring * profile.copying
+    return seconds
+
+
+Timed = tuple[Pass, Mapping[str, float]]
+"""A pass and its seconds of computing."""
+
+
+def _waited(passes: Sequence[Timed], layout: Layout, at: Spread, profile: Profile, groups: int) -> dict[str, float]:
+    """Seconds by axis that one block of our scheme waits, or one of each of two branches that take turns."""
+    if len(passes) == 1:
+        return overlap.waited(_timed(*passes[0], layout, at, profile, groups), profile.exposed, profile.links.turns)
+    first, second = (_timed(*one, layout, at, profile, groups) for one in passes)
+    # A turn reaches into the next block: what two blocks more bring is that of two blocks.
+    some, more = (
+        overlap.waited(
+            overlap.interleaved(overlap.repeated(first, n), overlap.repeated(second, n)),
+            profile.exposed,
+            profile.links.turns,
+        )
+        for n in (2, 4)
+    )
+    return {axis: (more[axis] - some[axis]) / 2 for axis in some}
+
+
+def _timed(
+    work: Pass, seconds: Mapping[str, float], layout: Layout, at: Spread, profile: Profile, groups: int
+) -> list[overlap.Operation]:
+    """One block with seconds in place of FLOPs and bytes, and with what it computes beside attention at its end."""
     assert work.block is not None
     exchange = _all_to_all(work, layout.ulysses, at, profile.links)
     hop = _hop(work, layout.ring, at, profile.links)
+    rest = sum(seconds[kind] for kind in ("matmul", "attention", "elementwise")) / work.layers
+    found: list[overlap.Operation] = []
+    for one in overlap.block(work.block, groups):
+        if isinstance(one, overlap.Work):
+            one = replace(one, amount=one.amount * seconds[one.kind] / (getattr(work, one.kind) or 1))
+            rest -= one.amount
+        elif isinstance(one, overlap.Post):
+            whole, axis = (hop, work.hop) if one.axis == "ring" else (exchange, work.all_to_all / work.layers)
+            one = replace(one, amount=whole * one.amount / axis if axis else 0.0)
+        found.append(one)
+    return [*found, overlap.Work("rest", max(0.0, rest))]
 
-    def link(post: overlap.Post) -> float:
-        if post.axis == "ring":
-            return hop * post.sent / work.hop if work.hop else 0.0
-        return exchange * work.layers * post.sent / work.all_to_all if work.all_to_all else 0.0
 
-    return overlap.waited(
-        overlap.block(work.block, groups),
-        lambda one: one.flops * seconds[one.kind] / getattr(work, one.kind) if one.flops else 0.0,
-        link,
-        profile.exposed,
-        profile.links.turns,
-    )
+def hidden_share(
+    model: Model, size: Size, layout: Layout, profile: Profile, groups: int = 1, interleave: bool = False
+) -> float:
+    """Of the bytes of a block of our scheme, the share whose exchange has enough work to travel under.
+
+    An exchange that has less counts by what it has.
+    """
+    at = spread(layout, profile.links, -(-layout.ranks // profile.links.gpus_per_node))
+    passes = workload(model, size, layout, "ours")[0]
+    blocks = [_timed(p, _computing(p, layout, profile), layout, at, profile, groups) for p in passes]
+    if interleave and len(blocks) == 2:
+        blocks = [overlap.interleaved(*(overlap.repeated(block, 4) for block in blocks))]
+    found = [one for block in blocks for one in overlap.windows(block)]
+    whole = sum(one.sent for one in found)
+    return sum(min(one.sent, one.work) for one in found) / whole if whole else 0.0
 
 
 def _all_to_all(work: Pass, u: int, at: Spread, links: Links) -> float:
@@ -208,12 +262,16 @@ def predict(
     scheme: str | None = None,
     nodes: int | None = None,
     groups: int | None = None,
+    interleave: bool = False,
 ) -> Prediction:
-    """What the layout costs. nodes: machines, by default as few as hold the ranks. groups: of heads; None: the best."""
+    """What the layout costs. nodes: machines, by default as few as hold the ranks. groups: of heads; None: the best.
+
+    interleave: guidance branches on the same ranks take turns.
+    """
     scheme = scheme or profile.scheme
     nodes = nodes or -(-layout.ranks // profile.links.gpus_per_node)
     at = spread(layout, profile.links, nodes)
-    groups, seconds = step_in_groups(model, size, layout, profile, scheme, at, groups)
+    groups, seconds = step_in_groups(model, size, layout, profile, scheme, at, groups, interleave=interleave)
     sampling = size.num_steps * sum(seconds.values())
     text, decode, other = outside_seconds(model, size, layout, profile, scheme)
     parts = {kind: size.num_steps * seconds.get(kind, 0.0) for kind in KINDS}
@@ -255,13 +313,14 @@ def step_in_groups(
     at: Spread,
     groups: int | None = None,
     work: list[list[Pass]] | None = None,
+    interleave: bool = False,
 ) -> tuple[int, dict[str, float]]:
     """The number of head groups, and seconds of one step with it by kind; of numbers that are as fast the least."""
     work = work or workload(model, size, layout, scheme)
     numbers = group_counts(model, layout)
     if groups is not None or scheme == "reference":
         numbers = [min(groups or 1, _most_groups(model, layout))]
-    found = [(n, step_seconds(model, size, layout, profile, scheme, at, work, n)) for n in numbers]
+    found = [(n, step_seconds(model, size, layout, profile, scheme, at, work, n, interleave)) for n in numbers]
     least = min(sum(seconds.values()) for _, seconds in found)
     return next(one for one in found if sum(one[1].values()) <= (1 + AS_FAST) * least)
 
@@ -275,10 +334,18 @@ def step_seconds(
     at: Spread,
     work: list[list[Pass]] | None = None,
     groups: int = 1,
+    interleave: bool = False,
 ) -> dict[str, float]:
     """Seconds of one sampling step on the slowest rank, by kind."""
     work = work or workload(model, size, layout, scheme)
-    found = [_sum([pass_seconds(p, layout, at, profile, groups) for p in passes]) for passes in work]
+    if interleave and scheme == "ours" and layout.cfg == 1 and size.guided:
+        count = len(model.stacks)
+        found = [
+            _sum([pair_seconds(pair, layout, at, profile, groups) for pair in zip(passes[:count], passes[count:])])
+            for passes in work
+        ]
+    else:
+        found = [_sum([pass_seconds(p, layout, at, profile, groups) for p in passes]) for passes in work]
     seconds = max(found, key=lambda kinds: sum(kinds.values()))
     if scheme == "reference" and layout.ranks == 1:
         for kind in ("matmul", "attention", "elementwise"):

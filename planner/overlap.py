@@ -6,8 +6,8 @@ tests/test_overlap.py records it there and compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from common.registry.layout import head_groups
 from planner.cost import BYTES, SelfAttention
@@ -15,18 +15,18 @@ from planner.cost import BYTES, SelfAttention
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one kind, matmul or attention."""
+    """FLOPs, or seconds, of one kind: matmul, attention, or what a block computes beside its attention."""
 
     kind: str
-    flops: float
+    amount: float
 
 
 @dataclass(frozen=True)
 class Post:
-    """Bytes that set out to other ranks of an axis, ulysses or ring. key: by which they are waited for."""
+    """Bytes, or their seconds on the link, to other ranks of an axis: ulysses or ring. key: by which to wait for it."""
 
     axis: str
-    sent: float
+    amount: float
     key: int
 
 
@@ -134,59 +134,45 @@ class _Ring:
 
 @dataclass(frozen=True)
 class Window:
-    """One exchange: bytes sent, and the FLOPs between its post and the wait for it."""
+    """One exchange: what is sent, and the work between its post and the wait for it, in the operations' units."""
 
     axis: str
     sent: float
-    matmul: float = 0.0
-    attention: float = 0.0
-
-    @property
-    def flops(self) -> float:
-        return self.matmul + self.attention
+    work: float = 0.0
 
 
 def windows(operations: Iterable[Operation]) -> list[Window]:
     """Every exchange in the order of their posts."""
-    posted: dict[int, Post] = {}
-    work: dict[int, dict[str, float]] = {}
-    open_: set[int] = set()
+    found: dict[int, Window] = {}
+    under_way: set[int] = set()
     for one in operations:
         if isinstance(one, Post):
-            posted[one.key], work[one.key] = one, {"matmul": 0.0, "attention": 0.0}
-            open_.add(one.key)
+            found[one.key] = Window(one.axis, one.amount)
+            under_way.add(one.key)
         elif isinstance(one, Wait):
-            open_.remove(one.key)
+            under_way.remove(one.key)
         else:
-            for key in open_:
-                work[key][one.kind] += one.flops
-    return [Window(post.axis, post.sent, **work[key]) for key, post in posted.items()]
+            found |= {key: replace(found[key], work=found[key].work + one.amount) for key in under_way}
+    return list(found.values())
 
 
-def waited(
-    operations: Iterable[Operation],
-    work: Callable[[Work], float],
-    link: Callable[[Post], float],
-    exposed: float = 0.0,
-    turns: float = 1.0,
-) -> dict[str, float]:
-    """Seconds by axis that a rank waits for its exchanges.
+def waited(operations: Iterable[Operation], exposed: float = 0.0, turns: float = 1.0) -> dict[str, float]:
+    """Seconds by axis that a rank waits for its exchanges; the operations' own are in seconds.
 
-    work, link: seconds of an operation. One exchange is on the link at a time, those posted meanwhile queue up.
-    exposed: share of each exchange that goes under no work. turns: an exchange is there after so many times its
-    seconds, though the link is free for the next one after them.
+    One exchange is on the link at a time, those posted meanwhile queue up. exposed: share of each exchange that goes
+    under no work. turns: an exchange is there after so many times its seconds, though the link is free for the next one
+    after them.
     """
     clock = free = 0.0
     seconds: dict[str, float] = {"ulysses": 0.0, "ring": 0.0}
     under_way: dict[int, tuple[str, float, float]] = {}
     for one in operations:
         if isinstance(one, Work):
-            clock += work(one)
+            clock += one.amount
         elif isinstance(one, Post):
-            whole = link(one)
             begin = max(clock, free)
-            free = begin + whole
-            under_way[one.key] = one.axis, begin + turns * whole, turns * whole * exposed
+            free = begin + one.amount
+            under_way[one.key] = one.axis, begin + turns * one.amount, turns * one.amount * exposed
         else:
             axis, arrival, least = under_way.pop(one.key)
             wait = max(arrival - clock, least)
@@ -200,8 +186,7 @@ def interleaved(first: Sequence[Operation], second: Sequence[Operation]) -> list
 
     The turn passes to the other one before each wait. Keys of the second are made others than those of the first.
     """
-    past = 1 + max((one.key for one in first if isinstance(one, Post)), default=-1)
-    sides = [_turns(first), _turns(_renamed(second, past))]
+    sides = [_turns(first), _turns(_renamed(second, _keys(first)))]
     found: list[Operation] = []
     while sides:
         side = sides.pop(0)
@@ -222,11 +207,15 @@ def _turns(operations: Iterable[Operation]) -> Iterator[list[Operation]]:
     yield turn
 
 
-def _renamed(operations: Iterable[Operation], past: int) -> Iterator[Operation]:
-    for one in operations:
-        if isinstance(one, Post):
-            yield Post(one.axis, one.sent, one.key + past)
-        elif isinstance(one, Wait):
-            yield Wait(one.key + past)
-        else:
-            yield one
+def repeated(operations: Sequence[Operation], times: int) -> list[Operation]:
+    """One after the other, each with keys of its own."""
+    count = _keys(operations)
+    return [one for n in range(times) for one in _renamed(operations, n * count)]
+
+
+def _keys(operations: Iterable[Operation]) -> int:
+    return 1 + max((one.key for one in operations if isinstance(one, Post)), default=-1)
+
+
+def _renamed(operations: Iterable[Operation], past: int) -> list[Operation]:
+    return [one if isinstance(one, Work) else replace(one, key=one.key + past) for one in operations]

@@ -207,7 +207,7 @@ def test_the_planner_knows_what_each_exchange_travels_under(name, layout, groups
     block = cost.forward(stack, (576,), Coordinates(layout, 0)).block
     predicted = overlap.windows(overlap.block(block, groups))
     assert [one.axis for one in predicted] == [axis for axis, _ in found]
-    assert [one.flops for one in predicted] == pytest.approx([flops for _, flops in found], rel=0.005)
+    assert [one.work for one in predicted] == pytest.approx([flops for _, flops in found], rel=0.005)
 
 
 # --- Layers by heads --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mochi_xdit.config import MochiConfig
 from planner import cost, get_profile, overlap, plan, predict
 from planner.hardware import make_profile
 from planner.machine import lab, with_hiding
-from planner.model import spread, step_seconds
+from planner.model import hidden_share, spread, step_seconds
 
 
 class Tokens:
@@ -73,9 +73,9 @@ def test_groups_change_neither_bytes_nor_flops(layout: Layout, groups: int) -> N
     attention = 0.0
     for one in block(layout, groups):
         if isinstance(one, overlap.Post):
-            sent[one.axis] += one.sent
+            sent[one.axis] += one.amount
         elif isinstance(one, overlap.Work) and one.kind == "attention":
-            attention += one.flops
+            attention += one.amount
     assert sent == pytest.approx({"ulysses": whole.all_to_all / 42, "ring": whole.ring / 42})
     assert attention == pytest.approx(whole.attention / 42)
 
@@ -84,7 +84,7 @@ def test_what_is_waited_for_is_what_no_work_covers() -> None:
     post, work, wait = overlap.Post("ulysses", 10, 0), overlap.Work("matmul", 4), overlap.Wait(0)
 
     def seconds(*operations: overlap.Operation, **how: float) -> float:
-        return overlap.waited(operations, lambda w: w.flops, lambda p: p.sent, **how)["ulysses"]
+        return overlap.waited(operations, **how)["ulysses"]
 
     assert seconds(post, wait) == 10
     assert seconds(post, work, wait) == 6
@@ -96,20 +96,28 @@ def test_what_is_waited_for_is_what_no_work_covers() -> None:
     assert seconds(post, second[0], wait, second[1], turns=2) == 30  # but an answer comes under the next one
 
 
-def test_branches_in_turn_travel_under_each_others_work() -> None:
-    def seconds(operations: list[overlap.Operation]) -> float:
-        return sum(overlap.waited(operations, lambda w: w.flops / 100e12, lambda p: p.sent / 8e9).values())
-
+def test_branches_in_turn_compute_and_send_the_same() -> None:
     for layout in (Layout(ulysses=2), Layout(ring=2), Layout(ring=2, ulysses=2)):
-        one = [*block(layout, 1), overlap.Work("matmul", 5e11)]
+        one = overlap.repeated([*block(layout, 2), overlap.Work("rest", 5e11)], 3)
         both = overlap.interleaved(one, one)
         assert len(both) == 2 * len(one)
-        assert sum(w.flops for w in both if isinstance(w, overlap.Work)) == pytest.approx(
-            2 * sum(w.flops for w in one if isinstance(w, overlap.Work))
-        )
+        for kind in (overlap.Work, overlap.Post):
+            amounts = [sorted(w.amount for w in side if isinstance(w, kind)) for side in (both, one * 2)]
+            assert amounts[0] == amounts[1]
         keys = [w.key for w in both if isinstance(w, overlap.Post)]
         assert len(set(keys)) == len(keys) and {w.key for w in both if isinstance(w, overlap.Wait)} == set(keys)
-        assert seconds(both) < 1.5 * seconds(one)
+
+
+@pytest.mark.parametrize("layout", [Layout(ulysses=4), Layout(ring=4), Layout(ring=2, ulysses=2)], ids=str)
+def test_branches_in_turn_hide_more(layout: Layout) -> None:
+    model, profile = get_model("mochi"), replace(get_profile("l40"), exposed=0.0)
+    size = model.default_size
+    after, in_turn = (predict(model, size, layout, profile, "ours", interleave=how) for how in (False, True))
+    assert in_turn.step < after.step
+    compute = after.step - (after.parts["all-to-all"] + after.parts["ring"]) / size.num_steps
+    assert in_turn.step > compute * 0.999
+    one, both = (hidden_share(model, size, layout, profile, 1, how) for how in (False, True))
+    assert 0 <= one < both <= 1
 
 
 # --- The number of groups ---------------------------------------------------------------------------------------------
