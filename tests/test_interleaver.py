@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,13 @@ from common.memory.estimate import FUSED, imagined
 from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.usp import SequenceParallel
-from common.weights.blocks import BlockLayout, Blocks, Stream, Wait, bind, streamed
+from common.weights.blocks import BlockLayout, Blocks, Stream, Wait, bind, finish, streamed
 from common.weights.load import on_meta
+from common.weights.placement import Placement
 from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer
+from mochi_xdit.weights import load_transformer
+from tests.helpers.mochi import write_checkpoint
 from tests.test_overlap import SIZE, Windows, made
 
 
@@ -348,3 +352,49 @@ def test_after_an_error_the_next_round_begins_anew():
         with pytest.raises(ArithmeticError):
             turns.map(work, [9, failing])
         assert turns.map(work, [9, 9]) == [[0, 1, 2, 3, 4]] * 2
+
+
+def placed(folder: Path, layout: Layout, placement: Placement) -> tuple[list[Tensor], list[Tensor], list[int], int]:
+    """Of two conditions by resident weights, by weights that stream to both in turn; which blocks were fetched, and how
+    many blocks there are."""
+    with distributed(layout) as mesh, torch.inference_mode():
+        found, fetched = [], list[int]()
+        for where, interleaver in ((Placement(), None), (placement, Interleaver())):
+            sp = SequenceParallel(replace(mesh, interleaver=interleaver))
+            model = load_transformer(folder, sp, placement=where, world=mesh.weights)
+            if (stream := model.blocks.stream) is not None:
+                fetch = stream.source.fetch
+
+                def noted(index: int, out: Tensor, fetch: Any = fetch) -> Wait:
+                    fetched.append(index)
+                    return fetch(index, out)
+
+                stream.source.fetch = noted
+            text = torch.linspace(-1, 1, 9 * model.config.text_dim).view(1, 9, -1)
+            conds = [model.prepare(SIZE, text), model.prepare(SIZE)]
+            x = sp.shard(torch.linspace(-1, 1, 72 * model.config.patch_dim).view(1, 72, -1))
+            for time in (0.0, 500.0):
+                shards = sp.each(partial(model, x, torch.full((1,), time)), conds)
+                last = [sp.gather(one, sp.lengths(72)) for one in shards]
+            found.append(last)
+            finish(model)
+        return found[0], found[1], fetched, len(model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("layout", "placement"),
+    [
+        (Layout(), Placement("block")),
+        (Layout(), Placement("disk")),
+        (Layout(ulysses=3), Placement(shard=True)),
+        (Layout(ring=3), Placement("block", shard=True)),
+        (Layout(ring=2, ulysses=2), Placement("disk")),
+    ],
+    ids=str,
+)
+def test_streamed_weights_come_once_a_step(run_ranks, tmp_path, layout, placement):
+    folder = write_checkpoint(tmp_path)
+    for resident, streaming, fetched, count in run_ranks(layout.ranks, placed, folder, layout, placement):
+        assert all(torch.equal(a, b) for a, b in zip(resident, streaming))
+        assert [fetched.count(i) for i in range(2, count)] == [2] * (count - 2)
+        assert len(fetched) <= 2 * count + 1

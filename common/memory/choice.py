@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from common.memory.estimate import Estimate, Estimator
 from common.memory.seconds import LONG, cpu_seconds, duration
 from common.parallel.device_memory import free_memory, host_memory
+from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Mesh, all_min, on_main
 from common.registry.forks import Fork, Size
 from common.registry.request import Request
@@ -116,7 +118,11 @@ def _advice(stage: str, ranks: int, plan: DecodePlan) -> str:
 
 
 def estimator(fork: Fork, request: Request, mesh: Mesh) -> Estimator:
-    """What a rank needs for a request's first video, which has the checkpoint's folder or an official model."""
+    """What a rank needs for a request's first video, which has the checkpoint's folder or an official model.
+
+    Guidance branches take turns where the request says so.
+    """
+    mesh = replace(mesh, interleaver=Interleaver() if request.runtime.interleave_branches else None)
     video, source, runtime = request.videos[0], request.source, request.runtime
     sampling, precision = video.sampling, Precision.of(runtime)
     work = fork.module("sampling").workload(
@@ -145,12 +151,14 @@ class Outlook:
     """What is known of a run before its work begins. placement, keep: where its weights go.
 
     why: a line on that, where the program chose it. warnings: what the user would rather know now than after hours.
+    interleave: whether guidance branches take turns.
     """
 
     placement: Placement
     keep: bool
     why: str = ""
     warnings: tuple[str, ...] = ()
+    interleave: bool = False
 
 
 def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -> tuple[Request, Outlook | None]:
@@ -171,11 +179,18 @@ def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -
         if slow and request.cpu_by_default:
             raise ValueError(f"no GPU is visible, and {slow}; to wait for it say --device cpu")
         outlook = _placed(counted, request, memory, mesh.world.size)
+        outlook = in_turn(outlook, request, memory, partial(_counted_again, counted, fork, mesh))
         return replace(outlook, warnings=(*outlook.warnings, slow)) if slow else outlook
 
     found = on_main(mesh, look)
     placement = found.placement
-    runtime = replace(runtime, offload=placement.offload, shard_weights=placement.shard, keep_loaded=found.keep)
+    runtime = replace(
+        runtime,
+        offload=placement.offload,
+        shard_weights=placement.shard,
+        keep_loaded=found.keep,
+        interleave_branches=found.interleave,
+    )
     return replace(request, runtime=runtime), found
 
 
@@ -187,6 +202,35 @@ def _placed(counted: Estimator, request: Request, memory: FreeMemory, ranks: int
         placement, keep, why = choice.placement, choice.keep, choice.why
     warning = counted.estimate(placement, keep, memory.free).warning
     return Outlook(placement, keep, why, (warning,) if warning else ())
+
+
+def _counted_again(counted: Estimator, fork: Fork, mesh: Mesh, request: Request) -> Estimator:
+    """For a request that differs in its sampling alone."""
+    again = estimator(fork, request, mesh)
+    again.peaks = counted.peaks
+    return again
+
+
+def in_turn(outlook: Outlook, request: Request, memory: FreeMemory, count: Callable[[Request], Estimator]) -> Outlook:
+    """The outlook with whether guidance branches take turns, where nobody said it and where it would do nothing.
+
+    They do where weights stream, which then come once a step for both, and where what both hold has room. Elsewhere it
+    would hide exchanges alone, which costs no time that is known in advance on links that nobody has measured.
+    count: what a request needs.
+    """
+    asked, placement, where = request.runtime.interleave_branches, outlook.placement, request.layout
+    streams = placement.offload in ("block", "disk") or (placement.shard and where.ranks > 1)
+    guided = request.guided(request.videos[0])
+    if asked and not (guided and (streams or where.sequence > 1)):
+        why = "one GPU whose weights stay waits for nothing" if guided else "without guidance there is one branch"
+        return replace(outlook, warnings=(*outlook.warnings, f"--interleave-branches has no effect: {why}"))
+    if asked is None and streams and guided and where.cfg == 1 and request.runtime.engine == "native":
+        runtime = replace(request.runtime, interleave_branches=True)
+        estimate = count(replace(request, runtime=runtime)).estimate(placement, outlook.keep, memory.free)
+        if fits(estimate, memory.free):
+            why = "guidance branches take turns, so that each block comes once a step"
+            return replace(outlook, interleave=True, why=f"{outlook.why}; {why}" if outlook.why else why)
+    return replace(outlook, interleave=bool(asked))
 
 
 def long_sampling(request: Request, flops: int, ranks: int = 1) -> str:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from common.parallel.device_memory import wanted
+from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Axis, Layout, Mesh, build_mesh
 from common.registry.settings import DecodeOptions
 from common.text.encoder import TextWork
@@ -138,7 +139,8 @@ def imagined(layout: Layout, rank: int = 0) -> Mesh:
 class Estimator:
     """Counts a rank's workload once; any number of placements are then sums.
 
-    mesh: the rank's place, real or `imagined`; nothing is sent. device: cpu or cuda, where it would run.
+    mesh: the rank's place, real or `imagined`; nothing is sent. With an interleaver the step is run in turn.
+    device: cpu or cuda, where it would run.
     """
 
     def __init__(
@@ -181,7 +183,8 @@ class Estimator:
         sent = Counter(self.sent)
         if placement.shard and self.mesh.world.size > 1:
             shares = sum(FromShares.share_bytes(i.nbytes, self.mesh.world.size) for i in self.layouts)
-            sent["weights"] = self.passes * shares * (self.mesh.world.size - 1)
+            fetches = self.passes if self.mesh.interleaver is None else 1  # in turn all use a block while it is there
+            sent["weights"] = fetches * shares * (self.mesh.world.size - 1)
         said = warning(plan, self.plans, decode_free, self._plan_bytes)
         return Estimate(placement, keep, stages, host, self.flops, sent, plan, said)
 
@@ -193,14 +196,18 @@ class Estimator:
         def count(*_: object) -> None:
             self.passes += 1
 
-        hook = self.model.register_forward_pre_hook(count)
+        hooks = [self.model.register_forward_pre_hook(count)]
+        if (turns := self.mesh.interleaver) is not None:  # as a stream does, which this model has not
+            for i, block in enumerate(self.model.blocks):  # type: ignore[arg-type]
+                hooks.append(block.register_forward_pre_hook(partial(_reach, turns, i)))
         with (
             FlopCounterMode(display=False, custom_mapping=FUSED) as flops,
             Traffic(self.mesh) as traffic,
             PeakMemory() as memory,
         ):
             self.work.step(self.model)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         return memory.peak, flops.get_total_flops(), traffic.sent
 
     @torch.inference_mode()
@@ -237,6 +244,10 @@ class Estimator:
         if plan not in self.peaks:
             self.peaks[plan] = decode_memory(self.decoder, self.work.latents, plan, self.device, self.mesh.world.size)
         return self.peaks[plan]
+
+
+def _reach(turns: Interleaver, place: int, *_: object) -> None:
+    turns.reach(place)
 
 
 def typed(

@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -97,7 +98,8 @@ class _Round:
         started: list[threading.Thread] = []
         try:
             for own in range(1, len(values)):
-                thread = threading.Thread(target=compute_apart, args=(own,), name=f"turn {own}", daemon=True)
+                seen = copy_context().run  # what Python keeps for each thread
+                thread = threading.Thread(target=seen, args=(compute_apart, own), name=f"turn {own}", daemon=True)
                 thread.start()
                 started.append(thread)
             compute(0)

@@ -185,6 +185,24 @@ def layout_problems(
     return problems
 
 
+def interleave_problems(asked: bool | None, cfg: int, engine: str) -> list[str]:
+    """Why guidance branches cannot take turns as asked. cfg: the degree, as far as it is given."""
+    if not asked:
+        return []
+    problems = []
+    if cfg == 2:
+        problems.append(
+            "--interleave-branches lets guidance branches take turns on the same ranks, and --cfg-parallel puts each "
+            "on ranks of its own; leave one of them out"
+        )
+    if engine == "xfuser":
+        problems.append(
+            "--interleave-branches with --engine xfuser, whose exchanges are inside its attention: nothing could pass "
+            "the turn where it waits; use --engine native"
+        )
+    return problems
+
+
 def kernel_problems(kernel: str, device: str, dtype: str) -> list[str]:
     """Why `--attention` cannot be this kernel, as far as that is known without a look at the GPU. device: cpu or cuda.
 

@@ -99,6 +99,9 @@ class Runtime:
     offload: str | None = None
     """Where weights wait, see `common.weights.placement.Placement`. None: one stage's are on the device; a program
     chooses."""
+    interleave_branches: bool | None = None
+    """Guidance branches on the same ranks take turns, see `common.parallel.interleaver`. None: they do not; a program
+    chooses."""
     shard_weights: bool = False
     """Every rank keeps a part of each block."""
     keep_loaded: bool = False

@@ -19,6 +19,7 @@ from common.registry.checks import (
     Ranks,
     Rules,
     dry_run_problems,
+    interleave_problems,
     kernel_problems,
     layout_problems,
     xfuser_problems,
@@ -373,6 +374,9 @@ class _RequestBuilder:
         """The layout, why it was chosen where the program chose a degree of it, and how many groups have one."""
         ring, ulysses = self.values["ring_degree"], self.values["ulysses_degree"]
         cfg = {True: 2, False: 1, None: None}[self.values["cfg_parallel"]]
+        self.problems += interleave_problems(self.values["interleave_branches"], cfg or 1, self.values["engine"])
+        if self.values["interleave_branches"]:
+            cfg = cfg or 1
         self._positive("gpus")
         absurd = [name for name in ("gpus", "ulysses_degree", "ring_degree") if (self.values[name] or 0) > MOST[name]]
         if absurd:

@@ -6,12 +6,13 @@ rank.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from common.memory.choice import FreeMemory, candidates, choose_placement, estimator, long_sampling
+from common.memory.choice import FreeMemory, Outlook, candidates, choose_placement, estimator, in_turn, long_sampling
 from common.memory.estimate import STAGES, Estimate, Estimator, imagined
 from common.parallel.device_memory import host_memory
 from common.registry.forks import Fork
@@ -30,20 +31,25 @@ def run(fork: Fork, request: Request) -> int:
         folder = fork.demo_folder(request.source.demo)
         request = replace(request, source=replace(request.source, model_dir=folder))
     _head(request)
-    layout = request.layout
-    counted: dict[int, Estimator] = {}
+    counted = _counted(fork, request)
+    memory = _free_memory(request)
+    free = memory.free if memory else float("inf")
+    _step(counted[0])
+    if slow := long_sampling(request, counted[0].flops, request.layout.ranks):
+        refused = "; refused unless --device cpu is given" if request.cpu_by_default else ""
+        print(f"time        {slow}{refused}")
+    _placements(counted[0], request, free)
+    return _verdict(fork, counted, request, memory)
+
+
+def _counted(fork: Fork, request: Request) -> dict[int, Estimator]:
+    """By rank, the first and the last."""
+    layout, counted = request.layout, dict[int, Estimator]()
     for rank in dict.fromkeys((0, layout.ranks - 1)):
         with imagined(layout, rank) as mesh:
             counted[rank] = estimator(fork, request, mesh)
     counted[layout.ranks - 1].peaks = counted[0].peaks  # a plan needs the same on every rank
-    memory = _free_memory(request)
-    free = memory.free if memory else float("inf")
-    _step(counted[0])
-    if slow := long_sampling(request, counted[0].flops, layout.ranks):
-        refused = "; refused unless --device cpu is given" if request.cpu_by_default else ""
-        print(f"time        {slow}{refused}")
-    _placements(counted[0], request, free)
-    return _verdict(counted, request, memory)
+    return counted
 
 
 def _head(request: Request) -> None:
@@ -103,7 +109,7 @@ def _placements(counted: Estimator, request: Request, free: float) -> None:
         print(f"{'':12}" + "".join(f"{cell:>12}" for cell in cells) + f"   {placement}")
 
 
-def _verdict(counted: Mapping[int, Estimator], request: Request, memory: FreeMemory | None) -> int:
+def _verdict(fork: Fork, counted: Mapping[int, Estimator], request: Request, memory: FreeMemory | None) -> int:
     """What would be chosen, and its memory in full."""
     free = memory.free if memory else float("inf")
     runtime, ranks = request.runtime, request.layout.ranks
@@ -127,11 +133,31 @@ def _verdict(counted: Mapping[int, Estimator], request: Request, memory: FreeMem
             raise
         placement, keep = choice.placement, choice.keep
         print(f"chosen      {choice.why}")
+    counted = _branches(fork, counted, request, memory, Outlook(placement, keep))
     for rank, one in counted.items():
         _detail(rank, one.estimate(placement, keep, free))
     if warning := counted[0].estimate(placement, keep, free).warning:
         print(f"warning     {warning}")
     return 0
+
+
+def _branches(
+    fork: Fork, counted: Mapping[int, Estimator], request: Request, memory: FreeMemory | None, outlook: Outlook
+) -> Mapping[int, Estimator]:
+    """The counts of the run as it would be: with guidance branches in turn, where that would be chosen."""
+    again: dict[int, Estimator] = {}
+
+    def count(asking: Request) -> Estimator:
+        again.update(_counted(fork, asking))
+        for rank, one in again.items():
+            one.peaks = counted[rank].peaks
+        return again[0]
+
+    host = host_memory() // request.layout.ranks
+    outlook = in_turn(outlook, request, memory or FreeMemory(sys.maxsize, host, request.runtime.device), count)
+    for said in filter(None, (outlook.why, *outlook.warnings)):
+        print(f"branches    {said}")
+    return again if outlook.interleave and again else counted
 
 
 def _fits(estimate: Estimate, memory: FreeMemory) -> str:

@@ -268,6 +268,13 @@ def _speed() -> list[Option]:
             "others; auto: as many as the planner predicts to be fastest over this machine's links.",
         ),
         option(
+            ["--interleave-branches/--no-interleave-branches"],
+            default=None,
+            help="The two passes of guidance take turns on the same GPUs: one computes while what the other has sent "
+            "is on its way, and weights that do not stay on the GPU come once a step for both. Takes some more memory. "
+            "Default: where weights do not stay and there is room.",
+        ),
+        option(
             ["--text-cache"],
             type=PATH,
             help="A folder that keeps encoded prompts: one that was encoded before needs no text encoder.",

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from common.model.compile import compile_decoder, compile_transformer
 from common.parallel.device_memory import release_memory
 from common.parallel.guidance import Guidance
+from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Mesh, on_main, resolve_device
 from common.parallel.xfuser import sequence_parallel
+from common.registry.checks import interleave_problems
 from common.registry.hub import checkpoint_folder, fork_of_class
 from common.registry.settings import DecodeOptions, Runtime
 from common.system.progress import Report
@@ -62,6 +64,9 @@ class Pipeline:
     ) -> None:
         runtime = replace(runtime or Runtime(), **options)
         mesh = mesh or Mesh(device=resolve_device(runtime.device or "cpu"))
+        if problems := interleave_problems(runtime.interleave_branches, mesh.layout.cfg, runtime.engine):
+            raise ValueError("; ".join(problems))
+        mesh = replace(mesh, interleaver=Interleaver() if runtime.interleave_branches else None)
         self.model_dir, self.mesh, self.device, self.runtime = Path(model_dir), mesh, mesh.device, runtime
         self.precision = Precision.of(runtime, self.own_dtype)
         self.dtype = self.precision.dtype

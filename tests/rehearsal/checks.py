@@ -95,7 +95,7 @@ def check_overlap(scene: Scene, ran: Ran) -> None:
         passed = [m for m in moments if m.what == "post" and _is_pass(m.subject, ran.axes["ring"])]
         hidden = [m for m in passed if _between(moments, m) & ATTENTION]
         assert passed and len(hidden) == len(passed), f"{len(hidden)} of {len(passed)} passes lie behind attention"
-    if scene.groups > 1 and scene.layout.ulysses > 1:
+    if (scene.groups > 1 or scene.turns) and scene.layout.ulysses > 1:
         posted = [m for m in moments if m.what == "post" and m.subject.group == ran.axes["ulysses"]]
         hidden = [m for m in posted if _between(moments, m) & MULTIPLIES]
         assert posted and len(hidden) == len(posted), f"{len(hidden)} of {len(posted)} exchanges of heads are hidden"

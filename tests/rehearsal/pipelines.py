@@ -127,6 +127,7 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
             shard_weights=scene.shard,
             compiling=CompileOptions(compile=scene.compiled, backend="eager"),
             overlap_groups=scene.groups,
+            interleave_branches=scene.turns,
             report=tracer.steps,
             **options,
         )

@@ -30,8 +30,8 @@ WORDS = 37
 class Scene:
     """One way to run a model. The fields are the pipelines' options.
 
-    shard: `shard_weights`. compiled: the blocks, as far as dynamo goes. groups: `overlap_groups`. video:
-    starts from one. layers: None for all.
+    shard: `shard_weights`. compiled: the blocks, as far as dynamo goes. groups: `overlap_groups`. turns:
+    `interleave_branches`. video: starts from one. layers: None for all.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Scene:
     shard: bool = False
     compiled: bool = False
     groups: int = 1
+    turns: bool = False
     scheduler: str | None = None
     video: bool = False
     vae: str = "exact"
@@ -52,7 +53,8 @@ class Scene:
     def __str__(self) -> str:
         said = [self.model, str(self.layout), ".".join(map(str, self.capability)), self.attention, self.dtype]
         said += [self.offload] + ["sharded"] * self.shard + ["compiled"] * self.compiled
-        said += [f"groups {self.groups}"] * (self.groups > 1) + [self.scheduler or ""] + ["from a video"] * self.video
+        said += [f"groups {self.groups}"] * (self.groups > 1) + ["in turn"] * self.turns
+        said += [self.scheduler or ""] + ["from a video"] * self.video
         said += [f"vae {self.vae}" if self.output == "frames" else self.output]
         return ", ".join(part for part in said if part) + (f", {self.layers} blocks" if self.layers else "")
 

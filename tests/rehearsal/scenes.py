@@ -42,6 +42,8 @@ COVER = (
     Scene("wan-i2v-14b", Layout(cfg=2), offload="block", output="latent", layers=STREAMED),
     Scene("wan-ti2v-5b", Layout(ulysses=2), dtype="fp8", layers=2),
     Scene("wan-a14b", Layout(ring=2), compiled=True, output="latent", layers=2),
+    Scene("mochi", Layout(1, 2, 2), offload="block", shard=True, turns=True, output="latent", layers=STREAMED),
+    Scene("cogvideox-2b", Layout(ulysses=3), (8, 9), compiled=True, turns=True, output="latent", layers=2),
 )
 
 
@@ -54,6 +56,7 @@ def full() -> Iterator[Scene]:
             yield Scene(model, Layout(ring=2), offload=offload, shard=shard, output="latent")
         yield Scene(model, Layout(1, 2, 2), (8, 9), dtype="fp8", groups=4, output="latent")
         yield Scene(model, Layout(ring=2), compiled=True, output="latent")
+        yield Scene(model, Layout(ulysses=3), turns=True, output="latent")
         yield Scene(model, Layout(ring=2), dtype="fp32", output="latent")
         yield Scene(model, Layout(ring=2), vae="tiled", layers=2)
         for capability in CAPABILITIES:
