@@ -1,6 +1,6 @@
 """Kernels and bytes of one transformer block at its published size: eager, one guidance branch, no weights.
 
-python -m tests.rehearsal.blocks mochi cogvideox-5b --ring 2
+python -m tests.rehearsal.blocks mochi cogvideox-5b --ring-degree 2
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--places", type=int, default=0, metavar="N", help="the N lines that move most")
     for axis in ("ring", "ulysses"):
-        parser.add_argument(f"--{axis}", type=int, default=1, metavar="N", help="ranks; counted is rank 0")
+        parser.add_argument(f"--{axis}-degree", type=int, default=1, metavar="N", help="ranks; counted is rank 0")
     parser.add_argument("--wide", action="store_true", help="Wan with fp32 between its blocks")
     given = parser.parse_args()
-    layout = Layout(ring=given.ring, ulysses=given.ulysses)
+    layout = Layout(ring=given.ring_degree, ulysses=given.ulysses_degree)
     for name in given.models:
         counted = count_block(name, layout=layout if layout.ranks > 1 else None, wide=given.wide)
         print(f"{name}: {counted}")
