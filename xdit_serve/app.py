@@ -128,6 +128,8 @@ class Door:
             self._log(scope, headers, seen, seconds)
 
     def _log(self, scope: Scope, headers: dict[bytes, bytes], seen: dict[str, int], seconds: float) -> None:
+        if scope["path"].startswith("/gradio_api/") and seen["status"] < 400:
+            return  # the page asks every second
         owner = self.service.keys.owner(headers.get(b"authorization"))
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from common.system.environment import open_standard_streams
 from common.system.extras import install
 from common.system.files import lenient_streams, say, shown, tell
 from xdit_serve.keys import is_here
+
+if TYPE_CHECKING:
+    from xdit_serve.serving import Page
 
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "multipart", "prometheus_client")
 """Modules of the extra `serve`."""
@@ -50,6 +53,9 @@ PATH = click.Path(path_type=Path)
 @click.option("--data-dir", type=PATH, default=Path("xdit-data"), help="Jobs, videos, states: all that is kept.")
 @click.option("--keep-hours", type=float, default=168.0, help="Ended jobs are removed after so many.")
 @click.option("--keep-gb", type=float, default=100.0, help="The oldest are removed when all take more (10^9 bytes).")
+@click.option(
+    "--page/--no-page", default=None, help="A page at / that makes and shows videos; where Gradio is installed."
+)
 @click.option("--queue", type=click.IntRange(1, MOST), default=1000, help="Jobs that may wait; more are refused.")
 @click.option("--timeout", type=float, default=1800.0, help="Seconds after which ranks that hang are ended.")
 @click.option("--save-every", type=float, default=60.0, help="Seconds between two states of a job on disk.")
@@ -114,7 +120,7 @@ def run(given: dict[str, Any]) -> int:
     memory = Memory()
     try:
         made = workers(at, given["keep_loaded"], given["timeout"], given["debug"])
-        return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"))
+        return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"), _page(given["page"]))
     except StoreError as error:
         say(f"error: {error}")
         return 1
@@ -136,6 +142,20 @@ def _try(offers: Sequence[Any], own: Sequence[str]) -> None:
             problems = [one for one in wrong.problems if not one.startswith(("--output", "--image", "--prompt"))]
             if problems:
                 raise WrongUse([f"{offer.name}: {problem}" for problem in problems]) from None
+
+
+def _page(asked: bool | None) -> Page | None:
+    """What puts the page at /. asked: None: where Gradio is installed. WrongUse where it is not and must be."""
+    if asked is False:
+        return None
+    if importlib.util.find_spec("gradio") is not None:
+        from xdit_serve.page.mount import mount
+
+        return mount
+    if asked:
+        raise WrongUse([f"--page: the package gradio is not installed: {install('page')}"])
+    say(f"note: there is no page at /: {install('page')}")
+    return None
 
 
 def _check_numbers(given: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def image_routes(service: Service) -> APIRouter:
 
     @routes.get("/v1/images/{name}/content")
     async def content(request: Request, name: str) -> Response:
-        return await file_answer(service, await service.job(name, service.owner(request), "image"))
+        return await file_answer(service, await service.job(name, service.viewer(request), "image"))
 
     return routes
 

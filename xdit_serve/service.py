@@ -19,6 +19,7 @@ from xdit_serve.keys import Keys
 from xdit_serve.metrics import Metrics
 from xdit_serve.offers import Offer
 from xdit_serve.records import Record
+from xdit_serve.sessions import Sessions
 from xdit_serve.store import Store, StoreError
 
 WATCH_SECONDS = 0.2
@@ -56,6 +57,7 @@ class Service:
     keys: Keys
     metrics: Metrics
     bodies: Bodies
+    sessions: Sessions
 
     def owner(self, request: Request) -> str:
         """Whose request it is. ApiError for nobody's."""
@@ -64,6 +66,11 @@ class Service:
         if owner is None:
             raise ApiError(401, "this server wants one of its keys: Authorization: Bearer KEY")
         return owner
+
+    def viewer(self, request: Request) -> str:
+        """Likewise, of one who may also be a browser that shows the page: for reading alone."""
+        owner = self.sessions.owner(dict(request.headers.raw))
+        return self.owner(request) if owner is None else owner
 
     def admitting(self) -> None:
         """ApiError once the server is about to end."""

@@ -23,6 +23,7 @@ from xdit_serve.dispatch import Dispatcher, Keeping, MakeWorkers
 from xdit_serve.keys import Keys
 from xdit_serve.metrics import Metrics
 from xdit_serve.service import Service, Settings
+from xdit_serve.sessions import Sessions
 from xdit_serve.store import Store
 
 HEADER_SECONDS = 20.0
@@ -74,6 +75,7 @@ def make_service(
 ) -> Service:
     """The parts of a server, put together."""
     metrics, keeping = Metrics(), Keeping(settings.keep_hours, settings.keep_gb)
+    keys = Keys(settings.keys)
     dispatcher = Dispatcher(store, settings.offers, settings.own, workers, keeping, metrics)
     metrics.watch(store.counts, dispatcher.health)
     return Service(
@@ -81,9 +83,10 @@ def make_service(
         store,
         dispatcher,
         Admission(store, settings.offers, settings.own, settings.queue, memory, dispatcher.job_seconds),
-        Keys(settings.keys),
+        keys,
         metrics,
         Bodies(settings.body_seconds, anyio.Semaphore(BODIES_AT_ONCE)),
+        Sessions(keys),
     )
 
 
@@ -104,11 +107,12 @@ def _living(app: FastAPI, service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        service.dispatcher.start()
-        yield
-        await anyio.to_thread.run_sync(service.dispatcher.stop, service.settings.leave_seconds)
+        async with inner(app):
+            service.dispatcher.start()
+            yield
+            await anyio.to_thread.run_sync(service.dispatcher.stop, service.settings.leave_seconds)
 
-    app.router.lifespan_context = life
+    inner, app.router.lifespan_context = app.router.lifespan_context, life
     return app
 
 

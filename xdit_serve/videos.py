@@ -67,7 +67,7 @@ def video_routes(service: Service) -> APIRouter:
 
     @routes.get("/v1/videos/{name}/content")
     async def content(request: Request, name: str) -> Response:
-        job = await service.job(name, service.owner(request), "video")
+        job = await service.job(name, service.viewer(request), "video")
         if (variant := request.query_params.get("variant", "video")) != "video":
             raise ApiError(400, f"variant {shortened(variant, 40)!r} is not made; there is video alone", "variant")
         return await file_answer(service, job)

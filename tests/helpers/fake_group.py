@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import queue
 import re
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import imageio_ffmpeg
 
 from common.run.states import At, Record, StateFile
 from common.run.unfinished import FORMAT, digest, metadata
@@ -27,14 +32,17 @@ from common.workers.group import (
     RankHealth,
 )
 
-PNG = b"\x89PNG\r\n\x1a\n a preview"
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+"""One pixel."""
 
 
 class FakeGroup:
     """Makes the file that `content` says, in as many steps as asked, each of `step_seconds`.
 
     Words in a prompt: `[fail]`, `[wrong]`, `[memory]` end a job so; `[lost at 3]` loses the group at step 3, each time
-    that it gets there; `[lost once at 3]` only the first time; `[slow 0.2]` makes steps longer.
+    that it gets there; `[lost once at 3]` only the first time; `[slow 0.2]` makes steps longer; `[play]` makes an mp4.
     """
 
     def __init__(
@@ -125,7 +133,7 @@ class FakeGroup:
             self._events.put(Progress(job.id, "sampling", step + 1, steps, left))
             self._events.put(Preview(job.id, step + 1, PNG))
         self._events.put(Progress(job.id, "decoding", 1, 2, 0.0, "chunk"))
-        write_file(video.output, content(video.prompt, video.seed))
+        write_file(video.output, playable() if "[play]" in prompt else content(video.prompt, video.seed))
         write_file(video.sidecar, json.dumps({"settings": {"seed": video.seed}}).encode())
         if job.keep_state is not None:
             job.keep_state.unlink(missing_ok=True)
@@ -149,3 +157,13 @@ class FakeGroup:
 def content(prompt: str, seed: int | None) -> bytes:
     """The bytes of a fake video."""
     return f"a video of {prompt!r}, seed {seed}".encode() * 50
+
+
+def playable() -> bytes:
+    """A video of two seconds that browsers play."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.mp4"
+        source = ["-f", "lavfi", "-i", "testsrc=duration=2:size=64x64:rate=8"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-pix_fmt", "yuv420p", str(file)]
+        subprocess.run([*command[:-1], "-movflags", "+faststart", command[-1]], check=True)
+        return file.read_bytes()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--starts-after", type=float, default=0.0)
     parser.add_argument("--body-seconds", type=float, default=60.0)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
     settings = Settings(
         given.data,
@@ -90,7 +91,14 @@ def main() -> int:
         lambda take, tell: Replicas(make, [(0, 1)] * given.groups, take, tell),
         lambda model, request: "not enough memory" if request.videos[0].sampling.width > 8000 else "",
         lambda url: print(url, flush=True),
+        _page() if given.page else None,
     )
+
+
+def _page() -> Callable[..., None]:
+    from xdit_serve.page.mount import mount
+
+    return mount
 
 
 if __name__ == "__main__":

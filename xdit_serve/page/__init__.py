@@ -1,0 +1,1 @@
+"""The page at /: who may see it, how it looks, what its buttons do. Needs the extra `page`."""
