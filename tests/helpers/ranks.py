@@ -1,5 +1,5 @@
-"""A pool of worker processes that stand in for ranks: importing torch is the main cost of a distributed test,
-so the workers are started once per session and every test borrows as many as it needs."""
+"""A pool of worker processes that stand in for ranks: importing torch is the main cost of a distributed test, so one
+process imports it and the workers are its forks, started once per session; every test borrows as many as it needs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class RankPool:
     """Runs a module-level function on n ranks and returns what each of them returned. seconds: its time limit."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("spawn")
+        self.context = multiprocessing.get_context("forkserver")
+        # This module brings torch; no thread runs before the fork.
+        self.context.set_forkserver_preload([__name__])
         self.store: dist.TCPStore | None = None
         self.workers: list[tuple[Any, Connection]] = []
 
