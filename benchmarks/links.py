@@ -9,8 +9,9 @@ in the same processes; medians are printed. A step is that of `benchmarks/step.p
 work: seconds of the slowest rank's core, all threads; that is computing and, on a CPU, copying to and from the network.
 link: bytes of the rank that sends most, headers included, over the rate. exposed: step - max(work, link), as a share
 of the step; what is over that maximum is waiting that better hiding could remove. even at: the rate at which a side's
-link takes as long as its work. `one`: ours on one core; `cache-dit`: its context parallelism (Ulysses) of diffusers'
-model, where that package is installed and takes the model. With more ranks than cores no clock proves anything.
+link takes as long as its work. `interleaved`: ours with guidance branches in turn; `one`: ours on one core;
+`cache-dit`: its context parallelism (Ulysses) of diffusers' model, where that package is installed and takes the model.
+With more ranks than cores no clock proves anything.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +38,13 @@ import torch.distributed as dist
 from benchmarks import door, forks, namespaces
 from benchmarks.step import DTYPES, Ours, Theirs, Timer, load_side
 from benchmarks.step_models import Case, Model
+from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Mesh, build_mesh, distributed
 from common.registry.forks import get_model, model_names
 from common.registry.layout import Layout, layouts_of
 from common.system.stopping import Stopped, stoppable
 
-SIDES = ("ours", "one", "cache-dit")
+SIDES = ("ours", "one", "cache-dit", "interleaved")
 FOLDER = "LINKS_FOLDER"
 """The variable that tells a rank where the weights are."""
 
@@ -63,7 +66,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--overlap-groups", type=door.whole(1024), nargs="+", default=[1])
     parser.add_argument("--mbit", type=door.rate, nargs="+", default=[0.0, 1600.0, 400.0], help="0: no limit")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:3]))
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--tokens", type=door.whole(10**7), default=2016)
     parser.add_argument("--words", type=door.whole(256, least=0), default=256, help="as for step.py")
@@ -115,11 +118,15 @@ class Rank:
         self.args, self.mesh, self.timer = args, mesh, Timer(mesh, "wall")
         case = model.case(args.tokens, mesh.device, DTYPES[args.dtype])
         self.sides: dict[str, Ours | Theirs | None] = {}
-        for place in args.layouts if "ours" in args.sides else ():
+        for place in args.layouts if {"ours", "interleaved"} & set(args.sides) else ():
             own = mesh if place == mesh.layout else build_mesh(place, mesh.device)
             for groups in args.overlap_groups if place.ulysses > 1 else [1]:
                 name = "x".join(map(str, place.degrees)) + (f", {groups} groups" if groups > 1 else "")
-                self.sides[f"ours {name}"] = self._load("ours", model, folder, own, case, groups)
+                if "ours" in args.sides:
+                    self.sides[f"ours {name}"] = self._load("ours", model, folder, own, case, groups)
+                if "interleaved" in args.sides and place.cfg == 1:
+                    turns = replace(own, interleaver=Interleaver())
+                    self.sides[f"interleaved {name}"] = self._load("ours", model, folder, turns, case, groups)
         if "one" in args.sides:
             alone = Mesh(device=mesh.device)
             self.sides["one"] = self._load("ours", model, folder, alone, case, 1) if mesh.is_main else None

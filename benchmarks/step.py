@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,9 @@ class Ours:
 
     def guided(self) -> Tensor:
         wanted = self.guide.branches(SCALE)
-        predictions = {branch: self.case.forward(self.model, self.x, self.conds[branch]) for branch in wanted}
-        return self.guide.combine(predictions, SCALE)
+        forward = partial(self.case.forward, self.model, self.x)
+        predictions = self.sp.each(forward, [self.conds[branch] for branch in wanted])
+        return self.guide.combine(dict(zip(wanted, predictions)), SCALE)
 
     def prediction(self) -> Tensor:
         """Guided, on full latents. Collective."""
