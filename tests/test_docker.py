@@ -61,10 +61,10 @@ def test_an_image_has_the_extras_that_its_fork_names():
         assert any(f'image.title="xdit-zoo {fork.name}"' in line for line in lines)
 
 
-def test_the_server_has_its_extra_and_keeps_its_data():
+def test_the_server_has_its_extras_and_keeps_its_data():
     lines = stages()["serve"]
     installed = {word for line in lines if "pip install" in line for word in line.split()}
-    assert installed & names_of(PROJECT["optional-dependencies"]) == names_of(["serve"])
+    assert installed & names_of(PROJECT["optional-dependencies"]) == names_of(["serve", "page"])
     assert 'VOLUME ["/data"]' in lines and "STOPSIGNAL SIGTERM" in lines
     (entry,) = [json.loads(line.removeprefix("ENTRYPOINT")) for line in lines if line.startswith("ENTRYPOINT")]
     given = serve.make_context("xdit-serve", entry[1:]).params
