@@ -15,16 +15,8 @@ from planner.machine import lab
 from planner.model import Prediction, hidden_share, predict
 
 Table = Callable[[Sequence[str], Iterable[Sequence[object]]], str]
-CASES = Path(__file__).parent / "published" / "hiding.json"
+DATA = Path(__file__).parent / "published" / "hiding.json"
 WAYS = ("nothing hidden", "one group", "head groups", "all that can", "and in turn")
-SHARED = (
-    *(("mochi", "mochi-l40-e2e"), ("mochi", "mochi-h20"), ("cogvideox-2b", "cogvideox-2b-l40")),
-    *(("cogvideox-5b", "cogvideox-5b-l40"), ("cogvideox-5b", "cogvideox-5b-a100")),
-    *(("cogvideox-1.5-5b", "cogvideox1.5-l40"), ("cogvideox-1.5-5b", "cogvideox1.5-h20")),
-    *(("consisid", "consisid-h100"), ("wan2.1-t2v-14b", "wan2.1-14b-h100"), ("wan2.2-t2v-a14b", "wan2.2-a14b-h100")),
-    *(("wan2.2-t2v-a14b", "wan2.2-a14b-a100"), ("wan2.2-ti2v-5b", "wan2.2-ti2v-5b-4090")),
-)
-"""Models and machines of published tables with several GPUs."""
 SHARED_LAYOUTS = (Layout(1, 1, 4), Layout(1, 4, 1), Layout(1, 2, 2))
 
 
@@ -32,9 +24,13 @@ def section(table: Table) -> list[str]:
     return [*_machines(table), *_shares(table), *_measured(table)]
 
 
+def _data() -> dict[str, Any]:
+    return json.loads(DATA.read_text(encoding="utf-8"))
+
+
 def cases() -> list[dict[str, Any]]:
     """Figures to reach on published machines, and what was published."""
-    return json.loads(CASES.read_text(encoding="utf-8"))
+    return _data()["cases"]
 
 
 def profile_of(case: dict[str, Any]) -> Profile:
@@ -95,7 +91,7 @@ def _name(layout: Layout) -> str:
 
 def _shares(table: Table) -> list[str]:
     lines = []
-    for name, machine in SHARED:
+    for name, machine in _data()["machines with several GPUs"]:
         model, profile = get_model(name), get_profile(machine)
         for layout in SHARED_LAYOUTS:
             groups = predict(model, model.default_size, layout, replace(profile, exposed=0.0), "ours").groups

@@ -426,8 +426,9 @@ def _block_bytes(stack: Stack, size: Size, layout: Layout) -> int:
 
     Residual, its normalised copy and one result beside q, k, v with what attention makes of them, their exchanged
     copies (of two exchanges where there are two), or the hidden layer of the feed-forward. A ring alone makes queries
-    only after keys and values have left.
+    only after keys and values have left; from three ranks on, more parts of them are on their way at once.
     """
     rows = max(sum(cost.tokens_of(stack, size, branch)) for branch in (0, 1)) / layout.sequence
-    exchanged = 4 if layout.sequence == 1 else 10 if layout.ulysses == 1 else 14 if layout.ring == 1 else 19
+    exchanged = 4 if layout.sequence == 1 else 7 if layout.ulysses == 1 else 11 if layout.ring == 1 else 12
+    exchanged += 3 if layout.ring > 2 else 0
     return math.ceil(rows) * (3 * stack.width + max(stack.feed_forward, exchanged * stack.width)) * BYTES

@@ -3,6 +3,7 @@ process imports it and the workers are its forks, started once per session; ever
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -22,6 +23,8 @@ def _worker(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while (job := pipe.recv()) is not None:
         port, rank, world_size, fn, args = job
+        # What imports left, those of the function that came among them, is never garbage.
+        gc.freeze()
         # The same variables torchrun sets; the parent hosts a fresh store for every job.
         os.environ |= {
             "RANK": str(rank),
