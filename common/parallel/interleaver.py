@@ -160,7 +160,7 @@ class _ThreadState:
     """What PyTorch keeps for each thread, as the thread that makes this has it."""
 
     def __init__(self) -> None:
-        self.modes = _get_current_dispatch_mode_stack()
+        self.modes, self.cores = _get_current_dispatch_mode_stack(), torch.get_num_threads()
         self.contexts: list[Callable[[], Any]] = []
         inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self.contexts += [partial(torch.inference_mode, inference), partial(torch.set_grad_enabled, grad)]
@@ -173,6 +173,8 @@ class _ThreadState:
     @contextmanager
     def here(self) -> Iterator[None]:
         """Have the same in this thread."""
+        # Libraries that PyTorch calls would take every core in a new thread, and round otherwise.
+        torch.set_num_threads(self.cores)
         with ExitStack() as stack:
             for context in self.contexts:
                 stack.enter_context(context())
