@@ -19,7 +19,7 @@ from common.registry.forks import Fork
 from common.registry.request import Request, WrongUse
 from common.run.destination import existing_problems
 from common.run.unfinished import taken_up, with_whole
-from common.system.units import gb, gib
+from common.system.units import figure, gb, gib
 from common.weights.placement import Placement
 
 
@@ -81,7 +81,7 @@ def _refused(request: Request) -> list[str]:
 def _step(counted: Estimator) -> None:
     """FLOPs and bytes of rank 0 in one step."""
     passes = f"{counted.passes} forward pass{'' if counted.passes == 1 else 'es'}"
-    print(f"compute     {counted.flops / 1e12:.4g} TFLOP a step on rank 0, {passes}")
+    print(f"compute     {figure(counted.flops / 1e12, 4)} TFLOP a step on rank 0, {passes}")
     sent = {name: size for name, size in counted.sent.items() if name != "sequence"}
     text = ", ".join(f"{name} {gb(size)}" for name, size in sent.items()) or "nothing"
     print(f"sent        {text} a step by rank 0")

@@ -1,4 +1,4 @@
-"""Bytes to be read: memory in powers of two, files, disks and traffic in powers of ten."""
+"""Numbers to be read. Bytes: memory in powers of two, files, disks and traffic in powers of ten."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def gb(size: float) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size:.0f} bytes"
+
+
+def figure(value: float, digits: int = 3) -> str:
+    """A number with so many digits that count, and all of those before its point: `0.125`, `16.4`, `3904`."""
+    return f"{value:.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
