@@ -10,8 +10,8 @@ import pytest
 
 from tests.fuzz.cases import AREAS
 
-CASES = {"arguments": 30, "prompts": 10, "names": 20, "environments": 5, "profiles": 40, "configs": 12}
-REST = 5
+CASES = {"arguments": 15, "prompts": 6, "names": 10, "environments": 4, "profiles": 20, "configs": 8}
+REST = 3
 
 RUN = """
 import json, sys

@@ -31,7 +31,7 @@ COVER = (
     Scene("consisid", output="latent", capability=(8, 0)),
     Scene("wan-1.3b", output="latent", capability=(8, 6)),
     Scene("mochi", Layout(2, 3, 2), layers=2),
-    Scene("cogvideox-5b-i2v", Layout(1, 2, 4), offload="block", shard=True, groups=2, layers=STREAMED),
+    Scene("cogvideox-5b-i2v", Layout(1, 2, 4), offload="block", shard=True, groups=2, output="latent", layers=STREAMED),
     Scene("cogvideox-2b", Layout(2, 3, 1), (10, 0), "auto", "fp16", "disk", scheduler="dpm", output="latent", layers=4),
     Scene("cogvideox-5b", Layout(ring=2), dtype="fp32", video=True, output="latent", layers=2),
     Scene("consisid", Layout(2, 1, 3), (8, 9), dtype="fp8", shard=True, output="latent", layers=STREAMED),
