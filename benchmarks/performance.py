@@ -141,7 +141,7 @@ def tables() -> list[str]:
     parts = [
         "## Appendix: published tables",
         "Published figures from `benchmarks/published/published.json` with their sources. Predicted are the published "
-        "system on its machine, `xdit-plan --gpu GROUP`, and this project on the same machine.",
+        "system on its machine, `xdit-plan --model MODEL --gpu GROUP`, and this project on the same machine.",
     ]
     for group in dict.fromkeys(row.group for row in rows()):
         members = [row for row in rows() if row.group == group]

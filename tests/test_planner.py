@@ -195,6 +195,17 @@ def test_without_a_name_the_planner_takes_this_machine_as_the_programs_do(monkey
     assert "6 GB/s as given" in ask(*line, "--link", "6").stdout
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "published"), [("consisid", "h100", "consisid-h100"), ("mochi", "l40", "mochi-l40-sampling")]
+)
+def test_a_kind_of_gpu_names_the_published_machines_with_other_links(model: str, gpu: str, published: str) -> None:
+    """README's table is of those machines: the answers differ, and each says by what."""
+    line = ("--model", model, "--gpus", "6", "--gpu")
+    told = [row for row in ask(*line, gpu).stdout.splitlines() if "other published rows" in row]
+    assert len(told) == 1 and str(get_profile(published).links) in told[0] and f"--gpu {published} " in told[0]
+    assert "other published rows" not in ask(*line, published).stdout
+
+
 def test_nobodys_own_profile_is_read_here() -> None:
     folder = machine.config_folder()
     assert folder is not None and Path.home() / ".config" not in folder.parents

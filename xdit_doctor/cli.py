@@ -371,7 +371,7 @@ def _keep(report: Mapping[str, Any], named: Path | None, quick: bool, quiet: boo
         click.echo(f"error: the profile cannot be written to {path}: {error.strerror or error}", err=True)
         return False
     used = "" if named else "; on machines like this one the programs choose layouts by it"
-    click.echo(f"profile     written to {path} (xdit-plan --gpu {path}){used}", err=quiet)
+    click.echo(f"profile     written to {path} (xdit-plan --model MODEL --gpu {path}){used}", err=quiet)
     return True
 
 
