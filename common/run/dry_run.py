@@ -12,14 +12,23 @@ from dataclasses import replace
 
 import torch
 
-from common.memory.choice import FreeMemory, Outlook, candidates, choose_placement, estimator, in_turn, long_sampling
+from common.memory.choice import (
+    FreeMemory,
+    Outlook,
+    candidates,
+    choose_placement,
+    estimator,
+    in_turn,
+    long_sampling,
+    needed,
+)
 from common.memory.estimate import STAGES, Estimate, Estimator, imagined
 from common.parallel.device_memory import host_memory
 from common.registry.forks import Fork
 from common.registry.request import Request, WrongUse
 from common.run.destination import existing_problems
 from common.run.unfinished import taken_up, with_whole
-from common.system.units import figure, gb, gib
+from common.system.units import figure, gb, gib, gibs
 from common.weights.placement import Placement
 
 
@@ -161,8 +170,13 @@ def _branches(
 
 
 def _fits(estimate: Estimate, memory: FreeMemory) -> str:
-    tight = "fits into" if estimate.peak <= memory.free else "DOES NOT FIT into"
-    return f": {estimate.fullest} needs {gib(estimate.peak)}, which {tight} {gib(memory.free)}"
+    stage, wanted = needed(estimate)
+    need, most, free = gibs(estimate.peak, wanted, memory.free)
+    said = f": {estimate.fullest} needs {need}, which "
+    if estimate.peak > memory.free:
+        return f"{said}DOES NOT FIT into {free}"
+    tight = f", but is tight: with its margin {stage} would want {most}" if wanted > memory.free else ""
+    return f"{said}fits into {free}{tight}"
 
 
 def _detail(rank: int, estimate: Estimate) -> None:

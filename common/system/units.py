@@ -5,12 +5,21 @@ from __future__ import annotations
 GIB = 2**30
 
 
-def gib(size: float) -> str:
+def gib(size: float, digits: int = 1) -> str:
     """Memory: `21.6 GiB`."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
         if size >= unit / 10:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1024:.1f} KiB"
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{size / 1024:.{digits}f} KiB"
+
+
+def gibs(*sizes: float) -> tuple[str, ...]:
+    """Amounts of memory that are compared: with as many digits as tell apart those that differ."""
+    for digits in range(1, 7):
+        said = tuple(gib(size, digits) for size in sizes)
+        if len(set(said)) == len(set(sizes)):
+            break
+    return said
 
 
 def gb(size: float) -> str:
