@@ -4,7 +4,8 @@
     python benchmarks/calibrate.py --write planner/hardware.json    # and write them there with the constants
     python benchmarks/calibrate.py --measured outputs/bench/mochi-cuda.json --gpu h200 --output mine.json
 
-The last one fits a machine's own constants, starting from a known profile; `xdit-plan --model MODEL --gpu mine.json` takes them.
+The last one fits a machine's own constants, starting from a known profile; `xdit-plan --model MODEL --gpu mine.json`
+takes them.
 Needs scipy, of the extra `plot`.
 """
 

@@ -224,7 +224,7 @@ def known_names() -> str:
 
 
 def published_machines(profile: Profile) -> dict[str, Profile]:
-    """The profiles of machines with this kind of GPU and other links, fitted to rows of their own: one for each machine.
+    """The profiles of machines with this kind of GPU and other links, fitted to rows of their own, one for each.
 
     Empty for what is no kind of GPU.
     """
