@@ -188,7 +188,7 @@ def claimed(outputs: Sequence[Path]) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _claimed(output: Path) -> Iterator[None]:
-    lock = output.with_name(f".{output.stem}.lock")
+    lock = output.with_name(f".{output.name}.lock")
     try:
         descriptor = _open_locked(lock)
     except OSError:
