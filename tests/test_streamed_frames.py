@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.parallel.mesh import Layout, Mesh, distributed
+from common.registry.request import beside
 from common.registry.settings import DecodeOptions
 from common.run.command_line import parse
 from common.run.outputs import Output
@@ -94,14 +95,14 @@ def test_a_decode_that_ends_early_replaces_nothing_and_keeps_the_latents(tmp_pat
     with output(tmp_path / name).opened() as file:
         file.begin(2, 16, 16)
         file.add(piece(1))
-    (tmp_path / "x.json").write_text("earlier")
+    beside(tmp_path / name, name == "x", ".json").write_text("earlier")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(type(ending)), output(tmp_path / name).opened() as file:
         file.begin(4, 16, 16)
         file.add(piece(2))
         raise ending
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert after.pop(tmp_path / "x.latents.safetensors") and after == before
+    assert after.pop(beside(tmp_path / name, name == "x", ".latents.safetensors")) and after == before
 
 
 def test_a_smaller_plan_begins_the_output_anew(tmp_path) -> None:
@@ -112,7 +113,7 @@ def test_a_smaller_plan_begins_the_output_anew(tmp_path) -> None:
         file.add(piece(2))
         file.add(piece(3))
     frames = np.load(tmp_path / "x.npy")
-    assert frames[:, 0, 0, 0].tolist() == [2, 2, 3, 3] and left(tmp_path) == ["x.json", "x.npy"]
+    assert frames[:, 0, 0, 0].tolist() == [2, 2, 3, 3] and left(tmp_path) == ["x.npy", "x.npy.json"]
 
 
 def test_a_full_disk_is_told_when_no_rank_waits_any_more(tmp_path, monkeypatch) -> None:
@@ -127,10 +128,10 @@ def test_a_full_disk_is_told_when_no_rank_waits_any_more(tmp_path, monkeypatch) 
         for value in (1, 2):
             file.add(piece(value))
             given.append(value)
-    assert given == [1, 2] and left(tmp_path) == ["x.latents.safetensors"]
+    assert given == [1, 2] and left(tmp_path) == ["x.npy.latents.safetensors"]
     given.clear()
     with pytest.raises(WriteError, match="No space left"), output(tmp_path / "x.npy").opened() as file:
         file.begin(4, 16, 16)
         file.add(piece(1))
         given.append(1)
-    assert given == [] and left(tmp_path) == ["x.latents.safetensors"]
+    assert given == [] and left(tmp_path) == ["x.npy.latents.safetensors"]
