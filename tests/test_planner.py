@@ -21,6 +21,7 @@ from common.registry.layout import RULE, Layout, layouts_of
 from common.run import degrees
 from common.run.options import options
 from planner import choose_layout, get_model, get_profile, machine, plan, predict
+from planner.cli import command
 from planner.hardware import names
 from planner.layouts import enough, refusal
 from planner.machine import recognise
@@ -397,7 +398,8 @@ def test_memory_is_that_of_a_dry_run() -> None:
 
 
 def test_nothing_is_advised_that_no_program_does() -> None:
-    known = {spelling for option in options(forks()[0]) for spelling in option.opts}
+    named = [*options(forks()[0]), *command.params]  # of a program that makes videos, and of the planner itself
+    known = {spelling for option in named for spelling in option.opts}
     for gpus in (6, 8, 64):
         text = ask("--model", "mochi", "--gpu", "l40", "--gpus", str(gpus)).stdout
         assert set(re.findall(r"(?<!\w)--[a-z][a-z-]*", text)) <= known
