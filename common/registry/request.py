@@ -195,6 +195,8 @@ class Request:
     unfinished: Unfinished | None = None
     slots: tuple[tuple[int, ...], ...] = ()
     """Descriptors of the `common.run.states.Slots` of each rank of a sequence, or of rank 0 alone."""
+    colours: Path | None = None
+    """Where it is learned what colours latents have, for previews, see `common.video.previews`; None: nowhere."""
 
     @property
     def on_cpu(self) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from common.parallel.mesh import Mesh
     from common.video.files import Audio
+    from common.video.previews import Lesson
     from common.video.states import StateKeeper
     from common.video.writers import FrameWriter
 
@@ -51,6 +52,7 @@ class Output:
     ) -> None:
         self.keeper = keeper
         self.video, self.request, self.mesh, self.report = video, request, mesh, report
+        self._latents: Tensor | None = None
         self._first, self._began = len(report.records), time.perf_counter()
         self._before = [identity(path) for path in video.latents_files]
 
@@ -72,6 +74,7 @@ class Output:
             text = json.dumps(settings(self.request, self.video))
             told = {"program": self.request.program, "decoder": numbers_of(decoder), "settings": text}
             save_latents(self.video.latents_file, latents, told, self.report.warn)
+            self._latents = latents
 
     def kept(self, channels: int, decoder: object) -> Tensor | None:
         """The latents (1, C, T, h, w) of --from-latents, None without it; WrongUse says what is wrong with them.
@@ -108,12 +111,18 @@ class Output:
         Left without an error, it gives the video its name, with its settings inside and the json beside it, and removes
         the latents unless they are to be kept; otherwise nothing of it stays. audio: as of `write`. Collective.
         """
-        with GrowingVideo(self.video, self.request, audio, alone=self.mesh.world.size == 1) as file:
+        from common.video.previews import learn
+
+        latents = self._latents if self.request.colours is not None else None
+        with GrowingVideo(self.video, self.request, audio, self.mesh.world.size == 1, latents) as file:
             yield file
             of_peers = _gather(self.mesh, self.report.records[self._first :])[1:]
             if not self.mesh.is_main:
                 return
             self._complete(file, of_peers)
+        if self.request.colours is not None and file.lesson is not None:
+            with suppress(OSError):  # of a full disk: there are no previews then
+                learn(self.request.colours, file.lesson.sums())
         for path, earlier in zip(self.video.latents_files, self._before):
             if identity(path) == earlier:  # what an earlier run has kept is not ours
                 continue
@@ -138,11 +147,16 @@ class GrowingVideo:
     """A video's output while its frames come, see `common.video.decode_video.FrameSink`.
 
     alone: whether no other rank waits for this one. If others do, a full disk is told in the end (`closed`): who left
-    in the middle of a decode would leave them in it. Left as a context, it removes what has not got its name.
+    in the middle of a decode would leave them in it. latents: those of which colours are to be learned, in `lesson`.
+    Left as a context, it removes what has not got its name.
     """
 
-    def __init__(self, video: Video, request: Request, audio: Audio | None, alone: bool) -> None:
+    def __init__(
+        self, video: Video, request: Request, audio: Audio | None, alone: bool, latents: Tensor | None = None
+    ) -> None:
         self.video, self.request, self.audio, self.alone = video, request, audio, alone
+        self._latents = latents
+        self.lesson: Lesson | None = None
         self.settings: dict[str, Any] = {}
         self._writer: FrameWriter | None = None
         self._failed: OSError | None = None
@@ -157,8 +171,10 @@ class GrowingVideo:
     def begin(self, count: int, height: int, width: int) -> None:
         """Open the output; of an earlier beginning nothing stays."""
         from common.video.formats import open_writer
+        from common.video.previews import Lesson
 
         self.__exit__()
+        self.lesson = None if self._latents is None else Lesson(self._latents, count, height, width)
         self._writer = self._failed = None
         # Decoded from a file, they need not be what the options say.
         self.settings = settings(self.request, self.video) | {"width": width, "height": height, "num_frames": count}
@@ -172,6 +188,8 @@ class GrowingVideo:
             assert self._writer is not None
             with self._in_step():
                 self._writer.add(frames)
+        if self.lesson is not None:
+            self.lesson.add(frames)
 
     def closed(self) -> FrameWriter:
         """The writer, all frames in it. Raises OSError where one could not be written, then or now."""
