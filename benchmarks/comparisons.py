@@ -11,7 +11,6 @@ from typing import Any
 
 from benchmarks.published import HERE
 from common.registry.forks import Size, get_model
-from common.system.units import figure
 from planner.hardware import get_profile
 from planner.layouts import plan
 from planner.model import Prediction
@@ -54,7 +53,7 @@ def _line(row: dict[str, Any]) -> list[object]:
         UNITS[row["covers"]],
         f"{row['seconds']:g}",
         ", ".join(layout),
-        *(figure(_seconds(one, row["covers"]), 4) for one in best),
+        *(f"{_seconds(one, row['covers']):.4g}" for one in best),
     ]
 
 

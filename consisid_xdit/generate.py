@@ -50,8 +50,7 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
             )
             output.keep(latents, pipe.vae_config)
         assert latents is not None
-        with output.opened() as frames:
-            pipe.decode(latents, request.decode, frames)
+        output.write(pipe.decode(latents, request.decode))
 
 
 def _check_person(image: Path | None, file: Path | None, pipe: ConsisIDPipeline) -> None:

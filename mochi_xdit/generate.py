@@ -38,5 +38,4 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
             )
             output.keep(latents, pipe.vae_config)
         assert latents is not None
-        with output.opened() as frames:
-            pipe.decode(latents, request.decode, frames)
+        output.write(pipe.decode(latents, request.decode))
