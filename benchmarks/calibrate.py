@@ -4,7 +4,8 @@
     python benchmarks/calibrate.py --write planner/hardware.json    # and write them there with the constants
     python benchmarks/calibrate.py --measured outputs/bench/mochi-cuda.json --gpu h200 --output mine.json
 
-The last one fits a machine's own constants, starting from a known profile; `xdit-plan --gpu mine.json` takes them.
+The last one fits a machine's own constants, starting from a known profile; `xdit-plan --model MODEL --gpu mine.json`
+takes them.
 Needs scipy, of the extra `plot`.
 """
 
@@ -357,7 +358,7 @@ def own_profile(path: Path, gpu: str, output: Path) -> None:
         click.echo(f"{o.layout!s:34}{o.kind:10}{o.seconds:>10.2f}{fitted:>10.2f}{cells}")
     own = asdict(made) | {"name": output.stem, "calibrated_on": f"{path.name}, {len(observations)} figures"}
     output.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
-    click.echo(f"written: {output} (xdit-plan --gpu {output})")
+    click.echo(f"written: {output} (xdit-plan --model MODEL --gpu {output})")
 
 
 def _left_out(problem: Problem, fit: Fit) -> list[float | None]:

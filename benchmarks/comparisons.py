@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.published import HERE
 from common.registry.forks import Size, get_model
+from common.system.units import figure
 from planner.hardware import get_profile
 from planner.layouts import plan
 from planner.model import Prediction
@@ -53,7 +54,7 @@ def _line(row: dict[str, Any]) -> list[object]:
         UNITS[row["covers"]],
         f"{row['seconds']:g}",
         ", ".join(layout),
-        *(f"{_seconds(one, row['covers']):.4g}" for one in best),
+        *(figure(_seconds(one, row["covers"]), 4) for one in best),
     ]
 
 

@@ -24,6 +24,7 @@ from benchmarks import comparisons, door, hiding
 from benchmarks.plots import profile_of, seconds_of
 from benchmarks.published import HERE, Row, excluded, rows, shown
 from common.registry.forks import fork_of, get_model, model_names
+from common.system.units import figure
 from planner.hardware import get_profile
 from planner.layouts import plan
 from planner.model import predict
@@ -140,7 +141,7 @@ def tables() -> list[str]:
     parts = [
         "## Appendix: published tables",
         "Published figures from `benchmarks/published/published.json` with their sources. Predicted are the published "
-        "system on its machine, `xdit-plan --gpu GROUP`, and this project on the same machine.",
+        "system on its machine, `xdit-plan --model MODEL --gpu GROUP`, and this project on the same machine.",
     ]
     for group in dict.fromkeys(row.group for row in rows()):
         members = [row for row in rows() if row.group == group]
@@ -168,8 +169,8 @@ def _published_line(row: Row) -> list[object]:
         f"{d.cfg} x {d.ring} x {d.ulysses}{fsdp}",
         comparisons.UNITS[row.kind],
         f"{row.seconds:g}",
-        f"{seconds_of(row):.4g}",
-        f"{here:.4g}",
+        figure(seconds_of(row), 4),
+        figure(here, 4),
         row.id + note,
     ]
 

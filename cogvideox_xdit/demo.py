@@ -13,7 +13,8 @@ from cogvideox_xdit.config import CONFIGS, TRAINED, TransformerConfig, VAEConfig
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 from cogvideox_xdit.weights import rename_table
-from common.run.demo import cache_home, fill, made_once, red_circle, write_json, write_part, write_text_encoder
+from common.run.demo import fill, made_once, red_circle, write_json, write_part, write_text_encoder
+from common.system.files import cache_home
 
 SEED = 20240806
 _REVISION = 2

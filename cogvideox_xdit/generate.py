@@ -49,4 +49,5 @@ def generate(request: Request, mesh: Mesh, report: Report) -> None:
             )
             output.keep(latents, pipe.vae_config)
         assert latents is not None
-        output.write(pipe.decode(latents, request.decode))
+        with output.opened() as frames:
+            pipe.decode(latents, request.decode, frames)

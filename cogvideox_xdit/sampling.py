@@ -23,6 +23,7 @@ from common.registry.forks import Model, Size
 from common.system.progress import Report
 from common.text.t5 import text_work
 from common.video.latents import require_finite
+from common.video.previews import Levels, View
 from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
@@ -42,6 +43,9 @@ class Steps(Protocol):
 
     @property
     def timesteps(self) -> Sequence[int]: ...
+
+    @property
+    def levels(self) -> tuple[Levels, ...]: ...
 
     @property
     def memory(self) -> Mapping[str, Tensor]: ...
@@ -78,7 +82,8 @@ def sample(
 
     count, keeper = len(solver.timesteps), keeper or StateKeeper()
     lengths = sp.lengths(size[0] * size[1] * size[2] // model.config.patch_volume)
-    state = keeper.begin(sp, {"z": local(start.latents)}, lengths, count)
+    view = View(size, patch, clean=("before",), levels=solver.levels)
+    state = keeper.begin(sp, {"z": local(start.latents)}, lengths, count, view)
     z = state.shards["z"]
     if state.step:
         solver.recall(state.shards)
@@ -105,6 +110,7 @@ class OneStep:
     """A solver of a single step, of whose numbers nothing depends: for counting."""
 
     timesteps = (500,)
+    levels = ((0.0, 1.0, 1.0, 0.0),)
     memory: Mapping[str, Tensor] = {}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:

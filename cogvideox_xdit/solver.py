@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.video.previews import Levels
+
 SCHEDULERS: Mapping[str, str] = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 
 
@@ -42,6 +44,12 @@ class Solver:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def levels(self) -> tuple[Levels, ...]:
+        """Of each step: how much of the video and how much noise is in the latents before it, and after it."""
+        alphas = [(float(alpha), float(following)) for alpha, following, _ in map(self._alphas, range(len(self)))]
+        return tuple((a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5) for a, b in alphas)
 
     @property
     def memory(self) -> dict[str, Tensor]:

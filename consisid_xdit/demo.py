@@ -13,7 +13,8 @@ import torch
 
 from cogvideox_xdit import demo as cogvideox
 from cogvideox_xdit.config import VAEConfig
-from common.run.demo import cache_home, fill, made_once, write_json, write_part
+from common.run.demo import fill, made_once, write_json, write_part
+from common.system.files import cache_home
 from consisid_xdit.config import PREVIEW, TRAINED, ConsisIDConfig, consisid_json
 from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.face_demo import write_face_models

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.run.demo import cache_home, fill, made_once, write_json, write_part, write_text_encoder
+from common.run.demo import fill, made_once, write_json, write_part, write_text_encoder
+from common.system.files import cache_home
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.vae import MochiDecoder, MochiEncoder

@@ -17,6 +17,7 @@ from common.registry.forks import Model, Size
 from common.system.progress import Report
 from common.text.t5 import text_work
 from common.video.latents import require_finite
+from common.video.previews import View, flow_levels
 from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
@@ -66,7 +67,8 @@ def sample(
     tokens = pack(latents.to(model.device, latent_dtype(model.dtype)), patch)
     keeper = keeper or StateKeeper()
     lengths = sp.lengths(tokens.shape[1])
-    state = keeper.begin(sp, {"z": sp.shard(tokens)}, lengths, len(scales))
+    view = View(size, (1, patch, patch), "tyxc", levels=flow_levels(sigmas))
+    state = keeper.begin(sp, {"z": sp.shard(tokens)}, lengths, len(scales), view)
     z = state.shards["z"]
     times = torch.tensor([TIME_SCALE * (1.0 - sigma) for sigma in sigmas], dtype=z.dtype, device=z.device)
     with report.stage("sampling", total=len(scales), done=state.step) as step:

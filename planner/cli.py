@@ -182,10 +182,11 @@ def _credits(plan: Plan) -> None:
         click.echo("not calibrated: efficiencies are guesses; trust the order more than the seconds")
         return
     click.echo(f"{profile.name}: {profile.calibration}; links: {profile.links}")
-    machines = published_machines(profile.name).items()
-    others = {name: other for name, other in machines if other.links.kind != profile.links.kind}
+    others = published_machines(profile)
     for name, other in others.items():
-        click.echo(f"  the published rows on {profile.name} ran with {other.links}: --gpu {name} predicts that machine")
+        click.echo(
+            f"  other published rows on {profile.name} ran with {other.links}: --gpu {name} predicts that machine"
+        )
     if others:
         click.echo("  --link says what yours are, xdit-doctor measures them")
 

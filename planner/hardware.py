@@ -221,10 +221,18 @@ def known_names() -> str:
     return f"a kind of GPU ({kinds}), a calibrated profile (see --list-gpus), or the path of one of xdit-doctor's"
 
 
-def published_machines(gpu: str) -> dict[str, Profile]:
-    """The profiles of machines with these GPUs that were fitted to rows of their own."""
-    mine = [name for name, entry in table()["profiles"].items() if entry["gpu"] == gpu and entry.get("error")]
-    return {name: get_profile(name) for name in mine}
+def published_machines(profile: Profile) -> dict[str, Profile]:
+    """The profiles of machines with this kind of GPU and other links, fitted to rows of their own, one for each.
+
+    Empty for what is no kind of GPU.
+    """
+    found: dict[tuple[str, float], tuple[str, Profile]] = {}
+    for name, entry in table()["profiles"].items():
+        if entry["gpu"] == profile.name and entry.get("error"):
+            other = get_profile(name)
+            found.setdefault((other.links.kind, other.links.gbs), (name, other))
+    found.pop((profile.links.kind, profile.links.gbs), None)
+    return dict(found.values())
 
 
 def describe(name: str) -> str:

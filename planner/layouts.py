@@ -183,10 +183,10 @@ def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size,
         return 1, "nothing is known of this machine's links; xdit-doctor measures them"
     profile, source = known
     best, whole = (predict(model, size, layout, profile, "ours", groups=groups) for groups in (None, 1))
-    seconds = f"{best.step:.3g} s a step predicted with {profile.links}"
+    seconds = f"{best.step:.4g} s a step predicted with {profile.links}"
     if best.groups == 1:
         return 1, f"{seconds}, and more are no faster; from {source}"
-    return best.groups, f"{seconds}, {whole.step:.3g} s with one; from {source}"
+    return best.groups, f"{seconds}, {whole.step:.4g} s with one; from {source}"
 
 
 def choose_replicas(

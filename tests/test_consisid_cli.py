@@ -17,6 +17,7 @@ from cogvideox_xdit.config import VAEConfig
 from common.parallel.mesh import Mesh
 from common.system import environment
 from common.system.extras import install
+from common.video.decode_video import FrameSink
 from common.video.files import read_video
 from consisid_xdit import cli, options
 from consisid_xdit.fork import FORK
@@ -125,7 +126,8 @@ def test_the_demos_person_is_read_once(monkeypatch: pytest.MonkeyPatch, missing:
             seen.append(identity)
             return "latents"
 
-        def decode(self, *_: object) -> None: ...
+        def decode(self, latents: object, options: object, frames: FrameSink) -> None:
+            frames.begin(1, 8, 8)
 
     monkeypatch.setattr(ConsisIDPipeline, "from_pretrained", lambda *_, **__: Pipe())
     request = read(*BASE, "--num-videos", "2")

@@ -16,7 +16,7 @@ from common.registry.settings import DecodeOptions
 from common.system.progress import Report
 from common.video.causal import CausalStream
 from common.video.decode import VideoDecoder
-from common.video.decode_video import decode_video
+from common.video.decode_video import AllFrames, decode_video
 from mochi_xdit.config import MochiVAEConfig
 from mochi_xdit.vae import MochiDecoder
 
@@ -58,7 +58,7 @@ def counted(name: str, latents: int, rows: int) -> list[int]:
     model.register_forward_pre_hook(note)
     z = torch.randn(1, 12 if name == "mochi" else 16, latents, rows, 2)
     with mock.patch("common.video.decode_video.free_memory", lambda *_: 2**40):
-        decode_video(model, z, mesh, DecodeOptions(), Report())
+        decode_video(model, z, mesh, DecodeOptions(), Report(), AllFrames())
     return given
 
 

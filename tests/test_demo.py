@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from common.run.demo import cache_home, made_once, write_text_encoder
+from common.run.demo import made_once, write_text_encoder
+from common.system.files import cache_home
 from common.text.encoder import encode
 from common.text.t5 import EncoderFiles
 from common.video.decode import decode_frames

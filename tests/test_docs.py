@@ -148,6 +148,13 @@ def test_a_command_is_one_that_exists(given):
         assert "docker" in given.needs, f"nobody checks {words[0]}"
 
 
+def test_the_planner_is_never_named_without_a_model() -> None:
+    """In sentences too: it has no default."""
+    for page in PAGES:
+        for line in re.findall(r"`(xdit-plan -[^`]*)`", page.read_text()):
+            assert "--model" in line, f"{page}: {line}"
+
+
 RUN = [c for c in COMMANDS if not c.needs and (c.words[0] == "xdit-plan" or "--demo" in c.words)]
 
 

@@ -302,6 +302,18 @@ def test_hours_on_a_cpu_are_told_and_not_begun_unasked(monkeypatch, tmp_path, ca
     assert status == 0 and "warning: sampling takes at least 30 hours" in err
 
 
+def test_figures_do_not_contradict_what_is_said_of_them():
+    def said(decode: float, free: float) -> str:
+        return choose_placement(estimates(decode=decode), FreeMemory(int(free * GIB), 99 * GIB), 1).why
+
+    plenty = said(20, 40)
+    assert "wants 26.5 GiB, margin included, of 40.0 GiB free" in plenty and "tight" not in plenty
+    tight = said(25, 30)  # fits without the margin alone, and is tried
+    assert "needs 26.0 GiB of 30.0 GiB free, which is tight: with its margin it would want 32.8 GiB" in tight
+    with pytest.raises(ValueError, match=r"decode needs 31\.000 GiB .*and 30\.999 GiB are free"):
+        said(30, 30.999)
+
+
 def test_candidates_need_less_and_less():
     count = estimates()
     for ranks in (1, 4):

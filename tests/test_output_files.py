@@ -178,7 +178,7 @@ def test_a_killed_run_gives_its_names_back(tmp_path):
 def test_the_second_run_of_one_output_is_told(tmp_path):
     line = [*FAKE, "--prompt", "one", "--output", "x.mp4"]
     first = subprocess.Popen([*line, "--pause", "0.5"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while not list(tmp_path.glob(".x.lock")):
+    while not list(tmp_path.glob(".x.mp4.lock")):
         assert first.poll() is None
         time.sleep(0.05)
     second = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)

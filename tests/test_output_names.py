@@ -50,7 +50,8 @@ def test_the_suffix_decides_and_the_settings_are_true(tmp_path, name):
     path = tmp_path / name
     if Path(name).suffix not in (".gif", ".jpg"):
         assert np.array_equal(read(path), noise(count))
-    sidecar = path.with_name(path.name + ".json") if name.endswith("/") else path.with_suffix(".json")
+    own = "" if path.suffix == ".mp4" else ".frames" if path.is_dir() else path.suffix
+    sidecar = path.with_name(f"{path.name if path.is_dir() else path.stem}{own}.json")
     told = json.loads(sidecar.read_text())["settings"]
     assert (told["output"], told["seed"], told["num_frames"], told["crf"]) == (
         str(Path(name)), int(SEED), count, 0 if lossless else None
@@ -61,6 +62,15 @@ def test_the_suffix_decides_and_the_settings_are_true(tmp_path, name):
     elif path.suffix != ".npy":  # which has no place for them
         assert json.loads(inside(path)[1]) == told
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_outputs_of_one_stem_have_each_their_own_json(tmp_path):
+    names = ("x.mp4", "x.gif", "x.webm", "x")
+    for name in names:
+        assert make("--output", name, "--num-frames", "7", "--save-latents") == 0
+    told = {path.name: json.loads(path.read_text())["settings"]["output"] for path in tmp_path.glob("*.json")}
+    assert told == dict(zip(("x.json", "x.gif.json", "x.webm.json", "x.frames.json"), names))
+    assert len(list(tmp_path.glob("*.latents.safetensors"))) == len(names)
 
 
 def test_one_frame_of_webp_is_a_still(tmp_path):
@@ -156,7 +166,7 @@ def test_a_forks_own_files_are_not_replaced_unasked(tmp_path, monkeypatch, capsy
 
 def test_an_empty_folder_and_an_unfinished_runs_latents_are_no_outputs(tmp_path):
     (tmp_path / "frames").mkdir()
-    (tmp_path / "frames.latents.safetensors").write_bytes(b"kept")
+    (tmp_path / "frames.frames.latents.safetensors").write_bytes(b"kept")
     assert make("--output", "frames") == 0
     assert len(os.listdir(tmp_path / "frames")) == 7
 

@@ -53,7 +53,7 @@ def test_every_layout_makes_the_same_picture(site: Path) -> None:
     expected = np.asarray(Image.open(whole)).astype(int)
     assert expected.shape == (64, 64, 3) and expected.std() > 5
     inside = json.loads(Image.open(whole).text["Comment"])
-    assert inside["seed"] == 3 and inside == json.loads(whole.with_suffix(".json").read_text())["settings"]
+    assert inside["seed"] == 3 and inside == json.loads(whole.with_suffix(".png.json").read_text())["settings"]
     for kind in ("ulysses", "ring"):
         split = generate(site, f"{kind}.png", "--gpus", "2", f"--{kind}-degree", "2", "--no-cfg-parallel")
         assert np.abs(np.asarray(Image.open(split)) - expected).max() <= 1, kind

@@ -21,6 +21,7 @@ from common.registry.layout import RULE, Layout, layouts_of
 from common.run import degrees
 from common.run.options import options
 from planner import choose_layout, get_model, get_profile, machine, plan, predict
+from planner.cli import command
 from planner.hardware import names
 from planner.layouts import enough, refusal
 from planner.machine import recognise
@@ -193,6 +194,17 @@ def test_without_a_name_the_planner_takes_this_machine_as_the_programs_do(monkey
     layout, _ = degrees.choose_layout(("mochi",), 8, 24, True)
     assert f"best: {layout} " in ask(*line).stdout
     assert "6 GB/s as given" in ask(*line, "--link", "6").stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "published"), [("consisid", "h100", "consisid-h100"), ("mochi", "l40", "mochi-l40-sampling")]
+)
+def test_a_kind_of_gpu_names_the_published_machines_with_other_links(model: str, gpu: str, published: str) -> None:
+    """README's table is of those machines: the answers differ, and each says by what."""
+    line = ("--model", model, "--gpus", "6", "--gpu")
+    told = [row for row in ask(*line, gpu).stdout.splitlines() if "other published rows" in row]
+    assert len(told) == 1 and str(get_profile(published).links) in told[0] and f"--gpu {published} " in told[0]
+    assert "other published rows" not in ask(*line, published).stdout
 
 
 def test_nobodys_own_profile_is_read_here() -> None:
@@ -386,7 +398,8 @@ def test_memory_is_that_of_a_dry_run() -> None:
 
 
 def test_nothing_is_advised_that_no_program_does() -> None:
-    known = {spelling for option in options(forks()[0]) for spelling in option.opts}
+    named = [*options(forks()[0]), *command.params]  # of a program that makes videos, and of the planner itself
+    known = {spelling for option in named for spelling in option.opts}
     for gpus in (6, 8, 64):
         text = ask("--model", "mochi", "--gpu", "l40", "--gpus", str(gpus)).stdout
         assert set(re.findall(r"(?<!\w)--[a-z][a-z-]*", text)) <= known

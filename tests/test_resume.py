@@ -54,8 +54,8 @@ def sampled(
     mesh: Mesh = distributed(layout)
     parts: dict[int, bytes] = {}
 
-    def deliver(step, steps, shards, whole) -> None:
-        parts[step] = pack(shards, whole)
+    def deliver(step, steps, shards, whole, view) -> None:
+        parts[step] = pack(shards, whole, view)
 
     load = None if begun is None else (lambda: read_state(begun))
     keeper = StateKeeper(load, deliver, gather)

@@ -183,7 +183,7 @@ def test_a_folder_has_a_state_of_its_own_whatever_its_name_looks_like(tmp_path):
         more = ("--output", f"{tmp_path / name}/")
         left = taken_up(request(tmp_path, *more))
         file = state_file(left, command(tmp_path, *more))
-        assert file.path == tmp_path / f"{name}.state.safetensors"
+        assert file.path == tmp_path / f"{name}.frames.state.safetensors"
         file.write(Record(At(0, 2), 8, (b"",)))
         again = taken_up(parse(FORK, with_interrupted(["--resume", str(file.path)], FORK.program)))
         assert again.unfinished is not None and again.videos == left.videos

@@ -14,13 +14,13 @@ import pytest
 
 from common.registry.layout import Layout
 from common.run.unfinished import metadata
-from common.workers.group import Cancelled, Failed, Finished, GroupError, Lost, Progress
+from common.workers.group import Cancelled, Failed, Finished, GroupError, Lost, Preview, Progress
 from common.workers.local import LocalGroup
 from common.workers.orders import Maker, maker_of
 from common.workers.pace import Pace
 from mochi_xdit.fork import FORK as MOCHI
 from tests.fake_fork.fork import FORK as FAKE
-from tests.helpers.workers import SMALL, alone, at_step, ended, job, levels_apart, run, running, until
+from tests.helpers.workers import SMALL, alone, at_step, ended, job, levels_apart, likeness, run, running, until
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKERS = (Maker(FAKE),)
@@ -46,7 +46,9 @@ def fake(folder: Path, name: str, *arguments: object, ranks: int = 2):
 def test_jobs_share_what_is_loaded_and_a_cancelled_one_leaves_nothing(group, tmp_path):
     first = mochi(tmp_path, "first", "--num-steps", 3)
     expected = alone(MOCHI, first.request)
-    end, events = run(group, first)
+    end, events = run(group, replace(first, previews=True))
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert previews and previews[-1].step == 3 and likeness(previews[-1].png, expected[len(expected) // 2]) > 0.8
     assert isinstance(end, Finished) and end.sidecar.exists() and not first.keep_state.exists()
     steps = [e.step for e in events if isinstance(e, Progress) and e.stage == "sampling"]
     assert steps[-1] == 3 and steps == sorted(steps) and {e.job for e in events} == {"first"}
@@ -66,7 +68,9 @@ def test_jobs_share_what_is_loaded_and_a_cancelled_one_leaves_nothing(group, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.json", "first.npy"]
 
     again = mochi(tmp_path, "again", "--num-steps", 3)
-    assert isinstance(run(group, again)[0], Finished) and levels_apart(again, expected) <= 1
+    end, events = run(group, again)
+    assert isinstance(end, Finished) and levels_apart(again, expected) <= 1
+    assert not any(isinstance(event, Preview) for event in events)
     assert group.health().loadings == 3
 
     # Another layout on the same ranks, then another program.

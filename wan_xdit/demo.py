@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.run.demo import cache_home, fill, made_once, red_circle, write_json, write_part, write_text_encoder
+from common.run.demo import fill, made_once, red_circle, write_json, write_part, write_text_encoder
+from common.system.files import cache_home
 from common.text.t5 import UMT5
 from common.weights.load import save
 from wan_xdit.checkpoint import DEMO_KINDS, RULES, TRAINED

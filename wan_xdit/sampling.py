@@ -17,12 +17,13 @@ from common.parallel.usp import SequenceParallel
 from common.registry.forks import Model, Size
 from common.text.t5 import UMT5, text_work
 from common.video.latents import require_finite
+from common.video.previews import View, flow_levels
 from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
 from wan_xdit.checkpoint import WanRules, find_checkpoint
 from wan_xdit.config import vae_of
-from wan_xdit.solver import Solver, new_solver
+from wan_xdit.solver import PREDICTED, Solver, new_solver
 from wan_xdit.text import UMT5_XXL, find_text_encoder
 from wan_xdit.transformer import Condition, WanTransformer, pack, unpack
 from wan_xdit.transformer import Size as Grid
@@ -93,7 +94,8 @@ class Tokens:
 
     def begin(self, keeper: StateKeeper, solver: Solver) -> int:
         """Take up the keeper's state where it has one, the solver too; returns how many steps are done."""
-        state = keeper.begin(self.sp, {"z": self.z}, self.lengths, len(solver))
+        view = View(self.size, self.patch, clean=PREDICTED, levels=flow_levels(solver.sigmas))
+        state = keeper.begin(self.sp, {"z": self.z}, self.lengths, len(solver), view)
         if state.step:
             self.z = state.shards["z"]
             solver.recall(state.step, state.shards)

@@ -22,6 +22,8 @@ TRAINED_STEPS = 1000
 """Times are this times the noise level."""
 _FIRST_BELOW_ONE = 1e-6
 """UniPC's first level stays so far below 1, where l is minus infinity."""
+PREDICTED = ("video1", "video0", "before")
+"""Names in the solvers' memories of videos that were predicted, the latest first; Euler remembers none."""
 
 
 def shifted(sigma: float, shift: float) -> float:

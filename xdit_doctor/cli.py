@@ -25,6 +25,7 @@ import click
 from common.run.supervise import supervise
 from common.system import environment
 from common.system.extras import pip
+from common.system.units import figure
 from planner.machine import this_machine
 from xdit_doctor.links import Job
 from xdit_doctor.profile import default_path, write
@@ -274,14 +275,15 @@ def _show_links(measured: Mapping[str, Any], say: Callable[[str], None]) -> None
     if "compute" in measured:
         compute = measured["compute"]
         say(
-            f"compute     matmul {compute['matmul_tflops']:.3g} TFLOP/s, attention "
-            f"{compute['attention_tflops']:.3g} TFLOP/s, copy {compute['copy_gbs']:.3g} GB/s"
+            f"compute     matmul {figure(compute['matmul_tflops'])} TFLOP/s, attention "
+            f"{figure(compute['attention_tflops'])} TFLOP/s, copy {figure(compute['copy_gbs'])} GB/s"
         )
     for pair in measured.get("pairs", []):
-        say(f"link {pair['a']} - {pair['b']}  {pair['gbs']:.3g} GB/s each way, {pair['latency_us']:.0f} us")
+        say(f"link {pair['a']} - {pair['b']}  {figure(pair['gbs'])} GB/s each way, {pair['latency_us']:.0f} us")
     if "ring_gbs" in measured:
         say(
-            f"together    all-to-all {measured['all_to_all_gbs']:.3g} GB/s, ring {measured['ring_gbs']:.3g} GB/s a rank"
+            f"together    all-to-all {figure(measured['all_to_all_gbs'])} GB/s, "
+            f"ring {figure(measured['ring_gbs'])} GB/s a rank"
         )
 
 
@@ -369,7 +371,7 @@ def _keep(report: Mapping[str, Any], named: Path | None, quick: bool, quiet: boo
         click.echo(f"error: the profile cannot be written to {path}: {error.strerror or error}", err=True)
         return False
     used = "" if named else "; on machines like this one the programs choose layouts by it"
-    click.echo(f"profile     written to {path} (xdit-plan --gpu {path}){used}", err=quiet)
+    click.echo(f"profile     written to {path} (xdit-plan --model MODEL --gpu {path}){used}", err=quiet)
     return True
 
 

@@ -165,7 +165,8 @@ class Dispatcher:
             name = f"{record.id}.{next(self._numbers)}"  # one that comes back goes out under another name
             self._jobs[name] = record
             keep = self.store.folder_of(record.id) / STATE
-            job = with_state(Job(name, request, None, keep))
+            previews = bool(record.shown.get("previews", True))
+            job = with_state(Job(name, request, None, keep, previews))
             if self._is_deleted(record):  # between the two lines above nobody would have told the workers
                 self._workers.cancel(name)
             return job

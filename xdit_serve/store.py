@@ -22,6 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from common.registry.request import beside
 from common.system.files import reason, shown, size_of
 from xdit_serve.records import Record, Wanted
 
@@ -171,9 +172,10 @@ class Store:
             for row in base.execute("SELECT * FROM jobs WHERE status='in_progress'").fetchall():
                 job = _record(row)
                 output = self.output_of(job)
+                sidecar = beside(output, False, ".json")
                 # The json is written after the output has its name.
-                if output.is_file() and output.with_suffix(".json").is_file():
-                    self._complete(base, job, {}, output.with_suffix(".json").stat().st_mtime)
+                if output.is_file() and sidecar.is_file():
+                    self._complete(base, job, {}, sidecar.stat().st_mtime)
                 else:
                     base.execute("UPDATE jobs SET status='queued' WHERE id=?", (job.id,))
         known = {row["id"]: _record(row) for row in self._read("SELECT * FROM jobs")}
@@ -186,7 +188,7 @@ class Store:
 
     def _tidy(self, job: Record) -> None:
         """Remove what belongs to work that nobody goes on with; never raises."""
-        keep = {job.output, f"{Path(job.output).stem}.json"} if job.ended else set()
+        keep = {job.output, beside(Path(job.output), False, ".json").name} if job.ended else set()
         with suppress(OSError):
             for path in self.folder_of(job.id).iterdir():
                 half = path.name.startswith(".")
@@ -250,7 +252,7 @@ class Store:
         return done
 
     def _complete(self, base: sqlite3.Connection, job: Record, seconds: Mapping[str, float], when: float) -> None:
-        files = [self.output_of(job), self.output_of(job).with_suffix(".json")]
+        files = [self.output_of(job), beside(self.output_of(job), False, ".json")]
         files += self.folder_of(job.id).glob("input.*")
         base.execute(
             "UPDATE jobs SET status='completed', completed=?, nbytes=?, seconds=? WHERE id=?",

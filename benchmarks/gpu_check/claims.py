@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.gpu_check.machine import Machine
 from benchmarks.gpu_check.runner import Row
+from common.system.units import figure
 
 Rows = Mapping[str, Row]
 """Of one part, by cell."""
@@ -307,13 +308,13 @@ def _verdict(machine: Machine, claim: Claim, subject: str, rows: Rows) -> Verdic
     if machine.mini and not claim.cpu:
         return Verdict(claim, subject, "not tested here", CPU)
     try:
-        figure = claim.value(rows)
+        found = claim.value(rows)
     except Untested as why:
         return Verdict(claim, subject, "not tested here", str(why))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         return Verdict(claim, subject, "not tested here", f"the results lack {error}")
-    holds = figure <= claim.target if claim.most else figure >= claim.target
-    said = f"{figure:.3g}{claim.unit}, {'at most' if claim.most else 'at least'} {claim.target:g}{claim.unit}"
+    holds = found <= claim.target if claim.most else found >= claim.target
+    said = f"{figure(found)}{claim.unit}, {'at most' if claim.most else 'at least'} {claim.target:g}{claim.unit}"
     if not holds:
-        said += f", off by {abs(figure - claim.target):.3g}{claim.unit}"
+        said += f", off by {figure(abs(found - claim.target))}{claim.unit}"
     return Verdict(claim, subject, "holds" if holds else "falls short", said)

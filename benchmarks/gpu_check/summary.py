@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.gpu_check.claims import Verdict
 from benchmarks.gpu_check.machine import Machine
 from benchmarks.gpu_check.runner import Kept, Part
+from common.system.units import figure
 
 WIDEST = 12
 """Columns; further figures are in the part's json."""
@@ -62,7 +63,7 @@ def _figures(row: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, st
         if isinstance(value, bool) or name in ("error", "skipped", "given_up"):
             continue
         if isinstance(value, (int, float)):
-            yield within + name, f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield within + name, figure(value, 4) if isinstance(value, float) else str(value)
         elif isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             yield within + name, _text("; ".join(value))
         elif isinstance(value, Mapping) and name in ("seconds", "ratios"):

@@ -18,7 +18,7 @@ from common.parallel.mesh import Mesh, all_min, on_main
 from common.registry.forks import Fork, Size
 from common.registry.request import Request
 from common.registry.settings import Runtime
-from common.system.units import gib
+from common.system.units import gibs
 from common.video.decode import DecodePlan
 from common.video.decode_planning import TILES_COST
 from common.weights.dtypes import Precision
@@ -86,24 +86,39 @@ def choose_placement(count: Count, memory: FreeMemory, ranks: int = 1, keep: boo
     first, reason = "", ""
     for placement, kept in candidates(ranks, memory.device, keep):
         estimate = count(placement, kept)
-        stage, peak = needed(estimate)
         if kept and estimate.warning:
             first = f"{placement}: no room for the exact decode beside it"
         elif not fits(estimate, memory.free):
-            first = first or f"{placement}: {stage} would want {gib(peak)} of {gib(memory.free)} free"
+            first = first or f"{placement}: {_short(estimate, memory.free)}"
         elif estimate.host > memory.host:
-            reason = f"; host memory has {gib(memory.host)} a rank for {gib(estimate.host)} of blocks"
+            has, blocks = gibs(memory.host, estimate.host)
+            reason = f"; host memory has {has} a rank for {blocks} of blocks"
         else:
-            enough = f"{stage} wants {gib(peak)} of {gib(memory.free)} free"
+            enough = _enough(estimate, memory.free)
             return Choice(placement, kept, f"{placement} ({enough}{'; ' + first if first else ''}{reason})")
     if estimate.peak > memory.free:
         stage, even = estimate.fullest, "" if estimate.fullest == "decode" else f" even when {placement}"
+        need, free = gibs(estimate.peak, memory.free)
         raise ValueError(
-            f"not enough memory: {stage} needs {gib(estimate.stages[stage].total)} on each device{even}, and "
-            f"{gib(memory.free)} are free; {_advice(stage, ranks, estimate.plan)}"
+            f"not enough memory: {stage} needs {need} on each device{even}, and {free} are free; "
+            f"{_advice(stage, ranks, estimate.plan)}"
         )
-    why = f"{placement} ({estimate.fullest} needs {gib(estimate.peak)} of {gib(memory.free)} free, which is tight)"
-    return Choice(placement, False, why, tight=True)
+    return Choice(placement, False, f"{placement} ({_enough(estimate, memory.free)})", tight=True)
+
+
+def _enough(estimate: Estimate, free: int) -> str:
+    """That a placement fits, in figures that say so: where the margin has no room, those without it as well."""
+    stage, peak = needed(estimate)
+    without, with_margin, room = gibs(estimate.stages[stage].total, peak, free)
+    if peak <= free:
+        return f"{stage} wants {with_margin}, margin included, of {room} free"
+    return f"{stage} needs {without} of {room} free, which is tight: with its margin it would want {with_margin}"
+
+
+def _short(estimate: Estimate, free: int) -> str:
+    stage, peak = needed(estimate)
+    want, room = gibs(peak, free)
+    return f"{stage} would want {want}, margin included, of {room} free"
 
 
 def _advice(stage: str, ranks: int, plan: DecodePlan) -> str:

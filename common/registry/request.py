@@ -52,8 +52,14 @@ class Source:
 
 
 def beside(output: Path, folder: bool, suffix: str) -> Path:
-    """The file of this suffix that belongs to an output; of a folder's name no part is a suffix."""
-    return output.with_name(output.name + suffix) if folder else output.with_suffix(suffix)
+    """The file of this suffix that belongs to an output, and to no other of the same stem.
+
+    `.json` is x.json for x.mp4, x.gif.json for x.gif, and x.frames.json for the folder x, of whose name no part is a
+    suffix.
+    """
+    if output.suffix.lower() == ".mp4" and not folder:
+        return output.with_suffix(suffix)
+    return output.with_name(f"{output.name}{'.frames' if folder else ''}{suffix}")
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,8 @@ class Request:
     unfinished: Unfinished | None = None
     slots: tuple[tuple[int, ...], ...] = ()
     """Descriptors of the `common.run.states.Slots` of each rank of a sequence, or of rank 0 alone."""
+    colours: Path | None = None
+    """Where it is learned what colours latents have, for previews, see `common.video.previews`; None: nowhere."""
 
     @property
     def on_cpu(self) -> bool:

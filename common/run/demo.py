@@ -150,14 +150,6 @@ def fill(module: nn.Module, seed: int) -> None:
             p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
 
 
-def cache_home(cache_dir: str | Path | None = None) -> Path:
-    """`cache_dir`, else $XDG_CACHE_HOME/xdit, else ~/.cache/xdit."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base).expanduser() / "xdit"
-
-
 def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     """`target`, made by `make(folder)` under another name and renamed when complete.
 

@@ -12,14 +12,23 @@ from dataclasses import replace
 
 import torch
 
-from common.memory.choice import FreeMemory, Outlook, candidates, choose_placement, estimator, in_turn, long_sampling
+from common.memory.choice import (
+    FreeMemory,
+    Outlook,
+    candidates,
+    choose_placement,
+    estimator,
+    in_turn,
+    long_sampling,
+    needed,
+)
 from common.memory.estimate import STAGES, Estimate, Estimator, imagined
 from common.parallel.device_memory import host_memory
 from common.registry.forks import Fork
 from common.registry.request import Request, WrongUse
 from common.run.destination import existing_problems
 from common.run.unfinished import taken_up, with_whole
-from common.system.units import gb, gib
+from common.system.units import figure, gb, gib, gibs
 from common.weights.placement import Placement
 
 
@@ -81,7 +90,7 @@ def _refused(request: Request) -> list[str]:
 def _step(counted: Estimator) -> None:
     """FLOPs and bytes of rank 0 in one step."""
     passes = f"{counted.passes} forward pass{'' if counted.passes == 1 else 'es'}"
-    print(f"compute     {counted.flops / 1e12:.4g} TFLOP a step on rank 0, {passes}")
+    print(f"compute     {figure(counted.flops / 1e12, 4)} TFLOP a step on rank 0, {passes}")
     sent = {name: size for name, size in counted.sent.items() if name != "sequence"}
     text = ", ".join(f"{name} {gb(size)}" for name, size in sent.items()) or "nothing"
     print(f"sent        {text} a step by rank 0")
@@ -161,8 +170,13 @@ def _branches(
 
 
 def _fits(estimate: Estimate, memory: FreeMemory) -> str:
-    tight = "fits into" if estimate.peak <= memory.free else "DOES NOT FIT into"
-    return f": {estimate.fullest} needs {gib(estimate.peak)}, which {tight} {gib(memory.free)}"
+    stage, wanted = needed(estimate)
+    need, most, free = gibs(estimate.peak, wanted, memory.free)
+    said = f": {estimate.fullest} needs {need}, which "
+    if estimate.peak > memory.free:
+        return f"{said}DOES NOT FIT into {free}"
+    tight = f", but is tight: with its margin {stage} would want {most}" if wanted > memory.free else ""
+    return f"{said}fits into {free}{tight}"
 
 
 def _detail(rank: int, estimate: Estimate) -> None:

@@ -289,7 +289,8 @@ def _output() -> list[Option]:
             ["--output"],
             help="File to write, by its suffix: .mp4, .webm, .gif, .webp, .png or .jpg (one frame), .npy or "
             ".safetensors (frames as numbers); without a suffix a folder of PNGs. A .json with every setting is "
-            "written beside it. Default: a new name in outputs/; of a demo demo.mp4.",
+            "written beside it: x.json for x.mp4, x.gif.json for x.gif, x.frames.json for a folder x. Default: a new "
+            "name in outputs/; of a demo demo.mp4.",
         ),
         option(["--overwrite"], is_flag=True, help="Replace an output that is there already."),
         option(["--fps"], type=int, help=f"Frames per second. {_OWN}"),

@@ -7,7 +7,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from common.parallel.mesh import Mesh
     from common.video.files import Audio
+    from common.video.previews import Lesson
     from common.video.states import StateKeeper
+    from common.video.writers import FrameWriter
 
 
 def clean_up(request: Request, since: float) -> str:
@@ -50,6 +52,7 @@ class Output:
     ) -> None:
         self.keeper = keeper
         self.video, self.request, self.mesh, self.report = video, request, mesh, report
+        self._latents: Tensor | None = None
         self._first, self._began = len(report.records), time.perf_counter()
         self._before = [identity(path) for path in video.latents_files]
 
@@ -71,6 +74,7 @@ class Output:
             text = json.dumps(settings(self.request, self.video))
             told = {"program": self.request.program, "decoder": numbers_of(decoder), "settings": text}
             save_latents(self.video.latents_file, latents, told, self.report.warn)
+            self._latents = latents
 
     def kept(self, channels: int, decoder: object) -> Tensor | None:
         """The latents (1, C, T, h, w) of --from-latents, None without it; WrongUse says what is wrong with them.
@@ -90,16 +94,35 @@ class Output:
             raise WrongUse([f"--from-latents {error}"]) from None
 
     def write(self, frames: Tensor | None, audio: Audio | None = None) -> None:
-        """Write the video with its settings, the json, and remove the latents unless they are to be kept.
+        """Write a whole video at once, as `opened` does.
 
         frames: uint8 (T, H, W, 3) on rank 0, None elsewhere. audio: the sound beside them, on rank 0. Collective.
         """
-        records = self.report.records[self._first :]
-        of_peers = _gather(self.mesh, records)[1:]
-        if not self.mesh.is_main:
-            return
-        assert frames is not None
-        self._write(frames, audio, of_peers)
+        with self.opened(audio) as file:
+            if frames is not None:
+                count, height, width, _ = frames.shape
+                file.begin(count, height, width)
+                file.add(frames)
+
+    @contextmanager
+    def opened(self, audio: Audio | None = None) -> Iterator[GrowingVideo]:
+        """Takes the frames of the video on rank 0, as they come.
+
+        Left without an error, it gives the video its name, with its settings inside and the json beside it, and removes
+        the latents unless they are to be kept; otherwise nothing of it stays. audio: as of `write`. Collective.
+        """
+        from common.video.previews import learn
+
+        latents = self._latents if self.request.colours is not None else None
+        with GrowingVideo(self.video, self.request, audio, self.mesh.world.size == 1, latents) as file:
+            yield file
+            of_peers = _gather(self.mesh, self.report.records[self._first :])[1:]
+            if not self.mesh.is_main:
+                return
+            self._complete(file, of_peers)
+        if self.request.colours is not None and file.lesson is not None:
+            with suppress(OSError):  # of a full disk: there are no previews then
+                learn(self.request.colours, file.lesson.sums())
         for path, earlier in zip(self.video.latents_files, self._before):
             if identity(path) == earlier:  # what an earlier run has kept is not ours
                 continue
@@ -110,21 +133,80 @@ class Output:
                     path.unlink()
         tell(shown(self.video.output))
 
-    def _write(self, frames: Tensor, audio: Audio | None, of_peers: list[list[StageRecord]]) -> None:
-        from common.video.formats import open_writer
-
-        video = self.video
-        count, height, width, _ = frames.shape  # decoded from a file, they need not be what the options say
-        sidecar = settings(self.request, video) | {"width": width, "height": height, "num_frames": count}
-        comment = json.dumps(sidecar)
-        with stoppable(), open_writer(video.target, video.fps, video.prompt, comment, audio, video.crf) as file:
+    def _complete(self, file: GrowingVideo, of_peers: list[list[StageRecord]]) -> None:
+        with stoppable():
             with self.report.stage("writing"):
-                file.add(frames)
-                file.close()
+                writer = file.closed()
             seconds = time.perf_counter() - self._began
             cost = {"seconds": seconds, "stages": _costs(self.report.records[self._first :], of_peers)}
-            told = {"program": self.request.program, "settings": sidecar} | cost | _surroundings(self.mesh)
-            file.finish(video.sidecar, told)
+            told = {"program": self.request.program, "settings": file.settings} | cost | _surroundings(self.mesh)
+            writer.finish(self.video.sidecar, told)
+
+
+class GrowingVideo:
+    """A video's output while its frames come, see `common.video.decode_video.FrameSink`.
+
+    alone: whether no other rank waits for this one. If others do, a full disk is told in the end (`closed`): who left
+    in the middle of a decode would leave them in it. latents: those of which colours are to be learned, in `lesson`.
+    Left as a context, it removes what has not got its name.
+    """
+
+    def __init__(
+        self, video: Video, request: Request, audio: Audio | None, alone: bool, latents: Tensor | None = None
+    ) -> None:
+        self.video, self.request, self.audio, self.alone = video, request, audio, alone
+        self._latents = latents
+        self.lesson: Lesson | None = None
+        self.settings: dict[str, Any] = {}
+        self._writer: FrameWriter | None = None
+        self._failed: OSError | None = None
+
+    def __enter__(self) -> GrowingVideo:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*exc)
+
+    def begin(self, count: int, height: int, width: int) -> None:
+        """Open the output; of an earlier beginning nothing stays."""
+        from common.video.formats import open_writer
+        from common.video.previews import Lesson
+
+        self.__exit__()
+        self.lesson = None if self._latents is None else Lesson(self._latents, count, height, width)
+        self._writer = self._failed = None
+        # Decoded from a file, they need not be what the options say.
+        self.settings = settings(self.request, self.video) | {"width": width, "height": height, "num_frames": count}
+        video = self.video
+        told = (video.prompt, json.dumps(self.settings), self.audio, video.crf)
+        with self._in_step():
+            self._writer = open_writer(video.target, video.fps, *told)
+
+    def add(self, frames: Tensor) -> None:
+        if self._failed is None:
+            assert self._writer is not None
+            with self._in_step():
+                self._writer.add(frames)
+        if self.lesson is not None:
+            self.lesson.add(frames)
+
+    def closed(self) -> FrameWriter:
+        """The writer, all frames in it. Raises OSError where one could not be written, then or now."""
+        if self._failed is not None:
+            raise self._failed
+        assert self._writer is not None
+        self._writer.close()
+        return self._writer
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self.alone:
+                raise
+            self._failed = error
 
 
 def outputs(request: Request, mesh: Mesh, report: Report) -> Iterator[Output]:

@@ -27,7 +27,7 @@ from common.text.t5 import EncoderFiles
 from common.video.causal import lay_out
 from common.video.decode import VideoDecoder
 from common.video.decode_planning import AgreedPlans
-from common.video.decode_video import decode_video
+from common.video.decode_video import AllFrames, FrameSink, decode_video
 from common.weights.blocks import finish
 from common.weights.dtypes import Precision
 from common.weights.placement import Placement, check_model, held_bytes
@@ -212,14 +212,20 @@ class Pipeline:
             )
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, options: DecodeOptions | None = None) -> Tensor | None:
-        """Latents (1, C, T, h, w) to all frames, uint8 (frames, 8h, 8w, 3) on rank 0, None elsewhere. Collective."""
+    def decode(
+        self, latents: Tensor, options: DecodeOptions | None = None, frames: FrameSink | None = None
+    ) -> Tensor | None:
+        """Latents (1, C, T, h, w) to all frames, uint8 (frames, 8h, 8w, 3) on rank 0, None elsewhere. Collective.
+
+        frames: takes them on rank 0, a chunk at a time, instead; then None is returned.
+        """
+        kept = AllFrames()
         with self.stage_model("decoder", self._compiled_decoder) as decoder:
             most = self.runtime.max_bytes
             room = None if most is None else most - self._held()
-            return decode_video(
-                decoder, latents, self.mesh, options or DecodeOptions(), self.report, room, self.agreed_plans
-            )
+            how = (options or DecodeOptions(), self.report, frames or kept, room, self.agreed_plans)
+            decode_video(decoder, latents, self.mesh, *how)
+        return kept.frames
 
     def _held(self) -> int:
         """Bytes of the weights that are loaded here now."""

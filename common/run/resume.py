@@ -15,7 +15,8 @@ from torch import Tensor
 
 from common.parallel.mesh import Mesh, on_main
 from common.registry.request import Request
-from common.run.states import SHARDED, WHOLE, At, Slots
+from common.run.states import SHARDED, VIEW, WHOLE, At, Slots
+from common.video.previews import View
 from common.video.states import Deliver, State, StateKeeper
 
 
@@ -40,17 +41,19 @@ def keeper_of(request: Request, mesh: Mesh, index: int) -> StateKeeper:
 
 
 def _deliver(slots: Slots, index: int) -> Deliver:
-    def deliver(step: int, steps: int, shards: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
-        slots.write(At(index, step), steps, pack(shards, whole))
+    def deliver(
+        step: int, steps: int, shards: Mapping[str, Tensor], whole: Mapping[str, Tensor], view: View | None
+    ) -> None:
+        slots.write(At(index, step), steps, pack(shards, whole, view))
 
     return deliver
 
 
-def pack(shards: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> bytes:
+def pack(shards: Mapping[str, Tensor], whole: Mapping[str, Tensor], view: View | None = None) -> bytes:
     """One rank's part of a state as `common.run.states.join` takes it; nothing for nothing."""
     tensors = {SHARDED + name: tensor.contiguous() for name, tensor in shards.items()}
     tensors |= {WHOLE + name: tensor.contiguous() for name, tensor in whole.items()}
-    return save(tensors) if tensors else b""
+    return save(tensors, None if view is None else {VIEW: view.text()}) if tensors else b""
 
 
 def read_state(path: Path) -> State:

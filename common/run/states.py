@@ -25,6 +25,8 @@ from common.weights.headers import header_of
 
 SHARDED, WHOLE = "tokens.", "whole."
 """What the names of tensors begin with: each rank has a part of its tokens, or all ranks have the same."""
+VIEW = "view"
+"""In the metadata of a part: how its tokens show a video, as `common.video.previews.View` writes it."""
 SLOTS = 3
 POLL_SECONDS = 0.2
 _HEAD = struct.Struct("<qqqq")
@@ -82,14 +84,15 @@ class Slots:
         heads = [self._head(slot) for slot in self.descriptors]
         return {At(*head[:2]): head[2] for head in heads if head[3] >= 0}
 
-    def read(self, at: At) -> bytes | None:
-        """The part of a state; None when it is being written over."""
+    def read(self, at: At, begin: int = 0, size: int | None = None) -> bytes | None:
+        """The part of a state, or so many bytes of it from `begin`; None when it is being written over."""
         slot = self.descriptors[at.step % SLOTS]
         head = self._head(slot)
         if head[:2] != at:
             return None
-        part = _read_all(slot, head[3], _HEAD.size)
-        return part if self._head(slot) == head and len(part) == head[3] else None
+        size = head[3] - begin if size is None else min(size, head[3] - begin)
+        part = _read_all(slot, size, _HEAD.size + begin)
+        return part if self._head(slot) == head and len(part) == size else None
 
     def _head(self, slot: int) -> tuple[int, int, int, int]:
         head = os.pread(slot, _HEAD.size, 0)

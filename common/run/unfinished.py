@@ -48,9 +48,14 @@ def _plain(value: Any) -> Any:
 
 
 def _fingerprint(folder: Path) -> list[Any]:
-    """Names and sizes of a checkpoint's files: another checkpoint at the same place is not gone on with."""
+    """Another checkpoint at the same place is not gone on with."""
+    return [str(folder.absolute()), weights_of(folder)]
+
+
+def weights_of(folder: Path) -> list[Any]:
+    """Names and sizes of a checkpoint's files."""
     files = sorted(path for path in folder.glob("**/*") if path.suffix in (".safetensors", ".json", ".pth"))
-    return [str(folder.absolute()), [[str(path.relative_to(folder)), size_of(path)] for path in files]]
+    return [[str(path.relative_to(folder)), size_of(path)] for path in files]
 
 
 def state_path(output: Path, folder: bool = False) -> Path:

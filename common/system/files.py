@@ -188,7 +188,7 @@ def claimed(outputs: Sequence[Path]) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _claimed(output: Path) -> Iterator[None]:
-    lock = output.with_name(f".{output.stem}.lock")
+    lock = output.with_name(f".{output.name}.lock")
     try:
         descriptor = _open_locked(lock)
     except OSError:
@@ -417,3 +417,11 @@ def lenient_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def cache_home(cache_dir: str | Path | None = None) -> Path:
+    """What can be made again lies here: `cache_dir`, else $XDG_CACHE_HOME/xdit, else ~/.cache/xdit."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).expanduser() / "xdit"

@@ -18,7 +18,7 @@ from common.parallel.device_memory import release_memory, wanted
 from common.parallel.mesh import Axis, all_min
 from common.registry.layout import decode_parts, decode_share, split_evenly
 from common.system.failure import is_out_of_memory
-from common.system.units import gib
+from common.system.units import gib, gibs
 from common.video.causal import CausalStream, LocalLink
 from common.video.decode import OVERLAP, DecodePlan, DecodeSize, VideoDecoder
 from common.video.rows import Messages, Rows
@@ -236,7 +236,8 @@ def warning(
     if not exact or (plan.mode == "exact" and wanted(0, count(plan)) <= free_bytes):
         return ""
     need = count(plan if plan.mode == "exact" else exact[-1])
-    room = f"it wants {gib(wanted(0, need))} beside its weights, by count {gib(need)}, and {gib(free_bytes)} are free"
+    want, by_count, free = gibs(wanted(0, need), need, free_bytes)
+    room = f"it wants {want} beside its weights, margin included, by count {by_count}, and {free} are free"
     if plan.mode == "exact":
         cut = f"; where memory runs out, tiles change the picture: {TILES_COST}" if len(exact) < len(plans) else ""
         return f"the exact decode is tight: {room}{cut}"

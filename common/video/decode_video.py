@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,25 +26,53 @@ from common.video.decode_planning import (
 )
 
 
+class FrameSink(Protocol):
+    """Where rank 0 puts the frames of a video as they are decoded, so that no more than a chunk need be in memory."""
+
+    def begin(self, count: int, height: int, width: int) -> None:
+        """So many frames of this size in pixels follow, from the first on, whatever came before."""
+
+    def add(self, frames: Tensor) -> None:
+        """The next frames, (t, height, width, 3) uint8 on the CPU."""
+
+
+class AllFrames:
+    """A `FrameSink` that keeps them all: `frames`, (T, H, W, 3) uint8; None as long as nothing has begun."""
+
+    def __init__(self) -> None:
+        self.frames: Tensor | None = None
+        self.count = 0
+
+    def begin(self, count: int, height: int, width: int) -> None:
+        self.frames, self.count = torch.empty(count, height, width, 3, dtype=torch.uint8), 0
+
+    def add(self, frames: Tensor) -> None:
+        assert self.frames is not None
+        self.frames[self.count : self.count + len(frames)] = frames
+        self.count += len(frames)
+
+
 def decode_video(
     decoder: VideoDecoder,
     latents: Tensor,
     mesh: Mesh,
     options: DecodeOptions,
     report: Report,
+    frames: FrameSink,
     room: int | None = None,
     agreed: AgreedPlans | None = None,
-) -> Tensor | None:
-    """All frames (T, H, W, 3) uint8 on rank 0, None elsewhere, by the best plan that fits into free memory.
+) -> None:
+    """All frames of a video, in order, to `frames` on rank 0, by the best plan that fits into free memory. Collective.
 
     latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
+    frames: begins anew when a plan runs out of memory after its first chunks; unused on other ranks.
     room: bytes that the decode may take here; default: all that are free.
     agreed: what several ranks have found out, kept by the caller for its next videos.
     One process falls back to the next smaller plan when memory runs out after all; several try a plan that just fits
     on zeros first, on a GPU, since a rank that fails leaves the others waiting. Raises MemoryError when nothing fits.
     """
-    _, channels, frames, height, width = latents.shape
-    size = (channels, frames, height, width)
+    _, channels, length, height, width = latents.shape
+    size = (channels, length, height, width)
     tile = options.tile(decoder.spatial_factor)
     ways = decode_plans(decoder, size, mesh.world.size, options.vae, options.vae_chunk, tile)
     free = free_memory(mesh, room)
@@ -57,12 +86,12 @@ def decode_video(
         report.note(f"decode: {plan}")
         if said := warning(plan, ways, free, counted):
             report.warn(said)
+        chunks = decoder.chunks(length, plan.chunk)
+        if mesh.is_main:
+            count = sum(decoder.num_frames(n, first=k == 0) for k, n in enumerate(chunks))
+            frames.begin(count, height * decoder.spatial_factor, width * decoder.spatial_factor)
         try:
-            return _collect(
-                decode_frames(decoder, latents, plan, split, report.pause),
-                len(decoder.chunks(frames, plan.chunk)),
-                report,
-            )
+            return _hand_on(decode_frames(decoder, latents, plan, split, report.pause), len(chunks), frames, report)
         except Exception as error:
             if not is_out_of_memory(error) or mesh.world.size > 1 or i == len(plans) - 1:
                 raise
@@ -71,11 +100,9 @@ def decode_video(
     raise AssertionError("there is always a plan")
 
 
-def _collect(pieces: Iterator[Tensor | None], chunks: int, report: Report) -> Tensor | None:
+def _hand_on(pieces: Iterator[Tensor | None], chunks: int, frames: FrameSink, report: Report) -> None:
     with report.stage("decoding", total=chunks, unit="chunk") as step:
-        kept = []
         for piece in pieces:
             if piece is not None:
-                kept.append(piece)
+                frames.add(piece)
                 step()
-    return torch.cat(kept) if kept else None

@@ -1,13 +1,14 @@
 """Sampling that can end after any step and be gone on with later, on another layout: what a loop says for that.
 
-    state = keeper.begin(sp, {"z": z}, lengths, steps)
+    state = keeper.begin(sp, {"z": z}, lengths, steps, view)
     z = state.shards["z"]
     for i in range(state.step, steps):
         ...
         keeper.keep(i + 1, {"z": z})
 
 A state is what the next step needs and cannot compute again: the tokens, what a solver remembers of the steps before,
-and the generator that it draws from. It has no trace of how many ranks there were.
+and the generator that it draws from. It has no trace of how many ranks there were. Its `View` says how to see the video
+in it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from common.parallel.usp import SequenceParallel
+from common.video.previews import View
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class State:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Deliver = Callable[[int, int, Mapping[str, Tensor], Mapping[str, Tensor]], None]
-"""(step, steps, shards, whole), all on the CPU: takes a state out of the process."""
+Deliver = Callable[[int, int, Mapping[str, Tensor], Mapping[str, Tensor], "View | None"], None]
+"""(step, steps, shards, whole, view), all on the CPU: takes a state out of the process."""
 
 
 class StateKeeper:
@@ -55,13 +57,20 @@ class StateKeeper:
         self._worker = ThreadPoolExecutor(1) if deliver is not None else None
         self._under_way: Future[None] | None = None
 
-    def begin(self, sp: SequenceParallel, shards: Mapping[str, Tensor], lengths: Sequence[int], steps: int) -> State:
+    def begin(
+        self,
+        sp: SequenceParallel,
+        shards: Mapping[str, Tensor],
+        lengths: Sequence[int],
+        steps: int,
+        view: View | None = None,
+    ) -> State:
         """The state to begin with: a kept one, else step 0 of `shards`, this rank's tokens (1, n, ...).
 
-        lengths: every rank's n. A kept state has what was kept, which may be more names than `shards` has. Raises
-        ValueError when it is of another sampling. Collective.
+        lengths: every rank's n. view: of the states, for previews. A kept state has what was kept, which may be more
+        names than `shards` has. Raises ValueError when it is of another sampling. Collective.
         """
-        self._sp, self._lengths, self._steps = sp, lengths, steps
+        self._sp, self._lengths, self._steps, self._view = sp, lengths, steps, view
         if self._load is None:
             self._hand_over(0, {}, {})
             return State(0, shards)
@@ -106,4 +115,4 @@ class StateKeeper:
         stream = torch.cuda.Stream(next(iter(shards.values())).device) if ready else None
         with torch.cuda.stream(stream):
             copies = {name: tensor.to("cpu") for name, tensor in shards.items()}
-        self._deliver(step, self._steps, copies, whole)
+        self._deliver(step, self._steps, copies, whole, self._view)

@@ -35,13 +35,15 @@ class Job:
     whose seed is drawn and whose output nobody else writes; with a layout for as many ranks as the group has.
     state: go on from this file, see `common.run.states.StateFile`; it must be of the same video.
     keep_state: where the newest state is written every `request.save_every` seconds, and when the job does not finish;
-    removed when it finishes or is cancelled. It may be the same file as `state`.
+    removed when it finishes or is cancelled. It may be the same file as `state`. previews: whether there are any; there
+    are none of a checkpoint of which no video was decoded here before.
     """
 
     id: str
     request: Request
     state: Path | None = None
     keep_state: Path | None = None
+    previews: bool = False
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ class Watched:
             self._state, self._job = "busy", job.id
         slots = self._slots
         try:
-            request = prepared(job, len(self.devices), self.on_cpu, slots)
+            request = prepared(job, len(self.devices), self.on_cpu, slots, maker.fork)
         except BaseException:
             with self._changed:
                 if self._state == "busy":

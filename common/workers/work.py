@@ -9,22 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.registry.forks import Fork
 from common.registry.request import Request, Unfinished
 from common.run.states import Record, Saver, Slots, StateFile, newest_at
 from common.run.unfinished import FORMAT, digest, metadata
 from common.system.failure import Failure, verdict
 from common.system.files import remove_partial, shown
-from common.workers.group import Cancelled, Event, Failed, Finished, GroupError, Job, Lost, Note, Progress
+from common.video.previews import read_sums
+from common.workers.group import Cancelled, Event, Failed, Finished, GroupError, Job, Lost, Note, Preview, Progress
 from common.workers.orders import Maker, Order
 from common.workers.pace import Durations, Pace, kind_of
+from common.workers.previews import Previews, colours_file
 
 Emit = Callable[[Event], None]
 
 
-def prepared(job: Job, ranks: int, on_cpu: bool, slots: Sequence[Slots]) -> Request:
+def prepared(job: Job, ranks: int, on_cpu: bool, slots: Sequence[Slots], fork: Fork) -> Request:
     """The job's request as the ranks run it: with its digest, its slots, and where it goes on. GroupError says why not.
 
-    slots: of each rank of the group, or of rank 0 alone.
+    slots: of each rank of the group, or of rank 0 alone. fork: whose job it is.
     """
     request = job.request
     if len(request.videos) != 1 or request.videos[0].seed is None:
@@ -37,7 +40,8 @@ def prepared(job: Job, ranks: int, on_cpu: bool, slots: Sequence[Slots]) -> Requ
     if job.state is not None:
         request = replace(request, unfinished=_begun(job.state, request))
     of_tokens = slots[: request.layout.sequence] if len(slots) == ranks else slots[:1]
-    return replace(request, slots=tuple(one.descriptors for one in of_tokens))
+    colours = colours_file(request, fork) if job.previews and request.sampled else None
+    return replace(request, slots=tuple(one.descriptors for one in of_tokens), colours=colours)
 
 
 def known_of(request: Request) -> dict[str, str]:
@@ -86,6 +90,17 @@ class Work:
         self._saver = None
         if self._file is not None and request.sampled:
             self._saver = Saver(self._slots, self._write, request.save_every, lambda text: self.note(text, True))
+        self._previews = self._begin_previews()
+
+    def _begin_previews(self) -> Previews | None:
+        known = None if self.request.colours is None else read_sums(self.request.colours)
+        if known is None or not self._slots:
+            return None
+
+        def show(step: int, png: bytes) -> None:
+            self._emit(Preview(self.job.id, step, png))
+
+        return Previews(self._slots, known.map(), show, lambda text: self.note(text, True))
 
     def order(self, maker: Maker, fresh: bool, keep: bool) -> Order:
         """For every rank."""
@@ -129,7 +144,7 @@ class Work:
             self._emit(Finished(self.job.id, self.seconds[0], self.request.videos[0].sidecar))
             return True
         if kinds == {"cancelled"}:
-            self._close(True)
+            self._close(True, shown=False)
             self._tidy(latents=True)
             self._emit(Cancelled(self.job.id))
             return True
@@ -148,8 +163,10 @@ class Work:
         self._tidy()
         self._emit(Lost(self.job.id, message, at, device, asked))
 
-    def _close(self, done: bool) -> None:
-        """What is newest goes to the file; or where all is done, the file goes."""
+    def _close(self, done: bool, shown: bool = True) -> None:
+        """What is newest goes to the file; or where all is done, the file goes. shown: of that the last preview."""
+        if self._previews is not None:
+            self._previews.close(done and shown)
         if self._saver is not None:
             self._saver.close(done)
         if done and self._file is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,11 +43,19 @@ def main(fork: Fork, arguments: Sequence[str]) -> int:
 def frames_of(fork: Fork, request: Request) -> list[Tensor]:
     """The frames of a request's videos on one rank; nothing is written."""
     from common.parallel.mesh import Mesh
+    from common.video.decode_video import AllFrames
 
     made: list[Tensor] = []
+
+    @contextmanager
+    def opened(_: Output) -> Iterator[AllFrames]:
+        kept = AllFrames()
+        yield kept
+        assert kept.frames is not None
+        made.append(kept.frames)
+
     request = replace(request, videos=tuple(draw_seeds(request.videos)))
-    writes = {"keep": lambda *_: None, "write": lambda self, frames: made.append(frames)}
-    with mock.patch.multiple(Output, **writes):
+    with mock.patch.multiple(Output, keep=lambda *_: None, opened=opened):
         fork.module("generate").generate(request, Mesh(), Report())
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from PIL import Image
 
 from common.parallel.mesh import Mesh
 from common.registry.forks import Fork
@@ -71,6 +73,14 @@ def levels_apart(job: Job, frames: np.ndarray) -> int:
     made = np.load(job.request.videos[0].output)
     assert made.shape == frames.shape and len(np.unique(made)) > 8
     return int(np.abs(made.astype(int) - frames.astype(int)).max())
+
+
+def likeness(png: bytes, frame: np.ndarray) -> float:
+    """The correlation of a small picture with a frame (H, W, 3) that is brought to its size."""
+    picture = np.asarray(Image.open(io.BytesIO(png)))
+    height, width, _ = picture.shape
+    cells = frame.reshape(height, frame.shape[0] // height, width, frame.shape[1] // width, 3)
+    return float(np.corrcoef(picture.ravel(), cells.mean(axis=(1, 3)).ravel())[0, 1])
 
 
 def running(pids: list[int]) -> list[int]:

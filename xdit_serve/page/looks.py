@@ -16,7 +16,7 @@ CSS = """
 footer { display: none !important; }
 .job { display: grid; gap: .5rem; }
 .job video, .job img { width: 100%; border-radius: .4rem; background: #111; image-rendering: auto; }
-.job img.preview { max-height: 16rem; object-fit: contain; image-rendering: pixelated; }
+.job img.preview { height: 16rem; object-fit: contain; }
 .job p { margin: 0; overflow-wrap: anywhere; }
 .job .settings { font-size: .8rem; opacity: .75; }
 .job [role=progressbar] { height: .6rem; border-radius: .3rem; background: rgba(128,128,128,.3); overflow: hidden; }

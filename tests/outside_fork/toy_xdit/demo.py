@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.run.demo import cache_home, fill, made_once
+from common.run.demo import fill, made_once
+from common.system.files import cache_home
 from common.weights.load import save
 from toy_xdit.config import Config
 from toy_xdit.sampling import LLAMA
