@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 HERE = $(abspath $(BIN))
 READY := $(VENV)/.installed
 
-.PHONY: setup demo serve test test-fast fuzz rehearsal lint format bench gpu-check clean
+.PHONY: setup demo serve test test-fast test-long fuzz rehearsal lint format bench gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -39,7 +39,11 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
+
+# More of what the tests show already, for hours that nobody waits for.
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 # Hostile commands, files, names and environments, seeded: other ones by SEED, more by CASES.
 fuzz: setup

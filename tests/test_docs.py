@@ -15,6 +15,7 @@ from common.registry.forks import Fork, forks
 from common.run.command_line import command
 from common.run.unknown import unknown_words
 from planner.cli import command as plan
+from tests.helpers.programs import on_ranks
 from tools.docs import flags, tables
 from xdit_doctor.cli import command as doctor
 from xdit_download.cli import command as download
@@ -160,26 +161,19 @@ RUN = [c for c in COMMANDS if not c.needs and (c.words[0] == "xdit-plan" or "--d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", RUN, ids=str)
-def test_a_command_that_needs_nothing_runs(given, tmp_path):
+def test_a_command_that_needs_nothing_runs(run_ranks, given, tmp_path):
     words = list(given.words)
     if words[0] == "xdit-plan":
         line = [sys.executable, "-m", "planner.cli", *words[1:]]
-    else:
-        line = [
-            sys.executable,
-            str(ROOT / PROGRAMS[words[0]].package / "cli.py"),
-            *words[1:],
-            "--num-steps",
-            "2",
-            "--device",
-            "cpu",
-        ]
-    done = subprocess.run(
-        line, cwd=tmp_path if words[0] != "xdit-plan" else ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    if "--output" in words:
-        assert (tmp_path / words[words.index("--output") + 1]).stat().st_size > 1000
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return
+    if "--output" not in words:
+        words += ["--output", "out.mp4"]
+    at = words.index("--output") + 1
+    words[at] = str(tmp_path / words[at])
+    on_ranks(run_ranks, PROGRAMS[words[0]], *words[1:], "--num-steps", "1")
+    assert Path(words[at]).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -76,7 +76,7 @@ def cogvideox_folder(tmp_path_factory) -> Path:
     [
         ("mochi", "text", "stage", (320, 320, 25)),
         ("mochi", "sampling", "stage", (320, 320, 19)),
-        ("mochi", "sampling", "disk", (480, 480, 61)),
+        ("mochi", "sampling", "disk", (320, 320, 61)),
         ("mochi", "decode", "stage", (160, 160, 19)),
         ("cogvideox", "sampling", "stage", (240, 320, 17)),
         ("cogvideox", "decode", "stage", (160, 240, 17)),

@@ -60,7 +60,7 @@ def test_a_command_whose_weights_stream_takes_turns(fork, tmp_path, monkeypatch,
 
     in_turn = made("turns.npy")
     assert "guidance branches take turns" in capfd.readouterr().err
-    assert json.loads(Path("turns.json").read_text())["settings"]["interleave_branches"] is True
+    assert json.loads(Path("turns.npy.json").read_text())["settings"]["interleave_branches"] is True
     apart = made("apart.npy", "--no-interleave-branches")
     assert "take turns" not in capfd.readouterr().err
     np.testing.assert_array_equal(in_turn, apart)

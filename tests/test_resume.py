@@ -21,7 +21,9 @@ from common.run.unfinished import metadata
 from common.system.files import write_file
 from common.video.states import State, StateKeeper
 from mochi_xdit import MochiPipeline
+from mochi_xdit.fork import FORK as MOCHI
 from tests.helpers import cogvideox, mochi
+from tests.helpers.programs import main
 from wan_xdit import WanPipeline
 from wan_xdit.demo import demo_config, demo_vae, random_checkpoint
 
@@ -105,13 +107,14 @@ def test_a_state_of_another_size_is_refused(folders):
 
 
 @pytest.mark.slow
-def test_a_killed_program_goes_on_with_other_ranks(tmp_path):
+def test_a_killed_program_goes_on_with_other_ranks(tmp_path, monkeypatch, capfd):
     """Killed at once, with all its ranks, in the middle of the second of two videos."""
     program = Path(sys.executable).with_name("mochi-xdit")
     command = [str(program), "--demo", "--device", "cpu", "--seed", "3", "--dtype", "fp32", "--num-videos", "2"]
     command += ["--num-steps", "40", "--save-every", "0", "--output"]
-    whole = subprocess.run([*command, "ref.mp4", "--gpus", "1"], cwd=tmp_path, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(MOCHI, [*command[1:], "ref.mp4", "--gpus", "1"]) == 0
+    capfd.readouterr()
     with subprocess.Popen([*command, "x.mp4", "--gpus", "2"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         path, end = tmp_path / "x.state.safetensors", time.monotonic() + 120
         while not (path.exists() and (kept := metadata(path))["video"] == "1" and int(kept["step"]) > 1):
@@ -120,9 +123,8 @@ def test_a_killed_program_goes_on_with_other_ranks(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     first = (tmp_path / "x-1.mp4").stat().st_mtime_ns
     assert not (tmp_path / "x-2.mp4").exists()
-    rest = subprocess.run([*command, "x.mp4", "--gpus", "1"], cwd=tmp_path, capture_output=True, text=True)
-    assert rest.returncode == 0, rest.stderr
-    assert "going on with an interrupted run: video 2 of 2" in rest.stderr
+    assert main(MOCHI, [*command[1:], "x.mp4", "--gpus", "1"]) == 0
+    assert "going on with an interrupted run: video 2 of 2" in capfd.readouterr().err
     assert (tmp_path / "x-1.mp4").stat().st_mtime_ns == first
     assert sorted(p.name for p in tmp_path.glob("x*")) == ["x-1.json", "x-1.mp4", "x-2.json", "x-2.mp4"]
     assert frames(tmp_path / "x-2.mp4").sub(frames(tmp_path / "ref-2.mp4")).abs().max() <= 3

@@ -1,4 +1,4 @@
-"""A fork's command, called in this process."""
+"""A fork's command, called in this process, and its request made by ranks of the pool."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from common.registry.checks import Rules
-from common.registry.forks import Fork
+from common.registry.forks import Fork, forks
 from common.registry.request import Request, WrongUse, draw_seeds
 from common.run import launch
 from common.run.command_line import parse
@@ -19,6 +19,8 @@ from common.system.progress import Report
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tests.helpers.ranks import RankPool
 
 
 def read(fork: Fork, *arguments: object) -> Request:
@@ -58,6 +60,25 @@ def frames_of(fork: Fork, request: Request) -> list[Tensor]:
     with mock.patch.multiple(Output, keep=lambda *_: None, opened=opened):
         fork.module("generate").generate(request, Mesh(), Report())
     return made
+
+
+def on_ranks(pool: RankPool, fork: Fork, *arguments: object) -> Request:
+    """What a command makes on CPU ranks, without a start of new processes for them; its request."""
+    request = read(fork, *arguments, "--device", "cpu")
+    request = replace(request, videos=tuple(draw_seeds(request.videos)))
+    pool(request.layout.ranks, _as_rank, fork.name, request)
+    return request
+
+
+def _as_rank(fork_name: str, request: Request) -> None:
+    from common.parallel.mesh import distributed
+    from common.run.rank import resolved
+    from common.system.environment import this_process
+
+    fork, report = next(fork for fork in forks() if fork.name == fork_name), Report()
+    with distributed(request.layout, "cpu") as mesh:
+        request = resolved(fork, request, mesh, this_process(), report)
+        fork.module("generate").generate(request, mesh, report)
 
 
 def demo_of(fork: Fork) -> tuple[Path, Rules]:

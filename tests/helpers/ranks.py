@@ -1,5 +1,5 @@
-"""A pool of worker processes that stand in for ranks: importing torch is the main cost of a distributed test, so one
-process imports it and the workers are its forks, started once per session; every test borrows as many as it needs."""
+"""A pool of worker processes that stand in for ranks: imports are the main cost of a distributed test, so one process
+makes them and the workers are its forks, started once per session; every test borrows as many as it needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.registry.forks import forks
+
 JOB_SECONDS = 120
+LARGE = ("transformers.models.t5.modeling_t5", "diffusers")
 
 
 def _worker(pipe: Connection) -> None:
@@ -50,7 +53,7 @@ class RankPool:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         # This module brings torch; no thread runs before the fork.
-        self.context.set_forkserver_preload([__name__])
+        self.context.set_forkserver_preload([__name__, *(f"{fork.package}.pipeline" for fork in forks()), *LARGE])
         self.store: dist.TCPStore | None = None
         self.workers: list[tuple[Any, Connection]] = []
 
