@@ -136,7 +136,7 @@ def test_many_that_are_there_are_counted(tmp_path, capsys):
 
 
 def test_a_dry_run_names_what_a_run_would_refuse(tmp_path, capsys):
-    line = ["--dry-run", "--device", "cpu", "--gpus", "1", "--num-frames", "7", "--width", "64", "--height", "64"]
+    line = ["--dry-run", "--demo", "--device", "cpu", "--gpus", "1", "--num-frames", "7"]
     (tmp_path / "x.mp4").touch()
     for more, told in (((), True), (("--overwrite",), False), (("--output", "y.mp4"), False)):
         assert main(FORK, [*line, "--output", "x.mp4", *more]) == 0
