@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -9,12 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 
 from common.weights.load import open_checkpoint
 from common.weights.placement import has_float8
+from tests.helpers.fake_server import served
 from tools.docs import outside_fork as page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,20 +47,51 @@ def run(site: Path, module: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def whole(site: Path) -> Path:
+    """The picture of one rank, seed 3."""
+    return generate(site, "one.png", "--gpus", "1")
+
+
+def levels(picture: bytes | Path) -> np.ndarray:
+    return np.asarray(Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture))).astype(int)
+
+
 def generate(site: Path, output: str, *arguments: str) -> Path:
     run(site, "toy_xdit", "--demo", "--device", "cpu", "--dtype", "fp32", "--seed", "3", "--output", output, *arguments)
     return site.parent / output
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_picture(site: Path) -> None:
-    whole = generate(site, "one.png", "--gpus", "1")
-    expected = np.asarray(Image.open(whole)).astype(int)
+def test_two_ranks_make_the_same_picture(site: Path, whole: Path) -> None:
+    expected = levels(whole)
     assert expected.shape == (64, 64, 3) and expected.std() > 5
     inside = json.loads(Image.open(whole).text["Comment"])
     assert inside["seed"] == 3 and inside == json.loads(whole.with_suffix(".png.json").read_text())["settings"]
     split = generate(site, "two.png", "--gpus", "2", "--ulysses-degree", "2", "--no-cfg-parallel")
-    assert np.abs(np.asarray(Image.open(split)) - expected).max() <= 1
+    assert np.abs(levels(split) - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_the_server_makes_its_pictures(
+    site: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(site.parent / "cache"))
+    serve = (sys.executable, "-m", "xdit_serve", "--demo", "--device", "cpu", "--gpus", "2", "--port", "0")
+    command = (*serve, "--no-page", "--data-dir", str(tmp_path / "data"), "--", "--dtype", "fp32")
+    with served(tmp_path / "data", command=command) as server:
+        api = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", timeout=120, max_retries=0)
+        asked = {"model": "toy-demo", "prompt": "a bell", "size": "64x64", "extra_body": {"seed": 3}}
+        made = api.images.generate(**asked, n=2, response_format="b64_json").data
+        first, second = (levels(base64.b64decode(one.b64_json)) for one in made)
+        assert np.abs(first - levels(whole)).max() <= 1 and np.abs(second - first).max() > 1
+        (other,) = api.images.generate(**asked | {"extra_body": {"seed": 4}}, response_format="url").data
+        assert np.array_equal(levels(httpx.get(other.url).content), second)
+        for call, place in ((api.videos.create, "/v1/images/generations"), (api.images.generate, "/v1/videos")):
+            name = "mochi-demo" if place == "/v1/videos" else "toy-demo"
+            with pytest.raises(openai.APIStatusError, match=place):
+                call(model=name, prompt="a bell")
 
 
 @pytest.mark.slow

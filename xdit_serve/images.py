@@ -34,7 +34,7 @@ def image_routes(service: Service) -> APIRouter:
         return answers.json_answer({"created": int(time.time()), "data": await _made(service, jobs, request, form)})
 
     @routes.get("/v1/images/{name}/content")
-    async def content(request: Request, name: str) -> Response:
+    async def picture(request: Request, name: str) -> Response:
         return await file_answer(service, await service.job(name, service.viewer(request), "image"))
 
     return routes
@@ -49,7 +49,7 @@ async def _made(service: Service, jobs: list[Record], request: Request, form: st
             if done.status == "failed":
                 raise failure(done)
             if form == "url":
-                found.append({"url": str(request.url_for("content", name=done.id))})
+                found.append({"url": str(request.url_for("picture", name=done.id))})
             else:
                 content = await anyio.to_thread.run_sync(service.store.output_of(done).read_bytes)
                 found.append({"b64_json": base64.b64encode(content).decode()})
