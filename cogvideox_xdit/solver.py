@@ -40,16 +40,13 @@ class Solver:
             raise ValueError(f"strength {strength} of {steps} steps leaves no step; raise one of them")
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()[steps - run :]
         self.spacing = trained // steps
+        alphas = [(float(alpha), float(following)) for alpha, following, _ in map(self._alphas, range(len(self)))]
+        self.levels: tuple[Levels, ...] = tuple((a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5) for a, b in alphas)
+        """Of each step: how much of the video and how much noise is in the latents before it, and after it."""
         self._before: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
-
-    @property
-    def levels(self) -> tuple[Levels, ...]:
-        """Of each step: how much of the video and how much noise is in the latents before it, and after it."""
-        alphas = [(float(alpha), float(following)) for alpha, following, _ in map(self._alphas, range(len(self)))]
-        return tuple((a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5) for a, b in alphas)
 
     @property
     def memory(self) -> dict[str, Tensor]:

@@ -84,6 +84,8 @@ class Machine:
             listener(name, stream, other)
 
     def current_stream(self, device: Any = None) -> Stream:
+        if device is None and (current := self.streams.get(self.device)) is not None:
+            return current  # asked for at every operation
         key = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or self.device)
         key = self.device if key.index is None else key
         return self.streams.setdefault(key, Stream(self, key))

@@ -61,6 +61,10 @@ class Model:
         """Latent frames that are decoded."""
         return self.size[0] - self.padding
 
+    def frames(self, latents: int | None = None) -> int:
+        """Frames of a video of so many decoded latents; default: of the published one."""
+        return self.compression[1] * ((latents or self.decoded) - 1) + 1
+
     @property
     def layers(self) -> int:
         return getattr(self.config, self.depth)

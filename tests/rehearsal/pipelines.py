@@ -134,15 +134,15 @@ def generate(scene: Scene, folder: Path, mesh: Mesh, tracer: Tracer) -> Tensor |
         pipe.text_files = lambda: None  # type: ignore[method-assign,assign,return-value]
         pipe._text_encoder = lambda files: Said(model.text_width)  # type: ignore[method-assign]
         given: dict[str, Any] = {"negative_prompt": "blurred"}
-        if kind is MochiPipeline:
-            given["num_frames"] = 6 * (model.size[0] - 1) + 1
-        elif kind is ConsisIDPipeline:
+        if kind is MochiPipeline or scene.latents is not None:
+            given["num_frames"] = model.frames(scene.latents)
+        if kind is ConsisIDPipeline:
             given["identity"] = identity(model.config)
         elif scene.model == "wan-ti2v-5b":
             given["image"] = "picture.png"
         elif scene.video:
             given |= {"video": "clip.mp4", "strength": 1.0}
-        elif model.config.image_channels:
+        elif getattr(model.config, "image_channels", None):
             given["image"] = "picture.png"
         with no_cuda_for_dynamo(scene.compiled):
             return pipe("a boat", num_steps=STEPS, decode=DecodeOptions(scene.vae), output=scene.output, **given)

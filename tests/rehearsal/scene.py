@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ class Scene:
     """One way to run a model. The fields are the pipelines' options.
 
     shard: `shard_weights`. compiled: the blocks, as far as dynamo goes. groups: `overlap_groups`. turns:
-    `interleave_branches`. video: starts from one. layers: None for all.
+    `interleave_branches`. video: starts from one. layers: None for all. latents: latent frames of the video; None for
+    as many as the published one has. Chunks of frames are alike, so a few stand for all.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Scene:
     vae: str = "exact"
     output: str = "frames"
     layers: int | None = None
+    latents: int | None = None
 
     def __str__(self) -> str:
         said = [self.model, str(self.layout), ".".join(map(str, self.capability)), self.attention, self.dtype]
@@ -56,7 +59,9 @@ class Scene:
         said += [f"groups {self.groups}"] * (self.groups > 1) + ["in turn"] * self.turns
         said += [self.scheduler or ""] + ["from a video"] * self.video
         said += [f"vae {self.vae}" if self.output == "frames" else self.output]
-        return ", ".join(part for part in said if part) + (f", {self.layers} blocks" if self.layers else "")
+        said += [f"{self.layers} blocks"] * (self.layers is not None)
+        said += [f"{self.latents} latent frames"] * (self.latents is not None)
+        return ", ".join(part for part in said if part)
 
 
 @dataclass
@@ -115,7 +120,7 @@ def run_rank(
     layout, device = scene.layout, torch.device("cuda", rank % 8)
     tracers: list[Tracer] = []
 
-    with fake_cuda(scene.capability, real_inputs=True) as machine:
+    with little_to_collect(), fake_cuda(scene.capability, real_inputs=True) as machine:
         machine.set_device(device)
 
         def watch(record: Record) -> Tracer:
@@ -129,6 +134,17 @@ def run_rank(
                 result = work(mesh, tracer)
             axes = {name: axis.group.group_name for name in AXES if (axis := getattr(mesh, name)).group is not None}
     return Ran(rank, axes, tracer.trace, record, result)
+
+
+@contextmanager
+def little_to_collect() -> Iterator[None]:
+    """The product collects garbage between its stages: what is there already, such as other ranks' traces, is not
+    looked through each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

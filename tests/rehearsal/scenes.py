@@ -30,17 +30,17 @@ COVER = (
     Scene("cogvideox-5b", output="latent", capability=(10, 0), attention="cudnn"),
     Scene("consisid", output="latent", capability=(8, 0)),
     Scene("wan-1.3b", output="latent", capability=(8, 6)),
-    Scene("mochi", Layout(2, 3, 2), layers=2),
+    Scene("mochi", Layout(2, 3, 2), layers=2, latents=4),
     Scene("cogvideox-5b-i2v", Layout(1, 2, 4), offload="block", shard=True, groups=2, output="latent", layers=STREAMED),
     Scene("cogvideox-2b", Layout(2, 3, 1), (10, 0), "auto", "fp16", "disk", scheduler="dpm", output="latent", layers=4),
-    Scene("cogvideox-5b", Layout(ring=2), dtype="fp32", video=True, output="latent", layers=2),
+    Scene("cogvideox-5b", Layout(ring=2), dtype="fp32", video=True, output="latent", layers=2, latents=5),
     Scene("consisid", Layout(2, 1, 3), (8, 9), dtype="fp8", shard=True, output="latent", layers=STREAMED),
-    Scene("cogvideox-2b", Layout(ring=2), offload="none", vae="tiled", layers=2),
+    Scene("cogvideox-2b", Layout(ring=2), offload="none", vae="tiled", layers=2, latents=5),
     Scene("cogvideox-1.5-i2v", attention="flash3", output="latent", layers=2),
     Scene("cogvideox-1.5", Layout(ring=2), attention="sdpa", output="latent", layers=2),
     Scene("mochi", Layout(ring=2), (8, 9), "flash2", "fp8", compiled=True, output="latent", layers=2),
     Scene("wan-i2v-14b", Layout(cfg=2), offload="block", output="latent", layers=STREAMED),
-    Scene("wan-ti2v-5b", Layout(ulysses=2), dtype="fp8", layers=2),
+    Scene("wan-ti2v-5b", Layout(ulysses=2), dtype="fp8", layers=2, latents=9),
     Scene("wan-a14b", Layout(ring=2), compiled=True, output="latent", layers=2),
     Scene("mochi", Layout(1, 2, 2), offload="block", shard=True, turns=True, output="latent", layers=STREAMED),
     Scene("cogvideox-2b", Layout(ulysses=3), (8, 9), compiled=True, turns=True, output="latent", layers=2),
@@ -82,10 +82,9 @@ def shapes(scene: Scene) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the latents and of the frames that a scene gives."""
     model = MODELS[scene.model]
     _, rows, columns = model.size
-    scale, per_latent = model.compression
-    channels = model.patch // model.volume
-    frames = (per_latent * (model.decoded - 1) + 1, rows * scale, columns * scale, 3)
-    return (1, channels, model.decoded, rows, columns), frames
+    scale, channels, count = model.compression[0], model.patch // model.volume, scene.latents or model.decoded
+    frames = (model.frames(scene.latents), rows * scale, columns * scale, 3)
+    return (1, channels, count, rows, columns), frames
 
 
 def _true(tensor: Tensor) -> bool:

@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers.fake_cuda import Machine, Stream
 from tests.helpers.recorder import MESSAGES, Batch, Collective, Record, Watch, describe, is_collective
+from tests.rehearsal.memory import Memory
 from tests.rehearsal.trace import COMPUTE, HOST, READER, Clock, Copy, Moment, Steps, Sync, Trace, Where
-from tests.rehearsal.traffic import file_of, innermost, launches, name_of, take_apart
+from tests.rehearsal.traffic import Operator, file_of, innermost, launches, on_cuda, operator, take_apart, tensors_of
 
 
 @dataclass
@@ -88,8 +89,8 @@ class Tracer(Watch):
         self.pending: dict[int, tuple[Clock, Collective]] = {}
         self.works: weakref.WeakKeyDictionary[Any, tuple[Clock, Collective | Batch]] = weakref.WeakKeyDictionary()
         self.last: tuple[Clock, Collective | Batch] | None = None
-        self.together: tuple[str, int] | None = None
         self.pinned: set[int] = set()
+        self.memory = Memory()
         self.host = HOST
 
     @classmethod
@@ -175,8 +176,12 @@ class Tracer(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = name_of(func)
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+        op = operator(func)
+        name = op.name
+        if op.namespace == "prim":
+            return func(*args, **kwargs)
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if fake is None:
             return func(*args, **kwargs)  # real numbers for the test's own use
         if name == "_local_scalar_dense" and getattr(args[0], "constant", None) is None:
             return self._read(args[0])  # not a number that stood in the code, which fake tensors remember
@@ -184,11 +189,9 @@ class Tracer(Watch):
             return self._masked(*args)
         if name == "record_stream":
             return None
-        if (apart := take_apart(self, func, args, kwargs)) is not NotImplemented:
+        if (apart := take_apart(self, func, op, args, kwargs)) is not NotImplemented:
             return apart
-        if func.namespace == "prim":
-            return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = self.memory.run(func, args, kwargs, fake) if op.namespace == "aten" else func(*args, **kwargs)
         if name in ("wait_tensor", "_wrap_tensor_autograd"):
             if name == "wait_tensor":
                 self._arrive(*self.pending[_storage(args[0])])
@@ -196,13 +199,13 @@ class Tracer(Watch):
         elif is_collective(func):
             self._post(func, name, args, out)
         else:
-            self._compute(func, name, args, kwargs, out)
+            self._compute(op, args, kwargs, out)
         return out
 
     def _read(self, tensor: Tensor) -> Any:
         """The host reads one number; of a tensor on a device it waits for it."""
         where = place()
-        if tensor.is_cuda:
+        if on_cuda(tensor):
             self._touch(tensor, self.current, self.tick(self.current), writes=False)
             self.join(self.host, self.clocks[self.current])
             self._host_waited()
@@ -214,34 +217,35 @@ class Tracer(Watch):
     def _masked(self, x: Tensor, indices: Any) -> Tensor:
         """x[mask]: the host waits to know how many rows there are."""
         (mask,) = indices
-        if x.is_cuda:
+        if on_cuda(x):
             self.trace.syncs.append(Sync(self.step, place(), "read"))
             self.join(self.host, self.clocks[self.current])
             self._host_waited()
         return x.new_empty(self.rows, *x.shape[mask.ndim :])
 
-    def _compute(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    def _compute(self, op: Operator, args: Any, kwargs: Any, out: Any) -> None:
+        taken, made = tensors_of(args, kwargs), tensors_of(out)
         if kwargs.get("pin_memory"):
             self.pinned.add(_storage(made[0]))
-        moved = launches(func, args, kwargs, out)
+        moved = launches(op, args, kwargs, taken, made)
         for tensor in made:
-            self._use(tensor, self.current if tensor.is_cuda else self.host)
-        if not moved and any(t.is_cuda for t in taken + made):
+            self._use(tensor, self.current if on_cuda(tensor) else self.host)
+        used = taken + made
+        kinds = {tensor.device for tensor in used}
+        if not moved and any(kind.type == "cuda" for kind in kinds):
             return  # a view, or memory alone
-        self.trace.devices.update(str(t.device) for t in taken + made if not t.is_meta)
-        devices = {t.device.type for t in taken + made if t.ndim or t.is_cuda}
+        self.trace.devices.update(str(kind) for kind in kinds if kind.type != "meta")
+        devices = {t.device.type for t in used if t.ndim or on_cuda(t)}
         stream = self.current if "cuda" in devices else self.host
         time = self.tick(stream)
-        changed = {id(args[i]) for i, a in enumerate(func._schema.arguments[: len(args)]) if _writes(a)}
+        changed = {id(arg) for arg, written in zip(args, op.changes) if written}
         changed |= {id(t) for t in made}
         for tensor in taken:
             self._touch(tensor, stream, time, writes=id(tensor) in changed)
         for tensor in made:
             self._touch(tensor, stream, time, writes=True)
         if len(devices) > 1:
-            self._copied(name, args, kwargs, made, stream)
+            self._copied(op.name, args, kwargs, made, stream)
             return
         for launch in moved:
             row = self.trace.launches[self.step, launch.place, launch.op]
@@ -251,7 +255,7 @@ class Tracer(Watch):
     def _copied(self, name: str, args: Any, kwargs: Any, made: list[Tensor], stream: str) -> None:
         source = args[1] if name == "copy_" else args[0]
         blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        (host,) = (t for t in (source, made[0]) if not t.is_cuda)
+        (host,) = (t for t in (source, made[0]) if not on_cuda(t))
         pinned = _storage(host) in self.pinned
         waits = blocking or not pinned
         if waits:
@@ -265,8 +269,6 @@ class Tracer(Watch):
         """A collective is posted: its stream, and its number on it."""
         self.record.collectives.append(collective)
         self.trace.collectives.append((self.step, collective))
-        if self.together is not None:
-            return self.together
         on_gpu = any(device == "cuda" for _, _, device in collective.tensors)
         backend = "nccl" if on_gpu else "gloo"
         # Gloo's messages to and from different ranks do not wait for each other.
@@ -286,7 +288,7 @@ class Tracer(Watch):
     def _post(self, func: Any, name: str, args: Any, out: Any) -> None:
         collective = describe(name, args)
         tensors = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
-        on_gpu = any(t.is_cuda for t in tensors)
+        on_gpu = any(map(on_cuda, tensors))
         stream, time = self.post(collective)
         sends = name == "send"
         for tensor in tensors:
@@ -311,21 +313,22 @@ class Tracer(Watch):
 
     def batch(self, messages: Sequence[Message]) -> list[Any]:
         """What stands for `batch_isend_irecv`; on the CPU each message goes by itself."""
-        if not messages[0].tensor.is_cuda:
+        if not on_cuda(messages[0].tensor):
             return [message.post() for message in messages]
-        posted = []
         for message in messages:
             other = dist.get_global_rank(message.group, message.group_peer)
-            assert message.tensor.is_cuda and message.group is messages[0].group and other != self.record.rank
-            posted.append(message.described())
-        whole = Batch(tuple(posted))
+            assert on_cuda(message.tensor) and message.group is messages[0].group and other != self.record.rank
+        whole = Batch(tuple(message.described() for message in messages))
         stream = f"nccl {whole.group}"
         self.join(stream, self.clocks[self.current])
         time = self.tick(stream)
         self.trace.timeline.append(Moment(self.step, "post", whole, stream, _collectives(self.clocks[stream])))
-        self.together = stream, time
-        work = [message.post() for message in messages][-1]
-        self.together = None
+        for message, described in zip(messages, whole.messages):
+            self.record.collectives.append(described)
+            self.trace.collectives.append((self.step, described))
+            self._use(message.tensor, self.current)
+            self._touch(message.tensor, stream, time, writes=not message.sends)
+        work = FakeWork()
         self.works[work] = dict(self.clocks[stream]), whole
         return [work]
 
@@ -333,7 +336,7 @@ class Tracer(Watch):
 
     def _touch(self, tensor: Tensor, stream: str, time: int, writes: bool) -> None:
         """A use of a tensor's memory, checked against all before it that could meet it."""
-        if not tensor.numel() or not (tensor.is_cuda or _storage(tensor) in self.pinned):
+        if not tensor.numel() or not (on_cuda(tensor) or _storage(tensor) in self.pinned):
             return
         use = self._use(tensor, stream)
         clock = self.clocks[stream]
@@ -394,10 +397,6 @@ def _collectives(clock: Clock) -> Clock:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _writes(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _is_input(name: str, tensor: Tensor, args: Any) -> bool:

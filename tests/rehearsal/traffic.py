@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(f"{ROOT}/{part}" for part in ("common/", "mochi_xdit/", "cogvideox_xdit/", "consisid_xdit/", "wan_xdit/"))
@@ -40,6 +40,7 @@ _WRITES_ONLY = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_"})
 """Of what they change in place, they read nothing."""
 _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 """They take of a tensor its shape and its kind alone."""
+_WRITES_ONLY_OR_LIKE = _WRITES_ONLY | _LIKE
 _READS_TWICE = frozenset({"native_group_norm"})
 """First for the statistics of whole groups, in a kernel of its own."""
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -52,6 +53,37 @@ class Launch:
     op: str
     bytes: int
     place: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What PyTorch says of an operator, which takes long to ask: there is one of these for each.
+
+    name: `mm` of aten::mm.default. changes: which of its arguments it writes. aliases: whether it gives out memory of
+    its arguments. composite: whether it is written in terms of others.
+    """
+
+    name: str
+    namespace: str
+    changes: tuple[bool, ...]
+    aliases: bool
+    composite: bool
+
+
+@cache
+def operator(func: Any) -> Operator:
+    schema = func._schema
+    return Operator(
+        schema.name.split("::")[1],
+        func.namespace,
+        tuple(_writes(argument) for argument in schema.arguments),
+        any(returned.alias_info is not None for returned in schema.returns),
+        func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE),
+    )
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 class Traffic(TorchDispatchMode):
@@ -67,24 +99,25 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (apart := take_apart(self, func, args, kwargs)) is not NotImplemented:
+        op = operator(func)
+        if (apart := take_apart(self, func, op, args, kwargs)) is not NotImplemented:
             return apart
         out = func(*args, **kwargs)
-        self.launches += launches(func, args, kwargs, out)
+        self.launches += launches(op, args, kwargs, tensors_of(args, kwargs), tensors_of(out))
         return out
 
 
-def take_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+def take_apart(mode: TorchDispatchMode, func: Any, op: Operator, args: Any, kwargs: Any) -> Any:
     """The result of an operation that PyTorch writes in terms of others, whose parts `mode` sees; else NotImplemented.
 
     In inference mode such operations arrive whole.
     """
-    if func.namespace != "aten" or name_of(func) in _FUSED:
+    if op.namespace != "aten" or op.name in _FUSED:
         return NotImplemented
-    if func is torch.ops.aten.scaled_dot_product_attention.default and args[0].is_cuda:
+    if func is torch.ops.aten.scaled_dot_product_attention.default and on_cuda(args[0]):
         with mode:
             return _attention(*args, **kwargs)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+    if not op.composite:
         return NotImplemented
     with mode:
         return func._op_dk(_COMPOSITE, *args, **kwargs)
@@ -113,27 +146,39 @@ def _attention(
     return ops._scaled_dot_product_attention_math(q, k, v, mask, 0.0, is_causal, scale=scale)[0]
 
 
-def launches(func: Any, args: Any, kwargs: Any, out: Any) -> list[Launch]:
-    """The kernels of an operation that has been run; none for a view, an empty tensor, or one on the CPU."""
-    name = name_of(func)
-    made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if func.namespace != "aten" or not any(t.is_cuda for t in made + taken):
+def launches(op: Operator, args: Any, kwargs: Any, taken: list[Tensor], made: list[Tensor]) -> list[Launch]:
+    """The kernels of an operation that has been run; none for a view, an empty tensor, or one on the CPU.
+
+    taken, made: the tensors among its arguments and its results.
+    """
+    if op.namespace != "aten" or op.name in _MAKES_NOTHING or (op.aliases and not any(op.changes)):
         return []
-    changes = [r.alias_info is not None and r.alias_info.is_write for r in func._schema.arguments]
-    aliases = any(r.alias_info is not None for r in func._schema.returns)
-    if name in _MAKES_NOTHING or (aliases and not any(changes)) or not any(t.numel() for t in made):
+    if not any(map(on_cuda, made)) and not any(map(on_cuda, taken)) or not any(t.numel() for t in made):
         return []
-    skipped = {id(kwargs["out"])} if "out" in kwargs else {id(args[0])} if name in _WRITES_ONLY | _LIKE else set()
-    read = sum(span(t) for t in taken if id(t) not in skipped)
-    twice = span(taken[0]) if name in _READS_TWICE else 0
-    moved = [Launch(name, read + sum(span(t) for t in made), place())]
-    return [*moved, Launch(name, twice, place())] if twice else moved
+    skipped = kwargs["out"] if "out" in kwargs else args[0] if op.name in _WRITES_ONLY_OR_LIKE else None
+    read = sum(span(t) for t in taken if t is not skipped)
+    where = place()
+    moved = [Launch(op.name, read + sum(map(span, made)), where)]
+    twice = span(taken[0]) if op.name in _READS_TWICE else 0
+    return [*moved, Launch(op.name, twice, where)] if twice else moved
 
 
-def name_of(func: Any) -> str:
-    """`mm` of aten::mm.default."""
-    return func._schema.name.split("::")[1]
+def tensors_of(*leaves: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts, in order."""
+    found: list[Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, (list, tuple)):
+            found += tensors_of(*leaf)
+        elif isinstance(leaf, dict):
+            found += tensors_of(*leaf.values())
+    return found
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Without `is_cuda`, for which a fake tensor asks every mode that is entered."""
+    return tensor.device.type == "cuda"
 
 
 def span(tensor: Tensor) -> int:
@@ -147,9 +192,14 @@ def span(tensor: Tensor) -> int:
 def innermost() -> FrameType | None:
     """The product's innermost frame."""
     frame: FrameType | None = sys._getframe(1)
-    while frame and not frame.f_code.co_filename.startswith(OURS):
+    while frame and not _ours(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
+
+
+@cache
+def _ours(file: str) -> bool:
+    return file.startswith(OURS)
 
 
 def file_of(frame: FrameType) -> str:
