@@ -153,7 +153,7 @@ def launches(op: Operator, args: Any, kwargs: Any, taken: list[Tensor], made: li
     """
     if op.namespace != "aten" or op.name in _MAKES_NOTHING or (op.aliases and not any(op.changes)):
         return []
-    if not any(map(on_cuda, made)) and not any(map(on_cuda, taken)) or not any(t.numel() for t in made):
+    if (not any(map(on_cuda, made)) and not any(map(on_cuda, taken))) or not any(t.numel() for t in made):
         return []
     skipped = kwargs["out"] if "out" in kwargs else args[0] if op.name in _WRITES_ONLY_OR_LIKE else None
     read = sum(span(t) for t in taken if t is not skipped)
