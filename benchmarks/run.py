@@ -369,7 +369,7 @@ def _size(options: dict[str, Any], model: Model, table: Sequence[Row], demo: boo
 
 def _hollow(model: Model) -> Path:
     from benchmarks.true_size import make
-    from common.run.demo import cache_home
+    from common.system.files import cache_home
 
     return make(model, cache_home() / "true-size" / model.name)
 

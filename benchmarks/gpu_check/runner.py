@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.gpu_check.machine import Machine
 from common.registry.layout import Layout
 from common.run.children import free_port
-from common.run.demo import cache_home
+from common.system.files import cache_home
 from common.system import environment
 from common.system.host import allocator_default
 
