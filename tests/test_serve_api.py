@@ -175,9 +175,11 @@ def test_a_job_whose_ranks_are_lost_goes_on_or_fails_at_the_third_time(server: S
         job = make(http, "[lost once at 3]", seed=5)["id"]
         assert until(http, job, "completed")["error"] is None
         assert http.get(f"/v1/videos/{job}/content").content == content("[lost once at 3]", 5)
+        waits = make(http, "[full once]", seed=6)["id"]  # for room on the disk
         again, following = make(http, "[lost at 2]")["id"], make(http, "after it")["id"]
         error = until(http, again, "failed")["error"]
         assert error["code"] == "generation_failed" and "rank 1 was killed by signal 9" in error["message"]
+        assert http.get(f"/v1/videos/{waits}/content").content == content("[full once]", 6)
         assert "3 times" in error["message"] and http.get(f"/v1/videos/{again}/content").status_code == 404
         until(http, following, "completed")
         said = http.get("/metrics").text

@@ -9,15 +9,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.registry.layout import Layout
 from common.run.unfinished import metadata
+from common.system.failure import NO_ANSWER, Failure
 from common.workers.group import Cancelled, Failed, Finished, GroupError, Lost, Preview, Progress
 from common.workers.local import LocalGroup
 from common.workers.orders import Maker, maker_of
 from common.workers.pace import Pace
+from common.workers.watched import Ranks, Seat
 from mochi_xdit.fork import FORK as MOCHI
 from tests.fake_fork.fork import FORK as FAKE
 from tests.helpers.workers import SMALL, alone, at_step, ended, job, levels_apart, likeness, run, running, until
@@ -149,7 +152,7 @@ def test_a_killed_rank_costs_a_step_and_other_ranks_go_on(group, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_stops_is_found_and_named(group, tmp_path):
     pids = [rank.pid for rank in group.health().ranks]
-    end, _ = run(group, fake(tmp_path, "v", "--fault", "stop@1", "--timeout", "2"))
+    end, _ = run(group, fake(tmp_path, "v", "--fault", "stop@1", "--timeout", "6"))
     assert isinstance(end, Lost) and end.device == 1 and "did not answer" in end.message and not running(pids)
     group.start()
     end, _ = run(group, fake(tmp_path, "v", "--fault", "raise@1"))
@@ -178,6 +181,30 @@ time.sleep(60)
             return
         signal.sigtimedwait([], 0.1)
     raise AssertionError(f"{running(pids)} run on")
+
+
+class Silent(Ranks):
+    def ended(self) -> dict[int, Failure | None]:
+        return {}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_ranks_that_failed_because_of_each_other_are_lost(monkeypatch, own):
+    """Nobody has a cause: that is not the job's, which goes on with other ranks."""
+    monkeypatch.setattr("common.workers.watched.ECHO_SECONDS", -1.0)
+    ended: list[list[Failure]] = []
+    work = SimpleNamespace(job=SimpleNamespace(id="v"), endings={})
+    work.heard = lambda rank, message: work.endings.setdefault(rank, message["ended"])
+    work.end = lambda failures: ended.append(failures) or False
+    ranks = Silent(LocalGroup([0, 1], on_cpu=True), ())
+    ranks.seats, ranks.work = [Seat(0, ready=True), Seat(1, ready=True)], work
+    for seat in ranks.seats:
+        echo = not (own and seat.rank)
+        failure = Failure(seat.rank, "starting", NO_ANSWER if echo else "it burns", secondary=echo, late=echo)
+        ranks.take(seat, {"failure": failure.as_dict()})
+        ranks.take(seat, {"ended": "failed", "job": "v", "seconds": {}})
+    assert (ranks.work is None) == bool(ended) == own
+    assert ranks._over() != own and (own or NO_ANSWER in ranks.reason)
 
 
 def test_a_group_wants_devices():

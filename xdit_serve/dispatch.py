@@ -35,6 +35,8 @@ from xdit_serve.records import Record
 from xdit_serve.store import STATE, Store, StoreError
 
 TRY_AGAIN_SECONDS = 0.5
+ROOM_SECONDS = 3.0
+"""After a job that found a full disk: as long no job begins."""
 SWEEP_SECONDS = 30.0
 START_SECONDS = 30.0
 FIRST_GUESS = 10.0
@@ -88,6 +90,7 @@ class Dispatcher:
         self._numbers = itertools.count(1)
         self._jobs: dict[str, Record] = {}
         self._seconds = FIRST_GUESS
+        self._not_before = 0.0
         self._queued = threading.Condition()
         self._workers = workers(self.take, self.tell)
         self._threads = [threading.Thread(target=what, daemon=True) for what in (self._start, self._sweep)]
@@ -148,7 +151,7 @@ class Dispatcher:
         return job
 
     def _next(self) -> Job | None:
-        while not self.leaving.is_set():
+        while not self.leaving.is_set() and time.monotonic() >= self._not_before:
             try:
                 record = self.store.take()
             except StoreError as error:
@@ -199,6 +202,10 @@ class Dispatcher:
             self._insist(lambda: self.store.complete(record.id, event.seconds))
             self.metrics.finished(record.model, event.seconds)
             self._seconds = 0.7 * self._seconds + 0.3 * sum(event.seconds.values())
+        elif isinstance(event, Failed) and event.disk:
+            self._say(f"{record.id} waits for room: {event.message}")
+            self._not_before = time.monotonic() + ROOM_SECONDS
+            self._insist(lambda: self.store.give_back(record.id))
         elif isinstance(event, Failed):
             code = "invalid_request" if event.wrong_use else "out_of_memory" if event.memory else "generation_failed"
             self._insist(lambda: self.store.fail(record.id, code, shortened(event.message)))

@@ -25,8 +25,8 @@ from typing import Any
 from benchmarks.gpu_check.machine import Machine
 from common.registry.layout import Layout
 from common.run.children import free_port
-from common.system.files import cache_home
 from common.system import environment
+from common.system.files import cache_home
 from common.system.host import allocator_default
 
 SECONDS = 480.0

@@ -28,6 +28,7 @@ _NO_MEMORY = (
 )
 
 _PLAIN = (ValueError, ImportError, ArithmeticError, TimeoutError, WriteError)  # their messages need no name in front
+NO_SPACE = "no space is left on the disk"
 NO_ANSWER = "another rank did not answer within --timeout"
 
 
@@ -76,7 +77,7 @@ def describe(error: BaseException, rank: int, stage: str, status: int = 1) -> Fa
         if any(word in text.lower() for word in _NO_ANSWER):
             return Failure(rank, stage, NO_ANSWER, secondary=True, late=True, trace=trace)
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "no space left" in text.lower():
-        message = f"no space is left on the disk: {text}"
+        message = f"{NO_SPACE}: {text}"
     elif isinstance(error, OSError) and error.errno and error.filename:
         message = f"{error.filename}: {(error.strerror or kind).lower()}"
     elif short_of_memory:

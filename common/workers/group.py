@@ -101,13 +101,15 @@ class Failed:
     """The job cannot be made; the ranks are idle. Its newest state is in `keep_state`.
 
     message: one line. wrong_use: the request asks for what this checkpoint or machine does not have. memory: memory ran
-    out. at: (steps done, steps) of the sampling, where it had begun.
+    out. disk: no space was left on a disk, where there may be some later. at: (steps done, steps) of the sampling,
+    where it had begun.
     """
 
     job: str
     message: str
     wrong_use: bool = False
     memory: bool = False
+    disk: bool = False
     at: tuple[int, int] | None = None
 
 

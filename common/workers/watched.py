@@ -128,7 +128,7 @@ class Ranks:
         if self.work is None:
             return
         self.work.heard(seat.rank, message)
-        if len(self.work.endings) == len(self.seats):
+        if len(self.work.endings) == len(self.seats) and not self._only_echoes():
             work, self.work = self.work, None
             self.broken = not work.end(self._failures())
 
@@ -149,8 +149,7 @@ class Ranks:
         failures = self._failures()
         if failures:
             self._first_failure = self._first_failure or now
-            echo = all(failure.secondary for failure in failures)
-            if now - self._first_failure > (ECHO_SECONDS if echo else GRACE_SECONDS):
+            if now - self._first_failure > (ECHO_SECONDS if self._only_echoes() else GRACE_SECONDS):
                 self._find_reason({})
                 return True
         elif now - self._heard > self.group.timeout:
@@ -162,6 +161,11 @@ class Ranks:
 
     def _failures(self) -> list[Failure]:
         return [seat.failure for seat in self.seats if seat.failure is not None]
+
+    def _only_echoes(self) -> bool:
+        """Whether ranks have failed, each because of another: that is no fault of the job's."""
+        failures = self._failures()
+        return bool(failures) and all(failure.secondary for failure in failures)
 
     def _find_reason(self, ended: dict[int, Failure | None]) -> None:
         told = self._failures()

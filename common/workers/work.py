@@ -13,7 +13,7 @@ from common.registry.forks import Fork
 from common.registry.request import Request, Unfinished
 from common.run.states import Record, Saver, Slots, StateFile, newest_at
 from common.run.unfinished import FORMAT, digest, metadata
-from common.system.failure import Failure, verdict
+from common.system.failure import NO_SPACE, Failure, verdict
 from common.system.files import remove_partial, shown
 from common.video.previews import read_sums
 from common.workers.group import Cancelled, Event, Failed, Finished, GroupError, Job, Lost, Note, Preview, Progress
@@ -153,7 +153,8 @@ class Work:
         self._tidy()
         status, message = verdict(failures, []) if failures else (1, "the ranks did not end alike")
         memory = any("out of memory" in failure.message for failure in failures)
-        self._emit(Failed(self.job.id, message, status == 2, memory, at))
+        disk = any(NO_SPACE in failure.message for failure in failures)
+        self._emit(Failed(self.job.id, message, status == 2, memory, disk, at))
         return False
 
     def lost(self, message: str, device: int | None, asked: bool = False) -> None:

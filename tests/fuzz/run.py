@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import os
 import re
@@ -44,6 +45,7 @@ def prepare() -> None:
         importlib.import_module(name)
     for name in ("mochi_xdit.pipeline", "cogvideox_xdit.pipeline", "consisid_xdit.pipeline"):
         importlib.import_module(name)
+    gc.freeze()  # a case that looks through all that would copy it
 
 
 def outcomes(area: str, seeds: Iterator[int] | range) -> Iterator[Outcome]:

@@ -41,7 +41,7 @@ PNG = base64.b64decode(
 class FakeGroup:
     """Makes the file that `content` says, in as many steps as asked, each of `step_seconds`.
 
-    Words in a prompt: `[fail]`, `[wrong]`, `[memory]` end a job so; `[lost at 3]` loses the group at step 3, each time
+    Words in a prompt: `[fail]`, `[wrong]`, `[memory]` end a job so, `[full once]` the first time for a full disk; `[lost at 3]` loses the group at step 3, each time
     that it gets there; `[lost once at 3]` only the first time; `[slow 0.2]` makes steps longer; `[play]` makes an mp4.
     """
 
@@ -117,6 +117,9 @@ class FakeGroup:
                 log.write(f"{job.id} {begun}\n")
         if "[wrong]" in prompt or "[memory]" in prompt or "[fail]" in prompt:
             return Failed(job.id, "it was told to fail", wrong_use="[wrong]" in prompt, memory="[memory]" in prompt)
+        if "[full once]" in prompt and job.id.rpartition(".")[0] not in self._once:
+            self._once.add(job.id.rpartition(".")[0])
+            return Failed(job.id, "rank 0, writing: no space is left on the disk", disk=True)
         lost = re.search(r"\[lost (once )?at (\d+)\]", prompt)
         slow = re.search(r"\[slow ([\d.]+)\]", prompt)
         each = float(slow[1]) if slow else self.step_seconds
