@@ -41,8 +41,9 @@ PNG = base64.b64decode(
 class FakeGroup:
     """Makes the file that `content` says, in as many steps as asked, each of `step_seconds`.
 
-    Words in a prompt: `[fail]`, `[wrong]`, `[memory]` end a job so, `[full once]` the first time for a full disk; `[lost at 3]` loses the group at step 3, each time
-    that it gets there; `[lost once at 3]` only the first time; `[slow 0.2]` makes steps longer; `[play]` makes an mp4.
+    Words in a prompt: `[fail]`, `[wrong]`, `[memory]` end a job so, `[full once]` the first time for a full disk;
+    `[lost at 3]` loses the group at step 3, each time that it gets there; `[lost once at 3]` only the first time;
+    `[slow 0.2]` makes steps longer; `[play]` makes an mp4.
     """
 
     def __init__(
