@@ -133,7 +133,7 @@ def on_ranks(kind: str, folder: Path, layout: Layout, options: dict[str, Any], b
         ("mochi", Layout(cfg=2, ulysses=2), {"shard_weights": True, "overlap_groups": 2}, "eager"),
         ("mochi", Layout(ring=2), {"offload": "disk"}, "eager"),
         ("cogvideox", Layout(ulysses=3), {}, "aot_eager"),
-        ("consisid", Layout(ring=2, ulysses=2), {"offload": "block"}, "eager"),
+        pytest.param("consisid", Layout(ring=2, ulysses=2), {"offload": "block"}, "eager", marks=pytest.mark.long),
         ("wan", Layout(ring=3), {}, "eager"),
     ],
     ids=str,

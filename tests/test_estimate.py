@@ -75,7 +75,7 @@ def cogvideox_folder(tmp_path_factory) -> Path:
     ("fork", "stage", "offload", "size"),
     [
         ("mochi", "text", "stage", (320, 320, 25)),
-        ("mochi", "sampling", "stage", (320, 320, 19)),
+        pytest.param("mochi", "sampling", "stage", (320, 320, 19), marks=pytest.mark.long),
         ("mochi", "sampling", "disk", (320, 320, 61)),
         ("mochi", "decode", "stage", (160, 160, 19)),
         ("cogvideox", "sampling", "stage", (240, 320, 17)),

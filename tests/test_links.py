@@ -23,7 +23,7 @@ def left_behind() -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
-@pytest.mark.parametrize("model", ["cogvideox-5b", "wan2.1-t2v-1.3b"])
+@pytest.mark.parametrize("model", ["cogvideox-5b", pytest.param("wan2.1-t2v-1.3b", marks=pytest.mark.long)])
 def test_a_step_over_a_limited_link_takes_as_long_as_its_bytes(model: str, tmp_path: Path) -> None:
     before, output = left_behind(), tmp_path / "links.json"
     command = [sys.executable, "benchmarks/links.py", "--model", model, "--sides", "ours", "one", *SMALL]
