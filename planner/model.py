@@ -94,28 +94,23 @@ def pass_seconds(work: Pass, layout: Layout, at: Spread, profile: Profile, group
 
     groups: of heads, in which the all-to-all of our scheme goes.
     """
-    seconds = _computing(work, layout, profile)
     if work.block is not None:
-        waited = _waited([(work, seconds)], layout, at, profile, groups)
-        seconds["overhead"] += work.layers * (groups - 1) * profile.group_ms / 1e3
-    else:
-        waited = {
-            "ulysses": _all_to_all(work, layout.ulysses, at, profile.links),
-            "ring": _ring(work, layout.ring, at, profile, seconds["attention"] / work.layers),
-        }
-    seconds["all-to-all"] += work.layers * waited["ulysses"]
-    seconds["ring"] += work.layers * waited["ring"]
+        return our_seconds([work], layout, at, profile, groups)
+    seconds = _computing(work, layout, profile)
+    ring = _ring(work, layout.ring, at, profile, seconds["attention"] / work.layers)
+    seconds["all-to-all"] += work.layers * _all_to_all(work, layout.ulysses, at, profile.links)
+    seconds["ring"] += work.layers * ring
     return seconds
 
 
-def pair_seconds(
-    pair: tuple[Pass, Pass], layout: Layout, at: Spread, profile: Profile, groups: int = 1
+def our_seconds(
+    passes: Sequence[Pass], layout: Layout, at: Spread, profile: Profile, groups: int = 1
 ) -> dict[str, float]:
-    """Seconds of two forward passes of our scheme that take turns on the same ranks, as of `pass_seconds`."""
-    both = [(work, _computing(work, layout, profile)) for work in pair]
-    waited, layers = _waited(both, layout, at, profile, groups), pair[0].layers
-    seconds = _sum([of_one for _, of_one in both])
-    seconds["overhead"] += 2 * layers * (groups - 1) * profile.group_ms / 1e3
+    """Seconds of one forward pass of our scheme, or of two that take turns on the same ranks, as of `pass_seconds`."""
+    timed = [(work, _computing(work, layout, profile)) for work in passes]
+    waited, layers = _waited(timed, layout, at, profile, groups), passes[0].layers
+    seconds = _sum([of_one for _, of_one in timed])
+    seconds["overhead"] += len(passes) * layers * (groups - 1) * profile.group_ms / 1e3
     seconds["all-to-all"] += layers * waited["ulysses"]
     seconds["ring"] += layers * waited["ring"]
     return seconds
@@ -341,7 +336,7 @@ def step_seconds(
     if interleave and scheme == "ours" and layout.cfg == 1 and size.guided:
         count = len(model.stacks)
         found = [
-            _sum([pair_seconds(pair, layout, at, profile, groups) for pair in zip(passes[:count], passes[count:])])
+            _sum([our_seconds(pair, layout, at, profile, groups) for pair in zip(passes[:count], passes[count:])])
             for passes in work
         ]
     else:
