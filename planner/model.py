@@ -35,6 +35,7 @@ CROWD_OF_THREE = 0.06
 SHARING = 0.5
 """Rings across sockets share what is between them: n of them slow each other down by n to this power."""
 GROUPS = (1, 2, 3, 4, 6, 8)
+"""Numbers of head groups that are compared."""
 AS_FAST = 0.002
 """Steps that differ by less of their seconds are as fast as each other."""
 KINDS = ("matmul", "attention", "all-to-all", "ring", "fixed")
@@ -289,12 +290,6 @@ def workload(model: Model, size: Size, layout: Layout, scheme: str) -> list[list
     return [cost.passes(model, size, place) for place in places]
 
 
-def group_counts(model: Model, layout: Layout) -> list[int]:
-    """Numbers of head groups that are compared."""
-    most = _most_groups(model, layout)
-    return [groups for groups in GROUPS if groups <= most]
-
-
 def _most_groups(model: Model, layout: Layout) -> int:
     return 1 if layout.ulysses == 1 else max(1, min(stack.heads for stack in model.stacks) // layout.ulysses)
 
@@ -312,9 +307,10 @@ def step_in_groups(
 ) -> tuple[int, dict[str, float]]:
     """The number of head groups, and seconds of one step with it by kind; of numbers that are as fast the least."""
     work = work or workload(model, size, layout, scheme)
-    numbers = group_counts(model, layout)
+    most = _most_groups(model, layout)
+    numbers = [number for number in GROUPS if number <= most]
     if groups is not None or scheme == "reference":
-        numbers = [min(groups or 1, _most_groups(model, layout))]
+        numbers = [min(groups or 1, most)]
     found = [(n, step_seconds(model, size, layout, profile, scheme, at, work, n, interleave)) for n in numbers]
     least = min(sum(seconds.values()) for _, seconds in found)
     return next(one for one in found if sum(one[1].values()) <= (1 + AS_FAST) * least)
