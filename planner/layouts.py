@@ -145,15 +145,13 @@ def choose_degrees(
 ) -> tuple[Layout, str] | None:
     """The layout for a checkpoint of a program, with the degrees that were given, and why it was chosen.
 
-    None where the planner cannot tell. Of several models the first with the checkpoint's number of heads that admits
-    the size (None: its published one) stands for it. The machine is asked only where there is a choice; a checkpoint
-    like none of the models (a demo) is not planned. device: cuda or cpu, of the ranks. groups: of heads; None: the best
-    number for each layout.
+    None where the planner cannot tell. size: None: the model's published one. The machine is asked only where there is
+    a choice; a checkpoint like none of the models (a demo) is not planned. device: cuda or cpu, of the ranks. groups:
+    of heads; None: the best number for each layout.
     """
     if ranks == 1 or None not in (cfg, ring, ulysses):
         return None
-    alike = [m for m in known_models() if m.name in models and m.heads == heads]
-    model = next((m for m in alike if size is None or not m.problems(size)), None)
+    model = _stand_in(models, heads, size)
     known = local_profile(device) if model else None
     if model is None or known is None:
         return None
@@ -167,6 +165,12 @@ def choose_degrees(
     return layout, f"{why}; from {known[1]}"
 
 
+def _stand_in(models: Sequence[str], heads: int, size: Size | None) -> Model | None:
+    """What stands for a program's checkpoint: the first of its models with so many heads that admits the size."""
+    alike = [m for m in known_models() if m.name in models and m.heads == heads]
+    return next((m for m in alike if size is None or not m.problems(size)), None)
+
+
 def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size, device: str) -> tuple[int, str]:
     """In how many groups of heads the all-to-all of a layout goes, and why.
 
@@ -174,8 +178,7 @@ def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size,
     """
     if layout.ulysses == 1 or heads // layout.ulysses == 1:
         return 1, "no all-to-all" if layout.ulysses == 1 else "a rank has one head"
-    alike = [m for m in known_models() if m.name in models and m.heads == heads]
-    model = next((m for m in alike if not m.problems(size)), None)
+    model = _stand_in(models, heads, size)
     if model is None:
         return 1, "the planner does not know this checkpoint"
     known = with_hiding(local_profile(device), device)
@@ -196,8 +199,7 @@ def choose_replicas(
 
     Arguments as for `choose_degrees`.
     """
-    alike = [m for m in known_models() if m.name in models and m.heads == heads]
-    model = next((m for m in alike if not m.problems(size)), None)
+    model = _stand_in(models, heads, size)
     known = local_profile(device) if model else None
     if model is None or known is None:
         return 1
