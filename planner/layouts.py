@@ -172,12 +172,12 @@ def _stand_in(models: Sequence[str], heads: int, size: Size | None) -> Model | N
 
 
 def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size, device: str) -> tuple[int, str]:
-    """In how many groups of heads the all-to-all of a layout goes, and why.
+    """In how many groups of heads the all-to-all of a layout that has one goes, and why.
 
     Arguments as for `choose_degrees`.
     """
-    if layout.ulysses == 1 or heads // layout.ulysses == 1:
-        return 1, "no all-to-all" if layout.ulysses == 1 else "a rank has one head"
+    if heads // layout.ulysses == 1:
+        return 1, "a rank has one head"
     model = _stand_in(models, heads, size)
     if model is None:
         return 1, "the planner does not know this checkpoint"
