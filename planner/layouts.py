@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from common.registry.forks import Model, Size, get_model
 from common.registry.forks import models as known_models
 from common.registry.layout import MOST_RANKS, RULE, Layout, guidance_first, layouts_of
+from common.system.units import figure
 from planner.hardware import Profile, get_profile
 from planner.machine import local_profile, with_hiding
 from planner.model import RUNTIME_GIB, Prediction, memory_gib, predict
@@ -186,10 +187,10 @@ def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size,
         return 1, "nothing is known of this machine's links; xdit-doctor measures them"
     profile, source = known
     best, whole = (predict(model, size, layout, profile, "ours", groups=groups) for groups in (None, 1))
-    seconds = f"{best.step:.4g} s a step predicted with {profile.links}"
+    seconds = f"{figure(best.step, 4)} s a step predicted with {profile.links}"
     if best.groups == 1:
         return 1, f"{seconds}, and more are no faster; from {source}"
-    return best.groups, f"{seconds}, {whole.step:.4g} s with one; from {source}"
+    return best.groups, f"{seconds}, {figure(whole.step, 4)} s with one; from {source}"
 
 
 def choose_replicas(
