@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.memory.choice import FreeMemory, Outlook, in_turn
+from common.memory.choice import Outlook, in_turn
 from common.memory.estimate import Estimator, Workload, imagined
 from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Layout, Mesh
@@ -84,8 +84,7 @@ def test_what_has_no_meaning_is_said():
 )
 def test_what_would_do_nothing_is_off_and_said(line, said):
     request = read(FORKS[0], "--demo", "--device", "cpu", "--gpus", "1", "--interleave-branches", *line)
-    memory = FreeMemory(1 << 40, 1 << 40, "cpu")
-    outlook = in_turn(Outlook(Placement(), False), request, memory, lambda asking: pytest.fail("nothing to count"))
+    outlook = in_turn(Outlook(Placement(), False), request, 1 << 40, lambda asking: pytest.fail("nothing to count"))
     assert not outlook.interleave and said in outlook.warnings[0]
 
 
@@ -93,5 +92,4 @@ def test_without_room_for_both_branches_they_do_not_take_turns():
     request = read(FORKS[0], "--demo", "--device", "cpu", "--gpus", "1", "--offload", "disk")
     outlook, counted = Outlook(Placement("disk"), False), Estimator(small(Mesh()), Mesh())
     for free, expected in ((1 << 50, True), (1, False)):
-        memory = FreeMemory(free, free, "cpu")
-        assert in_turn(outlook, request, memory, lambda asking: counted).interleave is expected
+        assert in_turn(outlook, request, free, lambda asking: counted).interleave is expected

@@ -70,7 +70,7 @@ def needed(estimate: Estimate) -> tuple[str, int]:
     return name, estimate.stages[name].wanted
 
 
-def fits(estimate: Estimate, free: int) -> bool:
+def fits(estimate: Estimate, free: float) -> bool:
     """Whether a placement gives every stage what it wants.
 
     Where models leave, the decode has the device for itself, and no placement gives it more: a tight one is tried.
@@ -194,7 +194,7 @@ def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -
         if slow and request.cpu_by_default:
             raise ValueError(f"no GPU is visible, and {slow}; to wait for it say --device cpu")
         outlook = _placed(counted, request, memory, mesh.world.size)
-        outlook = in_turn(outlook, request, memory, partial(_counted_again, counted, fork, mesh))
+        outlook = in_turn(outlook, request, memory.free, partial(_counted_again, counted, fork, mesh))
         return replace(outlook, warnings=(*outlook.warnings, slow)) if slow else outlook
 
     found = on_main(mesh, look)
@@ -226,12 +226,12 @@ def _counted_again(counted: Estimator, fork: Fork, mesh: Mesh, request: Request)
     return again
 
 
-def in_turn(outlook: Outlook, request: Request, memory: FreeMemory, count: Callable[[Request], Estimator]) -> Outlook:
+def in_turn(outlook: Outlook, request: Request, free: float, count: Callable[[Request], Estimator]) -> Outlook:
     """The outlook with whether guidance branches take turns, where nobody said it and where it would do nothing.
 
     They do where weights stream, which then come once a step for both, and where what both hold has room. Elsewhere it
     would hide exchanges alone, which costs no time that is known in advance on links that nobody has measured.
-    count: what a request needs.
+    free: bytes of each device. count: what a request needs.
     """
     asked, placement, where = request.runtime.interleave_branches, outlook.placement, request.layout
     streams = placement.offload in ("block", "disk") or (placement.shard and where.ranks > 1)
@@ -241,8 +241,8 @@ def in_turn(outlook: Outlook, request: Request, memory: FreeMemory, count: Calla
         return replace(outlook, warnings=(*outlook.warnings, f"--interleave-branches has no effect: {why}"))
     if asked is None and streams and guided and where.cfg == 1 and request.runtime.engine == "native":
         runtime = replace(request.runtime, interleave_branches=True)
-        estimate = count(replace(request, runtime=runtime)).estimate(placement, outlook.keep, memory.free)
-        if fits(estimate, memory.free):
+        estimate = count(replace(request, runtime=runtime)).estimate(placement, outlook.keep, free)
+        if fits(estimate, free):
             why = "guidance branches take turns, so that each block comes once a step"
             return replace(outlook, interleave=True, why=f"{outlook.why}; {why}" if outlook.why else why)
     return replace(outlook, interleave=bool(asked))

@@ -6,7 +6,6 @@ rank.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -142,7 +141,7 @@ def _verdict(fork: Fork, counted: Mapping[int, Estimator], request: Request, mem
             raise
         placement, keep = choice.placement, choice.keep
         print(f"chosen      {choice.why}")
-    counted = _branches(fork, counted, request, memory, Outlook(placement, keep))
+    counted = _branches(fork, counted, request, free, Outlook(placement, keep))
     for rank, one in counted.items():
         _detail(rank, one.estimate(placement, keep, free))
     if warning := counted[0].estimate(placement, keep, free).warning:
@@ -151,7 +150,7 @@ def _verdict(fork: Fork, counted: Mapping[int, Estimator], request: Request, mem
 
 
 def _branches(
-    fork: Fork, counted: Mapping[int, Estimator], request: Request, memory: FreeMemory | None, outlook: Outlook
+    fork: Fork, counted: Mapping[int, Estimator], request: Request, free: float, outlook: Outlook
 ) -> Mapping[int, Estimator]:
     """The counts of the run as it would be: with guidance branches in turn, where that would be chosen."""
     again: dict[int, Estimator] = {}
@@ -162,8 +161,7 @@ def _branches(
             one.peaks = counted[rank].peaks
         return again[0]
 
-    host = host_memory() // request.layout.ranks
-    outlook = in_turn(outlook, request, memory or FreeMemory(sys.maxsize, host, request.runtime.device), count)
+    outlook = in_turn(outlook, request, free, count)
     for said in filter(None, (outlook.why, *outlook.warnings)):
         print(f"branches    {said}")
     return again if outlook.interleave and again else counted
