@@ -34,10 +34,6 @@ class Sessions:
                 self._owners.pop(next(iter(self._owners)))
         return token
 
-    def end(self, headers: Mapping[bytes, bytes]) -> None:
-        with self._lock:
-            self._owners.pop(_token(headers), None)
-
     def owner(self, headers: Mapping[bytes, bytes]) -> str | None:
         """Whose browser sends these headers; None for nobody's. A server without keys knows one owner, everyone."""
         if not self._keys:
