@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from tests.helpers.fake_server import Served, served
+from xdit_serve.keys import Keys
+from xdit_serve.sessions import Sessions
 
 CHROMIUM = shutil.which("chromium")
 KEYS = ("the first of the keys", "the second of the keys")
@@ -168,6 +170,14 @@ def test_a_key_opens_the_page_and_its_own_videos_alone(locked: Served) -> None:
         # The cookie is for looking: what changes something wants the key itself.
         assert one.delete(f"/v1/videos/{job}").status_code == 401
         assert one.post("/v1/videos", json={"model": "mochi-demo", "prompt": "x"}).status_code == 401
+
+
+def test_a_session_is_found_beside_cookies_of_other_programs() -> None:
+    sessions = Sessions(Keys(KEYS))
+    token = sessions.begin(KEYS[0])
+    assert token is not None
+    for other in ('a={"b": 1}', "[c]=2", "d=e"):
+        assert sessions.owner({b"cookie": f"{other}; xdit_session={token}".encode()}) is not None, other
 
 
 def test_bodies_and_paths_have_an_end(server: Served, tmp_path: Path) -> None:

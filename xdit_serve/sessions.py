@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
+
+from starlette.requests import cookie_parser
 
 from xdit_serve.keys import EVERYONE, Keys
 
@@ -48,8 +49,5 @@ def cookie(token: str, secure: bool) -> str:
 
 
 def _token(headers: Mapping[bytes, bytes]) -> str:
-    try:
-        found = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1")).get(NAME)
-    except CookieError:
-        return ""
-    return found.value if found is not None else ""
+    # http.cookies drops all of them for the sake of one that it does not like, such as another program's on this host.
+    return cookie_parser(headers.get(b"cookie", b"").decode("latin-1")).get(NAME, "")
