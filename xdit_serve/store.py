@@ -143,6 +143,9 @@ class Store:
     def output_of(self, job: Wanted) -> Path:
         return self.folder_of(job.id) / job.output
 
+    def sidecar_of(self, job: Wanted) -> Path:
+        return beside(self.output_of(job), False, ".json")
+
     def make_folder(self, job: str) -> Path:
         """A job's folder, made unless it is there, for its files to be written before it is let in."""
         with _told():
@@ -171,10 +174,9 @@ class Store:
             base.execute("DELETE FROM jobs WHERE cancelled")
             for row in base.execute("SELECT * FROM jobs WHERE status='in_progress'").fetchall():
                 job = _record(row)
-                output = self.output_of(job)
-                sidecar = beside(output, False, ".json")
+                sidecar = self.sidecar_of(job)
                 # The json is written after the output has its name.
-                if output.is_file() and sidecar.is_file():
+                if self.output_of(job).is_file() and sidecar.is_file():
                     self._complete(base, job, {}, sidecar.stat().st_mtime)
                 else:
                     base.execute("UPDATE jobs SET status='queued' WHERE id=?", (job.id,))
@@ -188,7 +190,7 @@ class Store:
 
     def _tidy(self, job: Record) -> None:
         """Remove what belongs to work that nobody goes on with; never raises."""
-        keep = {job.output, beside(Path(job.output), False, ".json").name} if job.ended else set()
+        keep = {job.output, self.sidecar_of(job).name} if job.ended else set()
         with suppress(OSError):
             for path in self.folder_of(job.id).iterdir():
                 half = path.name.startswith(".")
@@ -252,7 +254,7 @@ class Store:
         return done
 
     def _complete(self, base: sqlite3.Connection, job: Record, seconds: Mapping[str, float], when: float) -> None:
-        files = [self.output_of(job), beside(self.output_of(job), False, ".json")]
+        files = [self.output_of(job), self.sidecar_of(job)]
         files += self.folder_of(job.id).glob("input.*")
         base.execute(
             "UPDATE jobs SET status='completed', completed=?, nbytes=?, seconds=? WHERE id=?",
