@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from fastapi import Request
 
-from xdit_serve.admission import Admission
+from xdit_serve.admission import Admission, unavailable
 from xdit_serve.body import Bodies
 from xdit_serve.dispatch import Dispatcher
 from xdit_serve.errors import ApiError
@@ -82,7 +82,7 @@ class Service:
         try:
             return await anyio.to_thread.run_sync(what, *given)
         except StoreError as error:
-            raise ApiError(503, str(error), retry=5) from None
+            raise unavailable(error) from None
 
     async def job(self, name: str, owner: str, kind: str) -> Record:
         """An owner's job. ApiError where there is none."""

@@ -6,6 +6,7 @@ import base64
 from dataclasses import dataclass
 from typing import Any
 
+from xdit_serve.admission import unavailable
 from xdit_serve.board import Live
 from xdit_serve.errors import ApiError
 from xdit_serve.offers import Offer
@@ -59,13 +60,14 @@ class Actions:
             try:
                 self.service.dispatcher.delete(job)
             except StoreError as error:
-                raise ApiError(503, str(error)) from None
+                raise unavailable(error) from None
 
     def job(self, owner: str, job: str) -> Record | None:
+        """None for one that is gone."""
         try:
             return self.service.store.get(job, owner)
-        except StoreError:
-            return None
+        except StoreError as error:
+            raise unavailable(error) from None
 
     def offer(self, name: str) -> Offer:
         for offer in self.service.settings.offers:

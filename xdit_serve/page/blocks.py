@@ -156,13 +156,16 @@ class Page:
 
     def again(self, job: str, request: gr.Request) -> list[Any]:
         """The form as it was for a job."""
-        found = self.actions.job(self.owner(request), job)
-        if found is None:
-            raise gr.Error("that video is gone")
+        try:
+            found = self.actions.job(self.owner(request), job)
+            if found is None:
+                raise gr.Error("that video is gone")
+            offer = self.actions.offer(found.model)
+        except ApiError as error:  # the model of an earlier start may not be offered any more
+            raise gr.Error(str(error)) from None
         told = {name: found.shown.get(name) for name in FORM} | {"model": found.model}
         told["seed"] = str(found.shown.get("seed", ""))
         told["seconds"] = float(found.shown.get("seconds", 0))
-        offer = self.actions.offer(found.model)
         return [*_about(offer), *(gr.update(value=told[name]) for name in FORM)]
 
     def choose(self, model: str, prompt: str) -> list[Any]:
