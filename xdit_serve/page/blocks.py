@@ -165,8 +165,10 @@ class Page:
             raise gr.Error(str(error)) from None
         told = {name: found.shown.get(name) for name in FORM} | {"model": found.model}
         told["seed"] = str(found.shown.get("seed", ""))
-        told["seconds"] = float(found.shown.get("seconds", 0))
-        return [*_about(offer), *(gr.update(value=told[name]) for name in FORM)]
+        updates = {name: gr.update(value=value) for name, value in told.items()}
+        seconds = float(found.shown.get("seconds", 0))
+        updates["seconds"] = gr.update(value=seconds, visible=offer.kind == "video")
+        return [*_about(offer), *(updates[name] for name in FORM)]
 
     def choose(self, model: str, prompt: str) -> list[Any]:
         """A model's own defaults. A prompt that somebody wrote stays."""
