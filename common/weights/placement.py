@@ -144,7 +144,7 @@ def _stream(
     buffer_bytes = max(layout.nbytes for layout in layouts)
     if source is None:
         chosen: Source = FromFile(lambda i, tensors: reader.fill(f"blocks.{i}.", tensors), layouts, device)
-        return Stream(chosen, layouts, device, buffer_bytes, True, interleaver)
+        return Stream(chosen, layouts, device, buffer_bytes, wrap_around=True, interleaver=interleaver)
     if isinstance(source, FromShares):
         buffer_bytes = world.size * source.share_bytes(buffer_bytes, world.size)
     memory = torch.zeros(buffer_bytes, dtype=torch.uint8)
@@ -152,7 +152,7 @@ def _stream(
         for i, layout in enumerate(layouts):
             reader.fill(f"blocks.{i}.", layout.views(memory), progress)
             source.add(memory[: layout.nbytes])
-    return Stream(source, layouts, device, buffer_bytes, True, interleaver)
+    return Stream(source, layouts, device, buffer_bytes, wrap_around=True, interleaver=interleaver)
 
 
 def has_float8(checkpoint: Checkpoint) -> bool:
