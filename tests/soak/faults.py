@@ -30,6 +30,7 @@ import httpx
 import numpy as np
 import psutil
 
+from common.run.children import free_port
 from common.video.files import read_video
 from common.video.formats import write_frames
 from mochi_xdit.fork import FORK
@@ -191,12 +192,6 @@ class Run:
             if path.name not in ("video.mp4", "video.json"):
                 found.append(f"left: {path.relative_to(self.data)}")
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
