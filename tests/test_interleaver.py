@@ -312,10 +312,10 @@ def test_a_block_is_fetched_once_for_all_that_take_turns(count, waits):
 
     def work(name: str) -> None:
         for i, block in enumerate(streamed(blocks)):
-            for _ in range(waits + 1):
+            for passed in range(waits + 1):
                 assert (block.weight == i).all()
                 seen.append((name, i))
-                if _ < waits:
+                if passed < waits:
                     turns.pass_turn()
 
     rounds = [["ab", "ab"], ["ab", "a", "ab"], ["abc", "b"]]

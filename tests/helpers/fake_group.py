@@ -168,6 +168,6 @@ def playable() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.mp4"
         source = ["-f", "lavfi", "-i", "testsrc=duration=2:size=64x64:rate=8"]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-pix_fmt", "yuv420p", str(file)]
-        subprocess.run([*command[:-1], "-movflags", "+faststart", command[-1]], check=True)
+        coded = ["-pix_fmt", "yuv420p", "-movflags", "+faststart", str(file)]
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, *coded], check=True)
         return file.read_bytes()
