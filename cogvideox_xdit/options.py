@@ -11,7 +11,7 @@ import click
 
 from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH, task_problem
 from common.registry.checks import FITS, Rules, nearest
-from common.registry.request import ForkOptions, Source, Video
+from common.registry.request import ForkOptions, Source, Video, needs_start
 from common.run.help import EXPERT, Option
 from common.run.options import PATH, fit_option, unreadable_image
 
@@ -60,8 +60,8 @@ class CogVideoXOptions(ForkOptions):
             problems.append("--image and --video exclude each other; give one of them")
         if self.image is not None:
             problems += unreadable_image(self.image)
-        from_image, needed = "image" in rules.takes, source.demo is None and videos[0].latents is None and not dry_run
-        image = self.image is not None or (from_image and not needed)
+        from_image = "image" in rules.takes
+        image = self.image is not None or (from_image and not needs_start(source, videos, dry_run))
         if not problems and (problem := task_problem(from_image, image, self.video is not None)):
             problems.append(f"{'--video' if self.video is not None else '--image'}: {problem}")
         if strength is not None and not 0 < strength <= 1:

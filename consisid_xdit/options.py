@@ -12,7 +12,7 @@ import click
 
 from cogvideox_xdit.options import DYNAMIC, SCHEDULER
 from common.registry.checks import Rules
-from common.registry.request import ForkOptions, Source, Video
+from common.registry.request import ForkOptions, Source, Video, needs_start
 from common.run.help import EXPERT, OUTPUT, Option
 from common.run.options import PATH, unreadable_image
 from common.system.extras import install
@@ -60,8 +60,7 @@ class ConsisIDOptions(ForkOptions):
         """What is wrong with the photograph and the files of identity features."""
         image, file, save = self.image, self.id_embeddings, self.save_id_embeddings
         problems = []
-        needed = source.demo is None and videos[0].latents is None and not dry_run
-        if image is None and file is None and needed:
+        if image is None and file is None and needs_start(source, videos, dry_run):
             problems.append("--image is missing; name a photograph of the person, or use --id-embeddings")
         if image is not None:
             problems += unreadable_image(image)

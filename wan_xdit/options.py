@@ -10,7 +10,7 @@ from typing import ClassVar
 import click
 
 from common.registry.checks import FITS, Rules
-from common.registry.request import ForkOptions, Source, Video
+from common.registry.request import ForkOptions, Source, Video, needs_start
 from common.run.help import EXPERT, Option
 from common.run.options import PATH, fit_option, unreadable_image
 from wan_xdit.checkpoint import RESIDUALS, SOLVER, SOLVERS, WanRules
@@ -73,8 +73,7 @@ class WanOptions(ForkOptions):
     def problems(self, rules: Rules, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         assert isinstance(rules, WanRules)
         problems = [] if self.image is None else unreadable_image(self.image)
-        supplied = source.demo is not None or videos[0].latents is not None or dry_run
-        image = self.image is not None or (rules.needs_image and supplied)
+        image = self.image is not None or (rules.needs_image and not needs_start(source, videos, dry_run))
         if not problems and (problem := rules.task_problem(image)):
             problems.append(f"--image: {problem}")
         if self.shift is not None and not 0 < self.shift <= MAX_SHIFT:

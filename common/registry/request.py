@@ -133,6 +133,14 @@ class Unfinished:
         return [index for index in range(self.video, videos) if index not in self.done]
 
 
+def needs_start(source: Source, videos: Sequence[Video], dry_run: bool) -> bool:
+    """Whether a command has to name the file that its videos start from, of a checkpoint that wants one.
+
+    A demo brings its own; latents that are kept, and a dry run, need none.
+    """
+    return source.demo is None and videos[0].latents is None and not dry_run
+
+
 @dataclass(frozen=True)
 class ForkOptions:
     """A fork's own options: a subclass has a field for each, of the option's name."""
