@@ -52,7 +52,8 @@ def ways(model: Model, layout: Layout, profile: Profile) -> list[Prediction]:
     return found
 
 
-def figure(case: dict[str, Any], one: Prediction) -> float:
+def _reached(case: dict[str, Any], one: Prediction) -> float:
+    """By a prediction, in what the case's figures are in."""
     if case["kind"] == "speedup":
         return case["one_gpu"] / one.step
     return {"sampling": one.sampling, "total": one.total}[case["kind"]]
@@ -64,7 +65,7 @@ def _machines(table: Table) -> list[str]:
         for degrees in case["layouts"]:
             layout = Layout(*degrees)
             found = ways(get_model(case["model"]), layout, profile_of(case))
-            figures = [f"{figure(case, one):.1f} ({one.groups})" for one in found]
+            figures = [f"{_reached(case, one):.1f} ({one.groups})" for one in found]
             what = f"{case['title']}: {case['unit']}"
             cells = (what, _name(layout), case["published"], case["target"])
             lines.append((*cells, *figures, *["-"] * (len(WAYS) - len(figures))))
