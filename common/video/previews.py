@@ -64,7 +64,7 @@ class View:
 
     @classmethod
     def read(cls, text: str) -> View:
-        """From `text()`. ValueError or TypeError for another text."""
+        """The reverse of `text`."""
         told = json.loads(text)
         size, patch, clean = (tuple(told.pop(name)) for name in ("size", "patch", "clean"))
         levels = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in told.pop("levels"))

@@ -33,7 +33,7 @@ class State:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Deliver = Callable[[int, int, Mapping[str, Tensor], Mapping[str, Tensor], "View | None"], None]
+Deliver = Callable[[int, int, Mapping[str, Tensor], Mapping[str, Tensor], View | None], None]
 """(step, steps, shards, whole, view), all on the CPU: takes a state out of the process."""
 
 
