@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from common.registry.forks import forks
+from common.registry.forks import fork_of, forks, get_model
+from planner.hardware import get_profile
 from xdit_serve.building import build
+from xdit_serve.groups import place
 from xdit_serve.keys import Keys, read_keys
 from xdit_serve.memory import Memory
-from xdit_serve.offers import checkpoint, demos, find
+from xdit_serve.offers import Offer, checkpoint, demos, find
 
 OWN = ("--device=cpu", "--gpus=2")
 
@@ -29,6 +32,19 @@ def test_what_does_not_fit_is_refused_in_the_estimators_words(tmp_path: Path) ->
     finally:
         memory.close()
     assert memory._child is None
+
+
+def test_without_a_number_there_are_as_many_groups_as_the_planner_advises(monkeypatch: pytest.MonkeyPatch) -> None:
+    cogvideox = get_model("cogvideox-2b")
+    rules = replace(demos()[0].rules, heads=cogvideox.heads, width=720, height=480, num_frames=49, num_steps=50)
+    offers = [Offer("big", fork_of(cogvideox), ("--model-dir", "none"), rules)]
+    monkeypatch.setattr("common.system.environment.visible_gpus", lambda: 8)
+    monkeypatch.setattr("planner.layouts.local_profile", lambda device: (get_profile("h100"), "PROFILE"))
+    at = place("auto", None, None, None, offers)
+    assert at.replicas > 1 and (at.replicas * at.ranks, at.on_cpu) == (8, False)
+    assert place("auto", None, 2, None, offers).replicas == 2 and place("auto", 1, None, None, offers).replicas == 1
+    assert place("cpu", None, None, None, offers).replicas == 1 and place("auto", 8, None, "auto", offers).replicas == 1
+    assert place("auto", None, None, None, [*offers, *demos()]).replicas == 1  # the planner knows no demo
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:

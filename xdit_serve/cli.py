@@ -20,6 +20,7 @@ from common.system.files import lenient_streams, say, shown, tell
 from xdit_serve.keys import is_here
 
 if TYPE_CHECKING:
+    from xdit_serve.offers import Offer
     from xdit_serve.serving import Page
 
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "multipart", "prometheus_client")
@@ -42,7 +43,12 @@ PATH = click.Path(path_type=Path)
 @click.option("--model-dir", type=PATH, multiple=True, help="A checkpoint to offer, by its folder's name; repeat it.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
 @click.option("--gpus", type=int, help="Ranks of all replicas, one per GPU. Default: all GPUs, or two on a CPU.")
-@click.option("--replicas", type=int, default=1, help="Groups that the ranks form, each with a job of its own.")
+@click.option(
+    "--replicas",
+    type=int,
+    help="Groups that the ranks form, each with a job of its own. Default: 1, or the planner's advice where it knows "
+    "the GPUs.",
+)
 @click.option("--ray-address", help="Of a Ray cluster that has the ranks; 'auto': the one on this machine.")
 @click.option("--keep-loaded/--no-keep-loaded", default=True, help="Models stay in memory where it suffices.")
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
@@ -76,31 +82,20 @@ def run(given: dict[str, Any]) -> int:
         raise WrongUse([f"the package of {missing[0]} is not installed: {install('serve')}"])
     # What takes time to import comes after --help.
     from xdit_serve.groups import place, workers
-    from xdit_serve.keys import VARIABLE, read_keys
     from xdit_serve.memory import Memory
-    from xdit_serve.offers import Offer, checkpoint, demos
     from xdit_serve.service import Settings
     from xdit_serve.serving import serve
     from xdit_serve.store import StoreError
 
     try:
-        keys = [] if given["no_auth"] else read_keys(given["api_key_file"])
-        if given["no_auth"] and given["api_key_file"]:
-            raise ValueError("--no-auth and --api-key-file exclude each other; give one of them")
-        if not keys and not given["no_auth"] and not is_here(given["host"]):
-            raise ValueError(
-                f"--host {shown(given['host'])} lets others connect: give --api-key-file FILE or {VARIABLE} in the "
-                "environment, or say --no-auth"
-            )
+        keys = _keys(given)
         _check_numbers(given)
-        at = place(given["device"], given["gpus"], given["replicas"], given["ray_address"])
-        offers: list[Offer] = demos() if given["demo"] else []
-        for folder in given["model_dir"]:
-            offers.append(checkpoint(folder, [offer.name for offer in offers]))
-        if not offers:
-            raise ValueError("nothing to serve: give --model-dir FOLDER, or --demo")
+        offers = _offers(given)
+        at = place(given["device"], given["gpus"], given["replicas"], given["ray_address"], offers)
     except ValueError as error:
         raise WrongUse([str(error)]) from None
+    if at.replicas > 1 and given["replicas"] is None:
+        say(f"note: {at.replicas} groups of {at.ranks} GPUs, which by xdit-doctor's profile make most videos")
     own = (*at.words, f"--timeout={given['timeout']}", f"--save-every={given['save_every']}")
     own += ("--keep-loaded" if given["keep_loaded"] else "--no-keep-loaded", *given["options"])
     _try(offers, own)
@@ -130,7 +125,34 @@ def run(given: dict[str, Any]) -> int:
         memory.close()
 
 
-def _try(offers: Sequence[Any], own: Sequence[str]) -> None:
+def _keys(given: dict[str, Any]) -> list[str]:
+    """Those that open the server, none where it asks for none. ValueError."""
+    from xdit_serve.keys import VARIABLE, read_keys
+
+    keys = [] if given["no_auth"] else read_keys(given["api_key_file"])
+    if given["no_auth"] and given["api_key_file"]:
+        raise ValueError("--no-auth and --api-key-file exclude each other; give one of them")
+    if not keys and not given["no_auth"] and not is_here(given["host"]):
+        raise ValueError(
+            f"--host {shown(given['host'])} lets others connect: give --api-key-file FILE or {VARIABLE} in the "
+            "environment, or say --no-auth"
+        )
+    return keys
+
+
+def _offers(given: dict[str, Any]) -> list[Offer]:
+    """The models that clients can name, at least one. ValueError."""
+    from xdit_serve.offers import checkpoint, demos
+
+    offers = demos() if given["demo"] else []
+    for folder in given["model_dir"]:
+        offers.append(checkpoint(folder, [offer.name for offer in offers]))
+    if not offers:
+        raise ValueError("nothing to serve: give --model-dir FOLDER, or --demo")
+    return offers
+
+
+def _try(offers: Sequence[Offer], own: Sequence[str]) -> None:
     """Whether each model's program takes the words that every job gets. WrongUse, as a job would be refused with."""
     from common.run.command_line import parse
 
