@@ -17,6 +17,7 @@ from common.parallel.device_memory import release_memory
 from common.parallel.guidance import Guidance
 from common.parallel.interleaver import Interleaver
 from common.parallel.mesh import Mesh, on_main, resolve_device
+from common.parallel.usp import SequenceParallel
 from common.parallel.xfuser import sequence_parallel
 from common.registry.checks import interleave_problems
 from common.registry.hub import checkpoint_folder, fork_of_class
@@ -105,8 +106,11 @@ class Pipeline:
 
     @property
     def model_key(self) -> Any:
-        """All that decides what this pipeline's models are: equal for two that can use each other's on one mesh."""
-        runtime = replace(self.runtime, keep_loaded=False, max_memory=None)
+        """All that decides what this pipeline's models are: equal for two that can use each other's on one mesh.
+
+        Not the number of head groups: it is chosen by the size of a video, and weights do not depend on it.
+        """
+        runtime = replace(self.runtime, keep_loaded=False, max_memory=None, overlap_groups=None)
         return type(self).__qualname__, type(self).__module__, self.model_dir.absolute(), runtime
 
     @property
@@ -164,10 +168,13 @@ class Pipeline:
             self.loaded[name] = load()
             if self.mesh.kept is not None:
                 self.mesh.kept.loadings += 1
+        model = self.loaded[name]
+        if isinstance(sp := getattr(model, "sp", None), SequenceParallel):
+            sp.groups = self.sp.groups  # of another pipeline that has loaded it, perhaps
         try:
-            yield self.loaded[name]
-            if not self.keeps and isinstance(self.loaded[name], nn.Module):
-                finish(self.loaded[name])
+            yield model
+            if not self.keeps and isinstance(model, nn.Module):
+                finish(model)
         finally:
             if not self.keeps:
                 del self.loaded[name]
