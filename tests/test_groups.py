@@ -26,6 +26,7 @@ from common.registry.settings import DecodeOptions
 from common.system.environment import Process
 from tests.helpers.cogvideox import clip, write_checkpoint
 from tests.helpers.fake_cuda import fake_cuda
+from tests.helpers.ranks import JOB_SECONDS
 from tests.helpers.recorder import Record, agree, record_rank, recording
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,8 +160,14 @@ def failing(stage: str, layout: Layout, folder: Path) -> tuple[str, float]:
 @pytest.mark.parametrize("stage", ["encoder", "transformer", "decoder"])
 @pytest.mark.slow
 def test_an_error_leaves_its_rank_without_waiting_for_the_others(run_ranks, folders, stage, ranks):
-    told = run_ranks(ranks, failing, stage, Layout(ring=ranks), folders["2b"])
-    error, seconds = told[1]
+    pipes = run_ranks.start(ranks, failing, stage, Layout(ring=ranks), folders["2b"])
+    try:
+        assert pipes[1].poll(JOB_SECONDS)
+        returned, told = pipes[1].recv()
+        assert returned, told
+    finally:
+        run_ranks.close()  # the others wait until their time is up
+    error, seconds = told
     assert error == f"Broken: the {stage} broke" and seconds < 10
 
 

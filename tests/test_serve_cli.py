@@ -106,19 +106,19 @@ def frames(folder: Path, content: bytes) -> np.ndarray:
 def test_a_demo_that_is_killed_goes_on_and_is_the_same_video(tmp_path: Path) -> None:
     data = tmp_path / "data"
     body = {"model": "mochi-demo", "prompt": "A small blue square moves to the left.", "seed": 3, "size": "32x32"}
-    body |= {"num_inference_steps": 8}
+    body |= {"num_inference_steps": 60}
     with served(data, command=demo(data)) as server, closing(ready(server)) as http:
         whole = http.post("/v1/videos/sync", json=body)
         assert whole.status_code == 200, whole.text
-        job = http.post("/v1/videos", json=body | {"num_inference_steps": 60}).json()["id"]
-        deleted = http.post("/v1/videos", json=body | {"num_inference_steps": 60}).json()["id"]
+        job, deleted = (http.post("/v1/videos", json=body).json()["id"] for _ in range(2))
         http.delete(f"/v1/videos/{job}")  # while it runs, or before
         assert http.get(f"/v1/videos/{job}").status_code == 404
         http.delete(f"/v1/videos/{deleted}")
-        job = http.post("/v1/videos", json=body | {"num_inference_steps": 8}).json()["id"]
+        job = http.post("/v1/videos", json=body).json()["id"]
         state = data / "jobs" / job / "state.safetensors"
         end = time.monotonic() + 60
-        while not state.exists() and time.monotonic() < end:
+        while not state.exists():
+            assert time.monotonic() < end
             time.sleep(0.01)
         server.end(signal.SIGKILL)
     with served(data, command=demo(data)) as server, closing(ready(server)) as http:
@@ -129,8 +129,6 @@ def test_a_demo_that_is_killed_goes_on_and_is_the_same_video(tmp_path: Path) -> 
         assert told["status"] == "completed", told
         again = http.get(f"/v1/videos/{job}/content").content
         assert np.abs(frames(tmp_path, whole.content) - frames(tmp_path, again)).max() <= 1
-        refused = http.post("/v1/videos", json=body | {"size": "16384x16384"})
-        assert refused.status_code == 400 and "not enough memory" in refused.json()["error"]["message"]
         assert {path.name for path in data.glob("jobs/*/*")} == {"video.mp4", "video.json"}
         sidecar = json.loads((data / "jobs" / job / "video.json").read_text())
         assert sidecar["settings"]["seed"] == 3 and sidecar["settings"]["ranks"] == 2
