@@ -122,6 +122,6 @@ def _measured(table: Table) -> list[str]:
     return [
         "### Measured between two CPU ranks",
         f"`{lab()['command']}`. {lab()['about']} The planner's constants for a CPU are fitted to them "
-        "(`planner/lab.json`) and explain them with a mean error of 2.1 %.",
+        f"(`planner/lab.json`) and explain them with a mean error of {100 * lab()['mean_error']:.1f} %.",
         table(heads, lines),
     ]
