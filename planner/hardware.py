@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.system.units import figure
-
 DATA = Path(__file__).with_name("hardware.json")
 GIGA = 1e9
 SCHEMES = ("ours", "reference")
@@ -45,7 +43,7 @@ class Links:
     """What one machine sends to the others, all its GPUs together."""
 
     def __str__(self) -> str:
-        return f"{self.kind}, {figure(self.gbs)} GB/s {self.source}"
+        return f"{self.kind}, {self.gbs:.3g} GB/s {self.source}"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from common.registry.forks import Model, Size, get_model
 from common.registry.forks import models as known_models
 from common.registry.layout import MOST_RANKS, RULE, Layout, guidance_first, layouts_of
-from common.system.units import figure
 from planner.hardware import Profile, get_profile
 from planner.machine import local_profile, with_hiding
 from planner.model import RUNTIME_GIB, Prediction, memory_gib, predict
 
 MOST_PIXELS, MOST_FRAMES, MOST_STEPS = 65_536, 1_000_000, 1_000_000
 """Beyond what any machine makes."""
+WORTH = 0.03
+"""Of a step: what turns of guidance branches have to save, which take memory."""
 
 
 @dataclass(frozen=True)
@@ -187,18 +188,35 @@ def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size,
         return 1, "nothing is known of this machine's links; xdit-doctor measures them"
     profile, source = known
     best, whole = (predict(model, size, layout, profile, "ours", groups=groups) for groups in (None, 1))
-    seconds = f"{figure(best.step, 4)} s a step predicted with {profile.links}"
+    seconds = f"{best.step:.4g} s a step predicted with {profile.links}"
     if best.groups == 1:
         return 1, f"{seconds}, and more are no faster; from {source}"
-    return best.groups, f"{seconds}, {figure(whole.step, 4)} s with one; from {source}"
+    return best.groups, f"{seconds}, {whole.step:.4g} s with one; from {source}"
+
+
+def choose_turns(models: Sequence[str], layout: Layout, heads: int, size: Size, device: str, groups: int) -> str:
+    """Why guidance branches that a layout has on the same ranks should take turns; empty where they need not.
+
+    groups: of heads. Other arguments as for `choose_degrees`.
+    """
+    model, known = _stand_in(models, heads, size), with_hiding(local_profile(device), device)
+    if model is None or known is None:
+        return ""
+    profile, source = known
+    ways = (predict(model, size, layout, profile, "ours", groups=groups, interleave=turns) for turns in (False, True))
+    after, turns = (one.step for one in ways)
+    if turns > (1 - WORTH) * after:
+        return ""
+    seconds = f"{turns:.4g} s a step predicted with {profile.links}, {after:.4g} s one after the other"
+    return f"{seconds}; from {source}"
 
 
 def choose_replicas(
-    models: Sequence[str], ranks: int, heads: int, guided: bool, videos: int, device: str, size: Size
+    models: Sequence[str], ranks: int, heads: int, guided: bool, videos: int | None, device: str, size: Size
 ) -> int:
     """How many groups of equal size make so many videos soonest; 1 where the planner cannot tell.
 
-    Arguments as for `choose_degrees`.
+    videos: None: many. Other arguments as for `choose_degrees`.
     """
     model = _stand_in(models, heads, size)
     known = local_profile(device) if model else None

@@ -57,6 +57,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("decode", "--threads 0", ZERO),
         ("decode", "--narrow 0", ZERO),
         ("decode", "--device cuda --ranks 1 2", "2 GPUs are wanted"),
+        ("serving", "--jobs 0", ZERO),
+        ("serving", "--model sora", "mochi-demo"),
         ("overlap", "--tokens 0", ZERO),
         ("overlap", "--groups 0", ZERO),
         ("overlap", "--ring 2", "do not divide by --ring 2"),

@@ -88,8 +88,12 @@ def test_what_would_do_nothing_is_off_and_said(line, said):
     assert not outlook.interleave and said in outlook.warnings[0]
 
 
-def test_without_room_for_both_branches_they_do_not_take_turns():
-    request = read(FORKS[0], "--demo", "--device", "cpu", "--gpus", "1", "--offload", "disk")
-    outlook, counted = Outlook(Placement("disk"), False), Estimator(small(Mesh()), Mesh())
+@pytest.mark.parametrize(
+    ("placement", "chosen", "said"), [("disk", "", "once a step for both"), ("stage", "5 s a step", ": 5 s a step")]
+)
+def test_without_room_for_both_branches_they_do_not_take_turns(placement, chosen, said):
+    request = read(FORKS[0], "--demo", "--device", "cpu", "--gpus", "1", "--offload", placement)
+    request, counted = replace(request, turns_chosen=chosen), Estimator(small(Mesh()), Mesh())
     for free, expected in ((1 << 50, True), (1, False)):
-        assert in_turn(outlook, request, free, lambda asking: counted).interleave is expected
+        outlook = in_turn(Outlook(Placement(placement), False), request, free, lambda asking: counted)
+        assert outlook.interleave is expected and (said in outlook.turns) is expected

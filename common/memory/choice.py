@@ -166,7 +166,7 @@ class Outlook:
     """What is known of a run before its work begins. placement, keep: where its weights go.
 
     why: a line on that, where the program chose it. warnings: what the user would rather know now than after hours.
-    interleave: whether guidance branches take turns.
+    interleave: whether guidance branches take turns; turns: a line on that, where the program chose it.
     """
 
     placement: Placement
@@ -174,6 +174,7 @@ class Outlook:
     why: str = ""
     warnings: tuple[str, ...] = ()
     interleave: bool = False
+    turns: str = ""
 
 
 def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -> tuple[Request, Outlook | None]:
@@ -229,8 +230,8 @@ def _counted_again(counted: Estimator, fork: Fork, mesh: Mesh, request: Request)
 def in_turn(outlook: Outlook, request: Request, free: float, count: Callable[[Request], Estimator]) -> Outlook:
     """The outlook with whether guidance branches take turns, where nobody said it and where it would do nothing.
 
-    They do where weights stream, which then come once a step for both, and where what both hold has room. Elsewhere it
-    would hide exchanges alone, which costs no time that is known in advance on links that nobody has measured.
+    They do where weights stream, which then come once a step for both, or where exchanges are predicted to wait, and
+    where what both hold has room.
     free: bytes of each device. count: what a request needs.
     """
     asked, placement, where = request.runtime.interleave_branches, outlook.placement, request.layout
@@ -239,12 +240,13 @@ def in_turn(outlook: Outlook, request: Request, free: float, count: Callable[[Re
     if asked and not (guided and (streams or where.sequence > 1)):
         why = "one GPU whose weights stay waits for nothing" if guided else "without guidance there is one branch"
         return replace(outlook, warnings=(*outlook.warnings, f"--interleave-branches has no effect: {why}"))
-    if asked is None and streams and guided and where.cfg == 1 and request.runtime.engine == "native":
+    pays = streams or request.turns_chosen
+    if asked is None and pays and guided and where.cfg == 1 and request.runtime.engine == "native":
         runtime = replace(request.runtime, interleave_branches=True)
         estimate = count(replace(request, runtime=runtime)).estimate(placement, outlook.keep, free)
         if fits(estimate, free):
-            why = "guidance branches take turns, so that each block comes once a step"
-            return replace(outlook, interleave=True, why=f"{outlook.why}; {why}" if outlook.why else why)
+            why = "each block comes once a step for both" if streams else request.turns_chosen
+            return replace(outlook, interleave=True, turns=f"guidance branches take turns: {why}")
     return replace(outlook, interleave=bool(asked))
 
 

@@ -181,6 +181,8 @@ class Request:
     """Why the program chose this layout; empty where it did not."""
     groups_chosen: str = ""
     """Why the program chose this number of head groups; empty where it did not."""
+    turns_chosen: str = ""
+    """Why guidance branches should take turns if memory allows; empty where nobody knows that they should."""
     replicas: int = 1
     """Groups of this layout, each of which makes one video at a time."""
     ray_address: str | None = None

@@ -29,7 +29,7 @@ from common.registry.hub import checkpoint_folder, other_program
 from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
 from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
-from common.run.degrees import choose_layout, ray_problems, share_out, with_groups
+from common.run.degrees import choose_layout, ray_problems, share_out, with_overlap
 from common.run.destination import format_problem, named, numbered, own_name, place_problems
 from common.run.help import Command
 from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
@@ -167,7 +167,7 @@ class _RequestBuilder:
             cpu_by_default=not self.gpus and self.values["device"] != "cpu",
             remarks=tuple(self._remarks(layout.ranks, rules, options)),
         )
-        return with_groups(request, self.fork.names)
+        return with_overlap(request, self.fork.names)
 
     def _runtime(self, rules: Rules, several: bool, ranks: int) -> Runtime:
         keep = {"none": True, None: several}.get(self.values["offload"], False)

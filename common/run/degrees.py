@@ -39,11 +39,25 @@ def choose_layout(
     return planned or (layout, RULE if ranks > 1 and None in (cfg, ring, ulysses) else "")
 
 
-def with_groups(request: Request, models: Sequence[str]) -> Request:
-    """The request with a number of head groups for its layout, and why; one that was asked for stays.
+def with_overlap(request: Request, models: Sequence[str]) -> Request:
+    """The request with what hides its layout's exchanges, and why: the number of head groups, and whether guidance
+    branches on the same ranks should take turns. What was asked for stays.
 
     models: the program's, as for `choose_layout`.
     """
+    request = _with_groups(replace(request, turns_chosen=""), models)
+    runtime, layout = request.runtime, request.layout
+    guided = request.guided(request.videos[0])
+    if runtime.interleave_branches is None and runtime.engine == "native" and guided and layout.cfg == 1 < layout.ranks:
+        from planner import layouts  # not needed for --help
+
+        size, heads = Size.of(request.videos[0].sampling, guided), request.rules.heads
+        why = layouts.choose_turns(models, layout, heads, size, str(runtime.device), runtime.overlap_groups or 1)
+        request = replace(request, turns_chosen=why)
+    return request
+
+
+def _with_groups(request: Request, models: Sequence[str]) -> Request:
     runtime, layout, video = request.runtime, request.layout, request.videos[0]
     if runtime.overlap_groups is not None and not request.groups_chosen:
         return request

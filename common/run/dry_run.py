@@ -162,7 +162,7 @@ def _branches(
         return again[0]
 
     outlook = in_turn(outlook, request, free, count)
-    for said in filter(None, (outlook.why, *outlook.warnings)):
+    for said in filter(None, (outlook.turns, *outlook.warnings)):
         print(f"branches    {said}")
     return again if outlook.interleave and again else counted
 

@@ -272,7 +272,7 @@ def _speed() -> list[Option]:
             default=None,
             help="The two passes of guidance take turns on the same GPUs: one computes while what the other has sent "
             "is on its way, and weights that do not stay on the GPU come once a step for both. Takes some more memory. "
-            "Default: where weights do not stay and there is room.",
+            "Default: where weights do not stay, or the links are so slow that it pays, and there is room.",
         ),
         option(
             ["--text-cache"],

@@ -223,6 +223,8 @@ def resolved(fork: Fork, request: Request, mesh: Mesh, process: Process, report:
         request, outlook = with_placement(fork, request, mesh, process.local_world_size)
     if outlook is not None and outlook.why:
         report.note(f"weights: {outlook.why}")
+    if outlook is not None and outlook.turns:
+        report.note(outlook.turns)
     for warning in outlook.warnings if outlook is not None else ():
         report.warn(warning)
     return request

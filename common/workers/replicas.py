@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from common.registry.forks import Size
 from common.registry.request import Request
-from common.run.degrees import choose_layout, with_groups
+from common.run.degrees import choose_layout, with_overlap
 from common.workers.group import (
     ENDINGS,
     Cancelled,
@@ -56,7 +56,7 @@ def fitted(request: Request, ranks: int, makers: tuple[Maker, ...] = ()) -> Requ
     size = Size.of(video.sampling, guided)
     device, names = str(request.runtime.device), maker_of(request.program, makers).fork.names
     layout, why = choose_layout(names, ranks, request.rules.heads, guided, None, None, None, device, size)
-    return with_groups(replace(request, layout=layout, layout_chosen=why), names)
+    return with_overlap(replace(request, layout=layout, layout_chosen=why), names)
 
 
 @dataclass
