@@ -47,6 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", type=door.whole(64), default=2, help="CPU ranks")
     parser.add_argument("--jobs", type=door.whole(10**4), default=6, help="videos of each side in each round")
     parser.add_argument("--num-steps", type=door.whole(10**4), default=40)
+    parser.add_argument("--width", type=door.whole(10**4), default=128, help="pixels")
+    parser.add_argument("--height", type=door.whole(10**4), default=128, help="pixels")
     parser.add_argument("--rounds", type=door.whole(10**4), default=3)
     parser.add_argument("--cancels", type=door.whole(10**4), default=5)
     parser.add_argument("--output", type=door.new_file, help="also write the figures here, as JSON")
@@ -69,6 +71,7 @@ def by_program(offer: Offer, given: argparse.Namespace, folder: Path) -> list[fl
         prompts = Path(made, "prompts.txt")
         prompts.write_text(f"{PROMPT}\n" * (given.jobs + 1))
         words = [*offer.weights, "--device=cpu", f"--gpus={given.gpus}", "--seed=0", f"--num-steps={given.num_steps}"]
+        words += [f"--width={given.width}", f"--height={given.height}"]
         words += ["--keep-loaded", f"--prompt-file={prompts}", f"--output={made}/v.mp4"]
         command = [sys.executable, "-m", offer.fork.package, *words]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -81,13 +84,14 @@ def by_program(offer: Offer, given: argparse.Namespace, folder: Path) -> list[fl
 class Server:
     """The server over the demos, as one client sees it. data: its folder."""
 
-    def __init__(self, offer: Offer, url: str, data: Path, steps: int) -> None:
-        self.offer, self.data, self.steps = offer, data, steps
+    def __init__(self, offer: Offer, url: str, data: Path, given: argparse.Namespace) -> None:
+        self.offer, self.data, self.steps = offer, data, given.num_steps
+        self.size = f"{given.width}x{given.height}"
         self.http = httpx.Client(base_url=url, timeout=SECONDS)
 
     def queue(self, steps: int, previews: bool = True) -> str:
         """A job of so many steps; its name."""
-        body = {"model": self.offer.name, "prompt": PROMPT, "seed": 0, "num_inference_steps": steps}
+        body = {"model": self.offer.name, "prompt": PROMPT, "seed": 0, "size": self.size, "num_inference_steps": steps}
         answer = self.http.post("/v1/videos", json=body | {"previews": previews}).raise_for_status()
         return str(answer.json()["id"])
 
@@ -112,7 +116,7 @@ class Server:
         for told in self.events(first):
             if told.get("stage") == "sampling" and told["step"]:
                 seen.append((told["step"], time.perf_counter()))
-                if told["step"] > CANCEL_AT:
+                if told["step"] > CANCEL_AT and told["step"] > seen[0][0]:
                     break
         asked = time.perf_counter()
         self.http.delete(f"/v1/videos/{first}").raise_for_status()
@@ -137,7 +141,7 @@ def serving(offer: Offer, given: argparse.Namespace, folder: Path) -> Iterator[S
             assert process.stdout is not None
             said = process.stdout.readline().split()
             assert said, (folder / "server.log").read_text()
-            yield Server(offer, said[-1], data, given.num_steps)
+            yield Server(offer, said[-1], data, given)
         finally:
             process.terminate()
             process.wait()
@@ -155,13 +159,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=folder) as own, serving(offer, given, Path(own)) as server:
                 seconds["server"] += server.make(given.jobs, True)
                 seconds["server, no previews"] += server.make(given.jobs, False)
+        base = statistics.median(seconds["program"])
+        for side, times in seconds.items():
+            median = statistics.median(times)
+            print(f"{side:20s} {median:7.3f} s a video, {median / base:.3f} of the program's", flush=True)
         with serving(offer, given, folder) as server:
             server.make(1, True)
             cancels = [server.cancel() for _ in range(given.cancels)]
-    base = statistics.median(seconds["program"])
-    for side, times in seconds.items():
-        median = statistics.median(times)
-        print(f"{side:20s} {median:7.3f} s a video, {median / base:.3f} of the program's")
     taken, step = (statistics.median(one) for one in zip(*cancels))
     most = max(one for one, _ in cancels)
     print(f"cancel to the next job's first step: median {taken:.3f} s, most {most:.3f} s; a step takes {step:.3f} s")

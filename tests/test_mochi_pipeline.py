@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.mesh import Kept, Layout, Mesh, distributed
+from common.run import pipeline as pipelines
 from common.run.command_line import parse
+from common.video import decode_planning
 from common.video.decode import DecodePlan, decode_frames
 from common.video.latents import draw_noise, load_latents
 from mochi_xdit import MochiPipeline
@@ -204,6 +206,23 @@ def test_stages_load_one_after_another_or_stay(native):
     assert torch.equal(first, kept(PROMPT, **SIZE, num_steps=1))
     assert [r.name for r in kept.report.records].count("loading transformer") == 1
     assert set(kept.loaded) == {"text encoder", "transformer", "decoder"}
+
+
+@pytest.mark.slow
+def test_what_was_found_out_with_models_that_stay_is_not_found_out_again(native, monkeypatch):
+    mesh, work = Mesh(kept=Kept()), []
+    for where, name in ((pipelines, "check_model"), (decode_planning, "decode_memory")):
+        real = getattr(where, name)
+        noted = lambda *args, real=real, name=name, **how: work.append(name) or real(*args, **how)  # noqa: E731
+        monkeypatch.setattr(where, name, noted)
+    for expected in ({"check_model", "decode_memory"}, {"check_model"}, set(), set()):
+        work.clear()
+        pipe = MochiPipeline.from_pretrained(native, mesh, dtype="fp32", keep_loaded=True)
+        pipe.check_weights()
+        pipe(PROMPT, **SIZE, num_steps=1)
+        assert set(work) == expected
+    MochiPipeline.from_pretrained(native, mesh, dtype="fp32").check_weights()
+    assert work == ["check_model"] and mesh.kept.loadings == 3
 
 
 @pytest.mark.slow

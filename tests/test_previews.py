@@ -130,7 +130,7 @@ def test_every_solvers_states_show_the_video_that_they_lead_to(ranks, kind) -> N
     expected = clean[0, :, 2].permute(1, 2, 0).numpy()
     seen = []
     for view, step, shards in sampled(kind, clean, patch):
-        state(shards, View.read(view.text()), ranks, step)
+        state(shards, View.read(view.text), ranks, step)
         frame = frame_of(ranks, At(0, step), STEPS)
         if frame is not None:
             seen.append(step)

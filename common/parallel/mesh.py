@@ -42,17 +42,20 @@ class Axis:
 class Kept:
     """Models that stay on a rank's device when a pipeline goes, for the next one on the same mesh.
 
-    They are of one kind, which `key` tells: another kind's take their place. loadings: how many were loaded so far.
+    They are of one kind, which `key` tells: another kind's take their place. found: what pipelines have found out with
+    them. loadings: how many were loaded so far.
     """
 
     key: Any = None
     models: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
     loadings: int = 0
 
     def of(self, key: Any) -> dict[str, Any]:
         """The models of a kind, by name; those of another kind are let go. None: of no kind that is kept."""
         if key is None or key != self.key:
             self.models.clear()
+            self.found.clear()
             self.key = key
         return self.models
 

@@ -27,7 +27,7 @@ from common.text.encoder import Encoder, TextEncoder, TextFeatures
 from common.text.t5 import EncoderFiles
 from common.video.causal import lay_out
 from common.video.decode import VideoDecoder
-from common.video.decode_planning import AgreedPlans
+from common.video.decode_planning import KnownPlans
 from common.video.decode_video import AllFrames, FrameSink, decode_video
 from common.weights.blocks import finish
 from common.weights.dtypes import Precision
@@ -76,7 +76,7 @@ class Pipeline:
         self.sp = sequence_parallel(mesh, runtime.attention, runtime.engine, runtime.overlap_groups or 1, self.dtype)
         self.guidance = Guidance(mesh.cfg)
         self._loaded: dict[str, Any] | None = None
-        self.agreed_plans: AgreedPlans = {}
+        self._found: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -121,19 +121,29 @@ class Pipeline:
             self._loaded = {} if kept is None else kept.of(self.model_key if self.keeps else None)
         return self._loaded
 
+    @property
+    def found(self) -> dict[str, Any]:
+        """What was found out with the models that are here; it stays as long as they do."""
+        kept = self.mesh.kept
+        theirs = kept is not None and kept.models and self.keeps and kept.key == self.model_key
+        return kept.found if kept is not None and theirs else self._found
+
     def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
         """Compare all tensors that a call would load with the models', by headers alone: names, shapes and dtypes.
 
         sample: there is something to sample, not only latents to decode. text: there is a prompt to encode. frames: it
-        starts from pictures. CheckpointError names file and tensor, so that none is found missing after an hour.
+        starts from pictures. CheckpointError names file and tensor, so that none is found missing after an hour. Done
+        once while models stay.
         """
-        self.check_vae(frames)
-        if not sample:
+        checked = self.found.setdefault("checked", set())
+        if (sample, text, frames) in checked:
             return
-        for files in self.transformer_files():
+        self.check_vae(frames)
+        for files in self.transformer_files() if sample else ():
             check_model(files.module, files.checkpoint, files.rename)
-        if text and self.mesh.is_main:
+        if sample and text and self.mesh.is_main:
             self.check_text()
+        checked.add((sample, text, frames))
 
     def check_text(self) -> None:
         """The text encoders' part of `check_weights`, on rank 0."""
@@ -230,7 +240,8 @@ class Pipeline:
         with self.stage_model("decoder", self._compiled_decoder) as decoder:
             most = self.runtime.max_bytes
             room = None if most is None else most - self._held()
-            how = (options or DecodeOptions(), self.report, frames or kept, room, self.agreed_plans)
+            known = self.found.setdefault("plans", KnownPlans())
+            how = (options or DecodeOptions(), self.report, frames or kept, room, known)
             decode_video(decoder, latents, self.mesh, *how)
         return kept.frames
 

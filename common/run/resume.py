@@ -53,7 +53,7 @@ def pack(shards: Mapping[str, Tensor], whole: Mapping[str, Tensor], view: View |
     """One rank's part of a state as `common.run.states.join` takes it; nothing for nothing."""
     tensors = {SHARDED + name: tensor.contiguous() for name, tensor in shards.items()}
     tensors |= {WHOLE + name: tensor.contiguous() for name, tensor in whole.items()}
-    return save(tensors, None if view is None else {VIEW: view.text()}) if tensors else b""
+    return save(tensors, None if view is None else {VIEW: view.text}) if tensors else b""
 
 
 def read_state(path: Path) -> State:

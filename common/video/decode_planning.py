@@ -29,6 +29,7 @@ TILES_COST = "24 to 29 dB PSNR to the exact one on the demos (docs/fidelity.md)"
 
 AgreedPlans = dict[tuple[DecodeSize, DecodePlan], DecodePlan]
 """By size and the plan that would be tried first: the plan that several ranks found to fit."""
+MOST_COUNTED = 1024
 
 
 class PeakMemory(TorchDispatchMode):
@@ -200,6 +201,25 @@ def _tile_limits(height: int, width: int, smallest: int = 12) -> list[tuple[int,
         if not limits or limit[0] * limit[1] < 0.6 * limits[-1][0] * limits[-1][1]:
             limits.append(limit)
     return limits or [(height, width)]
+
+
+class KnownPlans:
+    """What the decodes of one decoder have found out, kept by the caller for the next ones.
+
+    agreed: by several ranks.
+    """
+
+    def __init__(self) -> None:
+        self.agreed: AgreedPlans = {}
+        self._bytes: dict[tuple[DecodeSize, DecodePlan, int], int] = {}
+
+    def count(self, decoder: VideoDecoder, size: DecodeSize, ranks: int, plan: DecodePlan) -> int:
+        """`decode_memory`, which takes as long as a small video, once."""
+        if (size, plan, ranks) not in self._bytes:
+            if len(self._bytes) >= MOST_COUNTED:
+                self._bytes.clear()
+            self._bytes[size, plan, ranks] = decode_memory(decoder, size, plan, ranks=ranks)
+        return self._bytes[size, plan, ranks]
 
 
 def plan_decode(

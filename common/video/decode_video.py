@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,14 +16,7 @@ from common.system.failure import is_out_of_memory
 from common.system.progress import Report
 from common.video.causal import TimeSplit
 from common.video.decode import VideoDecoder, decode_frames
-from common.video.decode_planning import (
-    AgreedPlans,
-    decode_memory,
-    decode_plans,
-    plan_decode,
-    plan_for_all,
-    warning,
-)
+from common.video.decode_planning import KnownPlans, decode_plans, plan_decode, plan_for_all, warning
 
 
 class FrameSink(Protocol):
@@ -60,14 +53,14 @@ def decode_video(
     report: Report,
     frames: FrameSink,
     room: int | None = None,
-    agreed: AgreedPlans | None = None,
+    known: KnownPlans | None = None,
 ) -> None:
     """All frames of a video, in order, to `frames` on rank 0, by the best plan that fits into free memory. Collective.
 
     latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
     frames: begins anew when a plan runs out of memory after its first chunks; unused on other ranks.
     room: bytes that the decode may take here; default: all that are free.
-    agreed: what several ranks have found out, kept by the caller for its next videos.
+    known: what this decoder's earlier videos have found out.
     One process falls back to the next smaller plan when memory runs out after all; several try a plan that just fits
     on zeros first, on a GPU, since a rank that fails leaves the others waiting. Raises MemoryError when nothing fits.
     """
@@ -76,11 +69,11 @@ def decode_video(
     tile = options.tile(decoder.spatial_factor)
     ways = decode_plans(decoder, size, mesh.world.size, options.vae, options.vae_chunk, tile)
     free = free_memory(mesh, room)
-    counted = cache(lambda plan: decode_memory(decoder, size, plan, ranks=mesh.world.size))
+    known = KnownPlans() if known is None else known
+    counted = partial(known.count, decoder, size, mesh.world.size)
     plans = plan_decode(decoder, size, free, ways, counted, tries=mesh.device.type == "cuda")
     if mesh.world.size > 1 and mesh.device.type == "cuda":
-        agreed = {} if agreed is None else agreed
-        plans = (plan_for_all(decoder, size, plans, free, counted, mesh.world, mesh.device, agreed),)
+        plans = (plan_for_all(decoder, size, plans, free, counted, mesh.world, mesh.device, known.agreed),)
     split = TimeSplit(mesh.world)
     for i, plan in enumerate(plans):
         report.note(f"decode: {plan}")

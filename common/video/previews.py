@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,9 @@ class View:
     clean: tuple[str, ...] = ()
     levels: tuple[Levels, ...] = ()
 
+    @cached_property
     def text(self) -> str:
+        """For `read`. Every state has it, and it takes as long as a small step where there are many levels."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
