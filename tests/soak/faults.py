@@ -157,7 +157,7 @@ class Run:
 
     def fill_disk(self) -> None:
         path = self.data.parent / "filling"
-        with path.open("wb") as file, suppress(OSError):
+        with suppress(OSError), path.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
                 file.flush()
