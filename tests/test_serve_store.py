@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from tests.helpers.fake_group import FakeGroup
+from xdit_serve import dispatch
+from xdit_serve.dispatch import Dispatcher, Keeping
+from xdit_serve.metrics import Metrics
+from xdit_serve.offers import demos
 from xdit_serve.records import Wanted
 from xdit_serve.store import STATE, QueueFull, Store, StoreError, new_id
 
@@ -136,6 +143,26 @@ def test_one_server_owns_a_folder(tmp_path: Path) -> None:
         base.execute("PRAGMA user_version=7")
     with pytest.raises(StoreError, match="another version"):
         Store(tmp_path)
+
+
+def test_a_job_whose_turn_comes_on_a_full_disk_waits_and_is_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, offer = Store(tmp_path), demos()[0]
+    job = Wanted(new_id("video"), "a", "video", offer.name, ("--prompt=x",), {"prompt": "x"}, "video.mp4")
+    store.make_folder(job.id)
+    store.admit([job], 1000)
+    own = ("--device=cpu", "--gpus=2")
+    dispatcher = Dispatcher(store, [offer], own, lambda take, tell: FakeGroup(), Keeping(1, 1), Metrics())
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(dispatch, "ROOM_SECONDS", 0.0)
+    for name in ("write_bytes", "mkdir"):  # of the door, and of the store
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, mock.Mock(side_effect=full))
+            assert dispatcher.take(0) is None
+        assert store.get(job.id).status == "queued", name
+    taken = dispatcher.take(0)
+    assert taken is not None and taken.request.videos[0].prompt == "x"
 
 
 def test_a_locked_or_full_disk_is_told_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

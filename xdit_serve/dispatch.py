@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from common.registry.request import Request, WrongUse
+from common.system.failure import NO_SPACE
 from common.system.files import say, shown
 from common.workers.group import (
     ENDINGS,
@@ -163,6 +164,9 @@ class Dispatcher:
                 request = self._request(record)
             except (WrongUse, StoreError) as error:
                 why = str(error)
+                if isinstance(error, StoreError) or NO_SPACE in why:
+                    self._wait_for_room(record, why)
+                    return None
                 self._insist(lambda: self.store.fail(record.id, "invalid_request", why))  # noqa: B023
                 continue
             name = f"{record.id}.{next(self._numbers)}"  # one that comes back goes out under another name
@@ -197,15 +201,19 @@ class Dispatcher:
             self.metrics.stepped(record.model, event)
             self.board.tell(record.id, event)
 
+    def _wait_for_room(self, record: Record, why: str) -> None:
+        """The job is not to blame: it is the next one again, and for a while none begins."""
+        self._say(f"{record.id} waits for room: {why}")
+        self._not_before = time.monotonic() + ROOM_SECONDS
+        self._insist(lambda: self.store.give_back(record.id))
+
     def _end(self, record: Record, event: Finished | Cancelled | Failed | Lost) -> None:
         if isinstance(event, Finished):
             self._insist(lambda: self.store.complete(record.id, event.seconds))
             self.metrics.finished(record.model, event.seconds)
             self._seconds = 0.7 * self._seconds + 0.3 * sum(event.seconds.values())
         elif isinstance(event, Failed) and event.disk:
-            self._say(f"{record.id} waits for room: {event.message}")
-            self._not_before = time.monotonic() + ROOM_SECONDS
-            self._insist(lambda: self.store.give_back(record.id))
+            self._wait_for_room(record, event.message)
         elif isinstance(event, Failed):
             code = "invalid_request" if event.wrong_use else "out_of_memory" if event.memory else "generation_failed"
             self._insist(lambda: self.store.fail(record.id, code, shortened(event.message)))
