@@ -167,7 +167,7 @@ class Run:
         path.unlink()
 
     def wrong(self, references: dict[int, np.ndarray]) -> list[str]:
-        """What is not as it should be, once all is done. A level that rounding moves may be three in a video's colours."""
+        """What is not as it should be, once all is done. A level that rounding moves may be three in a video."""
         found = []
         with httpx.Client(base_url=self.server.url, timeout=60) as http:
             for job, seed in self.jobs.items():
