@@ -45,29 +45,19 @@ def with_overlap(request: Request, models: Sequence[str]) -> Request:
 
     models: the program's, as for `choose_layout`.
     """
-    request = _with_groups(replace(request, turns_chosen=""), models)
-    runtime, layout = request.runtime, request.layout
-    guided = request.guided(request.videos[0])
-    if runtime.interleave_branches is None and runtime.engine == "native" and guided and layout.cfg == 1 < layout.ranks:
-        from planner import layouts  # not needed for --help
+    from planner import layouts  # not needed for --help
 
-        size, heads = Size.of(request.videos[0].sampling, guided), request.rules.heads
-        why = layouts.choose_turns(models, layout, heads, size, str(runtime.device), runtime.overlap_groups or 1)
-        request = replace(request, turns_chosen=why)
-    return request
-
-
-def _with_groups(request: Request, models: Sequence[str]) -> Request:
     runtime, layout, video = request.runtime, request.layout, request.videos[0]
-    if runtime.overlap_groups is not None and not request.groups_chosen:
-        return request
-    groups, why = 1, "no all-to-all of this project's"
-    if runtime.engine == "native" and layout.ulysses > 1:
-        from planner import layouts  # not needed for --help
-
-        size = Size.of(video.sampling, request.guided(video))
-        groups, why = layouts.choose_groups(models, layout, request.rules.heads, size, str(runtime.device))
-    return replace(request, runtime=replace(runtime, overlap_groups=groups), groups_chosen=why)
+    guided, native = request.guided(video), runtime.engine == "native"
+    case = (models, layout, request.rules.heads, Size.of(video.sampling, guided), str(runtime.device))
+    groups, why, turns = runtime.overlap_groups, request.groups_chosen, ""
+    if groups is None or why:
+        groups, why = 1, "no all-to-all of this project's"
+        if native and layout.ulysses > 1:
+            groups, why = layouts.choose_groups(*case)
+    if runtime.interleave_branches is None and native and guided and layout.cfg == 1 < layout.ranks:
+        turns = layouts.choose_turns(*case, groups)
+    return replace(request, runtime=replace(runtime, overlap_groups=groups), groups_chosen=why, turns_chosen=turns)
 
 
 def ray_problems(starts: bool) -> list[str]:
