@@ -125,8 +125,9 @@ class Pipeline:
     def found(self) -> dict[str, Any]:
         """What was found out with the models that are here; it stays as long as they do."""
         kept = self.mesh.kept
-        theirs = kept is not None and kept.models and self.keeps and kept.key == self.model_key
-        return kept.found if kept is not None and theirs else self._found
+        if kept is None or not (kept.models and self.keeps and kept.key == self.model_key):
+            return self._found
+        return kept.found
 
     def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
         """Compare all tensors that a call would load with the models', by headers alone: names, shapes and dtypes.
@@ -139,10 +140,11 @@ class Pipeline:
         if (sample, text, frames) in checked:
             return
         self.check_vae(frames)
-        for files in self.transformer_files() if sample else ():
-            check_model(files.module, files.checkpoint, files.rename)
-        if sample and text and self.mesh.is_main:
-            self.check_text()
+        if sample:
+            for files in self.transformer_files():
+                check_model(files.module, files.checkpoint, files.rename)
+            if text and self.mesh.is_main:
+                self.check_text()
         checked.add((sample, text, frames))
 
     def check_text(self) -> None:

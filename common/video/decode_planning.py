@@ -30,6 +30,7 @@ TILES_COST = "24 to 29 dB PSNR to the exact one on the demos (docs/fidelity.md)"
 AgreedPlans = dict[tuple[DecodeSize, DecodePlan], DecodePlan]
 """By size and the plan that would be tried first: the plan that several ranks found to fit."""
 MOST_COUNTED = 1024
+"""Plans of all sizes whose bytes are kept."""
 
 
 class PeakMemory(TorchDispatchMode):
