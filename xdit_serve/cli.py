@@ -95,7 +95,7 @@ def run(given: dict[str, Any]) -> int:
     except ValueError as error:
         raise WrongUse([str(error)]) from None
     if at.replicas > 1 and given["replicas"] is None:
-        say(f"note: {at.replicas} groups of {at.ranks} GPUs, which by xdit-doctor's profile make most videos")
+        say(f"note: {at.replicas} groups of {at.ranks} GPUs, which the planner says make most videos")
     own = (*at.words, f"--timeout={given['timeout']}", f"--save-every={given['save_every']}")
     own += ("--keep-loaded" if given["keep_loaded"] else "--no-keep-loaded", *given["options"])
     _try(offers, own)

@@ -162,7 +162,6 @@ class Run:
         with suppress(OSError), path.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
-                file.flush()
         time.sleep(HELD_SECONDS)
         path.unlink()
 
