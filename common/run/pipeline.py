@@ -123,11 +123,14 @@ class Pipeline:
 
     @property
     def found(self) -> dict[str, Any]:
-        """What was found out with the models that are here; it stays as long as they do."""
+        """What was found out with the models that are here; an empty one, kept nowhere, where there are none.
+
+        It stays with models that stay, and with a pipeline that loads the same ones again.
+        """
         kept = self.mesh.kept
-        if kept is None or not (kept.models and self.keeps and kept.key == self.model_key):
-            return self._found
-        return kept.found
+        if kept is not None and kept.models and self.keeps and kept.key == self.model_key:
+            return kept.found
+        return self._found if self._loaded else {}
 
     def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
         """Compare all tensors that a call would load with the models', by headers alone: names, shapes and dtypes.

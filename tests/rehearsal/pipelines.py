@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import cogvideox_xdit.pipeline
-import common.video.decode_video
 import common.weights.blocks
 import common.weights.load
 import consisid_xdit.pipeline
@@ -24,6 +23,7 @@ from cogvideox_xdit import CogVideoXPipeline
 from common.parallel.mesh import Mesh
 from common.registry.settings import CompileOptions, DecodeOptions
 from common.text.encoder import TextFeatures
+from common.video.decode_planning import KnownPlans
 from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures
 from consisid_xdit.sampling import PATCHES
@@ -104,7 +104,7 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
         mock.patch.object(common.weights.load._FileReader, "_bytes", lambda *_: None),
         mock.patch.multiple(common.weights.blocks, Pinned=Locked, ThreadPoolExecutor=threads),
         # Counted on the meta device, which takes as long as two chunks: every plan fits.
-        mock.patch.object(common.video.decode_video, "decode_memory", lambda *_, **__: 2**30),
+        mock.patch.object(KnownPlans, "count", lambda *_: 2**30),
         mock.patch.multiple(cogvideox_xdit.pipeline, Solver=outside, image_frames=image, video_frames=video),
         mock.patch.multiple(consisid_xdit.pipeline, image_frames=image),
         mock.patch.multiple(wan_xdit.pipeline, image_frames=image, as_array=picture),
