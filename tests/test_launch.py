@@ -42,10 +42,12 @@ def fail(error):
     os._exit(1)
 def wait():
     time.sleep(60)
-def fail_after_rank_1(error):
-    while not os.path.exists(sys.argv[1] + "/1"):
+def after(rank):
+    while not os.path.exists(sys.argv[1] + f"/{{rank}}"):
         time.sleep(.02)
     time.sleep(.3)
+def fail_after_rank_1(error):
+    after(1)
     fail(error)
 """
 GONE = 'RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6276")'
@@ -125,7 +127,10 @@ def test_ranks_get_torchruns_variables(tmp_path, capfd):
             "still silent: rank 1 (sampling step 3/8)",
         ),
         (
-            ("wait()", 'os.write(2, b"[E] Watchdog caught collective operation timeout: WorkNCCL"); os.abort()'),
+            (
+                "wait()",
+                'after(0); os.write(2, b"[E] Watchdog caught collective operation timeout: WorkNCCL"); os.abort()',
+            ),
             "error: rank 1, sampling step 3/8: another rank did not answer within --timeout; "
             "still silent: rank 0 (sampling step 3/8)",
         ),
