@@ -21,7 +21,7 @@ from common.run.supervise import supervise
 from common.system import environment
 from common.system.environment import Process, this_process
 from common.system.failure import Failure, describe, is_out_of_memory, verdict
-from common.system.stopping import stoppable
+from common.system.stopping import Stopped, stoppable
 from tests.fake_fork.fork import FORK as FAKE
 from tests.helpers.programs import main
 
@@ -202,6 +202,19 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, capfd, number):
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_signal_that_comes_in_a_finalizer_is_not_lost(capsys, once):
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(Stopped), stoppable(once) as signals:
+        Finalized()
+        time.sleep(10)
+    assert signals.number == signal.SIGHUP
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])

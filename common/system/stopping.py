@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 
 GRACE_SECONDS = 2.0
 """For the main thread to end by itself after a signal, before another ends the process."""
+AGAIN_SECONDS = 0.05
+"""After which a signal whose exception nobody got is sent again."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -19,6 +22,7 @@ class Stopped(BaseException):
     """A signal asked the run to end; `status` is the exit status, 128 + signal."""
 
     def __init__(self, number: int) -> None:
+        self.number = number
         self.status = 128 + number
 
 
@@ -60,10 +64,38 @@ def stoppable(once: bool = False) -> Iterator[Asked]:
 
     before = {number: signal.signal(number, stop) for number in SIGNALS if not is_ignored(number)}
     try:
-        yield signals
+        with _sent_again(signals):
+            yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _sent_again(signals: Asked) -> Iterator[None]:
+    """A signal that came in a finalizer or in a weak reference's callback, as each import runs one, is not lost.
+
+    Python prints an exception that is raised there and goes on.
+    """
+    left = threading.Event()
+    told = sys.unraisablehook
+
+    def again(number: int) -> None:
+        if not left.wait(AGAIN_SECONDS):
+            os.kill(os.getpid(), number)
+
+    def hear(ignored: sys.UnraisableHookArgs) -> None:
+        if not isinstance(ignored.exc_value, Stopped):
+            return told(ignored)
+        signals.number = None
+        threading.Thread(target=again, args=(ignored.exc_value.number,), daemon=True).start()
+
+    sys.unraisablehook = hear
+    try:
+        yield
+    finally:
+        left.set()
+        sys.unraisablehook = told
 
 
 @contextmanager
