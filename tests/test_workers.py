@@ -19,7 +19,7 @@ from common.system.failure import NO_ANSWER, Failure
 from common.workers.group import Cancelled, Failed, Finished, GroupError, Lost, Preview, Progress
 from common.workers.local import LocalGroup
 from common.workers.orders import Maker, maker_of
-from common.workers.pace import Pace
+from common.workers.pace import DUE_SECONDS, Pace
 from common.workers.watched import Ranks, Seat
 from mochi_xdit.fork import FORK as MOCHI
 from tests.fake_fork.fork import FORK as FAKE
@@ -235,3 +235,16 @@ def test_seconds_left_follow_the_steps_and_the_job_before():
     now = 6.0
     assert pace.left("sampling", "step", 2, 10) == 16.0 + 8.0
     assert Pace({}, lambda: now).left("sampling", "step", 0, 10) is None
+
+
+def test_short_steps_are_not_told_of_one_by_one():
+    now = 0.0
+    pace = Pace({}, lambda: now)
+    told = []
+    for done in range(101):
+        told += [done] if pace.is_due("sampling", "step", done, 100) else []
+        now += DUE_SECONDS / 10
+    assert told[0] == 0 and told[-1] == 100 and 10 <= len(told) <= 12
+    assert pace.is_due("decoding", "chunk", 0, 3) and not pace.is_due("decoding", "chunk", 1, 3)
+    now += DUE_SECONDS
+    assert pace.is_due("decoding", "chunk", 1, 3)

@@ -10,6 +10,7 @@ from common.registry.request import Request
 from common.system.progress import BYTE
 
 MOST_KINDS = 256
+DUE_SECONDS = 0.05
 
 
 def kind_of(request: Request) -> Any:
@@ -44,6 +45,16 @@ class Pace:
         self._began = 0.0
         self._from = 0
         self._first: tuple[float, int] | None = None
+        self._told: tuple[str, str] | None = None
+        self._told_at = 0.0
+
+    def is_due(self, name: str, unit: str, done: int, total: int) -> bool:
+        """Whether to tell of this: another stage, all of its units, or DUE_SECONDS after what was told last."""
+        now = self._clock()
+        if (name, unit) == self._told and done != total and now - self._told_at < DUE_SECONDS:
+            return False
+        self._told, self._told_at = (name, unit), now
+        return True
 
     def left(self, name: str, unit: str, done: int, total: int) -> float | None:
         """What is left when this stage has so many of its units done; None where nothing is known of it."""

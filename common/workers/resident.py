@@ -6,7 +6,7 @@ import importlib
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
@@ -19,10 +19,10 @@ from common.system.failure import describe
 from common.system.host import allocator_default, bind_to_gpu, resident_bytes
 from common.system.progress import Report
 from common.system.stopping import Abandoned
+from common.workers.agreement import Agreement
 from common.workers.orders import Hello, Leave, Message, Order
 
 if TYPE_CHECKING:
-    import torch
     import torch.distributed as dist
 
     from common.parallel.mesh import Kept, Mesh
@@ -122,7 +122,7 @@ class Resident:
         with as_wrong_use():
             mesh = self._connected(order, request, report)
             report.device = mesh.device
-            agreed = _Agreement(self._side, lambda: order.job in self._left)
+            agreed = Agreement(self._side, lambda: order.job in self._left)
             report.pause = partial(_pause, report, agreed)
             request = self._with_placement(fork, request, order, mesh, report)
         generate(request, mesh, report)
@@ -231,42 +231,6 @@ class _Told(Report):
             self._line({"note": text, "warning": True})
 
 
-def _pause(report: _Told, agreed: _Agreement) -> None:
+def _pause(report: _Told, agreed: Agreement) -> None:
     report.last_step()
-    agreed.ask()
-
-
-class _Agreement:
-    """Whether any rank wants to leave, known by all ranks at the same place and without waiting for it.
-
-    What is asked at one place is answered at the next: by then the slowest rank has been at the first for a whole step.
-    group: of all ranks, for this alone; None for one rank. wanted: by this rank.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, wanted: Callable[[], bool]) -> None:
-        self._group, self._wanted = group, wanted
-        self._asked: tuple[dist.Work, torch.Tensor] | None = None
-
-    def ask(self) -> None:
-        """Collective. Raises Abandoned, on all ranks or on none."""
-        if self._group is None:
-            if self._wanted():
-                raise Abandoned
-            return
-        import torch
-        import torch.distributed as dist
-
-        if self.close():
-            raise Abandoned
-        flag = torch.tensor([int(self._wanted())])
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._asked = work, flag
-
-    def close(self) -> bool:
-        """Wait for what was asked last, and return the answer."""
-        if self._asked is None:
-            return False
-        (work, flag), self._asked = self._asked, None
-        work.wait()
-        return bool(flag.item())
+    agreed.ask(report.standing and report.standing[0])

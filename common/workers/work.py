@@ -125,7 +125,8 @@ class Work:
             name, unit, done, total = message["at"]
             self.stage = name
             left = self._pace.left(name, unit, done, total)
-            self._emit(Progress(self.job.id, name, done, total, left, unit))
+            if self._pace.is_due(name, unit, done, total):
+                self._emit(Progress(self.job.id, name, done, total, left, unit))
         elif "note" in message:
             self.note(message["note"], message["warning"])
         elif "ended" in message and message["job"] == self.job.id:
