@@ -90,7 +90,8 @@ def test_jobs_share_what_is_loaded_and_a_cancelled_one_leaves_nothing(group, tmp
     assert other.request.layout != again.request.layout
     assert isinstance(run(group, other)[0], Finished) and levels_apart(other, expected) <= 1
     assert group.health().loadings == before + 3
-    grouped = mochi(tmp_path, "grouped", "--num-steps", 3, "--ulysses-degree", 2, "--overlap-groups", 2)
+    hidden = ("--overlap-groups", 2, "--interleave-branches")
+    grouped = mochi(tmp_path, "grouped", "--num-steps", 3, "--ulysses-degree", 2, *hidden)
     assert isinstance(run(group, grouped)[0], Finished) and levels_apart(grouped, expected) <= 1
     assert isinstance(run(group, fake(tmp_path, "fake"))[0], Finished)
     assert [rank.pid for rank in group.health().ranks] == pids and group.health().loadings == before + 3

@@ -108,9 +108,12 @@ class Pipeline:
     def model_key(self) -> Any:
         """All that decides what this pipeline's models are: equal for two that can use each other's on one mesh.
 
-        Not the number of head groups: it is chosen by the size of a video, and weights do not depend on it.
+        Not what hides exchanges, which is chosen by the size of a video; but a stream of weights knows whether guidance
+        branches take turns.
         """
-        runtime = replace(self.runtime, keep_loaded=False, max_memory=None, overlap_groups=None)
+        in_turn = self.placement.streams and bool(self.runtime.interleave_branches)
+        hidden = replace(self.runtime, overlap_groups=None, interleave_branches=in_turn)
+        runtime = replace(hidden, keep_loaded=False, max_memory=None)
         return type(self).__qualname__, type(self).__module__, self.model_dir.absolute(), runtime
 
     @property
@@ -185,7 +188,8 @@ class Pipeline:
                 self.mesh.kept.loadings += 1
         model = self.loaded[name]
         if isinstance(sp := getattr(model, "sp", None), SequenceParallel):
-            sp.groups = self.sp.groups  # of another pipeline that has loaded it, perhaps
+            # It may be another pipeline's, whose video was of another size.
+            sp.groups, sp.interleaver = self.sp.groups, self.sp.interleaver
         try:
             yield model
             if not self.keeps and isinstance(model, nn.Module):
