@@ -173,10 +173,12 @@ def _stand_in(models: Sequence[str], heads: int, size: Size | None) -> Model | N
     return next((m for m in alike if size is None or not m.problems(size)), None)
 
 
-def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size, device: str) -> tuple[int, str]:
+def choose_groups(
+    models: Sequence[str], layout: Layout, heads: int, size: Size, device: str, in_turn: bool = False
+) -> tuple[int, str]:
     """In how many groups of heads the all-to-all of a layout that has one goes, and why.
 
-    Arguments as for `choose_degrees`.
+    in_turn: guidance branches take turns. Other arguments as for `choose_degrees`.
     """
     if heads // layout.ulysses == 1:
         return 1, "a rank has one head"
@@ -187,28 +189,31 @@ def choose_groups(models: Sequence[str], layout: Layout, heads: int, size: Size,
     if known is None:
         return 1, "nothing is known of this machine's links; xdit-doctor measures them"
     profile, source = known
-    best, whole = (predict(model, size, layout, profile, "ours", groups=groups) for groups in (None, 1))
+    best, whole = (predict(model, size, layout, profile, "ours", groups=n, interleave=in_turn) for n in (None, 1))
     seconds = f"{best.step:.4g} s a step predicted with {profile.links}"
     if best.groups == 1:
         return 1, f"{seconds}, and more are no faster; from {source}"
     return best.groups, f"{seconds}, {whole.step:.4g} s with one; from {source}"
 
 
-def choose_turns(models: Sequence[str], layout: Layout, heads: int, size: Size, device: str, groups: int) -> str:
-    """Why guidance branches that a layout has on the same ranks should take turns; empty where they need not.
+def choose_turns(
+    models: Sequence[str], layout: Layout, heads: int, size: Size, device: str, groups: int | None
+) -> tuple[int | None, str]:
+    """Why guidance branches that a layout has on the same ranks should take turns, and the head groups in which each
+    goes then; None and "" where they need not.
 
-    groups: of heads. Other arguments as for `choose_degrees`.
+    groups: of heads, as asked; None: whatever is best. Other arguments as for `choose_degrees`.
     """
     model, known = _stand_in(models, heads, size), with_hiding(local_profile(device), device)
     if model is None or known is None:
-        return ""
+        return None, ""
     profile, source = known
     ways = (predict(model, size, layout, profile, "ours", groups=groups, interleave=turns) for turns in (False, True))
-    after, turns = (one.step for one in ways)
-    if turns > (1 - WORTH) * after:
-        return ""
-    seconds = f"{turns:.4g} s a step predicted with {profile.links}, {after:.4g} s one after the other"
-    return f"{seconds}; from {source}"
+    after, in_turn = ways
+    if in_turn.step > (1 - WORTH) * after.step:
+        return None, ""
+    seconds = f"{in_turn.step:.4g} s a step predicted with {profile.links}, {after.step:.4g} s one after the other"
+    return in_turn.groups, f"{seconds}; from {source}"
 
 
 def choose_replicas(

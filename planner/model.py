@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from common.registry.forks import Model, Size, Stack
-from common.registry.layout import Coordinates, Layout, decode_parts, decode_share, split_evenly
+from common.registry.layout import Coordinates, Layout, decode_parts, decode_share, split_evenly, turns_ahead
 from planner import cost, overlap, reference
 from planner.cost import BYTES, Pass
 from planner.hardware import GIGA, Links, Profile
@@ -145,10 +145,11 @@ def _waited(passes: Sequence[Timed], layout: Layout, at: Spread, profile: Profil
     if len(passes) == 1:
         return overlap.waited(_timed(*passes[0], layout, at, profile, groups), profile.exposed, profile.links.turns)
     first, second = (_timed(*one, layout, at, profile, groups) for one in passes)
+    ahead = turns_ahead(layout.ring, layout.ulysses, groups)
     # A turn reaches into the next block: what two blocks more bring is that of two blocks.
     some, more = (
         overlap.waited(
-            overlap.interleaved(overlap.repeated(first, n), overlap.repeated(second, n)),
+            overlap.interleaved(overlap.repeated(first, n), overlap.repeated(second, n), ahead),
             profile.exposed,
             profile.links.turns,
         )
@@ -188,7 +189,8 @@ def hidden_share(
     passes = workload(model, size, layout, "ours")[0]
     blocks = [_timed(p, _computing(p, layout, profile), layout, at, profile, groups) for p in passes]
     if interleave and len(blocks) == 2:
-        blocks = [overlap.interleaved(*(overlap.repeated(block, 4) for block in blocks))]
+        first, second = (overlap.repeated(block, 4) for block in blocks)
+        blocks = [overlap.interleaved(first, second, turns_ahead(layout.ring, layout.ulysses, groups))]
     found = [one for block in blocks for one in overlap.windows(block)]
     whole = sum(one.sent for one in found)
     return sum(min(one.sent, one.work) for one in found) / whole if whole else 0.0

@@ -35,7 +35,12 @@ class Wait:
     key: int
 
 
-Operation = Work | Post | Wait
+@dataclass(frozen=True)
+class Turn:
+    """Here a guidance branch lets the other compute, where they take turns."""
+
+
+Operation = Work | Post | Wait | Turn
 
 
 def block(at: SelfAttention, groups: int) -> list[Operation]:
@@ -69,6 +74,9 @@ class _Block:
     def wait(self, key: int) -> None:
         self.operations.append(Wait(key))
 
+    def turn(self) -> None:
+        self.operations.append(Turn())
+
     def project(self, heads: int, parts: int) -> None:
         """So many of queries, keys, values and output, of so many heads."""
         at = self.at
@@ -84,7 +92,9 @@ class _Block:
         if at.normed_whole:
             self.project(at.heads, 2)
         under_way = []
-        for all_, kept in zip(heads, mine):
+        for i, (all_, kept) in enumerate(zip(heads, mine)):
+            if i == 1:
+                self.turn()
             self.project(all_, 1 if at.normed_whole else 3)
             under_way.append(self.post("ulysses", 3 * own * (all_ - kept) * width))
 
@@ -92,6 +102,7 @@ class _Block:
             self.wait(under_way[i])
             return _Ring(self, mine[i])
 
+        self.turn()
         home, ring, outside = [], arrive(0), at.place.layout.ring > 1
         for i, kept in enumerate(mine):
             ring.go_round()
@@ -100,6 +111,7 @@ class _Block:
             home.append(self.post("ulysses", (sum(group) - own) * kept * width))
             if i + 1 < len(mine):
                 ring = following or arrive(i + 1)
+        self.turn()
         for key, all_ in zip(home, heads):
             self.wait(key)
             self.project(all_, 1)
@@ -115,6 +127,7 @@ class _Ring:
     def go_round(self) -> None:
         while self.following is not None:
             self.last()
+            self.made.turn()
             self.made.wait(self.following)
             self.step += 1
             self.following = self._pass_on()
@@ -151,7 +164,7 @@ def windows(operations: Iterable[Operation]) -> list[Window]:
             under_way.add(one.key)
         elif isinstance(one, Wait):
             under_way.remove(one.key)
-        else:
+        elif isinstance(one, Work):
             found |= {key: replace(found[key], work=found[key].work + one.amount) for key in under_way}
     return list(found.values())
 
@@ -173,7 +186,7 @@ def waited(operations: Iterable[Operation], exposed: float = 0.0, turns: float =
             begin = max(clock, free)
             free = begin + one.amount
             under_way[one.key] = one.axis, begin + turns * one.amount, turns * one.amount * exposed
-        else:
+        elif isinstance(one, Wait):
             axis, arrival, least = under_way.pop(one.key)
             wait = max(arrival - clock, least)
             seconds[axis] += wait
@@ -181,13 +194,14 @@ def waited(operations: Iterable[Operation], exposed: float = 0.0, turns: float =
     return seconds
 
 
-def interleaved(first: Sequence[Operation], second: Sequence[Operation]) -> list[Operation]:
+def interleaved(first: Sequence[Operation], second: Sequence[Operation], ahead: int) -> list[Operation]:
     """Two guidance branches on the same ranks, in the order in which these compute them.
 
-    The turn passes to the other one before each wait. Keys of the second are made others than those of the first.
+    ahead: turns by which the first one leads (`common.registry.layout.turns_ahead`). Keys of the second are made others
+    than those of the first.
     """
     sides = [_turns(first), _turns(_renamed(second, _keys(first)))]
-    found: list[Operation] = []
+    found = [one for _ in range(ahead) for one in next(sides[0], [])]
     while sides:
         side = sides.pop(0)
         if (turn := next(side, None)) is not None:
@@ -197,13 +211,13 @@ def interleaved(first: Sequence[Operation], second: Sequence[Operation]) -> list
 
 
 def _turns(operations: Iterable[Operation]) -> Iterator[list[Operation]]:
-    """A turn begins with the wait before which the one before ended."""
     turn: list[Operation] = []
     for one in operations:
-        if isinstance(one, Wait):
+        if isinstance(one, Turn):
             yield turn
             turn = []
-        turn.append(one)
+        else:
+            turn.append(one)
     yield turn
 
 
@@ -218,4 +232,4 @@ def _keys(operations: Iterable[Operation]) -> int:
 
 
 def _renamed(operations: Iterable[Operation], past: int) -> list[Operation]:
-    return [one if isinstance(one, Work) else replace(one, key=one.key + past) for one in operations]
+    return [replace(one, key=one.key + past) if isinstance(one, Post | Wait) else one for one in operations]

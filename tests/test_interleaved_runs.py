@@ -93,7 +93,11 @@ def test_what_would_do_nothing_is_off_and_said(line, said):
 )
 def test_without_room_for_both_branches_they_do_not_take_turns(placement, chosen, said):
     request = read(FORKS[0], "--demo", "--device", "cpu", "--gpus", "1", "--offload", placement)
-    request, counted = replace(request, turns_chosen=chosen), Estimator(small(Mesh()), Mesh())
+    groups, counted = 3 if chosen else None, Estimator(small(Mesh()), Mesh())
+    request = replace(request, turns_chosen=chosen, groups_in_turn=groups)
+    asked = []
     for free, expected in ((1 << 50, True), (1, False)):
-        outlook = in_turn(Outlook(Placement(placement), False), request, free, lambda asking: counted)
+        outlook = in_turn(Outlook(Placement(placement), False), request, free, lambda r: asked.append(r) or counted)
         assert outlook.interleave is expected and (said in outlook.turns) is expected
+        assert outlook.groups == asked[-1].runtime.overlap_groups == 3 if expected and chosen else outlook.groups == 1
+        assert ("3 groups of heads" in outlook.turns) is bool(expected and chosen)

@@ -10,7 +10,7 @@ import pytest
 from cogvideox_xdit import fork as cogvideox
 from cogvideox_xdit.config import CONFIGS as COGVIDEOX
 from common.registry.forks import Model, get_model
-from common.registry.layout import Coordinates, Layout
+from common.registry.layout import Coordinates, Layout, turns, turns_ahead
 from common.registry.request import settings
 from common.run.command_line import parse
 from common.run.degrees import with_overlap
@@ -101,13 +101,42 @@ def test_what_is_waited_for_is_what_no_work_covers() -> None:
 def test_branches_in_turn_compute_and_send_the_same() -> None:
     for layout in (Layout(ulysses=2), Layout(ring=2), Layout(ring=2, ulysses=2)):
         one = overlap.repeated([*block(layout, 2), overlap.Work("rest", 5e11)], 3)
-        both = overlap.interleaved(one, one)
-        assert len(both) == 2 * len(one)
+        both = overlap.interleaved(one, one, turns_ahead(layout.ring, layout.ulysses, 2))
+        assert len(both) == 2 * sum(not isinstance(what, overlap.Turn) for what in one)
         for kind in (overlap.Work, overlap.Post):
             amounts = [sorted(w.amount for w in side if isinstance(w, kind)) for side in (both, one * 2)]
             assert amounts[0] == amounts[1]
         keys = [w.key for w in both if isinstance(w, overlap.Post)]
         assert len(set(keys)) == len(keys) and {w.key for w in both if isinstance(w, overlap.Wait)} == set(keys)
+
+
+@pytest.mark.parametrize(
+    ("layout", "groups", "most"),
+    [
+        (Layout(ulysses=2), 1, 1.28),
+        (Layout(ulysses=2), 3, 1.04),
+        (Layout(ulysses=4), 4, 1.04),
+        (Layout(ring=2), 1, 1.05),
+        (Layout(ring=4), 1, 1.27),
+        (Layout(ring=2, ulysses=2), 1, 1.16),
+    ],
+    ids=str,
+)
+def test_the_first_branch_leads_by_what_hides_most(layout: Layout, groups: int, most: float) -> None:
+    """Over a link that takes as long for all that a block sends as the block computes, of 8 blocks."""
+    made, computing = block(layout, groups), overlap.Work("rest", 5e11)
+    work = sum(one.amount for one in [*made, computing] if isinstance(one, overlap.Work))
+    sent = sum(one.amount for one in made if isinstance(one, overlap.Post))
+    even = [replace(one, amount=one.amount * work / sent) if isinstance(one, overlap.Post) else one for one in made]
+    blocks = overlap.repeated([*even, computing], 8)
+
+    def of_work(lead: int) -> float:
+        return 1 + sum(overlap.waited(overlap.interleaved(blocks, blocks, lead)).values()) / (16 * work)
+
+    count = turns(layout.ring, layout.ulysses, groups)
+    assert count == sum(isinstance(one, overlap.Turn) for one in made)
+    found = of_work(turns_ahead(layout.ring, layout.ulysses, groups))
+    assert found == pytest.approx(min(map(of_work, range(count)))) and found < most
 
 
 @pytest.mark.parametrize("layout", [Layout(ulysses=4), Layout(ring=4), Layout(ring=2, ulysses=2)], ids=str)
@@ -194,6 +223,17 @@ def test_branches_on_the_same_ranks_take_turns_where_links_are_slow(monkeypatch:
         assert bool(request.turns_chosen) is (turns < 0.97 * after) is (factor == 4)
         assert factor != 4 or f"{turns:.4g} s a step predicted with pcie" in request.turns_chosen
     monkeypatch.setattr("planner.layouts.local_profile", lambda device: (slowed(4), "PROFILE"))
+    layout, profile = Layout(ulysses=3), replace(slowed(2), exposed=0.0)
+    monkeypatch.setattr("planner.layouts.local_profile", lambda device: (profile, "PROFILE"))
+    ways = {way: predict(model, model.default_size, layout, profile, "ours", interleave=way) for way in (False, True)}
+    assert ways[False].groups != ways[True].groups > 1
+    request = parse(mochi.FORK, (*line, "--ulysses-degree", "3"))
+    assert (request.runtime.overlap_groups, request.groups_in_turn) == (ways[False].groups, ways[True].groups)
+    assert f"{ways[True].step:.4g} s a step" in request.turns_chosen and ways[True].step < ways[False].step
+    request = parse(mochi.FORK, (*line, "--ulysses-degree", "3", "--interleave-branches"))
+    assert request.runtime.overlap_groups == ways[True].groups and request.groups_in_turn is None
+    request = parse(mochi.FORK, (*line, "--ulysses-degree", "3", "--overlap-groups", "2"))
+    assert request.runtime.overlap_groups == request.groups_in_turn == 2
     for other in (("--no-interleave-branches",), ("--cfg-scale", "1"), ("--gpus", "6", "--cfg-parallel")):
         assert parse(mochi.FORK, (*line, "--ring-degree", "3", *other)).turns_chosen == ""
 

@@ -166,7 +166,8 @@ class Outlook:
     """What is known of a run before its work begins. placement, keep: where its weights go.
 
     why: a line on that, where the program chose it. warnings: what the user would rather know now than after hours.
-    interleave: whether guidance branches take turns; turns: a line on that, where the program chose it.
+    interleave: whether guidance branches take turns; groups: of heads; turns: a line on that, where the program chose
+    it.
     """
 
     placement: Placement
@@ -174,6 +175,7 @@ class Outlook:
     why: str = ""
     warnings: tuple[str, ...] = ()
     interleave: bool = False
+    groups: int | None = None
     turns: str = ""
 
 
@@ -206,6 +208,7 @@ def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -
         shard_weights=placement.shard,
         keep_loaded=found.keep,
         interleave_branches=found.interleave,
+        overlap_groups=found.groups,
     )
     return replace(request, runtime=runtime), found
 
@@ -235,19 +238,23 @@ def in_turn(outlook: Outlook, request: Request, free: float, count: Callable[[Re
     free: bytes of each device. count: what a request needs.
     """
     asked, placement, where = request.runtime.interleave_branches, outlook.placement, request.layout
+    outlook = replace(outlook, interleave=bool(asked), groups=request.runtime.overlap_groups)
     streams = placement.offload in ("block", "disk") or (placement.shard and where.ranks > 1)
     guided = request.guided(request.videos[0])
     if asked and not (guided and (streams or where.sequence > 1)):
         why = "one GPU whose weights stay waits for nothing" if guided else "without guidance there is one branch"
-        return replace(outlook, warnings=(*outlook.warnings, f"--interleave-branches has no effect: {why}"))
+        warning = f"--interleave-branches has no effect: {why}"
+        return replace(outlook, interleave=False, warnings=(*outlook.warnings, warning))
     pays = streams or request.turns_chosen
     if asked is None and pays and guided and where.cfg == 1 and request.runtime.engine == "native":
-        runtime = replace(request.runtime, interleave_branches=True)
+        groups = request.groups_in_turn or outlook.groups
+        runtime = replace(request.runtime, interleave_branches=True, overlap_groups=groups)
         estimate = count(replace(request, runtime=runtime)).estimate(placement, outlook.keep, free)
         if fits(estimate, free):
             why = "each block comes once a step for both" if streams else request.turns_chosen
-            return replace(outlook, interleave=True, turns=f"guidance branches take turns: {why}")
-    return replace(outlook, interleave=bool(asked))
+            heads = "" if groups == outlook.groups else f", each in {groups} groups of heads"
+            return replace(outlook, interleave=True, groups=groups, turns=f"guidance branches take turns{heads}: {why}")
+    return outlook
 
 
 def long_sampling(request: Request, flops: int, ranks: int = 1) -> str:

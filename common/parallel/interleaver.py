@@ -3,9 +3,9 @@
     each = Interleaver()
     predictions = each.map(partial(model, z, t), conds)    # a thread for every value after the first
 
-Exactly one runs at a time, each until it says `pass_turn`, which `common.parallel.usp` does before it waits for an
-exchange. Where that is, the code alone decides and not what is ready first: so all ranks post the same collectives in
-the same order. Threads that ran freely would not, and NCCL would hang.
+Exactly one runs at a time, each until it says `pass_turn`, which `common.parallel.usp` does before it waits for what
+it has not much to do under. Where that is, the code alone decides and not what is ready first: so all ranks post the
+same collectives in the same order. Threads that ran freely would not, and NCCL would hang.
 
 All of them work on the caller's CUDA stream, one behind the other. Streams of their own would gain nothing: a group's
 exchanges are done in the order they are posted, so what waits for one could only be overtaken by what waits for a later
@@ -35,9 +35,10 @@ class Interleaver:
     def __init__(self) -> None:
         self._round: _Round | None = None
 
-    def map(self, function: Callable[[A], R], values: Iterable[A]) -> list[R]:
+    def map(self, function: Callable[[A], R], values: Iterable[A], ahead: int = 0) -> list[R]:
         """`function` of each value, in their order, as the builtin's list.
 
+        ahead: how many of its first turns each one keeps to itself for every one after it, which it leads by them.
         The first is computed by the calling thread, the others by threads that see its grad and inference mode, its
         autocast, dispatch modes and CUDA stream, and that are gone when this returns. An error of one ends the others
         where they pass their turn, and is raised.
@@ -46,7 +47,7 @@ class Interleaver:
         if len(values) < 2:
             return [function(value) for value in values]
         assert self._round is None, "functions that take turns do not begin such a round themselves"
-        self._round = _Round(len(values))
+        self._round = _Round(len(values), ahead)
         try:
             return self._round.run(function, values)
         finally:
@@ -68,8 +69,9 @@ class Interleaver:
 class _Round:
     """One call of `map`. The first in `order` has the turn."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, ahead: int) -> None:
         self.order = deque(range(count))
+        self.kept = [ahead * (count - 1 - own) for own in range(count)]
         self.places = [0] * count
         self.passed = [False] * count
         self.changed = threading.Condition()
@@ -116,6 +118,9 @@ class _Round:
 
     def pass_turn(self) -> None:
         own = self.order[0]
+        if self.kept[own]:
+            self.kept[own] -= 1
+            return
         self.passed[own] = True
         with self.changed:
             self.order.rotate(-1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.parallel.attention import attention, attention_with_lse, check_kernel, choose_kernel
 from common.parallel.mesh import Axis, Mesh
-from common.registry.layout import head_groups, split_evenly
+from common.registry.layout import head_groups, split_evenly, turns_ahead
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -105,7 +105,9 @@ class SequenceParallel:
     @property
     def each(self) -> Callable[[Callable[[A], R], Iterable[A]], Iterable[R]]:
         """`map`, for what does not depend on each other: in turn where the mesh says so, see `Interleaver.map`."""
-        return map if self.interleaver is None else self.interleaver.map
+        if self.interleaver is None:
+            return map
+        return partial(self.interleaver.map, ahead=turns_ahead(self.ring.size, self.ulysses.size, self.groups))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Attention of this rank's queries over every rank's keys: `attend` of heads that are there already.
@@ -149,7 +151,9 @@ class SequenceParallel:
         mine, ring = lengths[r * u : (r + 1) * u], [sum(lengths[i * u : (i + 1) * u]) for i in range(self.ring.size)]
         spans = [slice(group[0].start, group[-1].stop) for group in groups]
         under_way = []
-        for group, span in zip(groups, spans):
+        for i, (group, span) in enumerate(zip(groups, spans)):
+            if i == 1:
+                self.pass_turn()  # the other's attention needs what travels meanwhile, and its output goes next
             made = project(span, "qkv")
             under_way.append(self._scatter_heads(made, group, mine))
             batch, n, _, width = made[0].shape
@@ -157,10 +161,12 @@ class SequenceParallel:
         del project
 
         def arrive(i: int) -> tuple[Tensor, _Ring]:
-            got = self.wait(under_way[i]).view(sum(mine), batch, 3, len(groups[i][self.ulysses.rank]), width)
+            got = collectives.wait_tensor(under_way[i])
+            got = got.view(sum(mine), batch, 3, len(groups[i][self.ulysses.rank]), width)
             return got[:, :, 0].transpose(0, 1), _Ring(self, got[:, :, 1:], ring)
 
         home, count = [], len(groups)
+        self.pass_turn()
         q, round_trip = arrive(0)
         for i, group in enumerate(groups):
             round_trip.go_round(q)
@@ -170,16 +176,16 @@ class SequenceParallel:
             if i + 1 < count:
                 q, round_trip = following or arrive(i + 1)
         done: T | None = None
+        self.pass_turn()
         for group, span, arriving in zip(groups, spans, home):
             done = output(self._join_heads(arriving, group, (batch, n, width)), span, done)
         assert done is not None
         return done
 
-    def wait(self, arriving: Tensor) -> Tensor:
-        """What an `exchange` brings, once it is there. Who takes turns with another lets it compute meanwhile."""
+    def pass_turn(self) -> None:
+        """Who takes turns with another lets it compute now."""
         if self.interleaver is not None:
             self.interleaver.pass_turn()
-        return collectives.wait_tensor(arriving)
 
     def _scatter_heads(self, made: Sequence[Tensor], group: Sequence[range], lengths: Sequence[int]) -> Tensor:
         """Begin to give up other ranks' heads of this rank's tokens for this rank's heads of the Ulysses group's.
@@ -210,7 +216,7 @@ class SequenceParallel:
     def _join_heads(self, arriving: Tensor, group: Sequence[range], shape: tuple[int, int, int]) -> Tensor:
         """A group that comes home, as one tensor (B, n, h, D); shape: its B, n and D."""
         batch, n, width = shape
-        parts = self.wait(arriving).split([n * len(part) * batch * width for part in group])
+        parts = collectives.wait_tensor(arriving).split([n * len(part) * batch * width for part in group])
         return torch.cat([p.view(n, batch, len(part), width) for p, part in zip(parts, group)], dim=2).transpose(0, 1)
 
 
@@ -230,7 +236,8 @@ class _Ring:
         """Attention of q (B, N, h, D) over all keys but the last to come, which are waited for."""
         while self.following is not None:
             self._attend(q)
-            self.kv = self.sp.wait(self.following)
+            self.sp.pass_turn()
+            self.kv = collectives.wait_tensor(self.following)
             self.step += 1
             self.following = self._pass_on()
 

@@ -97,6 +97,23 @@ def head_groups(heads: int, ranks: int, groups: int) -> list[tuple[range, ...]]:
     return found
 
 
+def turns(ring: int, ulysses: int, groups: int) -> int:
+    """How often a guidance branch passes its turn to the other in one block, see `common.parallel.interleaver`."""
+    round_the_ring = ring - 1
+    if ulysses == 1:
+        return round_the_ring
+    return (2 if groups == 1 else 3) + groups * round_the_ring
+
+
+def turns_ahead(ring: int, ulysses: int, groups: int) -> int:
+    """By how many turns the first branch leads where each has one after the other: half a block, rounded down.
+
+    So one computes its feed-forward, which sends nothing, while the other's projections are on their way. A lead of
+    zero is half a turn already, since the second branch begins where the first one passes its turn.
+    """
+    return max(0, (turns(ring, ulysses, groups) - 1) // 2)
+
+
 def decode_share(lengths: Sequence[int], rows: int, ranks: int, parts: int) -> float:
     """Of the work of a decode, what its slowest ranks have: a share of latent frames times rows.
 

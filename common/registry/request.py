@@ -183,6 +183,8 @@ class Request:
     """Why the program chose this number of head groups; empty where it did not."""
     turns_chosen: str = ""
     """Why guidance branches should take turns if memory allows; empty where nobody knows that they should."""
+    groups_in_turn: int | None = None
+    """Of heads, where the branches take turns for that reason."""
     replicas: int = 1
     """Groups of this layout, each of which makes one video at a time."""
     ray_address: str | None = None

@@ -50,14 +50,16 @@ def with_overlap(request: Request, models: Sequence[str]) -> Request:
     runtime, layout, video = request.runtime, request.layout, request.videos[0]
     guided, native = request.guided(video), runtime.engine == "native"
     case = (models, layout, request.rules.heads, Size.of(video.sampling, guided), str(runtime.device))
-    groups, why, turns = runtime.overlap_groups, request.groups_chosen, ""
+    groups, why, asked = runtime.overlap_groups, request.groups_chosen, runtime.overlap_groups
     if groups is None or why:
-        groups, why = 1, "no all-to-all of this project's"
+        groups, why, asked = 1, "no all-to-all of this project's", None
         if native and layout.ulysses > 1:
-            groups, why = layouts.choose_groups(*case)
+            groups, why = layouts.choose_groups(*case, bool(runtime.interleave_branches))
+    in_turn, turns = None, ""
     if runtime.interleave_branches is None and native and guided and layout.cfg == 1 < layout.ranks:
-        turns = layouts.choose_turns(*case, groups)
-    return replace(request, runtime=replace(runtime, overlap_groups=groups), groups_chosen=why, turns_chosen=turns)
+        in_turn, turns = layouts.choose_turns(*case, asked)
+    chosen = replace(request, groups_chosen=why, turns_chosen=turns, groups_in_turn=in_turn)
+    return replace(chosen, runtime=replace(runtime, overlap_groups=groups))
 
 
 def ray_problems(starts: bool) -> list[str]:
