@@ -74,8 +74,8 @@ def test_jobs_share_what_is_loaded_and_a_cancelled_one_leaves_nothing(group, tmp
     group.cancel("another"), group.cancel("long")
     events = until(group, ended)
     assert isinstance(events[-1], Cancelled)
-    # Asked at a step, answered at the next; a step or two go by before the ranks hear of it.
-    assert max(e.step for e in events if isinstance(e, Progress)) < 100
+    # Asked at one place and answered at the next, MOST_PLACES apart at most; some go by before the ranks hear of it.
+    assert max((e.step for e in events if isinstance(e, Progress)), default=2) < 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.npy", "first.npy.json"]
 
     again = mochi(tmp_path, "again", "--num-steps", 3)
