@@ -120,7 +120,7 @@ class Rank:
         self.sides: dict[str, Ours | Theirs | None] = {}
         for place in args.layouts if {"ours", "interleaved"} & set(args.sides) else ():
             own = mesh if place == mesh.layout else build_mesh(place, mesh.device)
-            for groups in args.overlap_groups if place.ulysses > 1 else [1]:
+            for groups in args.overlap_groups if place.sequence > 1 else [1]:
                 name = "x".join(map(str, place.degrees)) + (f", {groups} groups" if groups > 1 else "")
                 if "ours" in args.sides:
                     self.sides[f"ours {name}"] = self._load("ours", model, folder, own, case, groups)

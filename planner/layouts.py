@@ -176,7 +176,7 @@ def _stand_in(models: Sequence[str], heads: int, size: Size | None) -> Model | N
 def choose_groups(
     models: Sequence[str], layout: Layout, heads: int, size: Size, device: str, in_turn: bool = False
 ) -> tuple[int, str]:
-    """In how many groups of heads the all-to-all of a layout that has one goes, and why.
+    """In how many groups of heads goes what the ranks of a layout exchange, and why.
 
     in_turn: guidance branches take turns. Other arguments as for `choose_degrees`.
     """

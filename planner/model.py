@@ -293,7 +293,7 @@ def workload(model: Model, size: Size, layout: Layout, scheme: str) -> list[list
 
 
 def _most_groups(model: Model, layout: Layout) -> int:
-    return 1 if layout.ulysses == 1 else max(1, min(stack.heads for stack in model.stacks) // layout.ulysses)
+    return 1 if layout.sequence == 1 else max(1, min(stack.heads for stack in model.stacks) // layout.ulysses)
 
 
 def step_in_groups(

@@ -49,12 +49,7 @@ def block(at: SelfAttention, groups: int) -> list[Operation]:
     if at.place.layout.ulysses > 1:
         made.in_groups(groups)
     elif at.place.layout.ring > 1:
-        made.project(at.heads, 2)
-        ring = _Ring(made, at.heads)
-        made.project(at.heads, 1)
-        ring.go_round()
-        ring.last()
-        made.project(at.heads, 1)
+        made.round_the_ring(groups)
     return made.operations
 
 
@@ -82,6 +77,26 @@ class _Block:
         at = self.at
         tokens = at.lengths[at.place.sequence]
         self.work("matmul", 2 * tokens * at.heads * at.head_dim * parts * heads * at.head_dim)
+
+    def round_the_ring(self, groups: int) -> None:
+        at = self.at
+        spans = [sum(map(len, parts)) for parts in head_groups(at.heads, 1, groups)]
+        if at.normed_whole and len(spans) > 1:
+            self.project(at.heads, 1)
+        rings = []
+        for heads in spans:
+            self.project(heads, 1 if at.normed_whole and len(spans) > 1 else 2)
+            rings.append(_Ring(self, heads))
+        self.project(at.heads, 1)
+        for ring in rings:
+            ring.last()
+        for step in range(1, at.place.layout.ring):
+            self.turn()
+            for ring, heads in zip(rings, spans):
+                ring.arrive()
+                ring.last()
+                if step == at.place.layout.ring - 1:
+                    self.project(heads, 1)
 
     def in_groups(self, groups: int) -> None:
         at = self.at
@@ -128,9 +143,13 @@ class _Ring:
         while self.following is not None:
             self.last()
             self.made.turn()
-            self.made.wait(self.following)
-            self.step += 1
-            self.following = self._pass_on()
+            self.arrive()
+
+    def arrive(self) -> None:
+        assert self.following is not None
+        self.made.wait(self.following)
+        self.step += 1
+        self.following = self._pass_on()
 
     def last(self) -> None:
         """Attention over what is here."""

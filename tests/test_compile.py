@@ -135,7 +135,7 @@ def on_ranks(kind: str, folder: Path, layout: Layout, options: dict[str, Any], b
         ("mochi", Layout(ring=2), {"offload": "disk"}, "eager"),
         ("cogvideox", Layout(ulysses=3), {}, "aot_eager"),
         pytest.param("consisid", Layout(ring=2, ulysses=2), {"offload": "block"}, "eager", marks=pytest.mark.long),
-        ("wan", Layout(ring=3), {}, "eager"),
+        ("wan", Layout(ring=3), {"overlap_groups": 2, "interleave_branches": True}, "eager"),
     ],
     ids=str,
 )
@@ -179,6 +179,7 @@ def order_of_issue(folder: Path, layout: Layout, groups: int, compiled: bool) ->
     [
         # One more graph where keys leave before queries are made; where the first heads are not all, two more.
         (Layout(ring=2), 1, "post attend wait attend", 5),
+        (Layout(ring=2), 2, "post post attend attend wait attend wait attend", 7),
         (Layout(ulysses=2), 2, "post post wait attend post wait attend post wait wait", 6),
         (
             Layout(ring=2, ulysses=2),

@@ -77,6 +77,7 @@ def predicted(kind: str, layout: Layout, groups: int) -> Tensor:
         (Layout(ulysses=2), 9),
         (Layout(ulysses=3), 1),
         (Layout(ring=3), 1),
+        (Layout(ring=3), 3),
         (Layout(ring=2, ulysses=2), 2),
         (Layout(ring=3, ulysses=2), 2),
     ],

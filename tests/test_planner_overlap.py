@@ -193,7 +193,9 @@ def test_a_command_takes_the_planners_number_and_says_why() -> None:
     assert (
         "s a step predicted with pcie, 20.4 GB/s" in request.groups_chosen and "from PROFILE" in request.groups_chosen
     )
-    assert with_overlap(replace(request, layout=Layout(1, 6, 1)), ("mochi",)).runtime.overlap_groups == 1
+    expected = predict(model, model.default_size, Layout(1, 6, 1), get_profile("l40"), "ours").groups
+    assert with_overlap(replace(request, layout=Layout(1, 6, 1)), ("mochi",)).runtime.overlap_groups == expected > 1
+    assert with_overlap(replace(request, layout=Layout(2, 1, 1)), ("mochi",)).runtime.overlap_groups == 1
 
 
 @pytest.mark.usefixtures("l40")
@@ -212,7 +214,7 @@ def slowed(factor: float) -> Profile:
 @pytest.mark.usefixtures("l40")
 def test_branches_on_the_same_ranks_take_turns_where_links_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layout, line = get_model("mochi"), Layout(ring=3), ("--dry-run", "mochi", "--device", "cuda", "--gpus", "3")
-    for factor in (4, 0.01):
+    for factor in (8, 0.01):
         profile = slowed(factor)
         monkeypatch.setattr("planner.layouts.local_profile", lambda device, known=profile: (known, "PROFILE"))
         request = parse(mochi.FORK, (*line, "--ring-degree", "3"))
@@ -220,8 +222,8 @@ def test_branches_on_the_same_ranks_take_turns_where_links_are_slow(monkeypatch:
         after, turns = (
             predict(model, model.default_size, layout, profile, "ours", interleave=way).step for way in (False, True)
         )
-        assert bool(request.turns_chosen) is (turns < 0.97 * after) is (factor == 4)
-        assert factor != 4 or f"{turns:.4g} s a step predicted with pcie" in request.turns_chosen
+        assert bool(request.turns_chosen) is (turns < 0.97 * after) is (factor == 8)
+        assert factor != 8 or f"{turns:.4g} s a step predicted with pcie" in request.turns_chosen
     monkeypatch.setattr("planner.layouts.local_profile", lambda device: (slowed(4), "PROFILE"))
     layout, profile = Layout(ulysses=3), replace(slowed(2), exposed=0.0)
     monkeypatch.setattr("planner.layouts.local_profile", lambda device: (profile, "PROFILE"))

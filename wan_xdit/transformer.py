@@ -121,8 +121,7 @@ class Projection:
     def __call__(self, heads: slice, parts: str) -> tuple[Tensor, ...]:
         if heads.stop - heads.start == self.heads:
             return self.project(self.h, self.rope, parts)
-        assert parts == "qkv", "groups of heads leave together"
-        self.whole = self.whole or self.project(self.h, self.rope, "qk")
+        self.whole = self.whole or self.project(self.h, self.rope, parts.removesuffix("v"))
         return *(x[:, :, heads] for x in self.whole), *self.project(self.h, self.rope, "v", heads)
 
 

@@ -125,10 +125,10 @@ class SequenceParallel:
         """From what makes q, k and v to the projected output, with exchanges under whatever does not depend on them.
 
         project, output: see `Project` and `Output`. heads: of the model. lengths: every rank's tokens, in rank order.
-        On one rank each is called once, for all heads, around plain attention. Over a ring keys and values leave before
-        the queries are made. Between Ulysses ranks each group of heads leaves as soon as it is made, so that it travels
-        under the projection of the next ones; while a group is attended to, the next one arrives and the one before
-        goes home, and what came home is projected while the last one is on its way.
+        On one rank each is called once, for all heads, around plain attention. Each group of heads leaves as soon as it
+        is made, so that it travels under the projection of the next ones. Over a ring keys and values leave before the
+        queries are made. Between Ulysses ranks the next group arrives and the one before goes home while a group is
+        attended to, and what came home is projected while the last one is on its way.
         """
         whole = slice(0, heads)
         if self.size == 1:
@@ -136,20 +136,40 @@ class SequenceParallel:
             del project  # what it holds is needed no more
             return output(attention(q, k, v, self.kernel), whole, None)
         assert lengths is not None and heads >= self.ulysses.size, "no lengths, or require_heads was not called"
+        groups = head_groups(heads, self.ulysses.size, self.groups)
+        spans = [slice(group[0].start, group[-1].stop) for group in groups]
         if self.ulysses.size > 1:
-            return self._attend_groups(project, output, head_groups(heads, self.ulysses.size, self.groups), lengths)
-        ring = _Ring(self, _pack(project(whole, "kv")), lengths)
+            return self._attend_groups(project, output, groups, spans, lengths)
+        rings = [_Ring(self, _pack(project(span, "kv")), lengths) for span in spans]
         (q,) = project(whole, "q")
         del project
-        ring.go_round(q)
-        return output(ring.last(q), whole, None)
+        return self._attend_rings(q, output, rings, spans)
+
+    def _attend_rings(self, q: Tensor, output: Output[T], rings: Sequence[_Ring], spans: Sequence[slice]) -> T:
+        done: T | None = None
+        for step in range(self.ring.size):
+            if step:
+                self.pass_turn()
+            for ring, span in zip(rings, spans):
+                if step:
+                    ring.arrive()
+                if step < self.ring.size - 1:
+                    ring.attend(q[:, :, span])
+                else:
+                    done = output(ring.last(q[:, :, span]), span, done)
+        assert done is not None
+        return done
 
     def _attend_groups(
-        self, project: Project, output: Output[T], groups: Sequence[Sequence[range]], lengths: Sequence[int]
+        self,
+        project: Project,
+        output: Output[T],
+        groups: Sequence[Sequence[range]],
+        spans: Sequence[slice],
+        lengths: Sequence[int],
     ) -> T:
         u, r = self.ulysses.size, self.ring.rank
         mine, ring = lengths[r * u : (r + 1) * u], [sum(lengths[i * u : (i + 1) * u]) for i in range(self.ring.size)]
-        spans = [slice(group[0].start, group[-1].stop) for group in groups]
         under_way = []
         for i, (group, span) in enumerate(zip(groups, spans)):
             if i == 1:
@@ -235,21 +255,27 @@ class _Ring:
     def go_round(self, q: Tensor) -> None:
         """Attention of q (B, N, h, D) over all keys but the last to come, which are waited for."""
         while self.following is not None:
-            self._attend(q)
+            self.attend(q)
             self.sp.pass_turn()
-            self.kv = collectives.wait_tensor(self.following)
-            self.step += 1
-            self.following = self._pass_on()
+            self.arrive()
+
+    def arrive(self) -> None:
+        """Wait for the next keys and values, and send them on."""
+        assert self.following is not None, "all have been here"
+        self.kv = collectives.wait_tensor(self.following)
+        self.step += 1
+        self.following = self._pass_on()
 
     def last(self, q: Tensor) -> Tensor:
         """Attention over those too, and the result (B, N, h, D)."""
         if len(self.lengths) == 1:
             return attention(q, *_keys_values(self.kv), self.sp.kernel)
-        self._attend(q, last=True)
+        self.attend(q, last=True)
         assert self.out is not None, "a sequence without tokens"
         return self.out.to(q.dtype)
 
-    def _attend(self, q: Tensor, last: bool = False) -> None:
+    def attend(self, q: Tensor, last: bool = False) -> None:
+        """Attention over what is here. last: nothing comes after it."""
         if self.lengths[(self.sp.ring.rank - self.step) % len(self.lengths)]:
             part, part_lse = attention_with_lse(q, *_keys_values(self.kv), self.sp.kernel)
             if self.out is None or self.lse is None:

@@ -52,8 +52,8 @@ def with_overlap(request: Request, models: Sequence[str]) -> Request:
     case = (models, layout, request.rules.heads, Size.of(video.sampling, guided), str(runtime.device))
     groups, why, asked = runtime.overlap_groups, request.groups_chosen, runtime.overlap_groups
     if groups is None or why:
-        groups, why, asked = 1, "no all-to-all of this project's", None
-        if native and layout.ulysses > 1:
+        groups, why, asked = 1, "no exchange of this project's", None
+        if native and layout.sequence > 1:
             groups, why = layouts.choose_groups(*case, bool(runtime.interleave_branches))
     in_turn, turns = None, ""
     if runtime.interleave_branches is None and native and guided and layout.cfg == 1 < layout.ranks:

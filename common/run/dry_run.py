@@ -68,7 +68,7 @@ def _head(request: Request) -> None:
     print(f"video       {size}, {request.runtime.dtype}")
     why = request.layout_chosen and f"; {request.layout_chosen}"
     print(f"layout      {layout}, {layout.ranks} x {request.runtime.device}{why}")
-    if request.groups_chosen and layout.ulysses > 1:
+    if request.groups_chosen and layout.sequence > 1:
         print(f"groups      {request.runtime.overlap_groups} of heads; {request.groups_chosen}")
     for remark in request.remarks:
         print(f"note        {remark}")

@@ -264,7 +264,7 @@ def _speed() -> list[Option]:
             ["--overlap-groups"],
             type=HeadGroups(),
             default="auto",
-            help="Split the Ulysses exchange into this many groups of heads, so that one travels under the work on "
+            help="Split what GPUs exchange into this many groups of heads, so that one travels under the work on "
             "others; auto: as many as the planner predicts to be fastest over this machine's links.",
         ),
         option(

@@ -162,7 +162,7 @@ def _connect(
     count = request.layout.ranks
     why = request.layout_chosen and f" ({request.layout_chosen})"
     report.note(f"{'1 rank' if count == 1 else f'{count} ranks'} on {mesh.device.type}: {request.layout}{why}")
-    if request.groups_chosen and request.layout.ulysses > 1:
+    if request.groups_chosen and request.layout.sequence > 1:
         report.note(f"head groups: {request.runtime.overlap_groups} ({request.groups_chosen})")
     return request, mesh
 
