@@ -348,6 +348,14 @@ def forks() -> tuple[Fork, ...]:
     return tuple(registered)
 
 
+def version() -> str:
+    """Of the installed package, which all programs are of."""
+    try:
+        return metadata.version("xdit-zoo")
+    except metadata.PackageNotFoundError:
+        return "0 (not installed)"
+
+
 def models() -> tuple[Model, ...]:
     """Of all forks."""
     return tuple(model for fork in forks() for model in fork.models)
