@@ -90,11 +90,15 @@ def _command(fork: Fork) -> click.Command:
     return click.Command(
         "quantize",
         params=[
-            click.Option(["--model-dir"], help="Checkpoint directory to read.", **names),
-            click.Option(["--output"], help="Directory to make; it must not exist or be empty.", **names),
+            click.Option(
+                ["--model-dir"],
+                help="Checkpoint to read: a folder, or the name of a repository in the hub's local cache.",
+                **names,
+            ),
+            click.Option(["--output"], help="Folder to make; one that exists has to be empty.", **names),
         ],
         callback=body,
-        help="Write a copy of a checkpoint whose matmul weights are held in eight bits.",
+        help="Write a copy of a checkpoint with the transformer's matrices in 8 bits, as --dtype fp8 makes them.",
         context_settings={
             "help_option_names": ["-h", "--help"],
             "token_normalize_func": lambda token: token.replace("_", "-"),
