@@ -26,6 +26,13 @@ SYNONYMS = {
     **{"t5-model-path": "text-encoder-dir", "use-cfg-parallel": "cfg-parallel", "use-torch-compile": "compile"},
 }
 """Names that diffusers and xDiT have for options, without hyphens in front."""
+NO_EFFECT = {
+    "use_xdit": "--use-xdit has no effect: the parallel path is the only one here",
+    "use_fsdp": "--use-fsdp has no effect; --shard-weights is what keeps a share of the weights on each GPU",
+    "cpu_offload": "--cpu-offload has no effect: a stage is loaded when it is needed and freed after it, and "
+    "--offload block keeps less on the GPU",
+}
+"""What is said of options that are taken for mochi-xdit's published command lines."""
 DRAWN = -1
 """A seed that stands for one to be drawn, as in ComfyUI and other programs with a window."""
 
