@@ -28,6 +28,7 @@ from common.registry.hub import checkpoint_folder
 from common.system.failure import describe
 from common.system.files import reason, writing_problem
 from common.system.stopping import Asked, Stopped, stoppable
+from common.system.units import gb
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +85,7 @@ def _command(fork: Fork) -> click.Command:
         with Report(Console(stderr=True)).loading("rounding") as progress:
             before, after = quantize(files, model_dir, output, progress)
         what = "transformer" if len(files) == 1 else f"{len(files)} transformers"
-        click.echo(f"{output}: {what} {before / 1e9:.2f} GB -> {after / 1e9:.2f} GB; use --model-dir {output}")
+        click.echo(f"{output}: {what} {gb(before)} -> {gb(after)}; use --model-dir {output}")
 
     names: dict[str, Any] = {"type": path, "required": True}
     return click.Command(
