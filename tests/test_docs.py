@@ -105,11 +105,13 @@ def test_make_help_names_every_target():
     assert all(len(line.split()) > 3 and len(line) < 100 for line in done.stdout.splitlines())
 
 
-def test_readme_names_every_extra():
+def test_every_extra_is_named():
     text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = set(re.findall(r"^(\w+) = \[", text, re.MULTILINE)) - {"dev"}
     (line,) = re.findall(r"# with an extra: (.*)", (ROOT / "README.md").read_text())
     assert extras == set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", line)))
+    (listed,) = re.findall(r"extras are ([^|]*)", (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert extras == set(re.findall(r"\w+", listed))
 
 
 def test_there_are_pages_and_commands():
