@@ -11,7 +11,6 @@ transformers.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def row(model: Model, size: Size, layout: Layout, alone: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--model", type=forks.named, nargs="+", default=model_names())
     parser.add_argument("--ranks", type=door.ranks, nargs="+", default=[4, 6, 8, 12])
     args = parser.parse_args()

@@ -306,7 +306,7 @@ def wrong(options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--json", type=door.new_file, help="write the lines here too")
     options = parser.parse_args()
     if problems := wrong(options):
-        parser.error("; ".join(problems))
+        parser.error("\n".join(problems))
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
 
     if options.count:

@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
@@ -16,6 +17,16 @@ from common.registry.forks import get_model
 from common.registry.layout import MOST_RANKS
 from common.system import environment
 from common.system.files import writing_problem
+
+
+class Parser(argparse.ArgumentParser):
+    """Its help shows the module's docstring as it stands; what is wrong is told as the programs tell it."""
+
+    def __init__(self, text: str | None, **more: Any) -> None:
+        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, "".join(f"error: {line}\n" for line in message.splitlines()))
 
 
 def whole(most: int, least: int = 1) -> Callable[[str], int]:

@@ -58,7 +58,7 @@ class Turn(NamedTuple):
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--ranks", type=door.whole(64, least=2), default=2)
     parser.add_argument(

@@ -16,7 +16,6 @@ Linux only.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -84,7 +83,7 @@ def measure(model: str, folder: Path, ranks: int, dtype: str) -> list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--model", type=forks.named, default=model_names()[0])
     parser.add_argument("--gigabytes", type=door.amount(1000), default=1.2)
     parser.add_argument("--ranks", type=door.ranks, nargs="+", default=[1, 4])

@@ -28,7 +28,7 @@ from common.parallel.usp import SequenceParallel
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--tokens", type=door.whole(10**7), default=4000)
     parser.add_argument("--heads", type=door.whole(1024), default=24)
     parser.add_argument("--width", type=door.whole(1024), default=128, help="of a head")

@@ -10,7 +10,6 @@ ranks gather in one prediction. Ranks are CPU processes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -88,7 +87,7 @@ def measure(name: str, folder: Path, place: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--model", type=forks.named, default=model_names()[0])
     parser.add_argument("--depth", type=door.whole(1024), default=6)
     parser.add_argument("--json", type=door.new_file, help="write the figures there too")

@@ -42,7 +42,7 @@ SECONDS = 600.0
 
 def parse() -> argparse.Namespace:
     names = [offer.name for offer in demos()]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--model", choices=names, default=names[0])
     parser.add_argument("--gpus", type=door.whole(64), default=2, help="CPU ranks")
     parser.add_argument("--jobs", type=door.whole(10**4), default=6, help="videos of each side in each round")

@@ -52,7 +52,7 @@ SCALE = 4.5
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = door.Parser(__doc__)
     parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
     parser.add_argument("--ranks", type=door.ranks, default=1)

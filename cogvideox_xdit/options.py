@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -71,6 +71,12 @@ class CogVideoXOptions(ForkOptions):
                 f"--strength {strength} of --num-steps {sampling.num_steps} leaves no step; raise one of them"
             )
         return problems + ([] if self.video is None else _short_video(self.video, sampling.num_frames))
+
+    def without_effect(self, rules: Rules) -> Mapping[str, str]:
+        if self.video is not None:
+            return {}
+        pictured = self.image is not None or "image" in rules.takes
+        return {"strength": "without --video"} | ({} if pictured else {"fit": "without --image or --video"})
 
 
 def _short_video(path: Path, num_frames: int) -> list[str]:

@@ -20,6 +20,7 @@ from common.parallel.mesh import on_main
 from common.registry.settings import DecodeOptions, either
 from common.run.quantize import TransformerFiles
 from common.video.inputs import Picture, image_frames
+from common.video.latents import save_latents
 from common.video.pictures import as_rgb, read_image
 from common.video.states import StateKeeper
 from common.weights.load import find_files, on_meta, open_checkpoint
@@ -57,6 +58,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
         identity: IdentityFeatures | str | Path | None = None,
         dynamic_cfg: bool = False,
         decode: DecodeOptions | None = None,
+        latents_file: str | Path | None = None,
         keeper: StateKeeper | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -65,6 +67,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
 
         image: a photograph with the face (a file, a PIL image or uint8 (H, W, 3)); needs the extra `face`.
         identity: what `identify` gave, or a file of it, in place of the photograph.
+        latents_file: where rank 0 puts the final latents before the decode begins.
         The rest is as for CogVideoX, with its results and errors.
         """
         num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
@@ -78,6 +81,8 @@ class ConsisIDPipeline(CogVideoXPipeline):
         known = [self.encode_frames(frames, generator) for frames in self._pictures(identity, run)]
         start = self.start(run, torch.cat(known, dim=2), latents, generator)
         final = self._sample_person(identity, start, text, run, keeper)[:, :, run.padding :]
+        if latents_file is not None and self.mesh.is_main:
+            save_latents(latents_file, final, {"model": "consisid", "prompt": prompt, "seed": seed}, self.report.warn)
         return final if output == "latent" else self.decode(final, decode)
 
     @torch.inference_mode()

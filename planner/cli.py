@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-from common.registry.forks import get_model, model_names
+from common.registry.forks import get_model, model_names, version
 from common.registry.layout import Layout, as_options
 from planner.hardware import SCHEMES, describe, get_profile, known_names, names, published_machines, with_links
 from planner.layouts import Plan, enough, plan, throughput
 from planner.machine import local_profile
 from planner.model import GIB, RUNTIME_GIB, Prediction, predict
+
+AS_OFFICIAL = "Default: the checkpoint's."
 
 
 @click.command(
@@ -25,22 +27,36 @@ from planner.model import GIB, RUNTIME_GIB, Prediction, predict
     }
 )
 @click.option("--model", metavar="MODEL", help=f"Which checkpoint: {', '.join(model_names())}.")
-@click.option("--width", type=int, help="Pixels. Default: as in the model's published tables.")
-@click.option("--height", type=int, help="Pixels.")
-@click.option("--num-frames", type=int, help="Frames of the video.")
-@click.option("--num-steps", type=int, help="Sampling steps.")
-@click.option("--no-guidance", is_flag=True, help="cfg-scale 1: one branch instead of two.")
+@click.option("--width", type=int, help=f"Pixels. {AS_OFFICIAL}")
+@click.option("--height", type=int, help=f"Pixels. {AS_OFFICIAL}")
+@click.option("--num-frames", type=int, help=f"Frames of the video. {AS_OFFICIAL}")
+@click.option("--num-steps", type=int, help=f"Denoising steps. {AS_OFFICIAL}")
+@click.option(
+    "--no-guidance", is_flag=True, help="For --cfg-scale 1: the model runs once a step, not twice. Default: twice."
+)
 @click.option(
     "--gpu",
     help="Kind of GPU, calibrated profile (see --list-gpus), or a file of xdit-doctor. Default: this machine's.",
 )
-@click.option("--gpus", type=int, default=1, show_default=True, help="How many.")
-@click.option("--link", help="nvlink, pcie, pcie+qpi or GB/s in place of the GPU's usual link.")
-@click.option("--nodes", type=int, help="Machines. Default: as few as hold the GPUs.")
-@click.option("--node-link", type=float, help="GB/s that a machine sends to the others.")
-@click.option("--scheme", type=click.Choice(SCHEMES), help="Default: ours; reference for published profiles.")
+@click.option("--gpus", type=int, default=1, show_default=True, help="How many GPUs.")
+@click.option(
+    "--link",
+    help="What connects the GPUs of a machine: nvlink, pcie, pcie+qpi (two sockets), or a number of GB/s each way. "
+    "Default: what is usual for --gpu, see --list-gpus.",
+)
+@click.option("--nodes", type=int, help="Machines that share the GPUs. Default: as few as hold them.")
+@click.option(
+    "--node-link", type=float, help="GB/s that a machine sends to the others. Default: what is usual for --gpu."
+)
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEMES),
+    help="Whose way to split the work: this project's (ours), or the published system's (reference). Default: ours; "
+    "reference where --gpu is a group of published rows.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of a table.")
 @click.option("--list-gpus", is_flag=True, help="List what --gpu knows, and what it was calibrated on.")
+@click.version_option(version(), prog_name="xdit-plan", message="%(prog)s %(version)s", help="Show the version.")
 def command(**options: Any) -> None:
     """Predict seconds, memory and traffic of every layout, and name the best.
 

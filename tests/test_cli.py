@@ -319,6 +319,16 @@ def test_nearest_and_rules():
     assert len(rules.problems(8, 0, 2)) == 3
 
 
+@pytest.mark.slow
+def test_a_dry_run_whose_reader_has_left_says_nothing() -> None:
+    command = [sys.executable, "-m", "mochi_xdit", "--dry-run", "--demo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
 

@@ -113,6 +113,19 @@ def test_bad_images_videos_and_strengths_are_told_at_the_door(tmp_path: Path) ->
         assert part in "\n".join(problems("--demo", *arguments)), arguments
 
 
+def test_options_of_a_start_that_is_not_given_are_said_to_do_nothing(tmp_path: Path) -> None:
+    write_frames(tmp_path / "long.mp4", np.zeros((17, 64, 64, 3), np.uint8), 8)
+    given = ("--device", "cpu", "--output", tmp_path / "a.mp4", "--strength", 0.8, "--fit", "pad")
+    strength, fit = "--strength has no effect without --video", "--fit has no effect without --image or --video"
+    for start, said in (
+        (("--demo",), [strength, fit]),
+        (("--demo", "5b-i2v"), [strength]),
+        (("--demo", "--video", tmp_path / "long.mp4"), []),
+    ):
+        assert list(read(*start, *given).remarks) == said
+    assert not read("--demo", *given[:4]).remarks, "of defaults nothing is said"
+
+
 def test_a_config_that_names_something_unknown_is_wrong_use(tmp_path: Path) -> None:
     folder = folder_of("5b", tmp_path)
     raw = transformer_json(CONFIGS["5b"]) | {"camera_control": "v2"}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.parallel.mesh import Layout, Mesh, distributed
+from common.video.latents import load_latents
 from consisid_xdit import ConsisIDPipeline
 from consisid_xdit.face import IdentityFeatures, save_identity
 from consisid_xdit.facial import LocalFacialExtractor
@@ -149,6 +150,12 @@ def test_the_person_matters_and_the_extractor_runs_once(folder: Path) -> None:
 def test_identity_from_a_file(folder: Path, tmp_path: Path) -> None:
     save_identity(tmp_path / "who.safetensors", person())
     assert torch.equal(generate(folder, identity=tmp_path / "who.safetensors"), generate(folder))
+
+
+def test_final_latents_are_kept_where_asked(folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "x.latents.safetensors"
+    latents = generate(folder, num_steps=1, latents_file=kept)
+    assert latents is not None and torch.equal(load_latents(kept, latents.shape[1]), latents)
 
 
 def test_face_models_leave_before_anything_else_is_loaded(folder: Path) -> None:

@@ -97,6 +97,23 @@ def test_make_demo_ends_with_what_to_do_next(tmp_path):
         assert not context.meta.get("problems")
 
 
+def test_make_help_names_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()) - {"help"}
+    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and {line.split()[1] for line in done.stdout.splitlines()} == targets
+    assert all(len(line.split()) > 3 and len(line) < 100 for line in done.stdout.splitlines())
+
+
+def test_every_extra_is_named():
+    text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", text, re.MULTILINE)) - {"dev"}
+    (line,) = re.findall(r"# with an extra: (.*)", (ROOT / "README.md").read_text())
+    assert extras == set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", line)))
+    (listed,) = re.findall(r"extras are ([^|]*)", (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert extras == set(re.findall(r"\w+", listed))
+
+
 def test_there_are_pages_and_commands():
     assert len(PAGES) >= 12 and len(COMMANDS) >= 25
     assert all(c.needs <= NEEDS for c in COMMANDS)

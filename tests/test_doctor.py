@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from common.parallel.mesh import Layout, distributed
 from planner.hardware import Machine, get_profile, read_profile
 from planner.machine import local_profile
+from tests.helpers.hub import keep
 from xdit_doctor import cli as doctor
 from xdit_doctor import profile as profiles
 from xdit_doctor.links import Job, run
@@ -132,6 +134,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     assert found["kind"] == "MochiPipeline" and list(found["gb"]) == ["transformer/a.safetensors"]
     assert len(found["problems"]) == 1 and "b.safetensors" in found["problems"][0]
     assert doctor.checkpoint(tmp_path / "nowhere")["problems"]
+
+
+def test_a_checkpoint_that_is_not_there_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is measured; names of repositories are those that the programs take."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for given, told in ((tmp_path / "nowhere", "does not exist"), ("genmo/mochi-1-preview", "xdit-download mochi")):
+        result = CliRunner().invoke(doctor.command, ["--no-profile", "--model-dir", str(given)])
+        assert result.exit_code == 2 and told in result.output and "self-test" not in result.output
+
+
+def test_a_repository_in_the_hubs_cache_is_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    keep(tmp_path, "someone/finetuned", {"transformer/a.safetensors": b"cut"})
+    examined: list[Path] = []
+    monkeypatch.setattr(doctor, "examine", lambda device, ranks, folder, quick: examined.append(folder) or findings())
+    result = CliRunner().invoke(doctor.command, ["--json", "--no-profile", "--model-dir", "someone/finetuned"])
+    assert result.exit_code == 0 and (examined[0] / "transformer" / "a.safetensors").read_bytes() == b"cut"
 
 
 def test_a_gpu_that_is_not_there_is_wrong_use() -> None:

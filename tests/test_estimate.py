@@ -42,7 +42,7 @@ from mochi_xdit.weights import load_transformer
 from planner import cost, get_model
 from tests.helpers.counting import shorten
 from tests.helpers.mochi import write_checkpoint
-from tests.helpers.programs import main
+from tests.helpers.programs import main, read
 
 SCRIPT = Path(__file__).with_name("helpers") / "stage_memory.py"
 # What malloc keeps for itself is no part of an estimate.
@@ -370,12 +370,18 @@ def test_a_dry_run_says_what_it_knows(capsys):
 def test_a_dry_run_of_wrong_use_is_told(capsys):
     for arguments, told in (
         (("--dry-run", "nope"), "cogvideox-1.5-5b-i2v"),
+        (("--dry-run", "mochi"), "--dry-run mochi is no model of this program; use mochi-xdit"),
         (("--dry-run", "cogvideox-5b", "--demo"), "exclude each other"),
         (("--dry-run", "--max-memory", "-1"), "--max-memory -1.0 is not a number of GiB above 0"),
         (("--dry-run", "cogvideox-2b", "--width", "850"), "not a positive multiple of 16"),
     ):
         status, _, err = run(COGVIDEOX, *arguments, capsys=capsys)
-        assert status == 2 and told in err
+        assert status == 2 and told in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B", "CogVideoX-1.5-5b"])
+def test_a_dry_run_knows_a_model_by_each_of_its_names(name):
+    assert read(COGVIDEOX, "--dry-run", name).source.official == "cogvideox-1.5-5b"
 
 
 @pytest.mark.slow

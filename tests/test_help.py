@@ -6,14 +6,20 @@ import re
 
 import click
 import pytest
+from click.testing import CliRunner
 
-from common.registry.forks import forks
+from common.registry.forks import forks, version
+from common.run import quantize
 from common.run.command_line import command
 from common.run.help import GROUPS, grouped
+from planner.cli import command as plan
+from xdit_doctor.cli import command as doctor
+from xdit_download.cli import command as download
+from xdit_serve.cli import command as serve
 
 FORKS = pytest.mark.parametrize("fork", forks(), ids=lambda fork: fork.name)
 GIVEN = {"model_dir", "demo", "prompt", "prompt_file", "image", "video", "id_embeddings", "save_id_embeddings"}
-GIVEN |= {"text_cache", "from_latents", "resume", "dry_run", "ray_address"}
+GIVEN |= {"text_cache", "from_latents", "resume", "dry_run", "ray_address", "model", "cors"}
 """Options without a default: what they name is there, or it is not."""
 
 
@@ -32,6 +38,26 @@ def test_every_default_is_shown_or_said(fork):
         assert shown is not None and len(option.help or "") > 5, option.name
         if option.name not in GIVEN and (not option.is_flag or option.secondary_opts):
             assert "efault" in shown[1], f"--{option.name}: {shown[1]}"
+
+
+TOOLS = {"xdit-plan": plan, "xdit-doctor": doctor, "xdit-download": download, "xdit-serve": serve}
+
+
+@pytest.mark.parametrize("name", [*TOOLS, "quantize"])
+def test_the_other_programs_say_theirs_too(name):
+    spec = TOOLS.get(name) or quantize._command(forks()[0])
+    context = click.Context(spec, **spec.context_settings)
+    for option in (o for o in spec.params if isinstance(o, click.Option)):
+        shown = option.get_help_record(context)
+        assert shown is not None and len(option.help or "") > 5, option.name
+        if not (option.name in GIVEN or option.required or (option.is_flag and not option.secondary_opts)):
+            assert "efault" in shown[1], f"--{option.name}: {shown[1]}"
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_program_tells_its_version(name):
+    told = CliRunner().invoke(TOOLS[name], ["--version"], prog_name=name)
+    assert told.exit_code == 0 and told.output == f"{name} {version()}\n"
 
 
 @FORKS

@@ -77,6 +77,7 @@ def test_plain_lines_without_a_terminal(monkeypatch):
     with stages.stage("sampling", total=2) as step:
         step()
         stages.warn("a [strange] prompt")
+        stages.warn("a [strange] prompt")  # what was said before the work is found again where it comes true
         step()
     with stages.stage("hidden", quiet=True):
         pass

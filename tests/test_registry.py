@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import json
 import re
@@ -102,6 +103,15 @@ def test_every_fork_says_what_others_ask_for() -> None:
             assert not model.problems(model.default_size) and model.files and fork_of(model) is fork
             assert model.latents.tokens(model.default_size)[0] > 0 and model.demo is not None
             assert get_model(model.title.upper()) is get_model(model.name.replace("-", "_")) is model
+
+
+def test_every_pipeline_is_called_with_the_same_words() -> None:
+    """What is said of one in README and docs, and what benchmarks call all of them with."""
+    words = {"prompt", "negative_prompt", "height", "width", "num_frames", "num_steps", "cfg_scale", "seed", "latents"}
+    words |= {"output", "decode", "latents_file", "keeper", "num_inference_steps", "guidance_scale"}
+    for fork in forks():
+        taken = inspect.signature(fork.pipeline_class().__call__).parameters
+        assert not words - taken.keys(), (fork.name, words - taken.keys())
 
 
 def test_the_program_and_the_planner_admit_the_same_sizes() -> None:

@@ -142,6 +142,15 @@ def test_one_expert_that_is_guided_reads_the_negative_prompt() -> None:
     assert not read(*given, "--cfg-scale-2", "3").remarks
 
 
+def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
+    given = ("--device", "cpu", "--output", tmp_path / "a.mp4", "--cfg-scale-2", 3, "--fit", "pad")
+    assert list(read("--demo", "t2v-1.3b", *given).remarks) == [
+        "--cfg-scale-2 has no effect on this checkpoint, which has one transformer",
+        "--fit has no effect without --image",
+    ]
+    assert not read("--demo", "i2v-a14b", *given).remarks
+
+
 def test_a_picture_where_none_is_taken_and_the_reverse(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (8, 8)).save(cache / "a.png")
     assert main(FORK, ["--demo", "t2v-1.3b", "--gpus", "1", "--device", "cpu", "--image", "a.png"]) == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -69,6 +69,11 @@ class WanOptions(ForkOptions):
     def guided(self, rules: Rules, scale: float) -> bool:
         assert isinstance(rules, WanRules)
         return rules.guided(scale) or rules.guided(rules.second_scale(scale, self.cfg_scale_2))
+
+    def without_effect(self, rules: Rules) -> Mapping[str, str]:
+        assert isinstance(rules, WanRules)
+        unused = {} if rules.boundary else {"cfg_scale_2": "on this checkpoint, which has one transformer"}
+        return unused | ({} if self.image or rules.needs_image else {"fit": "without --image"})
 
     def problems(self, rules: Rules, source: Source, videos: Sequence[Video], dry_run: bool) -> list[str]:
         assert isinstance(rules, WanRules)

@@ -22,6 +22,8 @@ from typing import Any
 
 import click
 
+from common.registry.forks import version
+from common.registry.hub import checkpoint_folder
 from common.run.supervise import supervise
 from common.system import environment
 from common.system.extras import pip
@@ -313,9 +315,21 @@ def gpu_check(mini: bool, root: Path = ROOT) -> int:
         "help_option_names": ["-h", "--help"],
     }
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--ranks", type=click.IntRange(min=1), help="Default: all GPUs; two without a GPU.")
-@click.option("--model-dir", type=click.Path(path_type=Path), help="Also check this checkpoint folder.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What to test; auto: the GPUs if there are any, else the CPU.",
+)
+@click.option(
+    "--ranks", type=click.IntRange(min=1), help="GPUs, or CPU processes, to test. Default: all GPUs; two without a GPU."
+)
+@click.option(
+    "--model-dir",
+    type=click.Path(path_type=Path),
+    help="Also check the files of this checkpoint: a folder, or the name of a repository in the hub's local cache.",
+)
 @click.option(
     "--profile",
     "profile_path",
@@ -329,6 +343,7 @@ def gpu_check(mini: bool, root: Path = ROOT) -> int:
     "--verify", is_flag=True, help="Measure what is claimed of GPUs, as make gpu-check does; from a checkout."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.version_option(version(), prog_name="xdit-doctor", message="%(prog)s %(version)s", help="Show the version.")
 def command(
     device: str,
     ranks: int | None,
@@ -348,7 +363,7 @@ def command(
             raise click.UsageError("--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES")
         if ranks and ranks > visible:
             raise click.UsageError(f"--ranks {ranks}: only {visible} GPUs are visible")
-    report = examine(device, ranks, model_dir, quick)
+    report = examine(device, ranks, model_dir and _folder(model_dir), quick)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -357,6 +372,14 @@ def command(
     kept = not healthy or no_profile or _keep(report, profile_path, quick, as_json)
     if not (healthy and kept) or report.get("checkpoint", {}).get("problems"):
         raise click.exceptions.Exit(1)
+
+
+def _folder(named: Path) -> Path:
+    """The folder of --model-dir, before anything is measured."""
+    try:
+        return checkpoint_folder(named, None)
+    except ValueError as error:
+        raise click.UsageError(f"--model-dir {error}") from None
 
 
 def _keep(report: Mapping[str, Any], named: Path | None, quick: bool, quiet: bool) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from common.registry.forks import get_model, model_names
+from common.registry.forks import get_model, model_names, version
 from common.system.units import gb
 from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room, plan, verify
 
@@ -27,6 +27,7 @@ from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room
 @click.option("--revision", help="A branch, tag or commit of the model's repository. Default: the newest.")
 @click.option("--check-hashes", is_flag=True, help="Read the files again and compare their SHA-256 with the hub's.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
+@click.version_option(version(), message="%(prog)s %(version)s", help="Show the version.")
 def command(model: str, folder: Path | None, revision: str | None, check_hashes: bool, dry_run: bool) -> None:
     try:
         chosen = get_model(model)

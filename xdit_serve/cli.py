@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.registry.forks import version
 from common.registry.request import WrongUse
-from common.run.options import version
 from common.system.environment import open_standard_streams
 from common.system.extras import install
 from common.system.files import lenient_streams, say, shown, tell
@@ -38,34 +38,86 @@ PATH = click.Path(path_type=Path)
         "show_default": True,
     },
 )
-@click.version_option(version(), message="%(prog)s %(version)s")
-@click.option("--demo", is_flag=True, help="Offer the small checkpoints of all programs; they are made on first use.")
-@click.option("--model-dir", type=PATH, multiple=True, help="A checkpoint to offer, by its folder's name; repeat it.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
-@click.option("--gpus", type=int, help="Ranks of all replicas, one per GPU. Default: all GPUs, or two on a CPU.")
+@click.version_option(version(), message="%(prog)s %(version)s", help="Show the version.")
+@click.option(
+    "--demo",
+    is_flag=True,
+    help="Serve the small checkpoints that --demo has in all programs, to try the server without a download.",
+)
+@click.option(
+    "--model-dir",
+    type=PATH,
+    multiple=True,
+    help="A checkpoint to serve: a folder, or the name of a repository in the hub's local cache. Clients name it as "
+    "the folder is called, or the repository behind its owner. Repeat the option for more.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to compute; auto: on GPUs if there are any, else on the CPU.",
+)
+@click.option(
+    "--gpus",
+    type=int,
+    help="GPUs to use, of all groups together; each runs one process. Default: all that are visible; on a CPU two "
+    "processes for each group.",
+)
 @click.option(
     "--replicas",
     type=int,
-    help="Groups that the ranks form, each with a job of its own. Default: 1, or the planner's advice where it knows "
-    "the GPUs.",
+    help="Groups that the GPUs are split into; each makes one video at a time. Default: 1, or the planner's advice "
+    "where it knows the GPUs.",
 )
-@click.option("--ray-address", help="Of a Ray cluster that has the ranks; 'auto': the one on this machine.")
-@click.option("--keep-loaded/--no-keep-loaded", default=True, help="Models stay in memory where it suffices.")
-@click.option("--host", default="127.0.0.1", help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0: a free one.")
-@click.option("--api-key-file", type=PATH, help="Keys, one a line. Default: those in the environment, XDIT_API_KEY.")
-@click.option("--no-auth", is_flag=True, help="Ask nobody for a key, though others can connect.")
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="A page's origin that may ask, https://host; repeat it.")
-@click.option("--data-dir", type=PATH, default=Path("xdit-data"), help="Jobs, videos, states: all that is kept.")
-@click.option("--keep-hours", type=float, default=168.0, help="Ended jobs are removed after so many.")
-@click.option("--keep-gb", type=float, default=100.0, help="The oldest are removed when all take more (10^9 bytes).")
 @click.option(
-    "--page/--no-page", default=None, help="A page at / that makes and shows videos; where Gradio is installed."
+    "--ray-address",
+    help="Run on a Ray cluster of any number of machines: its address; 'auto': of the one that this machine is in. "
+    "--gpus says how many of its GPUs.",
+)
+@click.option(
+    "--keep-loaded/--no-keep-loaded", default=True, help="Models stay in memory from job to job, as many as fit."
+)
+@click.option("--host", default="127.0.0.1", help="Address to listen at; 127.0.0.1 is for this machine alone.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen at; 0: one that is free.")
+@click.option(
+    "--api-key-file",
+    type=PATH,
+    help="A file of keys that let clients in, one a line. Default: those in the environment, XDIT_API_KEY.",
+)
+@click.option("--no-auth", is_flag=True, help="Ask nobody for a key, though others can connect.")
+@click.option(
+    "--cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="A site, as https://host, whose pages may use the server from a browser. Repeat the option for more.",
+)
+@click.option(
+    "--data-dir",
+    type=PATH,
+    default=Path("xdit-data"),
+    help="Folder of all that is kept: jobs, videos, and how far those are that were not finished.",
+)
+@click.option("--keep-hours", type=float, default=168.0, help="Hours after which a job that has ended is removed.")
+@click.option(
+    "--keep-gb",
+    type=float,
+    default=100.0,
+    help="GB (10^9 bytes) that all jobs may take; when they take more, the oldest that have ended are removed.",
+)
+@click.option(
+    "--page/--no-page",
+    default=None,
+    help="A page at / for a browser, which makes and shows videos. Default: where Gradio is installed.",
 )
 @click.option("--queue", type=click.IntRange(1, MOST), default=1000, help="Jobs that may wait; more are refused.")
-@click.option("--timeout", type=float, default=1800.0, help="Seconds after which ranks that hang are ended.")
-@click.option("--save-every", type=float, default=60.0, help="Seconds between two states of a job on disk.")
-@click.option("--debug", is_flag=True, help="Show what the ranks write.")
+@click.option("--timeout", type=float, default=1800.0, help="Seconds after which processes that hang are ended.")
+@click.option(
+    "--save-every",
+    type=float,
+    default=60.0,
+    help="Seconds between two writes of how far a job is, from where it goes on after a restart.",
+)
+@click.option("--debug", is_flag=True, help="Show what the processes write.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
 def command(**given: Any) -> int:
     """Serve models by the video API that OpenAI's client speaks, /v1/videos and more.

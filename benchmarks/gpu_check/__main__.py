@@ -25,6 +25,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from benchmarks import door
 from benchmarks.gpu_check import machine, runner
 from benchmarks.gpu_check.claims import verdicts
 from benchmarks.gpu_check.machine import Machine
@@ -34,9 +35,7 @@ from benchmarks.gpu_check.summary import page
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = door.Parser(__doc__, prog="gpu-check")
     parser.add_argument("--parts", nargs="+", default=[], help="only these, by name or its beginning")
     parser.add_argument("--again", nargs="+", default=[], help="run these although they are done; all for every part")
     parser.add_argument("--models", nargs="+", default=[], help="default: all that are registered")

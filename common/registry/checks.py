@@ -241,14 +241,3 @@ def xfuser_problems(
             f"--ulysses-degree {ulysses}; degrees that do: {fitting}; or {native}"
         )
     return problems
-
-
-def dry_run_problems(name: str, weights: object, models: Sequence[str]) -> list[str]:
-    """What is wrong with `--dry-run NAME` ("" for a bare one) beside a model_dir or demo, for a program's models."""
-    if not models:
-        return ["--dry-run is not possible: this program does not say what it would run"]
-    if name and name not in models:
-        return [f"--dry-run {name} is no model of this program; choose one of {', '.join(models)}"]
-    if name and weights:
-        return [f"--dry-run {name} and {weights} exclude each other; leave one of them out"]
-    return []

@@ -348,6 +348,14 @@ def forks() -> tuple[Fork, ...]:
     return tuple(registered)
 
 
+def version() -> str:
+    """Of the installed package, which all programs are of."""
+    try:
+        return metadata.version("xdit-zoo")
+    except metadata.PackageNotFoundError:
+        return "0 (not installed)"
+
+
 def models() -> tuple[Model, ...]:
     """Of all forks."""
     return tuple(model for fork in forks() for model in fork.models)
@@ -365,3 +373,24 @@ def get_model(name: str) -> Model:
 def fork_of(model: Model) -> Fork:
     """The fork that runs a model."""
     return next(fork for fork in forks() if model.name in fork.names)
+
+
+def official(fork: Fork, name: str, weights: object) -> str | None:
+    """The name of the model whose numbers `--dry-run NAME` takes, the first of a bare one; None beside weights.
+
+    ValueError goes on after "--dry-run": whose model that is, or which there are.
+    """
+    if not fork.models:
+        raise ValueError("is not possible: this program does not say what it would run")
+    if not name:
+        return None if weights else fork.names[0]
+    try:
+        model = get_model(name)
+    except ValueError:
+        names = ", ".join(fork.names)
+        raise ValueError(f"{name} is no model of this program; choose one of {names}") from None
+    if model.name not in fork.names:
+        raise ValueError(f"{name} is no model of this program; use {fork_of(model).program}")
+    if weights:
+        raise ValueError(f"{name} and {weights} exclude each other; leave one of them out")
+    return model.name

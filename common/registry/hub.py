@@ -24,10 +24,11 @@ _SHOWN = 3
 """Names of missing files that an error lists."""
 
 
-def checkpoint_folder(given: str | Path, fork: Fork, text: bool = True) -> Path:
+def checkpoint_folder(given: str | Path, fork: Fork | None, text: bool = True) -> Path:
     """The folder of a checkpoint: `given` itself, or the copy of a repository `owner/name` in the hub's local cache.
 
-    text: whether the text encoder has to be there. ValueError says what is missing, and the command that fetches it.
+    fork: whose it has to be; None: anybody's. text: whether the text encoder has to be there. ValueError says what is
+    missing, and the command that fetches it.
     """
     path = Path(given)
     kind = kind_of(path)
@@ -38,7 +39,7 @@ def checkpoint_folder(given: str | Path, fork: Fork, text: bool = True) -> Path:
         raise ValueError(f"{absence(path, 'folder')}{_named(path)}")
     repo = found[1]
     model = _published(repo)
-    if model is not None and model.name not in fork.names:
+    if model is not None and fork is not None and model.name not in fork.names:
         raise ValueError(f"{repo} is a checkpoint of {model.title}; use {fork_of(model).program}")
     snapshot = cached(repo)
     if snapshot is None:

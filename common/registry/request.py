@@ -155,6 +155,10 @@ class ForkOptions:
         """Whether the branch of the negative prompt is computed in any step."""
         return rules.guided(scale)
 
+    def without_effect(self, rules: Rules) -> Mapping[str, str]:
+        """Options that would do nothing here, by their fields: why, in words that go on after "has no effect"."""
+        return {}
+
     @property
     def written(self) -> Mapping[str, Path]:
         """Files that the run writes besides the videos, by the options that name them."""

@@ -18,13 +18,12 @@ import click
 from common.registry.checks import (
     Ranks,
     Rules,
-    dry_run_problems,
     interleave_problems,
     kernel_problems,
     layout_problems,
     xfuser_problems,
 )
-from common.registry.forks import Fork, Size
+from common.registry.forks import Fork, Size, official
 from common.registry.hub import checkpoint_folder, other_program
 from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
@@ -33,7 +32,7 @@ from common.run.degrees import choose_layout, ray_problems, share_out, with_over
 from common.run.destination import format_problem, named, numbered, own_name, place_problems
 from common.run.help import Command
 from common.run.kept import SAMPLED, contradictions, decode_options, fixed, given_options, settings_of
-from common.run.options import DRAWN, MOST, SYNONYMS, options
+from common.run.options import DRAWN, MOST, NO_EFFECT, SYNONYMS, options
 from common.run.unknown import unknown_words
 from common.system import environment
 from common.system.files import absence, as_text, reason, shown, text_problem, writing_problem
@@ -45,13 +44,6 @@ MAX_MEMORY = 1_000_000  # GiB
 MAX_PROMPT_FILE = 64 << 20
 MAX_TIMEOUT = 10_000_000
 UNUSABLE_GPU = "there is a GPU driver, but PyTorch sees no GPU (a CPU build, or a driver older than its CUDA?)"
-NO_EFFECT = {
-    "use_xdit": "--use-xdit has no effect: the parallel path is the only one here",
-    "use_fsdp": "--use-fsdp has no effect; --shard-weights is what keeps a share of the weights on each GPU",
-    "cpu_offload": "--cpu-offload has no effect: a stage is loaded when it is needed and freed after it, and "
-    "--offload block keeps less on the GPU",
-}
-"""What is said of options that are taken for mochi-xdit's published command lines."""
 DEMO_RANKS = 2
 """Of a demo on a CPU."""
 
@@ -183,17 +175,16 @@ class _RequestBuilder:
 
     def _source(self) -> tuple[Source, Rules]:
         model_dir, demo = self.values["model_dir"], self.values["demo"]
-        official = self.fork.rules(Source())  # to check the rest by, where the source itself is wrong
+        rules = self.fork.rules(Source())  # to check the rest by, where the source itself is wrong
         if self.dry and (name := self._official(model_dir or demo)):
             return Source(official=name), self.fork.rules(Source(official=name))
         if model_dir is not None and demo is not None:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
-        elif model_dir is None and demo is None:
-            if "demo" not in self.given:  # what is wrong with its name is said
-                self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
-        else:
-            return self._opened(model_dir, demo) or (Source(model_dir, demo), official)
-        return Source(model_dir, demo), official
+        elif model_dir or demo:
+            return self._opened(model_dir, demo) or (Source(model_dir, demo), rules)
+        elif "demo" not in self.given and not self.dry:  # what is wrong with a name is said
+            self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
+        return Source(model_dir, demo), rules
 
     def _opened(self, named: Path | None, demo: str | None) -> tuple[Source, Rules] | None:
         """A checkpoint folder, by its place or its repository's name, or a demo, and what it admits."""
@@ -211,9 +202,11 @@ class _RequestBuilder:
 
     def _official(self, weights: object) -> str | None:
         """The official model whose numbers a dry run takes; None where there are weights to look at."""
-        name, models = self.values["dry_run"], self.fork.names
-        self.problems += (problems := dry_run_problems(name, weights, models))
-        return None if problems or weights else name or models[0]
+        try:
+            return official(self.fork, self.values["dry_run"], weights)
+        except ValueError as error:
+            self.problems.append(f"--dry-run {error}")
+            return None
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values[name]
@@ -443,6 +436,8 @@ class _RequestBuilder:
             remarks.append(f"no GPU is visible: {self.unseen} ranks {where}")
         if self.values["shard_weights"] and ranks == 1:
             remarks.append("--shard-weights has no effect on one rank, which has nobody to share with")
+        unused = {name: why for name, why in options.without_effect(rules).items() if name in self.given}
+        remarks += [f"--{name.replace('_', '-')} has no effect {why}" for name, why in unused.items()]
         return remarks + [said for name, said in NO_EFFECT.items() if self.values[name]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import time
@@ -127,6 +128,9 @@ def _dry_run(fork: Fork, request: Request, process: Process) -> int:
 
     try:
         return dry_run.run(fork, request)
+    except BrokenPipeError:  # head, or a pager, has read enough; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except Exception as error:
         say(f"error: {describe(error, 0, 'dry run').message}")
         return 2 if isinstance(error, ValueError) else 1

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
 from common.registry.checks import COMPILE_MODES, DECODE_MODES, DTYPES, ENGINES, FITS, OFFLOADS
-from common.registry.forks import Fork
+from common.registry.forks import Fork, version
 from common.registry.layout import MOST_RANKS
 from common.run.help import EXPERT, GPUS, GROUPS, MEMORY, OUTPUT, SPEED, WHAT, Option
 
@@ -27,6 +26,13 @@ SYNONYMS = {
     **{"t5-model-path": "text-encoder-dir", "use-cfg-parallel": "cfg-parallel", "use-torch-compile": "compile"},
 }
 """Names that diffusers and xDiT have for options, without hyphens in front."""
+NO_EFFECT = {
+    "use_xdit": "--use-xdit has no effect: the parallel path is the only one here",
+    "use_fsdp": "--use-fsdp has no effect; --shard-weights is what keeps a share of the weights on each GPU",
+    "cpu_offload": "--cpu-offload has no effect: a stage is loaded when it is needed and freed after it, and "
+    "--offload block keeps less on the GPU",
+}
+"""What is said of options that are taken for mochi-xdit's published command lines."""
 DRAWN = -1
 """A seed that stands for one to be drawn, as in ComfyUI and other programs with a window."""
 
@@ -311,13 +317,13 @@ def _output() -> list[Option]:
             type=PATH,
             metavar="STATE",
             help="Go on with an interrupted run from the .state.safetensors file that it left. The other options are "
-            "its own; those that are given go before.",
+            "those of that run, but for what is given here.",
         ),
         option(
             ["--save-every"],
             type=float,
             default=60.0,
-            help="Seconds between two writes of that file while the run lasts.",
+            help="Seconds between two writes of the file for --resume, while the run lasts.",
         ),
     ]
 
@@ -389,13 +395,6 @@ def _print_version(context: click.Context, option: click.Parameter, wanted: bool
     if wanted:
         click.echo(f"{context.info_name} {version()}")
         context.exit()
-
-
-def version() -> str:
-    try:
-        return metadata.version("xdit-zoo")
-    except metadata.PackageNotFoundError:
-        return "0 (not installed)"
 
 
 def unreadable_image(path: Path) -> list[str]:

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from common.registry.forks import version
 from common.registry.request import Request, Video, WrongUse, settings
 from common.run.kept import check_decoder, command_that_decodes, numbers_of
-from common.run.options import version
 from common.system.files import identity, remove_partial, shown, tell
 from common.system.progress import Report, StageRecord
 from common.system.stopping import stoppable

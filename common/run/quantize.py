@@ -28,6 +28,7 @@ from common.registry.hub import checkpoint_folder
 from common.system.failure import describe
 from common.system.files import reason, writing_problem
 from common.system.stopping import Asked, Stopped, stoppable
+from common.system.units import gb
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,17 +85,21 @@ def _command(fork: Fork) -> click.Command:
         with Report(Console(stderr=True)).loading("rounding") as progress:
             before, after = quantize(files, model_dir, output, progress)
         what = "transformer" if len(files) == 1 else f"{len(files)} transformers"
-        click.echo(f"{output}: {what} {before / 1e9:.2f} GB -> {after / 1e9:.2f} GB; use --model-dir {output}")
+        click.echo(f"{output}: {what} {gb(before)} -> {gb(after)}; use --model-dir {output}")
 
     names: dict[str, Any] = {"type": path, "required": True}
     return click.Command(
         "quantize",
         params=[
-            click.Option(["--model-dir"], help="Checkpoint directory to read.", **names),
-            click.Option(["--output"], help="Directory to make; it must not exist or be empty.", **names),
+            click.Option(
+                ["--model-dir"],
+                help="Checkpoint to read: a folder, or the name of a repository in the hub's local cache.",
+                **names,
+            ),
+            click.Option(["--output"], help="Folder to make; one that exists has to be empty.", **names),
         ],
         callback=body,
-        help="Write a copy of a checkpoint whose matmul weights are held in eight bits.",
+        help="Write a copy of a checkpoint with the transformer's matrices in 8 bits, as --dtype fp8 makes them.",
         context_settings={
             "help_option_names": ["-h", "--help"],
             "token_normalize_func": lambda token: token.replace("_", "-"),

@@ -120,6 +120,7 @@ class Report:
         self._stack: list[_Active] = []
         self._last = "starting"
         self._failed: str | None = None
+        self._warned: set[str] = set()
         self._progress: Progress | None = None
         self.device = device
         self.pause: Callable[[], None] = lambda: None
@@ -199,8 +200,11 @@ class Report:
         self._say(escape(text))
 
     def warn(self, text: str) -> None:
-        """A line for the user that begins with "warning:"; rank 0 only."""
-        self._say(f"[yellow]warning:[/yellow] {escape(text)}")
+        """A line for the user that begins with "warning:"; rank 0 only, and once: some are told before the work and
+        found again where they come true."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._say(f"[yellow]warning:[/yellow] {escape(text)}")
 
     def _say(self, markup: str) -> None:
         """A screen that has gone, or a log file on a full disk, stops nothing: the line is dropped."""
