@@ -92,6 +92,7 @@ def run(given: dict[str, Any]) -> int:
         _check_numbers(given)
         offers = _offers(given)
         at = place(given["device"], given["gpus"], given["replicas"], given["ray_address"], offers)
+        made = workers(at, given["keep_loaded"], given["timeout"], given["debug"])
     except ValueError as error:
         raise WrongUse([str(error)]) from None
     if at.replicas > 1 and given["replicas"] is None:
@@ -114,7 +115,6 @@ def run(given: dict[str, Any]) -> int:
     )
     memory = Memory()
     try:
-        made = workers(at, given["keep_loaded"], given["timeout"], given["debug"])
         return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"), _page(given["page"]))
     except StoreError as error:
         say(f"error: {error}")
