@@ -49,7 +49,7 @@ PATH = click.Path(path_type=Path)
     help="Groups that the ranks form, each with a job of its own. Default: 1, or the planner's advice where it knows "
     "the GPUs.",
 )
-@click.option("--ray-address", help="Of a Ray cluster that has the ranks; 'auto': the one on this machine.")
+@click.option("--ray-address", help="Of a Ray cluster that has the ranks; 'auto': RAY_ADDRESS, or this machine's.")
 @click.option("--keep-loaded/--no-keep-loaded", default=True, help="Models stay in memory where it suffices.")
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0: a free one.")

@@ -76,7 +76,7 @@ def advised(offers: Sequence[Offer], ranks: int) -> int:
 
 
 def workers(at: Place, keep_loaded: bool, timeout: float, debug: bool) -> MakeWorkers:
-    """What makes the groups. timeout: seconds after which ranks that hang are ended. ValueError: they cannot be made."""
+    """What makes the groups. timeout: seconds after which ranks that hang are ended. ValueError: they cannot be."""
     groups = Groups(at.ranks, at.replicas, at.on_cpu, at.ray, keep_loaded, timeout, debug)
     try:
         groups.check()

@@ -113,9 +113,12 @@ def _resources(address: str) -> dict[str, float]:
 
 
 def connect(ray: Any, address: str) -> None:
-    """This process's connection, if there is none yet. GroupError."""
+    """This process's connection, if there is none yet. GroupError.
+
+    Where the head of a connected cluster is gone, Ray ends this process a minute later, `ray.shutdown` or not.
+    """
     if ray.is_initialized():
-        return
+        return reachable(ray.get_runtime_context().gcs_address)
     reachable(address)
     try:
         with _as_a_guest():
