@@ -60,7 +60,7 @@ def levels_apart(http: httpx.Client, job: str, folder: Path, expected: np.ndarra
 
 
 def until(http: httpx.Client, job: str, true: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    end = time.monotonic() + 90
+    end = time.monotonic() + 180
     while not true(told := http.get(f"/v1/videos/{job}").json()):
         assert time.monotonic() < end and told["status"] != "failed", told
         time.sleep(0.02)
@@ -101,7 +101,7 @@ def actors() -> list[psutil.Process]:
 
 def steps_told(server: Served, job: str) -> list[int]:
     """Of the events of a job, until its end."""
-    with httpx.stream("GET", f"{server.url}/v1/videos/{job}/events", timeout=90) as stream:
+    with httpx.stream("GET", f"{server.url}/v1/videos/{job}/events", timeout=180) as stream:
         lines = [line for line in stream.iter_lines() if line]
     assert lines[-2] == "event: completed", lines[-2:]
     told = [json.loads(line.removeprefix("data: ")) for line in lines[1::2]]
