@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,27 +14,20 @@ from typing import Any
 import pytest
 
 from common.registry.layout import Layout
+from common.workers import ray_cluster
 from common.workers.group import Cancelled, Finished, GroupError, Lost
+from common.workers.ray_cluster import ray_module
 from common.workers.ray_group import RayGroup
 from mochi_xdit.fork import FORK as MOCHI
-from tests.helpers.programs import problems, read
+from tests.helpers.clusters import needs_ray, one_node
+from tests.helpers.programs import main, problems, read
 from tests.helpers.workers import SMALL, alone, at_step, ended, job, levels_apart, run, running, until
 
 
 @pytest.fixture
-def cluster(monkeypatch) -> Iterator[Any]:
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed: the extra ray brings it")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
+def cluster() -> Iterator[Any]:
+    with one_node() as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 @pytest.mark.slow
@@ -68,6 +64,57 @@ def test_a_node_goes_in_the_middle_and_the_rest_make_the_same_video(cluster, tmp
     finally:
         group.stop(5)
     assert not running(pids)
+
+
+@pytest.mark.slow
+def test_a_group_that_waits_for_the_cluster_can_be_stopped(cluster):
+    group = RayGroup(2, on_cpu=True, address=cluster.address, timeout=120)
+    said: list[str] = []
+
+    def start() -> None:
+        try:
+            group.start()
+        except GroupError as error:
+            said.append(str(error))
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    while not ray_module().is_initialized():  # then it waits for the second CPU, and would start with one
+        time.sleep(0.01)
+    group.stop(0)
+    starting.join()
+    assert said == ["the group was stopped while it started"] and group.health().state == "stopped"
+    group.start()
+    assert group.devices == (0,) and group.health().state == "idle"
+    group.stop(5)
+
+
+def test_what_takes_connections_and_is_no_cluster_is_told(monkeypatch):
+    needs_ray()
+    monkeypatch.setattr(ray_cluster, "ANSWER_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(GroupError, match=f"what is at {address} does not answer as a Ray cluster does"):
+            ray_cluster.check(address, on_cpu=True, ranks=1)
+
+
+def test_a_call_that_does_not_come_back_is_left():
+    left = threading.Event()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(GroupError, match="at there does not answer"):
+        patch.setattr(ray_cluster, "ANSWER_SECONDS", 0.1)
+        ray_cluster.within(left.wait, "there")
+    left.set()
+    with pytest.raises(ZeroDivisionError):
+        ray_cluster.within(lambda: 1 / 0, "there")
+
+
+def test_a_command_for_a_cluster_that_is_not_there_is_wrong_use(tmp_path, capsys):
+    needs_ray()
+    asked = ("--ray-address", "127.0.0.1:1", "--device", "cpu", "--gpus", "2", "--prompt", "x")
+    assert main(MOCHI, ["--demo", *asked, "--output", str(tmp_path / "x.mp4")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: --ray-address: no Ray cluster at 127.0.0.1:1: connection refused; start one")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

@@ -71,8 +71,8 @@ PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--ray-address",
-    help="Run on a Ray cluster of any number of machines: its address; 'auto': of the one that this machine is in. "
-    "--gpus says how many of its GPUs.",
+    help="Run on a Ray cluster of any number of machines: its address; 'auto': RAY_ADDRESS, or the one that this "
+    "machine is in. --gpus says how many of its GPUs.",
 )
 @click.option(
     "--keep-loaded/--no-keep-loaded", default=True, help="Models stay in memory from job to job, as many as fit."
@@ -144,6 +144,7 @@ def run(given: dict[str, Any]) -> int:
         _check_numbers(given)
         offers = _offers(given)
         at = place(given["device"], given["gpus"], given["replicas"], given["ray_address"], offers)
+        made = workers(at, given["keep_loaded"], given["timeout"], given["debug"])
     except ValueError as error:
         raise WrongUse([str(error)]) from None
     if at.replicas > 1 and given["replicas"] is None:
@@ -166,7 +167,6 @@ def run(given: dict[str, Any]) -> int:
     )
     memory = Memory()
     try:
-        made = workers(at, given["keep_loaded"], given["timeout"], given["debug"])
         return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"), _page(given["page"]))
     except StoreError as error:
         say(f"error: {error}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from common.registry.forks import Size
 from common.registry.layout import MOST_RANKS
 from common.system import environment
+from common.workers.group import GroupError
 from common.workers.making import Groups
 from xdit_serve.dispatch import MakeWorkers
 from xdit_serve.offers import Offer
@@ -75,5 +76,10 @@ def advised(offers: Sequence[Offer], ranks: int) -> int:
 
 
 def workers(at: Place, keep_loaded: bool, timeout: float, debug: bool) -> MakeWorkers:
-    """What makes the groups. timeout: seconds after which ranks that say nothing are ended."""
-    return Groups(at.ranks, at.replicas, at.on_cpu, at.ray, keep_loaded, timeout, debug).at_work
+    """What makes the groups. timeout: seconds after which ranks that hang are ended. ValueError: they cannot be."""
+    groups = Groups(at.ranks, at.replicas, at.on_cpu, at.ray, keep_loaded, timeout, debug)
+    try:
+        groups.check()
+    except GroupError as error:
+        raise ValueError(f"--ray-address: {error}") from None
+    return groups.at_work

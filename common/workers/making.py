@@ -29,6 +29,13 @@ class Groups:
     debug: bool = False
     makers: tuple[Maker, ...] = ()
 
+    def check(self) -> None:
+        """Whether they can be there at all, as far as that is known at once. GroupError says what to do."""
+        if self.ray is not None:
+            from common.workers.ray_cluster import check
+
+            check(self.ray, self.on_cpu, self.ranks * self.replicas)
+
     def at_work(self, take: Callable[[float], Job | None], tell: Callable[[int, Event], None]) -> Replicas:
         """The groups, which take their jobs from one queue and say what became of them; not yet started."""
         devices = [range(i * self.ranks, (i + 1) * self.ranks) for i in range(self.replicas)]
@@ -41,5 +48,4 @@ class Groups:
             )
         from common.workers.ray_group import RayGroup
 
-        address = None if self.ray == "auto" else self.ray
-        return RayGroup(len(devices), self.on_cpu, address, self.keep_loaded, self.timeout, self.makers)
+        return RayGroup(len(devices), self.on_cpu, self.ray, self.keep_loaded, self.timeout, self.makers)

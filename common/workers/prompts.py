@@ -43,6 +43,11 @@ def run(maker: Maker, request: Request, arguments: Sequence[str]) -> int:
         request.debug,
         (maker,),
     )
+    try:
+        groups.check()
+    except GroupError as error:
+        say(f"error: --ray-address: {shown(str(error))}")
+        return 2
     replicas = groups.at_work(queue.take, queue.hear)
     for remark in request.remarks:
         say(remark)

@@ -16,28 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from common.run.states import Slots
-from common.system.extras import install
 from common.system.failure import Failure
 from common.workers.group import GroupError
 from common.workers.orders import Hello, Maker, Message
 from common.workers.ray_actor import RankActor
+from common.workers.ray_cluster import address_of, connect, named, ray_module, within
 from common.workers.watched import Ranks, Seat, Watched
 
 ROOT = Path(__file__).resolve().parents[2]
-ADDRESS = "RAY_ADDRESS"
 SETTLE_SECONDS = 10.0
 """For a cluster that has lost a node, or to which one comes back, to know what it has."""
+PLACED_SECONDS, BEGUN_SECONDS = 30.0, 120.0
+"""For the cluster to reserve what it has free; for all actors' processes to start. Later than that a node has gone."""
 THREADS = 4
 """Of an actor: it hears and is spoken to while it works."""
-
-
-def ray_module() -> Any:
-    """The package. GroupError, with what installs it, where it is not there."""
-    try:
-        import ray
-    except ImportError:
-        raise GroupError(f"worker groups on Ray need the package ray: {install('ray')}") from None
-    return ray
 
 
 class RayGroup(Watched):
@@ -58,7 +50,7 @@ class RayGroup(Watched):
         makers: Sequence[Maker] = (),
     ) -> None:
         super().__init__(range(ranks), on_cpu, keep_loaded, timeout, makers)
-        self.wanted, self.address = ranks, address or os.environ.get(ADDRESS, "auto")
+        self.wanted, self.address = ranks, address_of(address)
         self.ray = ray_module()
 
     @contextmanager
@@ -84,28 +76,20 @@ class _Actors(Ranks):
 
     def start(self) -> None:
         group, ray = self.group, self._ray
-        if not ray.is_initialized():
-            try:
-                ray.init(address=group.address, log_to_driver=False, configure_logging=False)
-            except ConnectionError as error:
-                raise GroupError(f"no Ray cluster at {group.address}: {error}") from None
+        connect(ray, group.address)
         kind = "CPU" if group.on_cpu else "GPU"
         count = self._count(kind)
         group.devices = tuple(range(count))
         self.slots = self.slots[:count]
         self._place(kind, count)
-        places = ray.get([actor.place.remote() for actor in self._actors], timeout=group.timeout)
+        places = self._places()
         self.seats += [Seat(rank, pid) for rank, (_, _, pid) in enumerate(places)]
         hello = Hello(tuple(sys.path[1:]), group.on_cpu, group.timeout)
         machines = Counter(place[0] for place in places)
         seen: Counter[str] = Counter()
         for rank, (actor, (machine, _, _)) in enumerate(zip(self._actors, places)):
-            env = {
-                "RANK": rank,
-                "WORLD_SIZE": count,
-                "LOCAL_RANK": seen[machine],
-                "LOCAL_WORLD_SIZE": machines[machine],
-            }
+            env: dict[str, Any] = {"RANK": rank, "WORLD_SIZE": count}
+            env |= {"LOCAL_RANK": seen[machine], "LOCAL_WORLD_SIZE": machines[machine]}
             env |= {"MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1]}
             seen[machine] += 1
             actor.begin.remote({name: str(value) for name, value in env.items()}, hello, os.getcwd())
@@ -114,21 +98,30 @@ class _Actors(Ranks):
     def _count(self, kind: str) -> int:
         """Ranks that the cluster has room for, up to the number that is wanted."""
         end = time.monotonic() + SETTLE_SECONDS
-        while (there := int(self._ray.available_resources().get(kind, 0))) < self.group.wanted:
-            if time.monotonic() > end:
-                break
-            time.sleep(0.2)
+        while (there := self._free(kind)) < self.group.wanted and time.monotonic() < end:
+            self._rest()
         if there < 1:
-            raise GroupError(f"the Ray cluster at {self.group.address} has no free {kind}")
+            raise GroupError(f"{named(self.group.address)} has no free {kind}")
         return min(there, self.group.wanted)
+
+    def _free(self, kind: str) -> int:
+        return int(within(self._ray.available_resources, self.group.address).get(kind, 0))
+
+    def _rest(self) -> None:
+        """A moment of a wait. GroupError when the group is to be stopped meanwhile."""
+        if self.group.stopping.wait(0.2):
+            raise GroupError("the group was stopped while it started")
 
     def _place(self, kind: str, count: int) -> None:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._placed = placement_group([{kind: 1}] * count, strategy="PACK")
-        if not self._placed.wait(self.group.timeout):
-            raise GroupError(f"the Ray cluster at {self.group.address} does not give {count} {kind}s")
+        end = time.monotonic() + PLACED_SECONDS
+        while not self._placed.wait(1.0):
+            if time.monotonic() > end:
+                raise GroupError(f"{named(self.group.address)} does not give {count} {kind}s")
+            self._rest()
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         options = {"num_cpus": int(kind == "CPU"), "num_gpus": int(kind == "GPU"), "max_concurrency": THREADS}
         remote = self._ray.remote(RankActor)
@@ -137,6 +130,17 @@ class _Actors(Ranks):
             environment = {"env_vars": {"PYTHONPATH": path}}
             actor = remote.options(**options, scheduling_strategy=where, runtime_env=environment).remote()
             self._actors.append(actor)
+
+    def _places(self) -> list[tuple[str, int, int]]:
+        """Where the actors are, once all have begun. One whose node went before that may never begin."""
+        asked = [actor.place.remote() for actor in self._actors]
+        end = time.monotonic() + BEGUN_SECONDS
+        while len(self._ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < len(asked):
+            if time.monotonic() > end:
+                raise GroupError(f"{named(self.group.address)} does not begin {len(asked)} actors")
+            self._rest()
+        found: list[tuple[str, int, int]] = self._ray.get(asked)
+        return found
 
     def send(self, message: Message) -> None:
         for actor in self._actors:

@@ -210,6 +210,8 @@ class Watched:
         self._thread: threading.Thread | None = None
         self._durations = Durations()
         self._orders = 0
+        self.stopping = threading.Event()
+        """`stop` was called: for ranks that are being started, which nobody is asked of yet."""
 
     @contextmanager
     def _new_ranks(self) -> Iterator[Ranks]:
@@ -225,6 +227,7 @@ class Watched:
         if self._thread is not None:
             self._thread.join()
         self._asked.clear()
+        self.stopping.clear()
         self._job = None
         # The kernel ends a process of ours when the thread ends that has started it: this one lives as long as they do.
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -285,6 +288,7 @@ class Watched:
         thread = self._thread
         if thread is None:
             return
+        self.stopping.set()
         self._ask(lambda ranks: ranks.stop(seconds))
         thread.join()
         with self._changed:
