@@ -14,6 +14,7 @@ from tests.helpers.programs import problems, read
         (("--image", "x"), "no such option: --image; it is one of cogvideox-xdit, consisid-xdit, wan-xdit"),
         (("--lora", "x"), "no such option: --lora; LoRA weights are not loaded by this program"),
         (("--use_teacache",), "no such option: --use-teacache; caches that leave steps out"),
+        (("--data_parallel_degree", "2"), "no such option: --data-parallel-degree; --replicas makes several videos"),
         (("--ring", "2"), "no such option: --ring; did you mean --ring-degree?"),
         (("--guidance", "2"), "no such option: --guidance; did you mean --guidance-scale?"),
         (("--gain", "2"), "no such option: --gain"),

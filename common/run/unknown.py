@@ -17,6 +17,7 @@ ABSENT = {
     "teacache": "caches that leave steps out are not here: they change the picture",
     "fbcache": "caches that leave steps out are not here: they change the picture",
     "pipefusion": "PipeFusion is not here: it changes the picture",
+    "data-parallel": "--replicas makes several videos at a time, each on GPUs of its own",
     "tensor-parallel": "tensor parallelism is not here; --shard-weights keeps a share of the weights on each GPU",
 }
 """What others offer, by a part of their options' names."""

@@ -37,7 +37,7 @@ COVER = (
     Scene("consisid", Layout(2, 1, 3), (8, 9), dtype="fp8", shard=True, output="latent", layers=STREAMED),
     Scene("cogvideox-2b", Layout(ring=2), offload="none", vae="tiled", layers=2, latents=5),
     Scene("cogvideox-1.5-i2v", attention="flash3", output="latent", layers=2),
-    Scene("cogvideox-1.5", Layout(ring=2), attention="sdpa", groups=3, output="latent", layers=2),
+    Scene("cogvideox-1.5", Layout(ring=2), attention="sdpa", groups=2, output="latent", layers=2),
     Scene("mochi", Layout(ring=2), (8, 9), "flash2", "fp8", compiled=True, output="latent", layers=2),
     Scene("wan-i2v-14b", Layout(cfg=2), offload="block", output="latent", layers=STREAMED),
     Scene("wan-ti2v-5b", Layout(ulysses=2), dtype="fp8", layers=2, latents=9),
@@ -64,7 +64,7 @@ def full() -> Iterator[Scene]:
                 yield Scene(model, Layout(ring=2), capability, attention, output="latent", layers=2)
     for model in ("cogvideox-2b", "cogvideox-5b", "cogvideox-1.5"):
         yield Scene(model, Layout(ring=2), dtype="fp16", scheduler="dpm", output="latent")
-        yield Scene(model, Layout(ring=3), video=True)
+        yield Scene(model, Layout(ring=3), groups=2, video=True)
 
 
 def rehearse(scene: Scene, root: Path) -> list[Ran]:
