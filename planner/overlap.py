@@ -89,12 +89,12 @@ class _Block:
             rings.append(_Ring(self, heads))
         self.project(at.heads, 1)
         for ring in rings:
-            ring.last()
+            ring.attend()
         for step in range(1, at.place.layout.ring):
             self.turn()
             for ring, heads in zip(rings, spans):
                 ring.arrive()
-                ring.last()
+                ring.attend()
                 if step == at.place.layout.ring - 1:
                     self.project(heads, 1)
 
@@ -122,7 +122,7 @@ class _Block:
         for i, kept in enumerate(mine):
             ring.go_round()
             following = arrive(i + 1) if outside and i + 1 < len(mine) else None
-            ring.last()
+            ring.attend()
             home.append(self.post("ulysses", (sum(group) - own) * kept * width))
             if i + 1 < len(mine):
                 ring = following or arrive(i + 1)
@@ -141,7 +141,7 @@ class _Ring:
 
     def go_round(self) -> None:
         while self.following is not None:
-            self.last()
+            self.attend()
             self.made.turn()
             self.arrive()
 
@@ -151,7 +151,7 @@ class _Ring:
         self.step += 1
         self.following = self._pass_on()
 
-    def last(self) -> None:
+    def attend(self) -> None:
         """Attention over what is here."""
         ring, channels = self.made.at.place.ring, self.heads * self.made.at.head_dim
         keys = self.chunks[(ring - self.step) % len(self.chunks)]

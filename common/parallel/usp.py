@@ -51,7 +51,7 @@ class SequenceParallel:
     The rank order along the sequence is ring_rank * ulysses + ulysses_rank.
     kernel: which attention kernel to use, see `common.parallel.attention.KERNELS`; ValueError if it cannot run, or
     (where it is given) not in `dtype`.
-    groups: in how many groups of heads the all-to-all is cut, so that one travels while another is attended to.
+    groups: in how many groups of heads all exchanges are cut, so that one travels while another is attended to.
     """
 
     def __init__(
