@@ -115,6 +115,7 @@ def test_what_fails_stops_neither_its_part_nor_the_others(tmp_path: Path, capsys
     assert marks.read_text().split() == ["a", "d"]
     assert "a kernel that is not there" in (tmp_path / "out" / "README.md").read_text()
     assert "ZeroDivisionError" in (tmp_path / "out" / "logs" / "a.log").read_text()
+    assert "failed, which is no verdict: wrong of a, all of b, dead of c; " in capsys.readouterr().out
     assert not list((tmp_path / "cache" / "xdit").iterdir()), "scratch folders are left"
 
 

@@ -99,6 +99,10 @@ def check(arguments: Sequence[str] | None = None, make_parts=all_parts) -> int:
         done.append(runner.run(part, here, folder, part in again, lambda line: print(line, flush=True)))
         lines = write(folder, here, parts)
     print("\n".join(lines))
+    kept_of = zip((part.name for part in chosen), done)
+    wrong = [f"{key} of {name}" for name, kept in kept_of for key, row in kept.rows.items() if "error" in row]
+    if wrong:
+        print(f"failed, which is no verdict: {', '.join(wrong)}; {folder / 'README.md'} says why")
     print(f"written: {folder / 'README.md'}; attach the folder to an issue")
     return 0 if all(kept.finished for kept in done) else 1
 
