@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import time
@@ -22,7 +21,7 @@ from common.run.supervise import supervise
 from common.run.unfinished import states_saved, taken_up, with_interrupted, with_whole
 from common.system.environment import Process, open_standard_streams, this_process
 from common.system.failure import describe
-from common.system.files import claimed, lenient_streams, say, shown
+from common.system.files import claimed, discard_stdout, lenient_streams, say, shown
 from common.system.host import ensure_temporary_folder
 
 CHILD = Path(__file__).with_name("child.py")
@@ -128,8 +127,8 @@ def _dry_run(fork: Fork, request: Request, process: Process) -> int:
 
     try:
         return dry_run.run(fork, request)
-    except BrokenPipeError:  # head, or a pager, has read enough; Python flushes once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # head, or a pager, has read enough
+        discard_stdout()
         return 1
     except Exception as error:
         say(f"error: {describe(error, 0, 'dry run').message}")

@@ -401,9 +401,13 @@ def tell(text: str) -> None:
     try:
         print(text, flush=True)
     except (OSError, ValueError):
-        # Python flushes once more at its end, and would complain.
         with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            discard_stdout()
+
+
+def discard_stdout() -> None:
+    """From here on nobody gets what is printed; nor does Python, which flushes once more at its end, complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def say(line: str, stream: IO[str] | None = None) -> None:

@@ -11,17 +11,15 @@ from common.system.entry import begin  # noqa: E402
 
 
 def main() -> int:
-    import os
-
     from common.run.channel import Channel
     from common.system.environment import open_standard_streams, this_process
-    from common.system.files import lenient_streams
+    from common.system.files import discard_stdout, lenient_streams
     from common.workers.orders import messages
     from common.workers.resident import Resident
 
     open_standard_streams()
     lenient_streams()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever made the group hears of outputs by its events
+    discard_stdout()  # whoever made the group hears of outputs by its events
     orders = messages(int(sys.argv[1]))
     hello = next(orders)
     sys.path[1:] = hello.path
