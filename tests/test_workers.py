@@ -20,6 +20,7 @@ from common.workers.group import Cancelled, Failed, Finished, GroupError, Lost, 
 from common.workers.local import LocalGroup
 from common.workers.orders import Maker, maker_of
 from common.workers.pace import DUE_SECONDS, Pace
+from common.workers.resident import _Told
 from common.workers.watched import Ranks, Seat
 from mochi_xdit.fork import FORK as MOCHI
 from tests.fake_fork.fork import FORK as FAKE
@@ -249,3 +250,13 @@ def test_short_steps_are_not_told_of_one_by_one():
     assert pace.is_due("decoding", "chunk", 0, 3) and not pace.is_due("decoding", "chunk", 1, 3)
     now += DUE_SECONDS
     assert pace.is_due("decoding", "chunk", 1, 3)
+
+
+def test_a_rank_says_a_warning_once():
+    lines: list[dict] = []
+    report = _Told(lambda line, surely=False: lines.append(line), speaks=True)
+    for _ in range(2):
+        report.warn("it is tight")
+        report.note("it is done")
+    note = {"note": "it is done", "warning": False}
+    assert lines == [{"note": "it is tight", "warning": True}, note, note]

@@ -197,18 +197,19 @@ class Report:
 
     def note(self, text: str) -> None:
         """A line for the user; rank 0 only."""
-        self._say(escape(text))
+        self._say(text, warning=False)
 
     def warn(self, text: str) -> None:
         """A line for the user that begins with "warning:"; rank 0 only, and once: some are told before the work and
         found again where they come true."""
         if text not in self._warned:
             self._warned.add(text)
-            self._say(f"[yellow]warning:[/yellow] {escape(text)}")
+            self._say(text, warning=True)
 
-    def _say(self, markup: str) -> None:
+    def _say(self, text: str, warning: bool) -> None:
         """A screen that has gone, or a log file on a full disk, stops nothing: the line is dropped."""
         if self.console is not None:
+            markup = "[yellow]warning:[/yellow] " * warning + escape(text)
             with suppress(OSError):
                 self.console.print(markup, highlight=False, soft_wrap=True)
 

@@ -222,13 +222,9 @@ class _Told(Report):
         if self.standing is not None and self.standing[2] == self.standing[3] > 0:
             self._at(self.where)
 
-    def note(self, text: str) -> None:
+    def _say(self, text: str, warning: bool) -> None:
         if self._speaks:
-            self._line({"note": text, "warning": False})
-
-    def warn(self, text: str) -> None:
-        if self._speaks:
-            self._line({"note": text, "warning": True})
+            self._line({"note": text, "warning": warning})
 
 
 def _pause(report: _Told, agreed: Agreement) -> None:
