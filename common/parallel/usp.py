@@ -147,13 +147,13 @@ class SequenceParallel:
 
     def _attend_rings(self, q: Tensor, output: Output[T], rings: Sequence[_Ring], spans: Sequence[slice]) -> T:
         done: T | None = None
-        for step in range(self.ring.size):
-            if step:
-                self.pass_turn()
+        for ring, span in zip(rings, spans):
+            ring.attend(q[:, :, span])
+        for hop in range(1, self.ring.size):
+            self.pass_turn()
             for ring, span in zip(rings, spans):
-                if step:
-                    ring.arrive()
-                if step < self.ring.size - 1:
+                ring.arrive()
+                if hop < self.ring.size - 1:
                     ring.attend(q[:, :, span])
                 else:
                     done = output(ring.last(q[:, :, span]), span, done)
