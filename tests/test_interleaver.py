@@ -21,7 +21,7 @@ from cogvideox_xdit.config import CONFIGS as COGVIDEOX
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from common.memory.estimate import FUSED, imagined
 from common.parallel.interleaver import Interleaver
-from common.parallel.mesh import Layout, Mesh, distributed
+from common.parallel.mesh import Layout, distributed
 from common.parallel.usp import SequenceParallel
 from common.registry.layout import turns_ahead
 from common.weights.blocks import BlockLayout, Blocks, Stream, Wait, bind, finish, streamed
@@ -30,6 +30,7 @@ from common.weights.placement import Placement
 from mochi_xdit.config import MochiConfig
 from mochi_xdit.transformer import MochiTransformer
 from mochi_xdit.weights import load_transformer
+from tests.helpers.exchanges import told_exchanges
 from tests.helpers.mochi import write_checkpoint
 from tests.test_overlap import SIZE, Windows, made
 
@@ -173,23 +174,6 @@ def test_threads_see_what_the_caller_has_set():
 # --- Exchanges --------------------------------------------------------------------------------------------------------
 
 
-class Posted(TorchDispatchMode):
-    """Notes the group of every exchange in the order they are posted and waited for."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        super().__init__()
-        axes = {"ring": mesh.ring, "ulysses": mesh.ulysses}
-        self.names = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
-        self.order: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "all_to_all_single" in func.name():
-            self.order.append(self.names[args[3]])
-        elif "wait_tensor" in func.name():
-            self.order.append("wait")
-        return func(*args, **(kwargs or {}))
-
-
 @torch.inference_mode()
 def predicted(kind: str, layout: Layout, groups: int) -> tuple[list[Tensor], list[Tensor], list[str]]:
     """Of two conditions, one after the other and in turn; and the exchanges that were posted for the latter."""
@@ -201,10 +185,10 @@ def predicted(kind: str, layout: Layout, groups: int) -> tuple[list[Tensor], lis
             model, x, cond = made(kind, sp)
             conds = [cond, other_of(kind, model, cond)]
             time = torch.full((1,), 500.0, dtype=torch.float64) if kind == "mochi" else 500.0
-            with Posted(at) as posted:
+            order = []
+            with told_exchanges(at, order.append):
                 found = list(sp.each(partial(model, x, time), conds))
             both.append([sp.gather(one, sp.lengths(72)) for one in found])
-            order = posted.order
         return both[0], both[1], order
 
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.parallel.exchange import exchange
 from common.parallel.mesh import Mesh
-from common.parallel.usp import exchange
 from common.registry.layout import Layout
 from tests.helpers.fake_cuda import fake_cuda
 from tests.helpers.recorder import agree

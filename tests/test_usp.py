@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from common.memory.estimate import imagined
 from common.parallel.attention import attention, attention_with_lse, check_kernel
+from common.parallel.exchange import at_once, by_messages
 from common.parallel.guidance import Guidance
 from common.parallel.mesh import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
 from common.parallel.usp import SequenceParallel
 from common.registry.layout import head_groups, split_evenly
 from common.weights.checkpoint import CheckpointError
-from tests.helpers.counting import Issued, count_attention
+from tests.helpers.counting import count_attention, issuing
 
 SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]
 SPLITS += [(3, 2), (2, 3), (6, 1), (1, 6), (7, 1), (1, 7), (4, 2), (2, 4), (8, 1), (1, 8)]
@@ -101,13 +103,35 @@ def test_head_groups_are_a_partition():
         assert tuple(shares) == split_evenly(heads, ranks)
 
 
+def both_ways(sent: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What rank r of a ring of three gets, by both ways; sent[i][j]: rows from rank i to rank j."""
+    with distributed(Layout(ring=3)) as mesh:
+        own = mesh.ring.rank
+        send = torch.arange(2 * sum(sent[own]), dtype=torch.float64).view(-1, 2) + 100 * own
+        received = [row[own] for row in sent]
+        return [way(send, sent[own], received, mesh.ring)() for way in (at_once, by_messages)]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [[[1, 2, 3], [4, 5, 6], [7, 8, 9]], [[0, 3, 0], [0, 0, 3], [2, 0, 0]], [[0] * 3, [2, 0, 1], [0, 1, 0]]],
+    ids=str,
+)
+def test_both_ways_bring_the_same(run_ranks, sent):
+    for own, (one, other) in enumerate(run_ranks(3, both_ways, sent)):
+        rows = [list(range(100 * i, 100 * i + 2 * sum(row))) for i, row in enumerate(sent)]
+        begin = [sum(row[:own]) for row in sent]
+        wanted = [x for i, row in enumerate(sent) for x in rows[i][2 * begin[i] : 2 * (begin[i] + row[own])]]
+        assert one.flatten().tolist() == other.flatten().tolist() == wanted
+
+
 def order_of_issue(layout: Layout, groups: int) -> str:
     with distributed(layout) as mesh:
         sp = SequenceParallel(mesh, groups=groups)
         q, k, v = (sp.shard(t) for t in qkv(12, 6, torch.float32))
-        with Issued(mesh) as order:
+        with issuing(mesh) as order:
             sp.attention(q, k, v, sp.lengths(12))
-    return " ".join(order.issued)
+    return " ".join(order)
 
 
 def test_one_group_travels_while_another_is_attended_to(run_ranks):

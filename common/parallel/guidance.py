@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
+from common.parallel.exchange import exchange
 from common.parallel.mesh import Axis
-from common.parallel.usp import exchange
 
 POSITIVE, NEGATIVE = 0, 1
 
@@ -50,7 +49,7 @@ class Guidance:
     def _swap(self, own: Tensor) -> Tensor:
         rows = own.numel()
         split = [0, rows] if self.axis.rank == 0 else [rows, 0]
-        return collectives.wait_tensor(exchange(own.reshape(-1), split, split, self.axis)).view_as(own)
+        return exchange(own.reshape(-1), split, split, self.axis)().view_as(own)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

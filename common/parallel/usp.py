@@ -18,11 +18,11 @@ from itertools import groupby
 from typing import TypeVar
 
 import torch
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from common.parallel.attention import attention, attention_with_lse, check_kernel, choose_kernel
-from common.parallel.mesh import Axis, Mesh
+from common.parallel.exchange import Arriving, exchange
+from common.parallel.mesh import Mesh
 from common.registry.layout import head_groups, split_evenly, turns_ahead
 
 A = TypeVar("A")
@@ -33,16 +33,6 @@ Project = Callable[[slice, str], tuple[Tensor, ...]]
 Output = Callable[[Tensor, slice, T | None], T]
 """(out, heads, sum) -> sum + what the output projection makes of `out` (B, n, h, D), the columns of these heads; the
 first time there is no sum yet."""
-
-
-def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-    """All-to-all along dim 0: `sent[i]` rows go to rank i of the axis, `received[i]` rows come from it.
-
-    Returned at once; whoever first reads the result waits for it. The functional form of the
-    collective is what lets a compiled graph hold it.
-    """
-    assert axis.group is not None, "an axis of one rank exchanges nothing"
-    return collectives.all_to_all_single(send.contiguous(), list(received), list(sent), axis.group)
 
 
 class SequenceParallel:
@@ -99,8 +89,8 @@ class SequenceParallel:
             return x
         rows = x.movedim(dim, 0)
         copies = rows.expand(self.size, *rows.shape).flatten(0, 1)
-        full = exchange(copies, [rows.shape[0]] * self.size, lengths, self.axis)
-        return collectives.wait_tensor(full).movedim(0, dim)
+        arriving = exchange(copies, [rows.shape[0]] * self.size, lengths, self.axis)
+        return arriving().movedim(0, dim)
 
     @property
     def each(self) -> Callable[[Callable[[A], R], Iterable[A]], Iterable[R]]:
@@ -181,8 +171,7 @@ class SequenceParallel:
         del project
 
         def arrive(i: int) -> tuple[Tensor, _Ring]:
-            got = collectives.wait_tensor(under_way[i])
-            got = got.view(sum(mine), batch, 3, len(groups[i][self.ulysses.rank]), width)
+            got = under_way.pop(0)().view(sum(mine), batch, 3, len(groups[i][self.ulysses.rank]), width)
             return got[:, :, 0].transpose(0, 1), _Ring(self, got[:, :, 1:], ring)
 
         home, count = [], len(groups)
@@ -207,7 +196,7 @@ class SequenceParallel:
         if self.interleaver is not None:
             self.interleaver.pass_turn()
 
-    def _scatter_heads(self, made: Sequence[Tensor], group: Sequence[range], lengths: Sequence[int]) -> Tensor:
+    def _scatter_heads(self, made: Sequence[Tensor], group: Sequence[range], lengths: Sequence[int]) -> Arriving:
         """Begin to give up other ranks' heads of this rank's tokens for this rank's heads of the Ulysses group's.
 
         made: q, k and v (B, n, h, D) of the group's heads. Token-major on the wire, (n, B, 3, h, D) for each rank, so
@@ -226,17 +215,17 @@ class SequenceParallel:
             at += count
         return exchange(send, [n * len(part) * row for part in group], [m * mine * row for m in lengths], self.ulysses)
 
-    def _return_heads(self, out: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Tensor:
+    def _return_heads(self, out: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Arriving:
         """Begin the reverse of `_scatter_heads` for the output (B, N, h, D)."""
         batch, _, mine, width = out.shape
         n, row = lengths[self.ulysses.rank], batch * width
         sent, received = [m * mine * row for m in lengths], [n * len(part) * row for part in group]
         return exchange(out.transpose(0, 1).reshape(-1), sent, received, self.ulysses)
 
-    def _join_heads(self, arriving: Tensor, group: Sequence[range], shape: tuple[int, int, int]) -> Tensor:
+    def _join_heads(self, arriving: Arriving, group: Sequence[range], shape: tuple[int, int, int]) -> Tensor:
         """A group that comes home, as one tensor (B, n, h, D); shape: its B, n and D."""
         batch, n, width = shape
-        parts = collectives.wait_tensor(arriving).split([n * len(part) * batch * width for part in group])
+        parts = arriving().split([n * len(part) * batch * width for part in group])
         return torch.cat([p.view(n, batch, len(part), width) for p, part in zip(parts, group)], dim=2).transpose(0, 1)
 
 
@@ -262,7 +251,7 @@ class _Ring:
     def arrive(self) -> None:
         """Wait for the next keys and values, and send them on."""
         assert self.following is not None, "all have been here"
-        self.kv = collectives.wait_tensor(self.following)
+        self.kv = self.following()
         self.step += 1
         self.following = self._pass_on()
 
@@ -284,7 +273,7 @@ class _Ring:
                 self.out = _merge(self.out, part, torch.sigmoid(part_lse - self.lse), last)
                 self.lse = None if last else torch.logaddexp(self.lse, part_lse)
 
-    def _pass_on(self) -> Tensor | None:
+    def _pass_on(self) -> Arriving | None:
         """Send what is here to the next rank of the ring while the one before sends its own, unless all have come."""
         size, rank = len(self.lengths), self.sp.ring.rank
         if self.step == size - 1:

@@ -8,39 +8,45 @@ counts.flops, counts.sent, counts.issued
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.memory.estimate import FUSED, Traffic, Workload, imagined
 from common.parallel.mesh import Layout, Mesh
 from common.parallel.usp import SequenceParallel
+from tests.helpers.exchanges import told_exchanges
 
 
-class Issued(Traffic):
-    """Also notes the order: the axis' name for every exchange that is posted, `wait` and `attention`."""
+class Attended(TorchDispatchMode):
+    """Tells of every attention."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        super().__init__(mesh)
-        self.issued: list[str] = []
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell = tell
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "all_to_all_single" in func.name():
-            self.issued.append(self.axes[args[3]][0])
-        elif "wait_tensor" in func.name():
-            self.issued.append("wait")
-        elif "scaled_dot_product" in func.name():
-            self.issued.append("attention")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        if "scaled_dot_product" in func.name():
+            self.tell("attention")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def issuing(mesh: Mesh) -> Iterator[list[str]]:
+    """The order within it: the axis' name for every exchange that is posted, `wait` and `attention`."""
+    issued: list[str] = []
+    with Attended(issued.append), told_exchanges(mesh, issued.append):
+        yield issued
 
 
 @dataclass
 class Counts:
-    """flops: a multiply-add is two. sent: bytes by axis. issued: see `Issued`."""
+    """flops: a multiply-add is two. sent: bytes by axis. issued: see `issuing`."""
 
     flops: int = 0
     sent: Counter[str] = field(default_factory=Counter)
@@ -51,9 +57,13 @@ class Counts:
 def counting(mesh: Mesh) -> Iterator[Counts]:
     """What happens within it is in the counts when it is left."""
     counts = Counts()
-    with FlopCounterMode(display=False, custom_mapping=FUSED) as flops, Issued(mesh) as issued:
+    with (
+        FlopCounterMode(display=False, custom_mapping=FUSED) as flops,
+        Traffic(mesh) as traffic,
+        issuing(mesh) as issued,
+    ):
         yield counts
-    counts.flops, counts.sent, counts.issued = flops.get_total_flops(), issued.sent, issued.issued
+    counts.flops, counts.sent, counts.issued = flops.get_total_flops(), traffic.sent, issued
 
 
 def shorten(work: Workload, depth: int) -> Workload:

@@ -1,0 +1,57 @@
+"""The all-to-all through which ranks hand each other tokens, heads, keys and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+from common.parallel.mesh import Axis
+
+Arriving = Callable[[], Tensor]
+"""An exchange under way: waits for what comes, and gives it. To be called once."""
+
+
+def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Arriving:
+    """All-to-all along dim 0: `sent[i]` rows go to rank i of the axis, `received[i]` rows come from it.
+
+    Posted when this returns. Exchanges of one axis are posted in the same order on all its ranks.
+    """
+    assert axis.group is not None, "an axis of one rank exchanges nothing"
+    way = by_messages if dist.get_backend(axis.group) == "gloo" else at_once
+    return way(send.contiguous(), sent, received, axis)
+
+
+def at_once(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Arriving:
+    """One collective operation: on NCCL one kernel on the group's stream. In this form a compiler knows it."""
+    assert axis.group is not None
+    return partial(collectives.wait_tensor, collectives.all_to_all_single(send, list(received), list(sent), axis.group))
+
+
+def by_messages(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Arriving:
+    """Messages between pairs of ranks, the fastest way of gloo.
+
+    Its all-to-all is begun by a thread of its own, when that gets a core from the one that computes; a message leaves
+    from here, at once. Nothing is sent where there are no rows.
+    """
+    out = send.new_empty(sum(received), *send.shape[1:])
+    there, here = send.split(list(sent)), out.split(list(received))
+    under_way = []
+    for step in range(1, axis.size):
+        before, after = (axis.rank - step) % axis.size, (axis.rank + step) % axis.size
+        if received[before]:
+            under_way.append((dist.irecv(here[before], group=axis.group, group_src=before), here[before]))
+        if sent[after]:
+            under_way.append((dist.isend(there[after], group=axis.group, group_dst=after), there[after]))
+    here[axis.rank].copy_(there[axis.rank])
+
+    def wait() -> Tensor:
+        for work, _ in under_way:  # with its tensor, which has to live until then
+            assert work is not None, "a rank of another group"
+            work.wait()
+        return out
+
+    return wait
