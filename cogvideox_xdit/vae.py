@@ -325,12 +325,14 @@ def _chunks(frames: int, size: int) -> list[int]:
 def encode(encoder: CogVideoXEncoder, video: Tensor, split: TimeSplit | None = None) -> tuple[Tensor, Tensor]:
     """Mean and log variance of a video's latents, each (1, 16, t, h, w), on every rank; no scaling_factor.
 
-    video: (1, 3, T, H, W) in [-1, 1], the same on every rank; T is 1 or more, H and W multiples of 8. The chunks are
-    dealt over the ranks of `split`, which makes this collective. A sample is mean + exp(logvar / 2) * noise.
+    video: (1, 3, T, H, W) in [-1, 1], the same on every rank; T is 1 or more, H and W multiples of 8. The chunks, or
+    parts of their height, are dealt over the ranks of `split`, which makes this collective. A sample is
+    mean + exp(logvar / 2) * noise.
     """
     weight = encoder.conv_out.conv.weight
     with torch.inference_mode():
         video = video.to(weight.device, weight.dtype)
-        moments = encode_moments(encoder, video, encoder.chunks(video.shape[2]), split or TimeSplit())
+        chunks = encoder.chunks(video.shape[2])
+        moments = encode_moments(encoder, video, chunks, split or TimeSplit(), encoder.config.space_compression)
     mean, logvar = moments.chunk(2, dim=1)
     return mean.clone(), logvar.clamp(*LOGVAR_RANGE)

@@ -154,7 +154,7 @@ def test_tails_travel_in_one_buffer_a_layer(run_ranks):
 def moments(ranks: int, lengths: list[int]) -> Tensor:
     mesh = distributed(Layout(ulysses=ranks))
     with torch.no_grad():
-        return encode_moments(net(), latents(sum(lengths)), lengths, TimeSplit(mesh.world))
+        return encode_moments(net(), latents(sum(lengths)), lengths, TimeSplit(mesh.world), 1)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -163,4 +163,6 @@ def test_encoding_over_ranks_is_whole_on_every_rank(run_ranks, ranks, lengths):
     whole = net()(latents(sum(lengths))).detach()
     for ours in run_ranks(ranks, moments, ranks, lengths):
         assert torch.allclose(ours, whole, rtol=0, atol=1e-12)
-    assert torch.allclose(encode_moments(net(), latents(sum(lengths)), lengths, TimeSplit()), whole, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        encode_moments(net(), latents(sum(lengths)), lengths, TimeSplit(), 1), whole, rtol=0, atol=1e-12
+    )

@@ -12,7 +12,7 @@ from common.registry.layout import decode_parts, decode_share, split_evenly
 from common.video.causal import Grid, TimeSplit
 from common.video.decode import DecodePlan, decode_frames, to_uint8
 from common.video.rows import Messages, Rows, doubled, group_norm
-from tests.helpers.decoders import decoded_alone, small_decoder, some_latents
+from tests.helpers.decoders import ENCODERS, decoded_alone, small_decoder, small_encoder, some_latents
 
 Case = tuple[str, int, int, int, int, int]
 """Decoder, latent frames, rows, columns, chunk, parts."""
@@ -76,6 +76,41 @@ def test_fp32_is_at_most_one_grey_level_off(run_ranks):
         model = small_decoder(case[0], torch.float32)
         alone = decoded_alone(model, some_latents(*case[:4], torch.float32), case[4])
         assert (video.int() - to_uint8(alone[0], model.rounding).int()).abs().max() <= 1, case
+
+
+PICTURES = [("cogvideox", 1, 3), ("cogvideox", 9, 4), ("wan 2.1", 1, 7), ("wan 2.1", 5, 3), ("wan 2.2", 1, 2)]
+"""Encoder, frames, rows of latents: one chunk or two, so that most ranks have none of their own."""
+
+
+def some_pixels(name: str, frames: int, rows: int) -> Tensor:
+    side = ENCODERS[name][2]
+    generator = torch.Generator().manual_seed(frames)
+    return torch.rand(1, 3, frames, rows * side, 2 * side, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def encoded(ranks: int) -> list[tuple[tuple[Tensor, ...], list[int]]]:
+    """Of every case the latents, and the heights that this rank's encoder was given."""
+    mesh, results = distributed(Layout(ulysses=ranks)), []
+    for name, frames, rows in PICTURES:
+        model, heights = small_encoder(name), list[int]()
+        model.register_forward_pre_hook(lambda _m, args, heights=heights: heights.append(args[0].shape[3]))
+        with torch.no_grad():
+            found = ENCODERS[name][1](model, some_pixels(name, frames, rows), TimeSplit(mesh.world))
+        results.append((found if isinstance(found, tuple) else (found,), heights))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_rows_of_all_ranks_are_one_full_encode(run_ranks, ranks):
+    by_rank = run_ranks(ranks, encoded, ranks)
+    for i, (name, frames, rows) in enumerate(PICTURES):
+        model, pixels = small_encoder(name), some_pixels(name, frames, rows)
+        with torch.no_grad():
+            alone = ENCODERS[name][1](model, pixels)
+        for found, _ in (results[i] for results in by_rank):
+            for ours, expected in zip(found, alone if isinstance(alone, tuple) else (alone,)):
+                assert (ours - expected).abs().max() <= 1e-10, PICTURES[i]
+        assert max(max(heights, default=0) for _, heights in (results[i] for results in by_rank)) < pixels.shape[3]
 
 
 @pytest.mark.parametrize("ranks, parts", [(1, 1), (4, 1), (4, 2), (4, 4), (6, 2), (6, 3), (8, 8)])

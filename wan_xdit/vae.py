@@ -305,12 +305,13 @@ def _stats(config: VAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
 def encode(encoder: WanEncoder, video: Tensor, split: TimeSplit | None = None) -> Tensor:
     """A video's latents (1, C, t, h, w) in the transformer's space, on every rank: the means, no sample.
 
-    video: (1, 3, T, H, W) in [-1, 1], the same on every rank. The chunks are dealt over the ranks of `split`, which
-    makes this collective. Statistics are taken in fp32 at least.
+    video: (1, 3, T, H, W) in [-1, 1], the same on every rank. The chunks, or parts of their height, are dealt over the
+    ranks of `split`, which makes this collective. Statistics are taken in fp32 at least.
     """
     weight = encoder.conv_out.weight
     video = video.to(weight.device, weight.dtype)
-    moments = encode_moments(encoder, video, encoder.chunks(video.shape[2]), split or TimeSplit())
+    chunks = encoder.chunks(video.shape[2])
+    moments = encode_moments(encoder, video, chunks, split or TimeSplit(), encoder.config.space)
     return normalize(moments.chunk(2, dim=1)[0].to(latent_dtype(weight.dtype)), encoder.config)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.parallel.mesh import Axis
-from common.registry.layout import split_evenly
+from common.registry.layout import decode_parts, split_evenly
 from common.video.rows import Borders, Buffers, Messages, Rows
 
 # Elements of the input of one convolution call. What a call needs beside input and output (the padded copy, the
@@ -325,31 +325,39 @@ def encode_moments(
     video: Tensor,
     lengths: Sequence[int],
     split: TimeSplit,
+    factor: int,
 ) -> Tensor:
     """Encode a video chunk by chunk, chunk k on rank k mod P; the whole result is on every rank.
 
-    encoder: (1, C, t, H, W) and a stream -> (1, C', t', h, w). video: (1, C, T, H, W), the same on every rank.
-    lengths: frames of each chunk. Collective over the axis of `split`.
+    Where ranks would have nothing to do, as for a single picture, the height is shared as well: see `Grid`.
+
+    encoder: (1, C, t, H, W) and a stream -> (1, C', t', H / factor, W / factor). video: (1, C, T, H, W), the same on
+    every rank. lengths: frames of each chunk. Collective over the axis of `split`.
     """
-    axis, link, parts = split.axis, split.link(), spans(lengths)
+    axis, times, height = split.axis, spans(lengths), video.shape[3] // factor
+    grid = Grid(axis, height, decode_parts(lengths, height, axis.size))
+    link, parts = grid.link(), [slice(rows.start * factor, rows.stop * factor) for rows in grid.heights]
+    if len(parts) > 1:
+        grid.messages.meet(video.device)
     mine = {}
-    for k in range(axis.rank, len(parts), axis.size):
-        stream = CausalStream(link, first=k == 0, last=k == len(parts) - 1)
-        mine[k] = encoder(video[:, :, parts[k]], stream)
+    for k, frames in enumerate(times):
+        for i, rows in enumerate(parts):
+            if grid.owner(k, i) == axis.rank:
+                stream = CausalStream(link, first=k == 0, last=k == len(times) - 1, rows=grid.rows(k, i))
+                mine[k, i] = encoder(video[:, :, frames, rows], stream)
     link.close()
-    if axis.group is None:
-        return torch.cat([mine[k] for k in range(len(parts))], dim=2)
-    return _everywhere(mine, len(parts), axis, video)
+    whole = mine if axis.group is None else _everywhere(mine, axis, video)
+    return torch.cat([torch.cat([whole[k, i] for i in range(len(parts))], dim=3) for k in range(len(times))], dim=2)
 
 
-def _everywhere(mine: dict[int, Tensor], count: int, axis: Axis, like: Tensor) -> Tensor:
-    """All chunks on every rank, each broadcast by its owner, who alone knows its shape."""
-    described: list[dict[int, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(axis.size)]
-    dist.all_gather_object(described, {k: (c.shape, c.dtype) for k, c in mine.items()}, group=axis.group)
-    chunks = []
-    for k in range(count):
-        shape, dtype = described[k % axis.size][k]
-        chunk = mine[k].contiguous() if k in mine else torch.empty(shape, dtype=dtype, device=like.device)
-        dist.broadcast(chunk, group=axis.group, group_src=k % axis.size)
-        chunks.append(chunk)
-    return torch.cat(chunks, dim=2)
+def _everywhere(mine: dict[tuple[int, int], Tensor], axis: Axis, like: Tensor) -> dict[tuple[int, int], Tensor]:
+    """All pieces on every rank, each broadcast by its owner, who alone knows its shape."""
+    described: list[dict[tuple[int, int], tuple[torch.Size, torch.dtype]]] = [{} for _ in range(axis.size)]
+    dist.all_gather_object(described, {at: (x.shape, x.dtype) for at, x in mine.items()}, group=axis.group)
+    pieces = {}
+    for at, owner in sorted((at, rank) for rank, its in enumerate(described) for at in its):
+        shape, dtype = described[owner][at]
+        piece = mine[at].contiguous() if at in mine else torch.empty(shape, dtype=dtype, device=like.device)
+        dist.broadcast(piece, group=axis.group, group_src=owner)
+        pieces[at] = piece
+    return pieces

@@ -15,7 +15,7 @@ from common.parallel.mesh import Axis, Mesh
 
 @contextmanager
 def told_exchanges(mesh: Mesh, tell: Callable[[str], None]) -> Iterator[None]:
-    """Within it `tell` hears the axis of each exchange, `ring`, `ulysses` or `sequence`, when it is posted, and `wait`."""
+    """Within it `tell` hears each exchange's axis, `ring`, `ulysses` or `sequence`, as it is posted, and `wait`."""
     axes = {"sequence": mesh.sequence, "ring": mesh.ring, "ulysses": mesh.ulysses}
     names = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
 
