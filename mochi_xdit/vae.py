@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.registry.layout import split_evenly
 from common.video.causal import CausalConv3d, CausalStream, silu
 from common.video.decode import VideoDecoder
 from common.video.rows import Rows, group_norm
@@ -144,7 +143,7 @@ class MochiDecoder(VideoDecoder):
         self.config = config = config or MochiVAEConfig()
         widths, depths, groups = config.decoder_channels[::-1], config.layers[::-1], config.groups
         times, spaces = config.temporal[::-1], config.spatial[::-1]
-        self.time, self.spatial_factor = math.prod(times), math.prod(spaces)
+        self.time_factor, self.spatial_factor = math.prod(times), math.prod(spaces)
         self.blocks = nn.ModuleList(
             [
                 nn.ModuleList(
@@ -166,14 +165,6 @@ class MochiDecoder(VideoDecoder):
         """From the transformer's space (unit variance) to the autoencoder's, (B, 12, t, h, w)."""
         mean, std = _stats(self.config, latents)
         return latents * std + mean
-
-    def chunks(self, latents: int, chunk: int) -> list[int]:
-        """`latents` frames in as few chunks as needed, as even as can be, the longer ones first."""
-        return list(split_evenly(latents, -(-latents // chunk)))
-
-    def num_frames(self, latents: int, first: bool) -> int:
-        """Frames that `latents` latent frames become; the video's first latent is a single frame."""
-        return self.time * latents - (self.time - 1) * first
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
         """z: (B, 12, t, h, w) -> (B, 3, num_frames(t), 8h, 8w) in [-1, 1]. Without a stream, z is the whole video."""

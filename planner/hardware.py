@@ -37,8 +37,6 @@ class Links:
     balanced: bool = False
     """Whether ranks are spread evenly over the sockets, rather than filling the first."""
     gpus_per_node: int = 8
-    turns: float = 1.0
-    """Times its seconds on the link after which an exchange has arrived, though the link is free for the next one."""
     node_gbs: float = 25.0
     """What one machine sends to the others, all its GPUs together."""
 

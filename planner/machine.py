@@ -106,6 +106,5 @@ def with_hiding(known: tuple[Profile, str] | None, device: str) -> tuple[Profile
     if known is None:
         return measured, "steps measured on other CPU cores"
     mine, source = known
-    links = replace(mine.links, turns=measured.links.turns)
     constants = {name: getattr(measured, name) for name in ("exposed", "group_ms", "copying")}
-    return replace(mine, links=links, **constants), source
+    return replace(mine, **constants), source

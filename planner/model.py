@@ -143,7 +143,7 @@ Timed = tuple[Pass, Mapping[str, float]]
 def _waited(passes: Sequence[Timed], layout: Layout, at: Spread, profile: Profile, groups: int) -> dict[str, float]:
     """Seconds by axis that one block of our scheme waits, or one of each of two branches that take turns."""
     if len(passes) == 1:
-        return overlap.waited(_timed(*passes[0], layout, at, profile, groups), profile.exposed, profile.links.turns)
+        return overlap.waited(_timed(*passes[0], layout, at, profile, groups), profile.exposed)
     first, second = (_timed(*one, layout, at, profile, groups) for one in passes)
     ahead = turns_ahead(layout.ring, layout.ulysses, groups)
     # A turn reaches into the next block: what two blocks more bring is that of two blocks.
@@ -151,7 +151,6 @@ def _waited(passes: Sequence[Timed], layout: Layout, at: Spread, profile: Profil
         overlap.waited(
             overlap.interleaved(overlap.repeated(first, n), overlap.repeated(second, n), ahead),
             profile.exposed,
-            profile.links.turns,
         )
         for n in (2, 4)
     )

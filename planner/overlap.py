@@ -188,12 +188,11 @@ def windows(operations: Iterable[Operation]) -> list[Window]:
     return list(found.values())
 
 
-def waited(operations: Iterable[Operation], exposed: float = 0.0, turns: float = 1.0) -> dict[str, float]:
+def waited(operations: Iterable[Operation], exposed: float = 0.0) -> dict[str, float]:
     """Seconds by axis that a rank waits for its exchanges; the operations' own are in seconds.
 
     One exchange is on the link at a time, those posted meanwhile queue up. exposed: share of each exchange that goes
-    under no work. turns: an exchange is there after so many times its seconds, though the link is free for the next one
-    after them.
+    under no work.
     """
     clock = free = 0.0
     seconds: dict[str, float] = {"ulysses": 0.0, "ring": 0.0}
@@ -204,7 +203,7 @@ def waited(operations: Iterable[Operation], exposed: float = 0.0, turns: float =
         elif isinstance(one, Post):
             begin = max(clock, free)
             free = begin + one.amount
-            under_way[one.key] = one.axis, begin + turns * one.amount, turns * one.amount * exposed
+            under_way[one.key] = one.axis, free, one.amount * exposed
         elif isinstance(one, Wait):
             axis, arrival, least = under_way.pop(one.key)
             wait = max(arrival - clock, least)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.registry.layout import split_evenly
 from common.video.causal import CausalConv3d, CausalStream, TimeSplit, encode_moments, silu
 from common.video.decode import VideoDecoder
 from common.video.rows import Rows, doubled
@@ -193,7 +192,7 @@ class WanDecoder(VideoDecoder):
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or VAEConfig()
-        self.spatial_factor, self.time = config.space, config.time
+        self.spatial_factor, self.time_factor = config.space, config.time
         widths = [config.decoder_width * m for m in (config.multiples[-1], *config.multiples[::-1])]
         self.latents = conv(config.latent_channels, config.latent_channels, 1)
         self.conv_in = conv(config.latent_channels, widths[0])
@@ -222,14 +221,6 @@ class WanDecoder(VideoDecoder):
         """From the transformer's space to the autoencoder's, (B, C, t, h, w)."""
         mean, std = _stats(self.config, latents)
         return latents * std + mean
-
-    def chunks(self, latents: int, chunk: int) -> list[int]:
-        """`latents` frames in as few chunks as needed, as even as can be, the longer ones first."""
-        return list(split_evenly(latents, -(-latents // chunk)))
-
-    def num_frames(self, latents: int, first: bool) -> int:
-        """Frames that `latents` latent frames become; the video's first latent is a single frame."""
-        return self.time * latents - (self.time - 1) * first
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
         """z: (B, C, t, h, w) -> (B, 3, num_frames(t), scale h, scale w), in [-1, 1] when clamped."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.parallel.exchange import exchange
 from common.parallel.mesh import Layout, Mesh, distributed
 from common.parallel.self_test import self_test
 from common.run.channel import Channel, handed_down
@@ -122,9 +123,8 @@ def all_to_all(mesh: Mesh, message: int) -> float:
     """GB/s that a rank sends while all exchange equal parts with all."""
     size = mesh.world.size
     part = max(1, message // size)
-    data = torch.zeros(part * size, dtype=torch.uint8, device=mesh.device)
-    box = torch.empty_like(data)
-    seconds = _slowest(_seconds(mesh.device, lambda: dist.all_to_all_single(box, data)), mesh)
+    data, rows = torch.zeros(part * size, dtype=torch.uint8, device=mesh.device), [part] * size
+    seconds = _slowest(_seconds(mesh.device, lambda: exchange(data, rows, rows, mesh.world)()), mesh)
     return part * (size - 1) / seconds / 1e9
 
 

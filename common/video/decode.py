@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.parallel.mesh import Axis
+from common.registry.layout import split_evenly
 from common.system.stopping import Abandoned
 from common.video.causal import CausalStream, Grid, Link, LocalLink, Sent, TimeSplit, spans, wait_for
 from common.video.rows import Rows
@@ -27,12 +28,14 @@ DecodeSize = tuple[int, int, int, int]
 class VideoDecoder(nn.Module):
     """What a model's decoder says about itself. Chunk lengths are in latent frames.
 
-    spatial_factor: pixels to a latent pixel. chunk_choices: chunk lengths to choose from, the longest first; with
-    `chunks_fixed` there is no other, since the result depends on it. compiled_parts: classes of modules without memory
-    of earlier chunks, for `common.model.compile`.
+    spatial_factor: pixels to a latent pixel. time_factor: frames to a latent frame, but for the video's first, which is
+    a single one. chunk_choices: chunk lengths to choose from, the longest first; with `chunks_fixed` there is no other,
+    since the result depends on it. compiled_parts: classes of modules without memory of earlier chunks, for
+    `common.model.compile`.
     """
 
     spatial_factor: int
+    time_factor: int = 1
     chunk_choices: tuple[int, ...]
     compiled_parts: tuple[type[nn.Module], ...] = ()
     chunks_fixed = False
@@ -44,12 +47,15 @@ class VideoDecoder(nn.Module):
         return latents
 
     def chunks(self, latents: int, chunk: int) -> list[int]:
-        """The lengths of the chunks that `latents` frames are decoded in, at most about `chunk` at a time."""
-        raise NotImplementedError
+        """The lengths of the chunks that `latents` frames are decoded in, at most about `chunk` at a time.
+
+        Here: in as few as needed, as even as can be, the longer ones first.
+        """
+        return list(split_evenly(latents, -(-latents // chunk)))
 
     def num_frames(self, latents: int, first: bool) -> int:
         """Frames that a chunk of `latents` becomes; `first` says that the video begins with it."""
-        raise NotImplementedError
+        return self.time_factor * latents - (self.time_factor - 1) * first
 
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
         """(B, C, t, h, w) -> (B, 3, num_frames(t), h * spatial_factor, w * spatial_factor), pixels in [-1, 1]."""

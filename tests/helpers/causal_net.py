@@ -26,9 +26,6 @@ class Net(VideoDecoder):
         whole, rest = divmod(latents, chunk)
         return [chunk] * whole + [rest] * (rest > 0)
 
-    def num_frames(self, latents: int, first: bool) -> int:
-        return latents
-
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
         stream = stream or CausalStream()
         x = z.repeat_interleave(2, 3).repeat_interleave(2, 4)

@@ -17,12 +17,6 @@ class ToyDecoder(VideoDecoder):
         super().__init__()
         self.conv = CausalConv3d(config.channels, 3 * self.spatial_factor**2, (3, 1, 1))
 
-    def chunks(self, latents: int, chunk: int) -> list[int]:
-        return [min(chunk, latents - start) for start in range(0, latents, chunk)]
-
-    def num_frames(self, latents: int, first: bool) -> int:
-        return latents
-
     def forward(self, z: Tensor, stream: CausalStream | None = None) -> Tensor:
         x = self.conv(z, stream or CausalStream())  # (1, 3 * 8 * 8, t, h, w)
         x = x.unflatten(1, (3, self.spatial_factor, self.spatial_factor)).permute(0, 1, 4, 5, 2, 6, 3)
