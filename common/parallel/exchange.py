@@ -42,7 +42,7 @@ def by_messages(send: Tensor, sent: Sequence[int], received: Sequence[int], axis
     under_way = []
     for step in range(1, axis.size):
         before, after = (axis.rank - step) % axis.size, (axis.rank + step) % axis.size
-        if received[before]:
+        if received[before]:  # first, since the leave to send would wait behind what goes the same way
             under_way.append((dist.irecv(here[before], group=axis.group, group_src=before), here[before]))
         if sent[after]:
             under_way.append((dist.isend(there[after], group=axis.group, group_dst=after), there[after]))
