@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from common.memory.estimate import imagined
 from common.parallel.attention import attention, attention_with_lse, check_kernel
-from common.parallel.exchange import at_once, by_messages
+from common.parallel.exchange import at_once, by_messages, exchange
 from common.parallel.guidance import Guidance
 from common.parallel.mesh import Layout, Mesh, all_min, broadcast_object, broadcast_tensors, distributed, on_main
 from common.parallel.usp import SequenceParallel
@@ -123,6 +124,20 @@ def test_both_ways_bring_the_same(run_ranks, sent):
         begin = [sum(row[:own]) for row in sent]
         wanted = [x for i, row in enumerate(sent) for x in rows[i][2 * begin[i] : 2 * (begin[i] + row[own])]]
         assert one.flatten().tolist() == other.flatten().tolist() == wanted
+
+
+def after_an_error() -> list[float]:
+    """What rank 1 - r sent, when exchanges before were posted and never waited for."""
+    with distributed(Layout(ulysses=2)) as mesh:
+        for value in (1.0, 2.0):
+            exchange(torch.full((2,), value), [1, 1], [1, 1], mesh.ulysses)
+        gc.collect()
+        got = exchange(torch.full((2,), 3.0 + mesh.ulysses.rank), [1, 1], [1, 1], mesh.ulysses)()
+    return got.tolist()
+
+
+def test_an_exchange_that_an_error_left_behind_does_not_hold_up_the_next(run_ranks):
+    assert run_ranks(2, after_an_error) == [[3.0, 4.0]] * 2
 
 
 def order_of_issue(layout: Layout, groups: int) -> str:

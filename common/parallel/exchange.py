@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -39,19 +40,36 @@ def by_messages(send: Tensor, sent: Sequence[int], received: Sequence[int], axis
     """
     out = send.new_empty(sum(received), *send.shape[1:])
     there, here = send.split(list(sent)), out.split(list(received))
-    under_way = []
+    messages = Messages(out, axis.under_way)
     for step in range(1, axis.size):
         before, after = (axis.rank - step) % axis.size, (axis.rank + step) % axis.size
         if received[before]:  # first, since the leave to send would wait behind what goes the same way
-            under_way.append((dist.irecv(here[before], group=axis.group, group_src=before), here[before]))
+            messages.add(dist.irecv(here[before], group=axis.group, group_src=before), here[before])
         if sent[after]:
-            under_way.append((dist.isend(there[after], group=axis.group, group_dst=after), there[after]))
+            messages.add(dist.isend(there[after], group=axis.group, group_dst=after), there[after])
     here[axis.rank].copy_(there[axis.rank])
+    return messages
 
-    def wait() -> Tensor:
-        for work, _ in under_way:  # with its tensor, which has to live until then
-            assert work is not None, "a rank of another group"
+
+class Messages:
+    """Messages under way, which bring `out`; an `Arriving`.
+
+    They are kept in `under_way` until they were waited for, also where an error comes in between: gloo forgets a
+    message that nobody holds, but not that the other side has one to match it, and so the next would never arrive.
+    """
+
+    def __init__(self, out: Tensor, under_way: set[Any]) -> None:
+        self.out, self.under_way = out, under_way
+        self.works: list[tuple[dist.Work, Tensor]] = []
+        under_way.add(self)
+
+    def add(self, work: dist.Work | None, tensor: Tensor) -> None:
+        """tensor: what is sent, or where it is received; it has to live until then."""
+        assert work is not None, "a rank of another group"
+        self.works.append((work, tensor))
+
+    def __call__(self) -> Tensor:
+        for work, _ in self.works:
             work.wait()
-        return out
-
-    return wait
+        self.under_way.discard(self)
+        return self.out

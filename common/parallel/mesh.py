@@ -30,12 +30,14 @@ class Axis:
     """One dimension of the mesh as a rank sees it. `group` is None when the axis has a single rank.
 
     edges: the groups that this rank shares with the rank before it alone, and with the rank after it; see `edges`.
+    under_way: messages of exchanges that nobody has waited for yet, see `common.parallel.exchange`.
     """
 
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
     edges: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    under_way: set[Any] = field(default_factory=set, compare=False, repr=False)
 
 
 @dataclass
