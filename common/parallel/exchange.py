@@ -22,7 +22,8 @@ def exchange(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: A
     Posted when this returns. Exchanges of one axis are posted in the same order on all its ranks.
     """
     assert axis.group is not None, "an axis of one rank exchanges nothing"
-    way = by_messages if dist.get_backend(axis.group) == "gloo" else at_once
+    # Of what is only counted, on the meta device, nothing may leave.
+    way = by_messages if send.is_cpu and dist.get_backend(axis.group) == "gloo" else at_once
     return way(send.contiguous(), sent, received, axis)
 
 
