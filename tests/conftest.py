@@ -32,6 +32,14 @@ def no_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """What imports and the files before have left is never garbage: not looked through each time that a stage is
+    dropped. Of each file, since the rehearsal thaws it all."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def run_ranks() -> Iterator[RankPool]:
     pool = RankPool()
@@ -65,11 +73,6 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDIT_API_KEY", raising=False)
     return served
-
-
-def pytest_collection_finish() -> None:
-    """What the imports left is never garbage: not looked through again each time that a stage is dropped."""
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
