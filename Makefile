@@ -38,7 +38,7 @@ demo: setup  ## a video by a small checkpoint; needs no GPU and no weights
 serve: setup  ## the demo models behind HTTP and in the browser
 	$(BIN)/xdit-serve --demo --port $(or $(PORT),8000) $(ARGS)
 
-# By WORKERS processes side by side, each with whole files, in the order of their names; 0: in one, as pytest alone.
+# By WORKERS processes side by side, each with whole files, the longest first; 0: in one, as pytest alone.
 test: setup  ## all tests, a quarter of an hour on 2 cores
 	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 

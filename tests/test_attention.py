@@ -145,12 +145,19 @@ def ring() -> Iterator[Axis]:
     torch._dynamo.reset()
 
 
+# Compiled once with each kernel: which card it is on, only attention sees, between the regions.
 @pytest.mark.parametrize(
-    ("capability", "kernel"),
-    [((8, 0), "flash"), ((8, 6), "flash"), ((8, 9), "flash"), ((9, 0), "cudnn"), ((10, 0), "cudnn")],
+    ("capability", "kernel", "compiled"),
+    [
+        ((8, 0), "flash", False),
+        ((8, 6), "flash", False),
+        ((8, 9), "flash", True),
+        ((9, 0), "cudnn", True),
+        ((10, 0), "cudnn", False),
+    ],
 )
 @pytest.mark.slow
-def test_a_compiled_ring_runs_on_every_card(monkeypatch, ring, capability, kernel):
+def test_a_ring_runs_on_every_card(monkeypatch, ring, capability, kernel, compiled):
     """A block of Mochi's on fake CUDA tensors: regions trace whole, attention is this card's, twice around."""
     ran: list[str] = []
 
@@ -169,7 +176,7 @@ def test_a_compiled_ring_runs_on_every_card(monkeypatch, ring, capability, kerne
         model = on_meta(MochiTransformer, config, sp)
         for name, slot in list(model.state_dict(keep_vars=True).items()):
             assign(model, name, torch.empty(slot.shape, dtype=torch.bfloat16, device=GPU))
-        compile_transformer(model, CompileOptions(compile=True, backend=counter))
+        compile_transformer(model, CompileOptions(compile=compiled, backend=counter))
         # Else dynamo would save and restore a CUDA that this PyTorch may not have.
         with mock.patch.object(torch.cuda, "is_available", lambda: False):
             cond = model.prepare((1, 6, 10), torch.randn(1, 5, config.text_dim, device=GPU))
@@ -177,4 +184,4 @@ def test_a_compiled_ring_runs_on_every_card(monkeypatch, ring, capability, kerne
             model(x, torch.zeros(1, device=GPU), cond)
     assert ran == [f"_cuda_{kernel}"] * 4
     # Four regions of both blocks; keys and values are made apart from queries, alike in both.
-    assert counter.frame_count == 8
+    assert counter.frame_count == (8 if compiled else 0)

@@ -54,13 +54,13 @@ def test_a_checkpoint_is_whole_small_and_says_what_it_is(fork: str) -> None:
 @pytest.mark.slow
 def test_prompts_that_were_held_out_come_true(fork: str) -> None:
     """Of a few all but one in colour and direction; the cards have the figures of a hundred."""
-    make, few = maker(fork), 2 if fork == "cogvideox" else 3  # it takes longest
+    make, few = maker(fork), 1 if fork == "cogvideox" else 3  # as long as the others' three together
     right = {"colour": 0, "direction": 0}
     for seed, (scene, text) in enumerate(dataset(4242, few, 17, test=True)):
         found = read(make(text, seed=seed))
         for name in right:
             right[name] += getattr(found, name) == getattr(scene, name)
-    assert min(right.values()) >= few - 1
+    assert min(right.values()) >= max(1, few - 1)
 
 
 @pytest.mark.slow

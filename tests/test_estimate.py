@@ -78,8 +78,8 @@ def cogvideox_folder(tmp_path_factory) -> Path:
         pytest.param("mochi", "sampling", "stage", (320, 320, 19), marks=pytest.mark.long),
         ("mochi", "sampling", "disk", (320, 320, 61)),
         ("mochi", "decode", "stage", (160, 160, 19)),
-        ("cogvideox", "sampling", "stage", (240, 320, 17)),
-        ("cogvideox", "decode", "stage", (160, 240, 17)),
+        ("cogvideox", "sampling", "stage", (240, 320, 9)),
+        ("cogvideox", "decode", "stage", (160, 240, 9)),
     ],
 )
 @pytest.mark.slow

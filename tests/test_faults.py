@@ -165,7 +165,7 @@ def test_a_full_disk(folder, capsys):
         subprocess.run(["umount", "disk"], check=True)
 
 
-def _silent_group(rank_that_is_deaf: int) -> str:
+def _silent_group(rank_that_is_deaf: int, heard: Path) -> str:
     """What the self-test says when one rank does not take part. It ends the process; here the end is caught."""
     import threading
 
@@ -174,9 +174,9 @@ def _silent_group(rank_that_is_deaf: int) -> str:
     with distributed(Layout(ring=2), "cpu", timeout=4) as mesh:
         told = threading.Event()
         words: list[str] = []
-        selftest.os = type("NoExit", (), {"_exit": staticmethod(lambda status: told.set())})
+        selftest.os = type("NoExit", (), {"_exit": staticmethod(lambda status: (told.set(), heard.touch()))})
         if mesh.world.rank == rank_that_is_deaf:
-            time.sleep(5)
+            assert eventually(heard.exists)
             return ""
         try:
             selftest.self_test(mesh, 0.5, lambda error: words.append(str(error)))
@@ -189,8 +189,9 @@ def _silent_group(rank_that_is_deaf: int) -> str:
 
 
 @pytest.mark.slow
-def test_the_self_test_names_a_group_that_hangs(run_ranks):
-    assert "the world group (2 ranks) did not answer within 0 s" in run_ranks(2, _silent_group, 1)[0]
+def test_the_self_test_names_a_group_that_hangs(run_ranks, tmp_path):
+    told = run_ranks(2, _silent_group, 1, tmp_path / "heard")[0]
+    assert "the world group (2 ranks) did not answer within 0 s" in told
 
 
 def _healthy_groups(cfg: int, ring: int, ulysses: int) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from common.video.files import read_video
+from tests.conftest import Serve
 from tests.helpers.fake_server import ROOT, Served, served
 
 DEMO = ("--demo", "--device", "cpu", "--port", "0")
@@ -66,9 +67,9 @@ def test_a_missing_extra_is_one_line_that_installs_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(
-    tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], said: str
+    tmp_path: Path, serve: Serve, arguments: tuple[str, ...], environment: dict[str, str], said: str
 ) -> None:
-    done = run(*arguments, folder=tmp_path, **environment)
+    done = serve(*arguments, **environment)
     assert done.returncode == 2 and done.stdout == "", done
     assert done.stderr.startswith("error: ") and said in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

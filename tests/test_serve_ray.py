@@ -21,6 +21,7 @@ import pytest
 from common.video.files import read_video
 from common.video.formats import write_frames
 from mochi_xdit.fork import FORK
+from tests.conftest import Serve
 from tests.helpers.clusters import needs_ray, one_node
 from tests.helpers.fake_server import Served, served
 from tests.helpers.programs import frames_of, read
@@ -117,10 +118,10 @@ def steps_told(server: Served, job: str) -> list[int]:
         ("nowhere.invalid:6379", "no Ray cluster at nowhere.invalid:6379: "),
     ],
 )
-def test_an_address_without_a_cluster_is_told_at_once(tmp_path: Path, address: str, said: str) -> None:
+def test_an_address_without_a_cluster_is_told_at_once(serve: Serve, address: str, said: str) -> None:
     needs_ray()
-    refused(run(*SERVE, "--gpus", "2", "--ray-address", address, folder=tmp_path), said)
-    refused(run(*SERVE, "--gpus", "2", "--ray-address", "auto", folder=tmp_path, RAY_ADDRESS=address), said)
+    refused(serve(*SERVE, "--gpus", "2", "--ray-address", address), said)
+    refused(serve(*SERVE, "--gpus", "2", "--ray-address", "auto", RAY_ADDRESS=address), said)
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path) -> None:

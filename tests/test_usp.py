@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
-import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +21,7 @@ from common.parallel.usp import SequenceParallel
 from common.registry.layout import head_groups, split_evenly
 from common.weights.checkpoint import CheckpointError
 from tests.helpers.counting import count_attention, issuing
+from tests.test_launch import eventually
 
 SPLITS = [(1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5)]
 SPLITS += [(3, 2), (2, 3), (6, 1), (1, 6), (7, 1), (1, 7), (4, 2), (2, 4), (8, 1), (1, 8)]
@@ -335,22 +336,19 @@ def test_an_error_that_cannot_travel_keeps_its_nearest_kind_and_its_message(run_
     assert [made for made, *_ in others] == [(OSError, "a: is missing")] * 2
 
 
-def lonely_exchange() -> float:
-    """Rank 1 does not come; rank 0's seconds until it gives up."""
+def lonely_exchange(gave_up: Path) -> bool:
+    """Rank 1 does not come until rank 0 has given up; whether that was so."""
     sp = SequenceParallel(distributed(Layout(ulysses=2), timeout=2))
-    start = time.perf_counter()
     if sp.rank == 0:
         with pytest.raises(RuntimeError):
             sp.gather(torch.ones(1, 1), (1, 1), dim=0)
-    else:
-        time.sleep(8)
-    return time.perf_counter() - start
+        gave_up.touch()
+    return eventually(gave_up.exists)
 
 
 @pytest.mark.slow
-def test_the_timeout_holds_on_every_axis(run_ranks):
-    alone, away = run_ranks(2, lonely_exchange)
-    assert alone < away
+def test_the_timeout_holds_on_every_axis(run_ranks, tmp_path):
+    assert run_ranks(2, lonely_exchange, tmp_path / "gave up") == [True, True]
 
 
 def test_layout_that_does_not_fit_is_refused():

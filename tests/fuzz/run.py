@@ -41,7 +41,7 @@ class Outcome:
 
 def prepare() -> None:
     """Import once what every forked case would import."""
-    for name in (*PROGRAMS, "torch", "transformers", "common.run.dry_run"):
+    for name in (*PROGRAMS, "torch", "transformers.models.t5.modeling_t5", "common.run.dry_run"):
         importlib.import_module(name)
     for name in ("mochi_xdit.pipeline", "cogvideox_xdit.pipeline", "consisid_xdit.pipeline"):
         importlib.import_module(name)

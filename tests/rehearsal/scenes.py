@@ -39,7 +39,7 @@ COVER = (
     Scene("cogvideox-1.5-i2v", attention="flash3", output="latent", layers=2),
     Scene("cogvideox-1.5", Layout(ring=2), attention="sdpa", groups=2, output="latent", layers=2),
     Scene("mochi", Layout(ring=2), (8, 9), "flash2", "fp8", compiled=True, output="latent", layers=2),
-    Scene("wan-i2v-14b", Layout(cfg=2), offload="block", output="latent", layers=STREAMED),
+    Scene("wan-i2v-14b", Layout(cfg=2), offload="block", output="latent", layers=STREAMED, latents=5),
     Scene("wan-ti2v-5b", Layout(ulysses=2), dtype="fp8", layers=2, latents=9),
     Scene("wan-a14b", Layout(ring=2), compiled=True, output="latent", layers=2),
     Scene("mochi", Layout(1, 2, 2), offload="block", shard=True, turns=True, output="latent", layers=STREAMED),
