@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.model.compile import compile_transformer
 from common.parallel.mesh import Layout, distributed
 from common.parallel.usp import SequenceParallel
+from common.registry.settings import CompileOptions
 from common.run.quantize import TransformerFiles
 from common.weights.load import CheckpointError, Concat, Rename, Swap, load, on_meta, open_checkpoint, save
 from common.weights.placement import check_model
@@ -277,6 +279,13 @@ def test_pack_orders_rows_columns_channels() -> None:
     assert tokens.shape == (2, 2 * 2 * 3, 12)
     assert torch.equal(tokens[1, 1 * 6 + 1 * 3 + 2].view(2, 2, 3), z[1, :, 1, 2:4, 4:6].permute(1, 2, 0))
     assert torch.equal(unpack(tokens, (2, 4, 6)), z)
+
+
+def test_the_regions_of_a_block_are_whole_graphs(folder: Path) -> None:
+    model, given = load_transformer(folder), inputs((1, 6, 10))
+    want = actual(model, given)
+    compile_transformer(model, CompileOptions(compile=True, backend="eager"))
+    torch.testing.assert_close(actual(model, given), want, atol=1e-12, rtol=0)
 
 
 def test_bad_input_is_named(folder: Path) -> None:

@@ -25,7 +25,6 @@ from torch import nn
 
 from common.registry.settings import CompileOptions
 from common.video.decode import VideoDecoder
-from common.video.rows import leave_exchanges_as_they_are
 from common.weights.blocks import Blocks
 
 _GRAPHS = 16
@@ -51,7 +50,6 @@ def compile_decoder(decoder: VideoDecoder, options: CompileOptions) -> None:
     limit the rest runs as it is.
     """
     if options.compile_vae:
-        leave_exchanges_as_they_are()
         arguments = _arguments(replace(options, compile_fullgraph=False))
         for part in decoder.modules():
             if isinstance(part, decoder.compiled_parts):

@@ -32,7 +32,7 @@ Generate: TypeAlias = "Callable[[Request, Mesh, Report], None]"
 Leave: TypeAlias = "Callable[[bool], str]"
 """Called with whether all is done; returns what of an unfinished run is kept, as the end of an error line."""
 SELF_TEST_SECONDS = 60.0
-SIGNAL_SECONDS = 0.5
+SIGNAL_SECONDS = 1.0
 
 
 def run(

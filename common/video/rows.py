@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, which would import the compiler here
 from torch.nn import functional as F
 
 from common.parallel.mesh import Axis
@@ -148,6 +148,7 @@ class Rows:
         above = arriving.pop(0) if self.part > 0 else None
         return Borders(above, arriving.pop(0) if arriving else None, tuple(works))
 
+    @_disable_dynamo  # compiled parts leave the exchanges as they are
     def everyone(self, x: Tensor, dim: int) -> list[Tensor]:
         """What every part has for x, from top to bottom; along `dim` their sizes are as their rows."""
         x, dim = x.contiguous(), dim % x.ndim
@@ -161,6 +162,7 @@ class Rows:
             work.wait()
         return boxes
 
+    @_disable_dynamo
     def merge(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance over all parts from those over this one, each (N, G), fp32 or fp64."""
         own = torch.stack((mean, variance))
@@ -181,14 +183,6 @@ class Rows:
         """Of each part of the height, (parts, 1, 1); made on the device, since a copy would make the host wait."""
         total = sum(self.lengths)
         return torch.cat([like.new_full((1, 1, 1), length / total) for length in self.lengths])
-
-
-@cache
-def leave_exchanges_as_they_are() -> None:
-    """For compiled parts, before the first is compiled. Decorators would bring torch's compiler, which takes a third of
-    the time that importing a pipeline takes, to every process."""
-    for name in ("everyone", "merge"):
-        setattr(Rows, name, torch.compiler.disable(getattr(Rows, name)))
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, rows: Rows) -> Tensor:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from common.registry.forks import forks
 
 JOB_SECONDS = 120
-LARGE = ("transformers.models.t5.modeling_t5", "diffusers")
+LARGE = ("transformers.models.t5.modeling_t5", "diffusers", "torch._dynamo")
 
 
 def _worker(pipe: Connection) -> None:
