@@ -131,10 +131,13 @@ def test_few_steps_of_the_fast_model_have_the_usual_schedule():
 
 # --- Any layout, the same video ---------------------------------------------------------------------------------------
 
-# The transformer alone is compared on more layouts; here what lies around it.
 LAYOUTS = [
     Layout(cfg=2),
+    Layout(ring=3),
+    Layout(ring=2, ulysses=2),
+    Layout(cfg=2, ulysses=2),
     Layout(ulysses=5),
+    Layout(cfg=2, ring=3),
     Layout(ring=3, ulysses=2),
     Layout(cfg=2, ring=2, ulysses=2),
     Layout(ring=8),

@@ -41,28 +41,28 @@ def by_messages(send: Tensor, sent: Sequence[int], received: Sequence[int], axis
     """
     out = send.new_empty(sum(received), *send.shape[1:])
     there, here = send.split(list(sent)), out.split(list(received))
-    messages = Messages(out, axis.under_way)
+    arriving = UnderWay(out, axis.under_way)
     for step in range(1, axis.size):
         before, after = (axis.rank - step) % axis.size, (axis.rank + step) % axis.size
         if received[before]:  # first, since the leave to send would wait behind what goes the same way
-            messages.add(dist.irecv(here[before], group=axis.group, group_src=before), here[before])
+            arriving.add(dist.irecv(here[before], group=axis.group, group_src=before), here[before])
         if sent[after]:
-            messages.add(dist.isend(there[after], group=axis.group, group_dst=after), there[after])
+            arriving.add(dist.isend(there[after], group=axis.group, group_dst=after), there[after])
     here[axis.rank].copy_(there[axis.rank])
-    return messages
+    return arriving
 
 
-class Messages:
-    """Messages under way, which bring `out`; an `Arriving`.
+class UnderWay:
+    """Messages that bring `out`; an `Arriving`.
 
-    They are kept in `under_way` until they were waited for, also where an error comes in between: gloo forgets a
+    They are kept with the axis until they were waited for, also where an error comes in between: gloo forgets a
     message that nobody holds, but not that the other side has one to match it, and so the next would never arrive.
     """
 
-    def __init__(self, out: Tensor, under_way: set[Any]) -> None:
-        self.out, self.under_way = out, under_way
+    def __init__(self, out: Tensor, kept: set[Any]) -> None:
+        self.out, self.kept = out, kept
         self.works: list[tuple[dist.Work, Tensor]] = []
-        under_way.add(self)
+        kept.add(self)
 
     def add(self, work: dist.Work | None, tensor: Tensor) -> None:
         """tensor: what is sent, or where it is received; it has to live until then."""
@@ -72,5 +72,5 @@ class Messages:
     def __call__(self) -> Tensor:
         for work, _ in self.works:
             work.wait()
-        self.under_way.discard(self)
+        self.kept.discard(self)
         return self.out
