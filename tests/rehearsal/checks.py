@@ -10,8 +10,7 @@ from torch import Tensor
 
 from common.registry.layout import turns_ahead
 from tests.helpers.recorder import MESSAGES, Batch, Collective, agree
-from tests.rehearsal.models import transformers_of
-from tests.rehearsal.scene import Ran, Scene
+from tests.rehearsal.scene import STEPS, Ran, Scene
 from tests.rehearsal.trace import COMPUTE, Moment
 from tests.rehearsal.traffic import ATTENTION, MULTIPLIES
 
@@ -93,6 +92,7 @@ def check_attention(scene: Scene, ran: Ran) -> None:
 def check_overlap(scene: Scene, ran: Ran) -> None:
     """What is said to travel behind work has work between where it is posted and where somebody waits for it."""
     moments = [moment for moment in ran.trace.timeline if moment.step.startswith(SAMPLING)]
+    steps = len({moment.step for moment in moments})
     if scene.layout.ring > 1:
         passed = [m for m in moments if m.what == "post" and _is_pass(m.subject, ran.axes["ring"])]
         hidden = [m for m in passed if _between(moments, m) & ATTENTION]
@@ -102,9 +102,9 @@ def check_overlap(scene: Scene, ran: Ran) -> None:
         hidden = [m for m in posted if _between(moments, m) & MULTIPLIES]
         # With a lead one branch begins each step alone, and the other ends it alone.
         lead = turns_ahead(scene.layout.ring, scene.layout.ulysses, scene.groups) if scene.turns else 0
-        steps = len({moment.step for moment in moments})
         assert len(hidden) >= len(posted) - 2 * lead * steps > 0, f"{len(hidden)} of {len(posted)} exchanges are hidden"
-    alone = transformers_of(scene.model)  # the first block of each has nothing before it
+    # The first block has nothing before it; where two experts sample, the first step of each is called the first.
+    alone = STEPS // steps
     if scene.shard and scene.layout.ranks > 1:
         gathers = [m for m in moments if m.what == "post" and m.subject.op == "_allgather_base_"]
         hidden = [m for m in gathers if _between(moments, m) & MULTIPLIES]

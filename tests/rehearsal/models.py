@@ -95,11 +95,6 @@ class Model:
         return torch.empty(1, sp.lengths(self.video_tokens)[sp.rank], self.patch, device=sp.device)
 
 
-def transformers_of(model: str) -> int:
-    """How many a model of `MODELS` has: of Wan's A14B one expert after the other."""
-    return 2 if model.endswith("a14b") else 1
-
-
 def _mochi(size: Size) -> Model:
     config = MochiConfig()
     return Model(
