@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from common.run.children import free_port
+from common.system.stopping import Stopped, stoppable
 from mochi_xdit.fork import FORK
 from tests.helpers import programs
 from tests.soak.signals import GRACE_SECONDS, LONGEST_SECONDS, ROOT, Moment, _files, try_moment
@@ -33,6 +34,17 @@ from tests.soak.signals import GRACE_SECONDS, LONGEST_SECONDS, ROOT, Moment, _fi
 )
 def test_a_signal_leaves_nothing_behind(tmp_path: Path, moment: Moment) -> None:
     assert try_moment(moment, tmp_path)[1] == []
+
+
+def test_a_signal_waits_for_an_import_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's C++ part ends the process when what it imports raises."""
+    (tmp_path / "cut_short.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGHUP)\nwhole = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Stopped), stoppable() as signals:
+        import cut_short
+
+        time.sleep(10)
+    assert cut_short.whole and signals.number == signal.SIGHUP
 
 
 def test_what_is_left_behind_is_seen(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class _Failed(Exception):
 def _told(channel: Channel, report: Report, leave: Leave, signals: Asked) -> Iterator[None]:
     """Tell the user of an exception once. With peers, leave at once: they would wait in a collective for us.
 
-    signals: a signal that came; an exception is then only what a library made of it, as imports do.
+    signals: a signal that came; an exception is then only what a library made of it.
     WrongUse is status 2.
     """
     try:

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
 
 GRACE_SECONDS = 2.0
 """For the main thread to end by itself after a signal, before another ends the process."""
 AGAIN_SECONDS = 0.05
-"""After which a signal whose exception nobody got is sent again."""
+"""After which a signal whose exception nobody got, or that came in an import, is sent again."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -49,50 +49,63 @@ def stoppable(once: bool = False) -> Iterator[Asked]:
     The value tells afterwards that it was so, whatever error a library has made of the exception.
 
     A signal that was ignored when the program began stays ignored: that is how `nohup`, and a shell's `&` in a script,
-    ask for a run that outlives its terminal. once: what comes after the first signal changes nothing.
+    ask for a run that outlives its terminal. One that comes in an import waits for its end: torch's C++ part ends the
+    process when what it imports raises. once: what comes after the first signal changes nothing.
     """
     signals = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         if once and signals.number is not None:
             return
+        if _in_import(frame):
+            return again(number)
         signals.number = number
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS if not is_ignored(number)}
-    try:
-        with _sent_again(signals):
+    with _sent_again(signals) as again:
+        before = {number: signal.signal(number, stop) for number in SIGNALS if not is_ignored(number)}
+        try:
             yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _in_import(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
-def _sent_again(signals: Asked) -> Iterator[None]:
-    """A signal that came in a finalizer or in a weak reference's callback, as each import runs one, is not lost.
+def _sent_again(signals: Asked) -> Iterator[Callable[[int], None]]:
+    """The value sends a signal once more, soon.
 
-    Python prints an exception that is raised there and goes on.
+    One that came in a finalizer or in a weak reference's callback is not lost either: Python prints an exception that
+    is raised there and goes on.
     """
     left = threading.Event()
     told = sys.unraisablehook
 
-    def again(number: int) -> None:
+    def send(number: int) -> None:
         if not left.wait(AGAIN_SECONDS):
             os.kill(os.getpid(), number)
+
+    def again(number: int) -> None:
+        threading.Thread(target=send, args=(number,), daemon=True).start()
 
     def hear(ignored: sys.UnraisableHookArgs) -> None:
         if not isinstance(ignored.exc_value, Stopped):
             return told(ignored)
         signals.number = None
-        threading.Thread(target=again, args=(ignored.exc_value.number,), daemon=True).start()
+        again(ignored.exc_value.number)
 
     sys.unraisablehook = hear
     try:
-        yield
+        yield again
     finally:
         left.set()
         sys.unraisablehook = told
