@@ -23,6 +23,7 @@ from common.system.environment import Process, open_standard_streams, this_proce
 from common.system.failure import describe
 from common.system.files import claimed, discard_stdout, lenient_streams, say, shown
 from common.system.host import ensure_temporary_folder
+from common.system.stopping import Stopped, stoppable
 
 CHILD = Path(__file__).with_name("child.py")
 
@@ -50,7 +51,11 @@ def run(fork: Fork, generate: rank.Generate, arguments: Sequence[str] | None = N
         request.output.parent.mkdir(exist_ok=True)  # missing only when it is our own default
     if process.rank:
         return rank.run(fork, generate, request, process, arguments)
-    return _run(fork, generate, request, process, arguments, started)
+    try:
+        with stoppable():  # from before there is anything to remove
+            return _run(fork, generate, request, process, arguments, started)
+    except Stopped as stopped:
+        return stopped.status
 
 
 def _run(
