@@ -266,10 +266,32 @@ def write(fit: Fit, observations: Sequence[Observation], found: Sequence[Errors]
 
 def report(found: Sequence[Errors], fit: Fit) -> dict[str, Any]:
     """Everything docs/performance.md shows of a calibration, as plain data."""
+    return {
+        "constants": {f"{name}[{whose}]": _short(value) for (name, whose), value in fit.theta.items()},
+        "groups": _by_group(found),
+        "ordering": _ordering(found),
+        "rows": [
+            {
+                "id": e.row.id,
+                "layout": str(e.row.layout),
+                "published": e.row.seconds,
+                "kind": e.row.kind,
+                "fitted": e.fitted,
+                "left_out": e.left_out,
+                "twins_out": e.twins_out,
+                "from_1_and_2": e.extrapolated,
+            }
+            for e in found
+        ],
+        "excluded": excluded(),
+    }
+
+
+def _by_group(found: Sequence[Errors]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str], list[Errors]] = {}
     for error in found:
         groups.setdefault((error.row.group, error.row.model.name, error.row.gpu), []).append(error)
-    by_group = [
+    return [
         {
             "group": group,
             "model": model,
@@ -282,6 +304,9 @@ def report(found: Sequence[Errors], fit: Fit) -> dict[str, Any]:
         }
         for (group, model, gpu), table in groups.items()
     ]
+
+
+def _ordering(found: Sequence[Errors]) -> dict[str, dict[str, Any]]:
     ways: dict[str, Callable[[Errors], float | None]] = {
         "fitted": lambda e: e.fitted,
         "left_out": lambda e: e.left_out if e.left_out is not None else e.fitted,
@@ -302,25 +327,7 @@ def report(found: Sequence[Errors], fit: Fit) -> dict[str, Any]:
             "mean_loss": mean([c.planner_loss for c in picked]),
             "mean_loss_by_rule": mean([c.rule_loss for c in picked]),
         }
-    return {
-        "constants": {f"{name}[{whose}]": _short(value) for (name, whose), value in fit.theta.items()},
-        "groups": by_group,
-        "ordering": ordering,
-        "rows": [
-            {
-                "id": e.row.id,
-                "layout": str(e.row.layout),
-                "published": e.row.seconds,
-                "kind": e.row.kind,
-                "fitted": e.fitted,
-                "left_out": e.left_out,
-                "twins_out": e.twins_out,
-                "from_1_and_2": e.extrapolated,
-            }
-            for e in found
-        ],
-        "excluded": excluded(),
-    }
+    return ordering
 
 
 def show(result: dict[str, Any]) -> None:

@@ -305,7 +305,7 @@ def wrong(options: argparse.Namespace) -> list[str]:
     return found
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = door.Parser(__doc__)
     parser.add_argument("--model", type=forks.named, default=model_names()[0], help=", ".join(model_names()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -329,7 +329,11 @@ def main() -> None:
     if problems := wrong(options):
         parser.error("\n".join(problems))
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    return options
 
+
+def main() -> None:
+    options = _arguments()
     if options.count:
         for line in count(options):
             print("  ".join(f"{key} {value}" for key, value in line.items()))

@@ -287,40 +287,51 @@ def key_of(job: Job) -> dict[str, Any]:
     }
 
 
-def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
-    """The jobs that a command asks for. ValueError says what is wrong with it."""
-    table = table_rows(options["table"]) if options["table"] else []
-    model = get_model(options["model"] or (table[0].model.name if table else model_names()[0]))
+def _machine(options: dict[str, Any]) -> tuple[str, int]:
+    """Device and number of GPUs, or of the CPU's processes."""
     visible = environment.visible_gpus()
     device = options["device"] if options["device"] != "auto" else ("cuda" if visible else "cpu")
     if device == "cuda" and not visible:
         raise ValueError("--device cuda: no GPU is visible; use --device cpu")
     gpus = options["gpus"] or (visible if device == "cuda" else 2)
+    if device == "cuda" and gpus > visible:
+        raise ValueError(f"--gpus {gpus}: {visible} GPUs are visible")
+    return device, gpus
+
+
+def _peers(names: str, base: Job, model: Model, layouts: list[Layout]) -> list[Job]:
+    jobs: list[Job] = []
+    for name in filter(None, names.split(",")):
+        if name not in PROGRAMS[1:]:
+            raise ValueError(f"--peers {name} is unknown; choose of {', '.join(PROGRAMS[1:])}")
+        jobs += _xfuser(base, model, layouts) if name == "xfuser" else [replace(base, program=name)]
+    return jobs
+
+
+def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
+    """The jobs that a command asks for. ValueError says what is wrong with it."""
+    table = table_rows(options["table"]) if options["table"] else []
+    model = get_model(options["model"] or (table[0].model.name if table else model_names()[0]))
+    device, gpus = _machine(options)
     demo = options["demo"] or (device == "cpu" and options["model_dir"] is None)
     if table and demo and not options["demo"]:
         raise ValueError(
             f"--table {options['table']} was published for GPUs, and without a GPU or weights nothing would be "
             "comparable; name weights with --model-dir, or say --demo to try the harness"
         )
-    if device == "cuda" and gpus > visible:
-        raise ValueError(f"--gpus {gpus}: {visible} GPUs are visible")
     size = _size(options, model, table, demo)
-    if problems := replace(model.rules, sizes=() if demo else model.rules.sizes).problems(
-        size.width, size.height, size.num_frames
-    ):
+    rules = replace(model.rules, sizes=() if demo else model.rules.sizes)
+    if problems := rules.problems(size.width, size.height, size.num_frames):
         raise ValueError("\n".join(problems))
-    if table:
-        layouts = list(dict.fromkeys(r.layout for r in table if r.model == model and r.layout.ranks <= gpus))
-        if not layouts:
-            raise ValueError(f"--table {options['table']}: no layout of {model.name} has {gpus} GPUs or fewer")
-    else:
-        layouts = parse_layouts(options["layouts"], model, size, gpus)
+    layouts = [r.layout for r in table if r.model == model and r.layout.ranks <= gpus]
+    if table and not layouts:
+        raise ValueError(f"--table {options['table']}: no layout of {model.name} has {gpus} GPUs or fewer")
+    layouts = list(dict.fromkeys(layouts)) or parse_layouts(options["layouts"], model, size, gpus)
     if problems := kernel_problems(options["attention"], device, options["dtype"] or "bf16"):
         raise ValueError("\n".join(problems))
-    folder = demo_folder(model) if demo else options["model_dir"] or _hollow(model)
     base = Job(
         model=model.name,
-        model_dir=folder,
+        model_dir=demo_folder(model) if demo else options["model_dir"] or _hollow(model),
         hollow=not demo and options["model_dir"] is None,
         demo=demo,
         layout=Layout(),
@@ -332,13 +343,7 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
         warmup_steps=options["warmup_steps"],
         output=Path(),
     )
-    peers = [name for name in options["peers"].split(",") if name]
-    unknown = [name for name in peers if name not in PROGRAMS[1:]]
-    if unknown:
-        raise ValueError(f"--peers {unknown[0]} is unknown; choose of {', '.join(PROGRAMS[1:])}")
-    jobs = [replace(base, layout=d) for d in layouts]
-    for name in peers:
-        jobs += _xfuser(base, model, layouts) if name == "xfuser" else [replace(base, program=name)]
+    jobs = [replace(base, layout=d) for d in layouts] + _peers(options["peers"], base, model, layouts)
     if options["output"] is not None and options["output"].suffix != ".json":
         raise ValueError(f"--output {options['output']} must end in .json; a csv is written beside it")
     path = options["output"] or RESULTS / f"{model.name}{'-demo' if demo else ''}-{device}.json"

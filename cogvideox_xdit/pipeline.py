@@ -19,11 +19,11 @@ from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
 from common.registry.checks import FITS
 from common.registry.settings import DecodeOptions, either
-from common.run.pipeline import Pipeline
+from common.run.pipeline import Pipeline, check_output
 from common.run.quantize import TransformerFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Clip, Picture, image_frames, pixels, video_frames
-from common.video.latents import check_latents, save_latents
+from common.video.latents import check_latents
 from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 
@@ -118,11 +118,7 @@ class CogVideoXPipeline(Pipeline):
         known = None if frames is None else self.encode_frames(frames, generator)
         start = self.start(run, known, latents, generator)
         final = self._sample(start, text, run, keeper)[:, :, run.padding :]
-        if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "cogvideox", "prompt": prompt, "seed": seed}, self.report.warn)
-        if output == "latent":
-            return final
-        return self.decode(final, decode)
+        return self.finished(final, output, latents_file, decode, model="cogvideox", prompt=prompt, seed=seed)
 
     def generation(
         self,
@@ -173,8 +169,7 @@ class CogVideoXPipeline(Pipeline):
 
     def check(self, run: Generation, latents: Tensor | None, output: str, from_video: bool = False) -> None:
         """Raise ValueError for an unknown output, and for latents that do not fit or stand beside a video."""
-        if output not in ("frames", "latent"):
-            raise ValueError(f"output is {output!r}; choose frames or latent")
+        check_output(output)
         if latents is not None:
             if from_video:
                 raise ValueError("latents and video exclude each other: sampling starts from one of them")

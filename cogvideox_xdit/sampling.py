@@ -151,8 +151,8 @@ def workload(
     else:
         config, vae = source.config, VAEConfig()
     decoded = (size.num_frames - 1) // vae.time_compression + 1
-    frames = decoded + -decoded % config.patch[0]
-    grid = (frames, size.height // vae.space_compression, size.width // vae.space_compression)
+    space = (size.height // vae.space_compression, size.width // vae.space_compression)
+    grid = (decoded + -decoded % config.patch[0], *space)
     sp, guidance, scale = SequenceParallel(mesh), Guidance(mesh.cfg), 2.0 if size.guided else 1.0
 
     def step(model: CogVideoXTransformer) -> Tensor:
@@ -160,10 +160,8 @@ def workload(
             return torch.empty(1, channels, *grid, dtype=latent_dtype(dtype), device="meta")
 
         image = empty(config.image_channels) if config.image_channels else None
-        conds = {}
-        for b in guidance.branches(scale):
-            text = torch.empty(1, config.text_length, config.text_dim, device="meta")
-            conds[b] = prepare(model, text, grid, image)
+        text = torch.empty(1, config.text_length, config.text_dim, device="meta")
+        conds = {b: prepare(model, text, grid, image) for b in guidance.branches(scale)}
         start = Start(empty(config.out_channels), image, torch.Generator())
         return sample(model, start, conds, OneStep(), [scale], guidance, Report())
 
@@ -172,7 +170,7 @@ def workload(
         on_meta(build, config, sp),
         step,
         on_meta(CogVideoXDecoder, vae),
-        (config.out_channels, decoded, *grid[1:]),
+        (config.out_channels, decoded, *space),
         (size.num_frames, size.height, size.width),
         (text_work(config.text_length, find),),
     )

@@ -20,7 +20,6 @@ from common.parallel.mesh import on_main
 from common.registry.settings import DecodeOptions, either
 from common.run.quantize import TransformerFiles
 from common.video.inputs import Picture, image_frames
-from common.video.latents import save_latents
 from common.video.pictures import as_rgb, read_image
 from common.video.states import StateKeeper
 from common.weights.load import find_files, on_meta, open_checkpoint
@@ -81,9 +80,7 @@ class ConsisIDPipeline(CogVideoXPipeline):
         known = [self.encode_frames(frames, generator) for frames in self._pictures(identity, run)]
         start = self.start(run, torch.cat(known, dim=2), latents, generator)
         final = self._sample_person(identity, start, text, run, keeper)[:, :, run.padding :]
-        if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "consisid", "prompt": prompt, "seed": seed}, self.report.warn)
-        return final if output == "latent" else self.decode(final, decode)
+        return self.finished(final, output, latents_file, decode, model="consisid", prompt=prompt, seed=seed)
 
     @torch.inference_mode()
     def identify(self, image: Picture | None = None, file: str | Path | None = None) -> IdentityFeatures:

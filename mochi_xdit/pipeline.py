@@ -11,9 +11,9 @@ from torch import Tensor
 
 from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.registry.settings import DecodeOptions, either
-from common.run.pipeline import Pipeline
+from common.run.pipeline import Pipeline, check_output
 from common.run.quantize import TransformerFiles
-from common.video.latents import check_latents, draw_noise, save_latents
+from common.video.latents import check_latents, draw_noise
 from common.video.states import StateKeeper
 from common.weights.load import load, on_meta
 from mochi_xdit.config import MochiRules, official_rules
@@ -85,8 +85,7 @@ class MochiPipeline(Pipeline):
         scales = _scales(cfg_scale, num_steps, rules)
         threshold, linear = rules.schedule(len(scales), threshold_noise, linear_steps)
         _check_schedule(len(scales), threshold, linear)
-        if output not in ("frames", "latent"):
-            raise ValueError(f"output is {output!r}; choose frames or latent")
+        check_output(output)
         if latents is None:
             latents = draw_noise(shape, seed)
         check_latents(latents, shape)
@@ -94,11 +93,7 @@ class MochiPipeline(Pipeline):
         text = self._encode(prompt, negative_prompt if guided else None)
         sigmas = linear_quadratic_sigmas(len(scales), threshold, linear)
         final = self._sample(latents, text, sigmas, scales, keeper)
-        if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "mochi", "prompt": prompt, "seed": seed}, self.report.warn)
-        if output == "latent":
-            return final
-        return self.decode(final, decode)
+        return self.finished(final, output, latents_file, decode, model="mochi", prompt=prompt, seed=seed)
 
     def check_vae(self, frames: bool) -> None:
         check_decoder(self.model_dir, self.dtype)

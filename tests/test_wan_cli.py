@@ -73,7 +73,8 @@ def test_shifts_and_scales_are_the_official_ones() -> None:
     assert RULES["t2v-1.3b"].shift_of(*small) == 5.0 and RULES["t2v-a14b"].shift_of(*small) == 12.0
     rules = RULES["t2v-a14b"]
     # Beside the model's own first scale its own second one; beside another that one; or what is said.
-    assert [rules.second_scale(*given) for given in ((4.0, None), (6.0, None), (4.0, 2.0))] == [3.0, 6.0, 2.0]
+    given = ((4.0, None), (None, None), (6.0, None), (4.0, 2.0))
+    assert [rules.scales(*pair) for pair in given] == [(4.0, 3.0), (4.0, 3.0), (6.0, 6.0), (4.0, 2.0)]
     assert RULES["i2v-14b-720p"].negative_prompt == SHAKING + NEGATIVE != RULES["i2v-a14b"].negative_prompt
 
 

@@ -77,11 +77,12 @@ class WanRules(Rules):
         small = self.small_shift is not None and width * height <= SMALL
         return self.small_shift if small and self.small_shift is not None else self.shift
 
-    def second_scale(self, scale: float, second: float | None) -> float:
-        """Guidance of the second expert: what is given, the model's own beside its own first, or the first one's."""
-        if second is not None:
-            return second
-        return scale if self.cfg_scale_2 is None or scale != self.cfg_scale else self.cfg_scale_2
+    def scales(self, scale: float | None, second: float | None) -> tuple[float, float]:
+        """Guidance of both experts: as given, else the model's own; beside another first one the second has that too."""
+        scale = self.cfg_scale if scale is None else scale
+        if second is None and scale == self.cfg_scale:
+            second = self.cfg_scale_2
+        return scale, scale if second is None else second
 
 
 _T2V_14B = WanRules(

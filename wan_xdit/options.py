@@ -68,7 +68,7 @@ class WanOptions(ForkOptions):
 
     def guided(self, rules: Rules, scale: float) -> bool:
         assert isinstance(rules, WanRules)
-        return rules.guided(scale) or rules.guided(rules.second_scale(scale, self.cfg_scale_2))
+        return any(map(rules.guided, rules.scales(scale, self.cfg_scale_2)))
 
     def without_effect(self, rules: Rules) -> Mapping[str, str]:
         assert isinstance(rules, WanRules)

@@ -17,13 +17,13 @@ from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.parallel.mesh import on_main
 from common.registry.checks import FITS
 from common.registry.settings import DecodeOptions, either
-from common.run.pipeline import Pipeline
+from common.run.pipeline import Pipeline, check_output
 from common.run.quantize import TransformerFiles
 from common.system.environment import this_process
 from common.text.t5 import EncoderFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Picture, as_array, image_frames, pixels
-from common.video.latents import check_latents, draw_noise, save_latents
+from common.video.latents import check_latents, draw_noise
 from common.video.pictures import seen_part
 from common.video.states import StateKeeper
 from common.weights.ahead import read_ahead
@@ -102,32 +102,22 @@ class WanPipeline(Pipeline):
         num_steps = either(num_steps=num_steps, num_inference_steps=num_inference_steps)
         cfg_scale = either(cfg_scale=cfg_scale, guidance_scale=guidance_scale)
         self.files.check_task(image is not None)
-        if output not in ("frames", "latent"):
-            raise ValueError(f"output is {output!r}; choose frames or latent")
+        check_output(output)
         rules = self.rules
         height, width, num_frames = rules.size_of(height, width, num_frames)
         shape = self._latent_shape(height, width, num_frames)
-        cfg_scale = rules.cfg_scale if cfg_scale is None else cfg_scale
-        steps = rules.num_steps if num_steps is None else num_steps
-        solving = new_solver(solver, steps, rules.shift_of(width, height) if shift is None else shift)
-        plan = turns(solving.timesteps, rules.boundary, (cfg_scale, rules.second_scale(cfg_scale, cfg_scale_2)))
-        if latents is None:
-            latents = draw_noise(shape, seed)
+        shift = rules.shift_of(width, height) if shift is None else shift
+        solving = new_solver(solver, rules.num_steps if num_steps is None else num_steps, shift)
+        plan = turns(solving.timesteps, rules.boundary, rules.scales(cfg_scale, cfg_scale_2))
+        latents = draw_noise(shape, seed) if latents is None else latents
         check_latents(latents, shape)
-        picture: Tensor | None = None
-        if image is not None:
-            picture = on_main(self.mesh, lambda: image_frames(image, height, width, fit, self.report.note, rules))
+        picture = None if image is None else self._first_frame(image, height, width, fit)
         guided = any(rules.guided(turn.scale) for turn in plan) or self.mesh.cfg.size > 1
-        unwanted = rules.negative_prompt if negative_prompt is None else negative_prompt
-        text = self._encode(prompt, unwanted if guided else None)
+        text = self._encode(prompt, negative_prompt, guided)
         start = self._start(latents, picture, num_frames)
         seen = None if image is None or self.config.image_width is None else self._see(image, height, width, fit)
         final = self._sample(start, text, seen, solving, plan, keeper or StateKeeper())
-        if latents_file is not None and self.mesh.is_main:
-            save_latents(latents_file, final, {"model": "wan", "prompt": prompt, "seed": seed}, self.report.warn)
-        if output == "latent":
-            return final
-        return self.decode(final, decode)
+        return self.finished(final, output, latents_file, decode, model="wan", prompt=prompt, seed=seed)
 
     def check_vae(self, frames: bool) -> None:
         check_vae(self.files, self.dtype, frames)
@@ -151,9 +141,11 @@ class WanPipeline(Pipeline):
         time = (num_frames - 1) // vae.time + 1
         return 1, self.config.out_channels, time, height // vae.space, width // vae.space
 
-    def _encode(self, prompt: str, negative: str | None) -> dict[int, Tensor]:
-        """UMT5 features (1, L, D) of the branches, zeros where no token is."""
-        prompts = {POSITIVE: clean(prompt)} | ({} if negative is None else {NEGATIVE: clean(negative)})
+    def _encode(self, prompt: str, negative: str | None, guided: bool) -> dict[int, Tensor]:
+        """UMT5 features (1, L, D) of the branches, zeros where no token is. negative: None for the authors' own."""
+        prompts = {POSITIVE: clean(prompt)}
+        if guided:
+            prompts[NEGATIVE] = clean(self.rules.negative_prompt if negative is None else negative)
         text = self.encode_text(prompts, self.config.text_length, use_mask=True)
         return {branch: features for branch, (features, _) in text.items()}
 
@@ -174,6 +166,10 @@ class WanPipeline(Pipeline):
         video = torch.nn.functional.pad(pixels(picture, compute_dtype), (0, 0, 0, 0, 0, frames - 1))
         with self.stage_model("encoder", self._load_encoder) as encoder, self.report.stage("encoding image"):
             return encode(encoder, video, TimeSplit(self.mesh.world)).to(compute_dtype)
+
+    def _first_frame(self, image: Picture, height: int, width: int, fit: str) -> Tensor:
+        """uint8 (1, H, W, 3). Rank 0 reads it."""
+        return on_main(self.mesh, lambda: image_frames(image, height, width, fit, self.report.note, self.rules))
 
     def _see(self, image: Picture, height: int, width: int, fit: str) -> Tensor:
         """CLIP's tokens (1, M, image_width) of what the first frame shows. The encoder runs on rank 0 alone."""

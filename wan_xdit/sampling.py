@@ -22,7 +22,7 @@ from common.video.states import StateKeeper
 from common.weights.dtypes import latent_dtype
 from common.weights.load import on_meta
 from wan_xdit.checkpoint import WanRules, find_checkpoint
-from wan_xdit.config import vae_of
+from wan_xdit.config import TransformerConfig, VAEConfig, vae_of
 from wan_xdit.solver import PREDICTED, Solver, new_solver
 from wan_xdit.text import UMT5_XXL, find_text_encoder
 from wan_xdit.transformer import Condition, WanTransformer, pack, unpack
@@ -140,6 +140,15 @@ def sample(
         step()
 
 
+def _numbers(source: Path | Model) -> tuple[TransformerConfig, VAEConfig, int]:
+    """Of transformer and autoencoder, and how many experts there are."""
+    if isinstance(source, Path):
+        files = find_checkpoint(source)
+        return files.config, files.vae_config, len(files.experts)
+    assert isinstance(source.rules, WanRules)
+    return source.config, vae_of(source.config), 1 if source.rules.boundary is None else 2
+
+
 def workload(
     source: Path | Model,
     size: Size,
@@ -153,12 +162,7 @@ def workload(
     source: a checkpoint's folder, or a registered model's numbers. negative: of no matter, an empty prompt is as long.
     The encoders of an image are not part of it.
     """
-    if isinstance(source, Path):
-        files = find_checkpoint(source)
-        config, vae, experts = files.config, files.vae_config, len(files.experts)
-    else:
-        assert isinstance(source.rules, WanRules)
-        config, vae, experts = source.config, vae_of(source.config), 1 if source.rules.boundary is None else 2
+    config, vae, experts = _numbers(source)
     grid = ((size.num_frames - 1) // vae.time + 1, size.height // vae.space, size.width // vae.space)
     sp, guidance = SequenceParallel(mesh), Guidance(mesh.cfg)
     solver, turn = new_solver("unipc", 2, 1.0), Turn(0, range(1), 2.0 if size.guided else 1.0)

@@ -14,6 +14,7 @@ import click
 
 from common.registry.forks import version
 from common.registry.request import WrongUse
+from common.registry.settings import filled
 from common.system.environment import open_standard_streams
 from common.system.extras import install
 from common.system.files import lenient_streams, say, shown, tell
@@ -152,18 +153,15 @@ def run(given: dict[str, Any]) -> int:
     own = (*at.words, f"--timeout={given['timeout']}", f"--save-every={given['save_every']}")
     own += ("--keep-loaded" if given["keep_loaded"] else "--no-keep-loaded", *given["options"])
     _try(offers, own)
-    settings = Settings(
+    settings = filled(
+        Settings,
+        given,
         data_dir=given["data_dir"].absolute(),
         offers=offers,
         own=own,
-        host=given["host"],
-        port=given["port"],
         keys=tuple(keys),
         open=given["no_auth"],
         origins=given["cors"],
-        queue=given["queue"],
-        keep_hours=given["keep_hours"],
-        keep_gb=given["keep_gb"],
     )
     memory = Memory()
     try:

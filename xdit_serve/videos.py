@@ -24,14 +24,9 @@ TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 def video_routes(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    async def told(job: Record, status: int = 200) -> Response:
-        running = not job.ended
-        headers = {"openai-poll-after-ms": str(answers.POLL_MS)} if running else None
-        return answers.json_answer(await _video(service, job), status, headers)
-
     @routes.post("/v1/videos")
     async def create(request: Request) -> Response:
-        return await told(await _admitted(service, request))
+        return await _told(service, await _admitted(service, request))
 
     @routes.post("/v1/videos/sync")
     async def create_and_wait(request: Request) -> Response:
@@ -42,22 +37,11 @@ def video_routes(service: Service) -> APIRouter:
 
     @routes.get("/v1/videos")
     async def listed(request: Request) -> Response:
-        owner = service.owner(request)
-        limit, newest, after = _paging(request.query_params)
-        number = None
-        if after is not None:
-            found = await service.ask(service.store.get, after, owner)
-            if found is None:
-                raise ApiError(400, f"after: no such video: {shortened(after, 80)}", "after")
-            number = found.number
-        jobs = await service.ask(service.store.list, owner, "video", number, limit + 1, newest)
-        data = [await _video(service, job) for job in jobs[:limit]]
-        ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-        return answers.json_answer({"object": "list", "data": data, "has_more": len(jobs) > limit, **ends})
+        return await _listed(service, request)
 
     @routes.get("/v1/videos/{name}")
     async def retrieve(request: Request, name: str) -> Response:
-        return await told(await service.job(name, service.owner(request), "video"))
+        return await _told(service, await service.job(name, service.owner(request), "video"))
 
     @routes.delete("/v1/videos/{name}")
     async def delete(request: Request, name: str) -> Response:
@@ -74,10 +58,30 @@ def video_routes(service: Service) -> APIRouter:
 
     @routes.get("/v1/videos/{name}/events")
     async def events(request: Request, name: str) -> Response:
-        job = await service.job(name, service.owner(request), "video")
-        return EventSourceResponse(_events(service, job), ping=15, shutdown_grace_period=5 * WATCH_SECONDS)
+        told = _events(service, await service.job(name, service.owner(request), "video"))
+        return EventSourceResponse(told, ping=15, shutdown_grace_period=5 * WATCH_SECONDS)
 
     return routes
+
+
+async def _told(service: Service, job: Record) -> Response:
+    headers = None if job.ended else {"openai-poll-after-ms": str(answers.POLL_MS)}
+    return answers.json_answer(await _video(service, job), headers=headers)
+
+
+async def _listed(service: Service, request: Request) -> Response:
+    owner = service.owner(request)
+    limit, newest, after = _paging(request.query_params)
+    number = None
+    if after is not None:
+        found = await service.ask(service.store.get, after, owner)
+        if found is None:
+            raise ApiError(400, f"after: no such video: {shortened(after, 80)}", "after")
+        number = found.number
+    jobs = await service.ask(service.store.list, owner, "video", number, limit + 1, newest)
+    data = [await _video(service, job) for job in jobs[:limit]]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return answers.json_answer({"object": "list", "data": data, "has_more": len(jobs) > limit, **ends})
 
 
 async def _admitted(service: Service, request: Request) -> Record:

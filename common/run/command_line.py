@@ -118,16 +118,7 @@ class _RequestBuilder:
     def request(self) -> Request:
         source, rules = self._source()
         videos = self._videos(source, rules)
-        self._positive("vae_chunk")
-        self._positive("overlap_groups")
-        if self.values["vae"] == "exact" and self.values["vae_tile"]:
-            self.problems.append("--vae exact does not cut the picture; leave --vae-tile out, or use --vae tiled")
-        if (folder := self.values["text_encoder_dir"]) is not None and (problem := absence(folder, "folder")):
-            self.problems.append(f"--text-encoder-dir {problem}")
-        if (room := self.values["max_memory"]) is not None and not 0 < room <= MAX_MEMORY:
-            self.problems.append(f"--max-memory {room} is not a number of GiB above 0 and up to {MAX_MEMORY}")
-        if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
-            self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
+        self._check_settings()
         if self._unusable_gpu() and source.model_dir is not None and not self.dry:
             self.problems.append(f"{UNUSABLE_GPU}; install a driver and a PyTorch that fit, or say --device cpu")
         self._placement()
@@ -160,6 +151,18 @@ class _RequestBuilder:
             remarks=tuple(self._remarks(layout.ranks, rules, options)),
         )
         return with_overlap(request, self.fork.names)
+
+    def _check_settings(self) -> None:
+        self._positive("vae_chunk")
+        self._positive("overlap_groups")
+        if self.values["vae"] == "exact" and self.values["vae_tile"]:
+            self.problems.append("--vae exact does not cut the picture; leave --vae-tile out, or use --vae tiled")
+        if (folder := self.values["text_encoder_dir"]) is not None and (problem := absence(folder, "folder")):
+            self.problems.append(f"--text-encoder-dir {problem}")
+        if (room := self.values["max_memory"]) is not None and not 0 < room <= MAX_MEMORY:
+            self.problems.append(f"--max-memory {room} is not a number of GiB above 0 and up to {MAX_MEMORY}")
+        if not 0 < (self.values["timeout"] or 0) <= MAX_TIMEOUT:
+            self.problems.append(f"--timeout {self.values['timeout']} is no number of seconds up to {MAX_TIMEOUT}")
 
     def _runtime(self, rules: Rules, several: bool, ranks: int) -> Runtime:
         keep = {"none": True, None: several}.get(self.values["offload"], False)

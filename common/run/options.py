@@ -350,17 +350,7 @@ def _expert() -> list[Option]:
             default="native",
             help="Attention across GPUs: native, or the xfuser package's.",
         ),
-        option(["--compile-mode"], type=click.Choice(COMPILE_MODES), default="default", help="torch.compile's mode."),
-        option(
-            ["--compile-dynamic/--no-compile-dynamic"],
-            default=True,
-            help="torch.compile: one graph for all sizes and prompt lengths, or one for each.",
-        ),
-        option(
-            ["--compile-fullgraph/--no-compile-fullgraph"],
-            default=True,
-            help="torch.compile: fail where a block does not become one graph, or let it be several.",
-        ),
+        *_compiling(),
         option(
             ["--timeout"],
             type=float,
@@ -375,6 +365,23 @@ def _expert() -> list[Option]:
             expose_value=False,
             callback=_print_version,
             help="Show the version.",
+        ),
+    ]
+
+
+def _compiling() -> list[Option]:
+    option = partial(Option, group=EXPERT)
+    return [
+        option(["--compile-mode"], type=click.Choice(COMPILE_MODES), default="default", help="torch.compile's mode."),
+        option(
+            ["--compile-dynamic/--no-compile-dynamic"],
+            default=True,
+            help="torch.compile: one graph for all sizes and prompt lengths, or one for each.",
+        ),
+        option(
+            ["--compile-fullgraph/--no-compile-fullgraph"],
+            default=True,
+            help="torch.compile: fail where a block does not become one graph, or let it be several.",
         ),
     ]
 

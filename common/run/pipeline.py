@@ -29,6 +29,7 @@ from common.video.causal import lay_out
 from common.video.decode import VideoDecoder
 from common.video.decode_planning import KnownPlans
 from common.video.decode_video import AllFrames, FrameSink, decode_video
+from common.video.latents import save_latents
 from common.weights.blocks import finish
 from common.weights.dtypes import Precision
 from common.weights.placement import Placement, check_model, held_bytes
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 
 TextBranch = tuple[Tensor, Tensor]
 """Features (1, L, D) of one guidance branch's prompt and the mask (1, L) of its tokens that are no padding."""
+
+
+def check_output(output: str) -> None:
+    """Raise ValueError for a kind of result that no pipeline has."""
+    if output not in ("frames", "latent"):
+        raise ValueError(f"output is {output!r}; choose frames or latent")
 
 
 class Pipeline:
@@ -253,6 +260,17 @@ class Pipeline:
             how = (options or DecodeOptions(), self.report, frames or kept, room, known)
             decode_video(decoder, latents, self.mesh, *how)
         return kept.frames
+
+    def finished(
+        self, latents: Tensor, output: str, file: str | Path | None, decode: DecodeOptions | None, **about: Any
+    ) -> Tensor | None:
+        """What a call gives back: the final latents, or the frames that `decode` makes of them. Collective.
+
+        file: where rank 0 keeps the latents first, with what `about` tells of them.
+        """
+        if file is not None and self.mesh.is_main:
+            save_latents(file, latents, about, self.report.warn)
+        return latents if output == "latent" else self.decode(latents, decode)
 
     def _held(self) -> int:
         """Bytes of the weights that are loaded here now."""

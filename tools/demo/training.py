@@ -101,17 +101,11 @@ def train(
                 optimizer.load_state_dict(kept)
         average, start = state["average"], state["step"]
         print(f"{state_file.name}: resumed at step {start}", flush=True)
-
-    def save(done: int) -> None:
-        kept = {"module": module.state_dict(), "average": average, "step": done}
-        write_atomically(state_file, kept | {"optimizers": [o.state_dict() for o in optimizers]})
-
     saved = logged = time.monotonic()
     logged_step, lost = start, 0
     for i in range(start, plan.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = plan.at(i)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = plan.at(i)
         losses = step(torch.Generator().manual_seed(plan.seed * 1_000_003 + i), i)
         module.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -127,13 +121,17 @@ def train(
             average[name].lerp_(p.detach(), 1 - keep)
         now = time.monotonic()
         if now - logged > 10 or i + 1 == plan.steps:
-            entry = {"step": i + 1, "rate": plan.at(i), "norm": float(norm)}
-            entry |= {name: float(value.detach()) for name, value in losses.items()}
-            entry["seconds_per_step"] = (now - logged) / (i + 1 - logged_step)
-            with state_file.with_suffix(".jsonl").open("a") as log:
-                log.write(json.dumps({k: float(f"{v:.5g}") for k, v in entry.items()}) + "\n")
+            pace = (now - logged) / (i + 1 - logged_step)
+            _log(state_file, losses, step=i + 1, rate=plan.at(i), norm=float(norm), seconds_per_step=pace)
             logged, logged_step = now, i + 1
         if now - saved > plan.save_seconds or i + 1 == plan.steps:
-            save(i + 1)
+            kept = {"module": module.state_dict(), "average": average, "step": i + 1}
+            write_atomically(state_file, kept | {"optimizers": [o.state_dict() for o in optimizers]})
             saved = now
     return average or {n: p.detach() for n, p in module.named_parameters()}
+
+
+def _log(state_file: Path, losses: Losses, **numbers: float) -> None:
+    entry = numbers | {name: float(value.detach()) for name, value in losses.items()}
+    with state_file.with_suffix(".jsonl").open("a") as log:
+        log.write(json.dumps({k: float(f"{v:.5g}") for k, v in entry.items()}) + "\n")
