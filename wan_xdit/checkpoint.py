@@ -78,7 +78,7 @@ class WanRules(Rules):
         return self.small_shift if small and self.small_shift is not None else self.shift
 
     def scales(self, scale: float | None, second: float | None) -> tuple[float, float]:
-        """Guidance of both experts: as given, else the model's own; beside another first one the second has that too."""
+        """Guidance of both experts: as given or the model's own; beside another first one the second has that."""
         scale = self.cfg_scale if scale is None else scale
         if second is None and scale == self.cfg_scale:
             second = self.cfg_scale_2
