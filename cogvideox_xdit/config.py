@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from common.registry.checks import Rules
+from common.registry.checks import Rules, task_problem
 from common.weights.schema import (
     MAX_LAYERS,
     CheckpointError,
@@ -110,19 +110,9 @@ class TransformerConfig:
 
     def check_task(self, image: bool, video: bool) -> None:
         """ValueError unless the checkpoint can start from what is given."""
-        if problem := task_problem(bool(self.image_channels), image, video):
+        takes_image = bool(self.image_channels)
+        if problem := task_problem(takes_image, takes_image, image, video):
             raise ValueError(problem)
-
-
-def task_problem(starts_from_image: bool, image: bool, video: bool) -> str:
-    """Why a checkpoint of either task cannot start from what is given; empty if it can."""
-    if starts_from_image and not image:
-        return "this checkpoint makes a video from an image; give one (--image)"
-    if starts_from_image and video:
-        return "this checkpoint starts from an image, not from a video; use a text to video checkpoint"
-    if image and not starts_from_image:
-        return "this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)"
-    return ""
 
 
 _2B = TransformerConfig()

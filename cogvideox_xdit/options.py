@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import click
 
-from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH, task_problem
-from common.registry.checks import FITS, Rules, nearest
+from cogvideox_xdit.config import FRAME_OFFSETS, FRAME_STEP, STRENGTH
+from common.registry.checks import FITS, Rules, nearest, task_problem
 from common.registry.request import ForkOptions, Source, Video, needs_start
 from common.run.help import EXPERT, Option
 from common.run.options import PATH, fit_option, unreadable_image
@@ -62,7 +62,7 @@ class CogVideoXOptions(ForkOptions):
             problems += unreadable_image(self.image)
         from_image = "image" in rules.takes
         image = self.image is not None or (from_image and not needs_start(source, videos, dry_run))
-        if not problems and (problem := task_problem(from_image, image, self.video is not None)):
+        if not problems and (problem := task_problem(from_image, from_image, image, self.video is not None)):
             problems.append(f"{'--video' if self.video is not None else '--image'}: {problem}")
         if strength is not None and not 0 < strength <= 1:
             problems.append(f"--strength {strength} must be above 0 and at most 1")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.registry.checks import Rules
+from common.registry.checks import Rules, task_problem
 from common.weights.schema import CheckpointError, read_object, shown
 from wan_xdit.config import (
     I2V_14B,
@@ -66,11 +66,7 @@ class WanRules(Rules):
 
     def task_problem(self, image: bool) -> str:
         """Why a video cannot be made with a picture, or without one; empty if it can."""
-        if self.needs_image and not image:
-            return "this checkpoint makes a video from an image; give one (--image)"
-        if image and "image" not in self.takes:
-            return "this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)"
-        return ""
+        return task_problem(self.needs_image, "image" in self.takes, image)
 
     def shift_of(self, width: int, height: int) -> float:
         """The official shift for a size in pixels."""

@@ -99,6 +99,17 @@ def nearest(value: int, step: int, offsets: Sequence[int] = (0,), at_least: int 
     return " or ".join(str(v) for v in values)
 
 
+def task_problem(needs_image: bool, takes_image: bool, image: bool, video: bool = False) -> str:
+    """Why a checkpoint cannot start from the image and the video that are given, or are not; empty if it can."""
+    if needs_image and not image:
+        return "this checkpoint makes a video from an image; give one (--image)"
+    if needs_image and video:
+        return "this checkpoint starts from an image, not from a video; use a text to video checkpoint"
+    if image and not takes_image:
+        return "this is a text to video checkpoint, which takes no image; use an image checkpoint (I2V)"
+    return ""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """How many processes, and who said so: `source` reads after the number ("8 GPUs are visible")."""
