@@ -18,9 +18,9 @@ from common.run.unfinished import metadata
 from common.system.failure import NO_ANSWER, Failure
 from common.workers.group import Cancelled, Failed, Finished, GroupError, Lost, Preview, Progress
 from common.workers.local import LocalGroup
-from common.workers.orders import Maker, maker_of
+from common.workers.orders import Hello, Leave, Maker, Order, maker_of
 from common.workers.pace import DUE_SECONDS, Pace
-from common.workers.resident import _Told
+from common.workers.resident import Resident, _Told
 from common.workers.watched import Ranks, Seat
 from mochi_xdit.fork import FORK as MOCHI
 from tests.fake_fork.fork import FORK as FAKE
@@ -111,6 +111,16 @@ def test_a_cancelled_decode_leaves_the_ranks_in_step(group, tmp_path):
     end, _ = run(group, short)
     assert isinstance(end, Finished) and levels_apart(short, expected) <= 1
     assert group.health().loadings == before + 3
+
+
+def test_what_a_rank_is_asked_to_leave_too_late_is_not_its_next_job(monkeypatch):
+    """The others may have left before it hears of that, and a job may be given again."""
+    order = Order("same", 2, False, "", "", "", b"", True)
+    resident, begun = Resident(SimpleNamespace(rank=0), Hello((), True, 1.0), lambda message, surely=False: None), []
+    monkeypatch.setattr(resident, "_meet", lambda: None)
+    monkeypatch.setattr(resident, "_run", lambda order: begun.append(order.job in resident._left))
+    assert resident.serve([Leave("same"), order]) == 0
+    assert begun == [False] and resident._left == set()
 
 
 @pytest.mark.slow

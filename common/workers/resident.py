@@ -79,6 +79,8 @@ class Resident:
             if isinstance(message, Leave):
                 self._left.add(message.job)
             elif isinstance(message, Order):
+                # What this rank was asked to leave has ended everywhere; it may hear so after the others have left.
+                self._left.clear()
                 waiting.put(message)
             elif message is None:
                 break
@@ -112,7 +114,6 @@ class Resident:
             self._settle(unread)
         elif ending == "failed":
             self._drop()
-        self._left.discard(order.job)
         self.tell({"ended": ending, "job": order.job, "seconds": seconds, **self._standing()}, surely=True)
 
     def _make(self, order: Order, report: _Told) -> None:
