@@ -66,7 +66,7 @@ read, problems = partial(programs.read, FORK), partial(programs.problems, FORK)
 
 def test_official_defaults(checkpoint: str, picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "missing_packages", list)
-    request = read("--model-dir", checkpoint, "--prompt", "x", "--image", picture)
+    request = read("--model-dir", checkpoint, "--prompt", "x", "--image", picture, "--device", "cuda", "--dry-run")
     video = request.videos[0]
     assert (video.sampling.width, video.sampling.height, video.sampling.num_frames, video.fps) == (720, 480, 49, 8)
     assert (video.sampling.num_steps, video.sampling.cfg_scale, request.runtime.dtype) == (50, 6.0, "bf16")

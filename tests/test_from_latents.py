@@ -68,7 +68,8 @@ def problems(fork: Fork, *arguments: str) -> list[str]:
 
 
 def test_every_setting_comes_from_the_file(latents: str) -> None:
-    request = parse(MOCHI, [*HERE, "--from-latents", latents, "--vae-chunk", "1", "--fps", "9", "--gpus", "2"])
+    decode = ("--vae-chunk", "1", "--fps", "9", "--gpus", "2", "--dtype", "bf16")
+    request = parse(MOCHI, [*HERE, "--from-latents", latents, *decode])
     (video,) = request.videos
     assert (video.prompt, video.seed, video.fps) == ("a red circle", 3, 9)
     assert vars(video.sampling) == {"width": 32, "height": 32, "num_frames": 7, "num_steps": 2, "cfg_scale": 2.5}

@@ -80,6 +80,14 @@ class CompileOptions:
             raise ValueError(f"compile_mode is {self.compile_mode!r}; choose one of {', '.join(COMPILE_MODES)}")
 
 
+def default_dtype(device: str, own: str) -> str:
+    """Where nobody says one: the checkpoint's own on a GPU, and fp32 on the CPU.
+
+    Every CPU computes in that; half precision takes up to twenty times as long where there are no instructions for it.
+    """
+    return "fp32" if device == "cpu" else own
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a pipeline computes."""
@@ -87,8 +95,8 @@ class Runtime:
     device: Any = "cpu"
     """cpu or cuda, in Python also a torch.device; a mesh brings its own."""
     dtype: Any = None
-    """Of the blocks: bf16, fp16, fp32, fp64 or a torch.dtype; fp8: bf16 with matmul weights in float8. None: the
-    checkpoint's own."""
+    """Of the blocks: bf16, fp16, fp32, fp64 or a torch.dtype; fp8: bf16 with matmul weights in float8. None: see
+    `default_dtype`."""
     attention: str = "auto"
     """Kernel, see `common.parallel.attention`."""
     engine: str = "native"

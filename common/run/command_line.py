@@ -27,7 +27,7 @@ from common.registry.forks import Fork, Size, official
 from common.registry.hub import checkpoint_folder, other_program
 from common.registry.layout import Layout
 from common.registry.request import Request, Source, Video, WrongUse
-from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, filled
+from common.registry.settings import CompileOptions, DecodeOptions, Runtime, Sampling, default_dtype, filled
 from common.run.degrees import choose_layout, ray_problems, share_out, with_overlap
 from common.run.destination import format_problem, named, numbered, own_name, place_problems
 from common.run.help import Command
@@ -114,6 +114,7 @@ class _RequestBuilder:
             problems += ray_problems(self.process.launcher is None)
             self.gpus = 0 if values["device"] == "cpu" else max(1, (values["replicas"] or 1) * ranks)
             self.unseen = 0
+        self.device = "cuda" if self.gpus else "cpu"
 
     def request(self) -> Request:
         source, rules = self._source()
@@ -169,12 +170,15 @@ class _RequestBuilder:
         return filled(
             Runtime,
             self.values,
-            device="cuda" if self.gpus else "cpu",
-            dtype=self.values["dtype"] or rules.dtype,
+            device=self.device,
+            dtype=self._dtype(rules),
             keep_loaded=self._value("keep_loaded", keep),
             shard_weights=self.values["shard_weights"] and ranks > 1,
             compiling=filled(CompileOptions, {name: v for name, v in self.values.items() if v is not None}),
         )
+
+    def _dtype(self, rules: Rules) -> str:
+        return self.values["dtype"] or default_dtype(self.device, rules.dtype)
 
     def _source(self) -> tuple[Source, Rules]:
         model_dir, demo = self.values["model_dir"], self.values["demo"]
@@ -384,14 +388,12 @@ class _RequestBuilder:
             self.problems.append(
                 f"{self.unseen} ranks were asked for, but no GPU is visible; for ranks on the CPU add --device cpu"
             )
-        dtype = self.values["dtype"] or rules.dtype
-        self.problems += kernel_problems(self.values["attention"], "cuda" if self.gpus else "cpu", dtype)
+        self.problems += kernel_problems(self.values["attention"], self.device, self._dtype(rules))
         ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
         guided = rules.guided(self._value("cfg_scale", rules.cfg_scale))
         size = Size.of(videos[0].sampling, guided)
-        given = (cfg, ring, ulysses, "cuda" if self.gpus else "cpu", size)
-        alone = self.process.launcher is None
-        model = (self.fork.names, rules.heads, guided, *given)
+        given = (cfg, ring, ulysses, self.device, size)
+        model, alone = (self.fork.names, rules.heads, guided, *given), self.process.launcher is None
         ranks, replicas, wrong = share_out(ranks, self.values["replicas"], len(videos), alone, model)
         wrong += layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong

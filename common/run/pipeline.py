@@ -21,7 +21,7 @@ from common.parallel.usp import SequenceParallel
 from common.parallel.xfuser import sequence_parallel
 from common.registry.checks import interleave_problems
 from common.registry.hub import checkpoint_folder, fork_of_class
-from common.registry.settings import DecodeOptions, Runtime
+from common.registry.settings import DecodeOptions, Runtime, default_dtype
 from common.system.progress import Report
 from common.text.encoder import Encoder, TextEncoder, TextFeatures
 from common.text.t5 import EncoderFiles
@@ -60,7 +60,7 @@ class Pipeline:
     config: Any
     """The transformer's numbers, of the fork's own class."""
     own_dtype = "bf16"
-    """Of the blocks, where nobody says it."""
+    """What the checkpoint was published in."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Pipeline:
             raise ValueError("; ".join(problems))
         mesh = replace(mesh, interleaver=Interleaver() if runtime.interleave_branches else None)
         self.model_dir, self.mesh, self.device, self.runtime = Path(model_dir), mesh, mesh.device, runtime
-        self.precision = Precision.of(runtime, self.own_dtype)
+        self.precision = Precision.of(runtime, default_dtype(mesh.device.type, self.own_dtype))
         self.dtype = self.precision.dtype
         self.placement = Placement(runtime.offload or "stage", runtime.shard_weights, self.precision.float8)
         self.report = report or Report(device=mesh.device)

@@ -158,8 +158,9 @@ def page(found: dict[str, Any]) -> str:
         "the demos' own steps and guidance. Small models are severe judges: their matrices are narrow, so rounding "
         "averages out less than in the official ones, of which there were no weights at hand.",
         "",
-        "The default dtype is the one that a checkpoint was published in: bf16, of CogVideoX-2b fp16; everything below "
-        "it is opt-in. PSNR compares whole videos from the same seed. Sampling amplifies small differences, so a low "
+        "The default dtype on GPUs is the one that a checkpoint was published in: bf16, of CogVideoX-2b fp16; "
+        "everything below it is opt-in. On the CPU the default is fp32: not every CPU has instructions for half "
+        "precision. PSNR compares whole videos from the same seed. Sampling amplifies small differences, so a low "
         "figure with unchanged shares means another equally good video of the prompt.",
         "",
         "Exact options are compared with one process with everything loaded, two prompts. Layouts change the order of "
