@@ -387,7 +387,8 @@ def test_a_dry_run_knows_a_model_by_each_of_its_names(name):
 @pytest.mark.slow
 def test_a_run_places_its_weights_by_itself(tmp_path, capsys):
     """A small picture of the demo, so that its transformer and not its decoder is what needs memory."""
-    given = ("--demo", "--gpus", "1", "--width", "16", "--height", "16", "--num-frames", "1", "--num-steps", "2")
+    size = ("--width", "16", "--height", "16", "--num-frames", "1", "--num-steps", "2")
+    given = ("--demo", "--gpus", "1", *size, "--dtype", "bf16")
     chosen = {}
     for free in (None, 0.0026):
         output = tmp_path / f"{free}.mp4"
