@@ -223,7 +223,7 @@ def _precision() -> list[Option]:
             ["--dtype"],
             type=click.Choice(DTYPES),
             help="Precision of the transformer. fp8: its matrices in 8 bits, the rest in bf16; what that costs is in "
-            "docs/fidelity.md. Default: on GPUs the checkpoint's, on the CPU fp32, which is the fastest there.",
+            "docs/fidelity.md. Default: on GPUs the checkpoint's, on the CPU fp32.",
         ),
         option(["--text-dtype"], type=click.Choice(DTYPES), help="Precision of the text encoder. Default: as --dtype."),
         option(
