@@ -104,7 +104,7 @@ def test_a_rank_killed_while_sampling(folder):
 @pytest.mark.slow
 def test_a_rank_that_hangs(folder):
     status, _, errors = fake(
-        folder, "--gpus", "2", "--fault", "stop@1", "--timeout", "2", "--pids", str(folder / "pids")
+        folder, "--gpus", "2", "--fault", "stop@1", "--timeout", "4", "--pids", str(folder / "pids")
     )
     assert status == 1 and len(errors) == 1
     assert "rank 0, sampling step 3/8: another rank did not answer" in errors[0]
