@@ -102,18 +102,23 @@ def _ending(moment: Moment, status: int, told: str) -> list[str]:
 
 def _files(folder: Path, status: int) -> list[str]:
     names = set(os.listdir(folder)) - {"tmp"}
-    whole, latents = {"v.mp4", "v.json"}, folder / "v.latents.safetensors"
-    problems = [f"left {name}" for name in sorted(names - whole - {latents.name})]
+    whole, latents, state = {"v.mp4", "v.json"}, folder / "v.latents.safetensors", folder / "v.state.safetensors"
+    problems = [f"left {name}" for name in sorted(names - whole - {latents.name, state.name})]
     # PyTorch keeps a cache of its own there, after every run.
     temporary = [name for name in os.listdir(folder / "tmp") if not name.startswith("torchinductor_")]
     problems += [f"left in the temporary folder: {name}" for name in temporary]
     if status == 0 and names != whole:
         problems.append(f"ended well with {sorted(names)}")
-    if latents.exists():
-        again = ("--demo", "--gpus", "1", "--device", "cpu", "--from-latents", str(latents))
-        if programs.main(FORK, [*again, "--output", str(folder / "again.mp4")]) != 0:
-            problems.append("the latents that were kept do not decode")
+    if state.exists() and (_again(folder, "v.mp4", *SMALL) != 0 or state.exists()):
+        problems.append("what is kept of the sampling is not gone on with")
+    decode = ("--device", "cpu", "--from-latents", str(latents))
+    if latents.exists() and _again(folder, "again.mp4", *decode) != 0:
+        problems.append("the latents that were kept do not decode")
     return problems
+
+
+def _again(folder: Path, output: str, *arguments: str) -> int:
+    return programs.main(FORK, ["--demo", "--gpus", "1", *arguments, "--output", str(folder / output)])
 
 
 def _processes(mark: str) -> list[int]:
