@@ -41,6 +41,7 @@ from benchmarks import door, forks
 from common.parallel.mesh import Axis, Layout, Mesh, distributed
 from common.registry.forks import get_model, model_names
 from common.registry.layout import decode_parts
+from common.registry.settings import default_dtype
 from common.video.causal import CausalStream, Grid, LocalLink, TimeSplit, lay_out
 from common.video.decode import DecodePlan, VideoDecoder, decode_frames
 from common.video.decode_planning import decode_memory, decode_plans
@@ -328,7 +329,7 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if problems := wrong(options):
         parser.error("\n".join(problems))
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    options.dtype = options.dtype or default_dtype(options.device, "bf16")
     return options
 
 

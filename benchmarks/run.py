@@ -39,6 +39,7 @@ from common.parallel.attention import KERNELS
 from common.registry.checks import kernel_problems, xfuser_problems
 from common.registry.forks import Model, Size, fork_of, get_model, model_names
 from common.registry.layout import MOST_RANKS, Layout, layouts_of
+from common.registry.settings import default_dtype
 from common.run.supervise import supervise
 from common.system import environment
 from planner.layouts import MOST_FRAMES, MOST_PIXELS, MOST_STEPS, refusal
@@ -299,6 +300,16 @@ def _machine(options: dict[str, Any]) -> tuple[str, int]:
     return device, gpus
 
 
+def _layouts(options: dict[str, Any], table: Sequence[Row], model: Model, size: Size, gpus: int) -> list[Layout]:
+    """Those of the published table, each once, or those that the command names."""
+    if not table:
+        return parse_layouts(options["layouts"], model, size, gpus)
+    layouts = list(dict.fromkeys(r.layout for r in table if r.model == model and r.layout.ranks <= gpus))
+    if not layouts:
+        raise ValueError(f"--table {options['table']}: no layout of {model.name} has {gpus} GPUs or fewer")
+    return layouts
+
+
 def _peers(names: str, base: Job, model: Model, layouts: list[Layout]) -> list[Job]:
     jobs: list[Job] = []
     for name in filter(None, names.split(",")):
@@ -323,10 +334,7 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
     rules = replace(model.rules, sizes=() if demo else model.rules.sizes)
     if problems := rules.problems(size.width, size.height, size.num_frames):
         raise ValueError("\n".join(problems))
-    layouts = [r.layout for r in table if r.model == model and r.layout.ranks <= gpus]
-    if table and not layouts:
-        raise ValueError(f"--table {options['table']}: no layout of {model.name} has {gpus} GPUs or fewer")
-    layouts = list(dict.fromkeys(layouts)) or parse_layouts(options["layouts"], model, size, gpus)
+    layouts = _layouts(options, table, model, size, gpus)
     if problems := kernel_problems(options["attention"], device, options["dtype"] or "bf16"):
         raise ValueError("\n".join(problems))
     base = Job(
@@ -337,7 +345,7 @@ def plan(options: dict[str, Any]) -> tuple[list[Job], str | None, Path]:
         layout=Layout(),
         size=size,
         device=device,
-        dtype=options["dtype"] or ("bf16" if device == "cuda" else "fp32"),
+        dtype=options["dtype"] or default_dtype(device, "bf16"),
         attention=options["attention"],
         repeats=options["repeats"],
         warmup_steps=options["warmup_steps"],

@@ -47,6 +47,16 @@ def test_a_signal_waits_for_an_import_to_end(tmp_path: Path, monkeypatch: pytest
     assert cut_short.whole and signals.number == signal.SIGHUP
 
 
+def test_a_signal_that_waits_is_not_lost_where_its_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cut_last.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGHUP)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Stopped), stoppable() as outer:
+        with stoppable() as inner:
+            import cut_last  # noqa: F401
+        time.sleep(10)
+    assert (inner.number, outer.number) == (None, signal.SIGHUP)
+
+
 def test_what_is_left_behind_is_seen(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp" / "x").touch()

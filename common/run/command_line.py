@@ -391,9 +391,9 @@ class _RequestBuilder:
         self.problems += kernel_problems(self.values["attention"], self.device, self._dtype(rules))
         ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
         guided = rules.guided(self._value("cfg_scale", rules.cfg_scale))
-        size = Size.of(videos[0].sampling, guided)
-        given = (cfg, ring, ulysses, self.device, size)
-        model, alone = (self.fork.names, rules.heads, guided, *given), self.process.launcher is None
+        given = (cfg, ring, ulysses, self.device, Size.of(videos[0].sampling, guided))
+        model = (self.fork.names, rules.heads, guided, *given)
+        alone = self.process.launcher is None
         ranks, replicas, wrong = share_out(ranks, self.values["replicas"], len(videos), alone, model)
         wrong += layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
         self.problems += wrong

@@ -82,7 +82,7 @@ def _in_import(frame: FrameType | None) -> bool:
 
 @contextmanager
 def _sent_again(signals: Asked) -> Iterator[Callable[[int], None]]:
-    """The value sends a signal once more, soon.
+    """The value sends a signal once more, soon; when the block is left before, to whom it then reaches.
 
     One that came in a finalizer or in a weak reference's callback is not lost either: Python prints an exception that
     is raised there and goes on.
@@ -91,7 +91,8 @@ def _sent_again(signals: Asked) -> Iterator[Callable[[int], None]]:
     told = sys.unraisablehook
 
     def send(number: int) -> None:
-        if not left.wait(AGAIN_SECONDS):
+        left.wait(AGAIN_SECONDS)
+        if signals.number is None:  # none has raised meanwhile: what follows a first one may not cut its tidying short
             os.kill(os.getpid(), number)
 
     def again(number: int) -> None:

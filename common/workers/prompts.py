@@ -17,7 +17,7 @@ from common.registry.request import Request
 from common.run.states import At, Record, StateFile
 from common.run.unfinished import digest, remove_states, state_file, state_path
 from common.system.files import WriteError, say, shown, tell
-from common.system.stopping import Stopped, stoppable
+from common.system.stopping import Stopped
 from common.workers.group import Event, Failed, Finished, GroupError, Job, Note
 from common.workers.making import Groups
 from common.workers.orders import Maker
@@ -29,7 +29,8 @@ STOP_SECONDS = 5.0
 def run(maker: Maker, request: Request, arguments: Sequence[str]) -> int:
     """Make the videos that are left; the exit status: 0 all are made, 1 some are not, 2 wrong use, or 128 + signal.
 
-    request: with its seeds, its digest and what is whole. arguments: the command's, for its state file.
+    request: with its seeds, its digest and what is whole. arguments: the command's, for its state file. To be called
+    inside `common.system.stopping.stoppable`.
     """
     queue = _Queue(request, arguments)
     runtime, ranks = request.runtime, request.layout.ranks
@@ -55,18 +56,17 @@ def run(maker: Maker, request: Request, arguments: Sequence[str]) -> int:
     count = "1 replica" if request.replicas == 1 else f"{request.replicas} replicas"
     say(f"{count} of {kind} on {runtime.device}: {request.layout}")
     status = 0
-    with stoppable():
-        try:
-            queue.save()
-            replicas.start()
-            replicas.finish()
-        except Stopped as stopped:
-            status = stopped.status
-        except (GroupError, WriteError) as error:
-            say(f"error: {shown(str(error))}")
-            status = 1
-        finally:
-            replicas.stop(STOP_SECONDS)
+    try:
+        queue.save()
+        replicas.start()
+        replicas.finish()
+    except Stopped as stopped:
+        status = stopped.status
+    except (GroupError, WriteError) as error:
+        say(f"error: {shown(str(error))}")
+        status = 1
+    finally:
+        replicas.stop(STOP_SECONDS)
     return queue.close(status)
 
 

@@ -104,8 +104,9 @@ def train(
     saved = logged = time.monotonic()
     logged_step, lost = start, 0
     for i in range(start, plan.steps):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = plan.at(i)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.at(i)
         losses = step(torch.Generator().manual_seed(plan.seed * 1_000_003 + i), i)
         module.zero_grad(set_to_none=True)
         losses["loss"].backward()
