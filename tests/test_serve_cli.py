@@ -107,7 +107,7 @@ def frames(folder: Path, content: bytes) -> np.ndarray:
 def test_a_demo_that_is_killed_goes_on_and_is_the_same_video(tmp_path: Path) -> None:
     data = tmp_path / "data"
     body = {"model": "mochi-demo", "prompt": "A small blue square moves to the left.", "seed": 3, "size": "32x32"}
-    body |= {"num_inference_steps": 60}
+    body |= {"num_inference_steps": 150}
     with served(data, command=demo(data)) as server, closing(ready(server)) as http:
         whole = http.post("/v1/videos/sync", json=body)
         assert whole.status_code == 200, whole.text
