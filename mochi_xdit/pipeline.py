@@ -13,7 +13,7 @@ from common.parallel.guidance import NEGATIVE, POSITIVE
 from common.registry.settings import DecodeOptions, either
 from common.run.pipeline import Pipeline, check_output
 from common.run.quantize import TransformerFiles
-from common.video.latents import check_latents, draw_noise
+from common.video.latents import initial_latents
 from common.video.states import StateKeeper
 from common.weights.load import load, on_meta
 from mochi_xdit.config import MochiRules, official_rules
@@ -86,9 +86,7 @@ class MochiPipeline(Pipeline):
         threshold, linear = rules.schedule(len(scales), threshold_noise, linear_steps)
         _check_schedule(len(scales), threshold, linear)
         check_output(output)
-        if latents is None:
-            latents = draw_noise(shape, seed)
-        check_latents(latents, shape)
+        latents = initial_latents(latents, shape, seed)
         guided = any(rules.guided(scale) for scale in scales)
         text = self._encode(prompt, negative_prompt if guided else None)
         sigmas = linear_quadratic_sigmas(len(scales), threshold, linear)

@@ -7,9 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common.model.elementwise
-import common.model.linear
-import common.model.rope
 from common.model.elementwise import add_gated, rms_norm
 from common.model.linear import linear_gelu
 from common.model.rope import rotate_pairs, rotation
@@ -18,6 +15,7 @@ from common.registry.layout import Layout
 from tests.helpers.fake_cuda import fake_cuda
 from tests.rehearsal.blocks import count_block
 from tests.rehearsal.floor import floor_of
+from tests.rehearsal.rounding import as_a_gpu_computes
 from tests.test_step_work import prepared
 
 
@@ -26,9 +24,15 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    for module in (common.model.elementwise, common.model.linear, common.model.rope):
-        monkeypatch.setattr(module, "fuses", lambda x: True)
+def as_on_a_gpu():
+    with as_a_gpu_computes():
+        yield
+
+
+def predict(kind: str, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode():
+        model, x, cond = prepared(kind, SequenceParallel(), dtype, torch.Generator().manual_seed(0))
+        return model(x, torch.full((1,), 500.0), cond).double()
 
 
 @pytest.mark.parametrize(
@@ -66,15 +70,13 @@ def test_wans_stream_in_fp32_costs_what_it_is_said_to():
 
 
 @pytest.mark.parametrize("kind", ["mochi", "2b", "5b", "consisid"])
-def test_a_gpus_kernels_give_the_same_prediction(kind, as_on_a_gpu, monkeypatch):
-    def predict() -> torch.Tensor:
-        with torch.inference_mode():
-            model, x, cond = prepared(kind, SequenceParallel(), torch.float64, torch.Generator().manual_seed(0))
-            return model(x, torch.full((1,), 500.0, dtype=torch.float64), cond)
-
-    fused = predict()
-    monkeypatch.undo()
-    torch.testing.assert_close(fused, predict(), atol=1e-10, rtol=0)
+def test_a_gpus_operations_give_the_same_prediction_and_round_no_more(kind):
+    wanted = predict(kind, torch.float64)
+    with as_a_gpu_computes():
+        torch.testing.assert_close(predict(kind, torch.float64), wanted, atol=1e-10, rtol=0)
+        on_a_gpu = torch.linalg.vector_norm(predict(kind, torch.bfloat16) - wanted)
+    by_hand = torch.linalg.vector_norm(predict(kind, torch.bfloat16) - wanted)
+    assert 0 < on_a_gpu < 1.1 * by_hand
 
 
 def test_half_precision_is_turned_without_wide_copies(as_on_a_gpu):

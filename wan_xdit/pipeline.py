@@ -23,7 +23,7 @@ from common.system.environment import this_process
 from common.text.t5 import EncoderFiles
 from common.video.causal import TimeSplit, lay_out
 from common.video.inputs import Picture, as_array, image_frames, pixels
-from common.video.latents import check_latents, draw_noise
+from common.video.latents import initial_latents
 from common.video.pictures import seen_part
 from common.video.states import StateKeeper
 from common.weights.ahead import read_ahead
@@ -109,8 +109,7 @@ class WanPipeline(Pipeline):
         shift = rules.shift_of(width, height) if shift is None else shift
         solving = new_solver(solver, rules.num_steps if num_steps is None else num_steps, shift)
         plan = turns(solving.timesteps, rules.boundary, rules.scales(cfg_scale, cfg_scale_2))
-        latents = draw_noise(shape, seed) if latents is None else latents
-        check_latents(latents, shape)
+        latents = initial_latents(latents, shape, seed)
         picture = None if image is None else self._first_frame(image, height, width, fit)
         guided = any(rules.guided(turn.scale) for turn in plan) or self.mesh.cfg.size > 1
         text = self._encode(prompt, negative_prompt, guided)

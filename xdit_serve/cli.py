@@ -130,9 +130,7 @@ def command(**given: Any) -> int:
 
 def run(given: dict[str, Any]) -> int:
     """Serve as asked until a signal comes. WrongUse for what cannot be."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise WrongUse([f"the package of {missing[0]} is not installed: {install('serve')}"])
+    _require_packages()
     # What takes time to import comes after --help.
     from xdit_serve.groups import place, workers
     from xdit_serve.memory import Memory
@@ -153,16 +151,8 @@ def run(given: dict[str, Any]) -> int:
     own = (*at.words, f"--timeout={given['timeout']}", f"--save-every={given['save_every']}")
     own += ("--keep-loaded" if given["keep_loaded"] else "--no-keep-loaded", *given["options"])
     _try(offers, own)
-    settings = filled(
-        Settings,
-        given,
-        data_dir=given["data_dir"].absolute(),
-        offers=offers,
-        own=own,
-        keys=tuple(keys),
-        open=given["no_auth"],
-        origins=given["cors"],
-    )
+    named = {"data_dir": given["data_dir"].absolute(), "open": given["no_auth"], "origins": given["cors"]}
+    settings = filled(Settings, given, offers=offers, own=own, keys=tuple(keys), **named)
     memory = Memory()
     try:
         return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"), _page(given["page"]))
@@ -173,6 +163,12 @@ def run(given: dict[str, Any]) -> int:
         raise WrongUse([f"--host {given['host']} --port {given['port']}: {error.strerror or error}"]) from None
     finally:
         memory.close()
+
+
+def _require_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise WrongUse([f"the package of {missing[0]} is not installed: {install('serve')}"])
 
 
 def _keys(given: dict[str, Any]) -> list[str]:

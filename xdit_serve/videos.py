@@ -45,9 +45,7 @@ def video_routes(service: Service) -> APIRouter:
 
     @routes.delete("/v1/videos/{name}")
     async def delete(request: Request, name: str) -> Response:
-        job = await service.job(name, service.owner(request), "video")
-        await service.ask(service.dispatcher.delete, job.id)
-        return answers.json_answer({"id": job.id, "object": "video.deleted", "deleted": True})
+        return await _deleted(service, await service.job(name, service.owner(request), "video"))
 
     @routes.get("/v1/videos/{name}/content")
     async def content(request: Request, name: str) -> Response:
@@ -67,6 +65,11 @@ def video_routes(service: Service) -> APIRouter:
 async def _told(service: Service, job: Record) -> Response:
     headers = None if job.ended else {"openai-poll-after-ms": str(answers.POLL_MS)}
     return answers.json_answer(await _video(service, job), headers=headers)
+
+
+async def _deleted(service: Service, job: Record) -> Response:
+    await service.ask(service.dispatcher.delete, job.id)
+    return answers.json_answer({"id": job.id, "object": "video.deleted", "deleted": True})
 
 
 async def _listed(service: Service, request: Request) -> Response:

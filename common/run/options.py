@@ -81,7 +81,7 @@ def options(fork: Fork) -> list[click.Parameter]:
     inputs = own.pop(WHAT)
     return [
         *(*_weights(fork), *_prompts(fork), *inputs, *_numbers()),
-        *(*_how_many(fork), *_memory(), *_precision(), *_speed(), *_output()),
+        *(*_how_many(), *_degrees(fork), *_memory(), *_precision(), *_speed(), *_output()),
         *(option for options in own.values() for option in options),
         *(*_expert(), *_of_others()),
     ]
@@ -146,8 +146,7 @@ def _numbers() -> list[Option]:
     ]
 
 
-def _how_many(fork: Fork) -> list[Option]:
-    heads = max(model.heads for model in fork.models)
+def _how_many() -> list[Option]:
     option = partial(Option, group=GPUS)
     return [
         option(
@@ -162,6 +161,20 @@ def _how_many(fork: Fork) -> list[Option]:
             default="auto",
             help="Where to compute; auto: on GPUs if there are any, else on the CPU.",
         ),
+        option(
+            ["--replicas"],
+            type=int,
+            help="Of several videos, how many are made at the same time, each by its share of the GPUs; a GPU that "
+            "fails costs its share a restart and the video a step. Default: 1, or the planner's advice where it knows "
+            "the GPUs.",
+        ),
+    ]
+
+
+def _degrees(fork: Fork) -> list[Option]:
+    heads = max(model.heads for model in fork.models)
+    option = partial(Option, group=GPUS)
+    return [
         option(
             ["--cfg-parallel/--no-cfg-parallel"],
             default=None,
@@ -179,13 +192,6 @@ def _how_many(fork: Fork) -> list[Option]:
             type=int,
             help="GPUs that split the video's tokens and exchange them for attention heads (DeepSpeed-Ulysses); at "
             f"most as many as the model has heads ({heads}). Default: chosen.",
-        ),
-        option(
-            ["--replicas"],
-            type=int,
-            help="Of several videos, how many are made at the same time, each by its share of the GPUs; a GPU that "
-            "fails costs its share a restart and the video a step. Default: 1, or the planner's advice where it knows "
-            "the GPUs.",
         ),
     ]
 

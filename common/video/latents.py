@@ -83,6 +83,14 @@ def load_latents(path: str | Path, channels: int) -> Tensor:
     return latents
 
 
+def initial_latents(latents: Tensor | None, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The noise that a caller brings, ValueError where it has another shape, or else the seed's."""
+    if latents is None:
+        return draw_noise(shape, seed)
+    check_latents(latents, shape)
+    return latents
+
+
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless latents that a caller brings have the shape its size and frames need."""
     if tuple(latents.shape) != shape:

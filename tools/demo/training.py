@@ -90,17 +90,8 @@ def train(
     run that resumes from `state_file` sees the batches it would have seen. Losses go to `state_file` with .jsonl.
     """
     optimizers = _optimizers(module, plan)
-    average = {n: p.detach().clone() for n, p in module.named_parameters()} if plan.average else {}
-    start = 0
     state_file.parent.mkdir(parents=True, exist_ok=True)
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        module.load_state_dict(state["module"])
-        if state["optimizers"]:  # a state made from shipped weights has none
-            for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(kept)
-        average, start = state["average"], state["step"]
-        print(f"{state_file.name}: resumed at step {start}", flush=True)
+    average, start = _resumed(module, optimizers, state_file, plan)
     saved = logged = time.monotonic()
     logged_step, lost = start, 0
     for i in range(start, plan.steps):
@@ -130,6 +121,21 @@ def train(
             write_atomically(state_file, kept | {"optimizers": [o.state_dict() for o in optimizers]})
             saved = now
     return average or {n: p.detach() for n, p in module.named_parameters()}
+
+
+def _resumed(
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state_file: Path, plan: Plan
+) -> tuple[dict[str, Tensor], int]:
+    """The average of the weights and how many steps are done, with module and optimizers as they were then."""
+    if not state_file.exists():
+        return {n: p.detach().clone() for n, p in module.named_parameters()} if plan.average else {}, 0
+    state = torch.load(state_file, weights_only=True)
+    module.load_state_dict(state["module"])
+    if state["optimizers"]:  # a state made from shipped weights has none
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+    print(f"{state_file.name}: resumed at step {state['step']}", flush=True)
+    return state["average"], state["step"]
 
 
 def _log(state_file: Path, losses: Losses, **numbers: float) -> None:
