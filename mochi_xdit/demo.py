@@ -29,6 +29,22 @@ VAE = MochiVAEConfig(
 )
 """Residual blocks only where a cell is at least 4 pixels wide: those near the pixels are most of a decoder's work."""
 
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "invert_sigmas": True,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+}
+INDEX = {
+    "_class_name": "MochiPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "MochiTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLMochi"],
+}
+"""scheduler_config.json and model_index.json of the published folder."""
+
 
 def demo_config(vae: MochiVAEConfig = VAE) -> MochiConfig:
     """Four layers of four heads of 32: 1.5 million parameters in the transformer."""
@@ -84,17 +100,8 @@ def write_checkpoint(
     table = {f"encoder.{ours}": theirs for ours, theirs in encoder_rename(config.vae).items()}
     table |= {f"decoder.{ours}": theirs for ours, theirs in decoder_rename(config.vae).items()}
     write_part(folder / "vae", _vae_json(config.vae), vae, table)
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True, "num_train_timesteps": 1000}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"shift": 1.0})
-    index = {
-        "_class_name": "MochiPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "T5Tokenizer"],
-        "transformer": ["diffusers", "MochiTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLMochi"],
-    }
-    write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
 
 
 def _transformer_json(config: MochiConfig) -> dict[str, object]:

@@ -10,6 +10,8 @@ keeps the two halves of the gated feed-forward's input and of the final modulati
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -255,19 +257,26 @@ def _folder(folder: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def _read_as(what: str, file: Path) -> Iterator[None]:
+    """Tensors that are missing, or are not shaped as those of what is expected, are the file's fault."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{file}: not {what}, tensor {error.args[0]} is missing") from None
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{file}: not {what} ({error})") from None
+
+
 def _native_transformer(file: Path) -> Part[MochiConfig]:
     prefix, checkpoint = "", open_checkpoint(file)
     if any(name.startswith(_SINGLE_FILE_PREFIX) for name in checkpoint):
         prefix, checkpoint = _SINGLE_FILE_PREFIX, checkpoint.select(_SINGLE_FILE_PREFIX, strip=True)
-    try:
-        config = MochiConfig.from_native({name: stored.shape for name, stored in checkpoint.items()}, str(file))
-    except KeyError as error:
-        raise CheckpointError(f"{file}: not a Mochi transformer, tensor {error.args[0]} is missing") from None
-    except CheckpointError:
-        raise
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{file}: not a Mochi transformer ({error})") from None
-    return Part(file, config, None, prefix, strip=True)
+    shapes = {name: stored.shape for name, stored in checkpoint.items()}
+    with _read_as("a Mochi transformer", file):
+        return Part(file, MochiConfig.from_native(shapes, str(file)), None, prefix, strip=True)
 
 
 def _find_vae(folder: str | Path, dtype: torch.dtype | None, native: str, prefix: str) -> Part[MochiVAEConfig]:
@@ -275,14 +284,8 @@ def _find_vae(folder: str | Path, dtype: torch.dtype | None, native: str, prefix
     file = folder / native
     if file.is_file():
         shapes = {name: stored.shape for name, stored in open_checkpoint(file).items()}
-        try:
+        with _read_as("a Mochi VAE", file):
             return Part(file, MochiVAEConfig.from_native(shapes, str(file)), None)
-        except KeyError as error:
-            raise CheckpointError(f"{file}: not a Mochi VAE, tensor {error.args[0]} is missing") from None
-        except CheckpointError:
-            raise
-        except (ValueError, IndexError) as error:
-            raise CheckpointError(f"{file}: not a Mochi VAE ({error})") from None
     if not (folder / "vae").is_dir():
         raise CheckpointError(f"{folder}: no Mochi VAE, neither {native} nor a folder vae/")
     file = find_files(folder / "vae", DIFFUSERS_STEM, dtype)

@@ -102,7 +102,6 @@ def true_size(model: Model) -> Hollow:
     vae = {name: t for prefix, (part, _) in halves.items() for name, t in bf16(part, prefix).items()}
     table = {prefix + ours: theirs for prefix, (_, rename) in halves.items() for ours, theirs in rename.items()}
     transformer = bf16(on_meta(MochiTransformer, config), keep_fp32=weights.KEEP_FP32)
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True, "num_train_timesteps": 1000}
     return Hollow(
         weights={
             f"transformer/{STEM}.safetensors": (transformer, transformer_rename(config)),
@@ -111,16 +110,9 @@ def true_size(model: Model) -> Hollow:
         jsons={
             "transformer/config.json": demo._transformer_json(config),
             "vae/config.json": demo._vae_json(config.vae),
-            "scheduler/scheduler_config.json": scheduler | {"shift": 1.0},
+            "scheduler/scheduler_config.json": demo.SCHEDULER,
         },
-        index={
-            "_class_name": "MochiPipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "T5EncoderModel"],
-            "tokenizer": ["transformers", "T5Tokenizer"],
-            "transformer": ["diffusers", "MochiTransformer3DModel"],
-            "vae": ["diffusers", "AutoencoderKLMochi"],
-        },
+        index=demo.INDEX,
         text_tokens=config.text_tokens,
     )
 
