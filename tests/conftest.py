@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,12 +15,6 @@ from tests.helpers.hub import Hub
 from tests.helpers.ranks import RankPool
 
 torch.set_num_threads(1)
-# Of every process that begins after this one, xdist's too: memory that is freed is kept for what comes next, since
-# asking the system for empty pages for each tensor is a quarter of the time of what tests decode. Tests of a process's
-# memory set their own.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**32, "MALLOC_TOP_PAD_": 2**26}
-for _name, _bytes in _MALLOC.items():
-    os.environ.setdefault(_name, str(_bytes))
 # They begin first, so that the last ones of all are short and no core waits long for the other.
 LONGEST = ("rehearsal", "estimate", "workers", "compile", "faults", "gpu_check", "serve_cli", "outside_fork", "bench")
 LONGEST += ("replicas", "ray_group", "launch", "output_files", "serve_api", "cogvideox_cli", "planner_counts")

@@ -46,8 +46,7 @@ from tests.helpers.programs import main, read
 
 SCRIPT = Path(__file__).with_name("helpers") / "stage_memory.py"
 # What malloc keeps for itself is no part of an estimate.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-MALLOC |= {"MALLOC_ARENA_MAX": "1"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 @pytest.fixture(scope="module")
