@@ -22,6 +22,7 @@ from xdit_serve.keys import is_here
 
 if TYPE_CHECKING:
     from xdit_serve.offers import Offer
+    from xdit_serve.service import Settings
     from xdit_serve.serving import Page
 
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "multipart", "prometheus_client")
@@ -134,7 +135,6 @@ def run(given: dict[str, Any]) -> int:
     # What takes time to import comes after --help.
     from xdit_serve.groups import place, workers
     from xdit_serve.memory import Memory
-    from xdit_serve.service import Settings
     from xdit_serve.serving import serve
     from xdit_serve.store import StoreError
 
@@ -151,8 +151,7 @@ def run(given: dict[str, Any]) -> int:
     own = (*at.words, f"--timeout={given['timeout']}", f"--save-every={given['save_every']}")
     own += ("--keep-loaded" if given["keep_loaded"] else "--no-keep-loaded", *given["options"])
     _try(offers, own)
-    named = {"data_dir": given["data_dir"].absolute(), "open": given["no_auth"], "origins": given["cors"]}
-    settings = filled(Settings, given, offers=offers, own=own, keys=tuple(keys), **named)
+    settings = _settings(given, offers, own, keys)
     memory = Memory()
     try:
         return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"), _page(given["page"]))
@@ -210,6 +209,21 @@ def _try(offers: Sequence[Offer], own: Sequence[str]) -> None:
             problems = [one for one in wrong.problems if not one.startswith(("--output", "--image", "--prompt"))]
             if problems:
                 raise WrongUse([f"{offer.name}: {problem}" for problem in problems]) from None
+
+
+def _settings(given: dict[str, Any], offers: list[Offer], own: Sequence[str], keys: Sequence[str]) -> Settings:
+    from xdit_serve.service import Settings
+
+    return filled(
+        Settings,
+        given,
+        data_dir=given["data_dir"].absolute(),
+        offers=offers,
+        own=own,
+        keys=tuple(keys),
+        open=given["no_auth"],
+        origins=given["cors"],
+    )
 
 
 def _page(asked: bool | None) -> Page | None:

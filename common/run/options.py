@@ -81,7 +81,7 @@ def options(fork: Fork) -> list[click.Parameter]:
     inputs = own.pop(WHAT)
     return [
         *(*_weights(fork), *_prompts(fork), *inputs, *_numbers()),
-        *(*_how_many(), *_degrees(fork), *_memory(), *_precision(), *_speed(), *_output()),
+        *(*_how_many(), *_degrees(fork), _replicas(), *_memory(), *_precision(), *_speed(), *_output()),
         *(option for options in own.values() for option in options),
         *(*_expert(), *_of_others()),
     ]
@@ -161,13 +161,6 @@ def _how_many() -> list[Option]:
             default="auto",
             help="Where to compute; auto: on GPUs if there are any, else on the CPU.",
         ),
-        option(
-            ["--replicas"],
-            type=int,
-            help="Of several videos, how many are made at the same time, each by its share of the GPUs; a GPU that "
-            "fails costs its share a restart and the video a step. Default: 1, or the planner's advice where it knows "
-            "the GPUs.",
-        ),
     ]
 
 
@@ -194,6 +187,17 @@ def _degrees(fork: Fork) -> list[Option]:
             f"most as many as the model has heads ({heads}). Default: chosen.",
         ),
     ]
+
+
+def _replicas() -> Option:
+    return Option(
+        ["--replicas"],
+        type=int,
+        group=GPUS,
+        help="Of several videos, how many are made at the same time, each by its share of the GPUs; a GPU that "
+        "fails costs its share a restart and the video a step. Default: 1, or the planner's advice where it knows "
+        "the GPUs.",
+    )
 
 
 def _memory() -> list[Option]:
