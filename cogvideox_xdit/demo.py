@@ -13,7 +13,16 @@ from cogvideox_xdit.config import CONFIGS, TRAINED, TransformerConfig, VAEConfig
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 from cogvideox_xdit.weights import rename_table
-from common.run.demo import fill, made_once, red_circle, write_json, write_part, write_text_encoder
+from common.run.demo import (
+    CAPTIONS,
+    encoder_sizes,
+    fill,
+    made_once,
+    red_circle,
+    write_json,
+    write_part,
+    write_text_encoder,
+)
 from common.system.files import cache_home
 
 SEED = 20240806
@@ -34,13 +43,6 @@ TRAINED_VAE = VAEConfig(
     scaling_factor=1.0,
 )
 """The trained demo's; its scaling_factor is measured."""
-_COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
-_CAPTIONS = [
-    f"A {colour} {thing} moves slowly to the {side} on a black background."
-    for colour in _COLOURS
-    for thing in _THINGS
-    for side in ("left", "right")
-]
 
 
 def demo_config(kind: str) -> TransformerConfig:
@@ -121,13 +123,7 @@ def random_checkpoint(
         fill(part, SEED + i)
     transformer, encoder, decoder = parts
     write_checkpoint(folder, kind, transformer, vae, encoder, decoder, dtype)
-    sizes: dict[str, Any] = {
-        "d_model": config.text_dim,
-        "heads": 4,
-        "d_kv": max(config.text_dim // 4, 1),
-        "d_ff": 2 * config.text_dim,
-    }
-    write_text_encoder(folder, _CAPTIONS, SEED + len(parts), config.text_length, **sizes)
+    write_text_encoder(folder, CAPTIONS, SEED + len(parts), config.text_length, **encoder_sizes(config.text_dim))
 
 
 def write_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from tests.helpers.hub import Hub
 from tests.helpers.ranks import RankPool
 
 torch.set_num_threads(1)
+# For the programs that are started: the bytecode of our sources, once written, is not made again by each of them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # They begin first, so that the last ones of all are short and no core waits long for the other.
 LONGEST = ("rehearsal", "estimate", "workers", "compile", "faults", "gpu_check", "serve_cli", "outside_fork", "bench")
 LONGEST += ("replicas", "ray_group", "launch", "output_files", "serve_api", "cogvideox_cli", "planner_counts")

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.run.demo import fill, made_once, red_circle, write_json, write_part, write_text_encoder
+from common.run.demo import (
+    CAPTIONS,
+    encoder_sizes,
+    fill,
+    made_once,
+    red_circle,
+    write_json,
+    write_part,
+    write_text_encoder,
+)
 from common.system.files import cache_home
 from common.text.t5 import UMT5
 from common.weights.load import save
@@ -51,13 +60,6 @@ TRAINED_VAE = VAEConfig(
     std=(1.0,) * 12,
 )
 """The trained demo's: 2.2's kind, 8 x 8 pixels and 4 frames to a latent; training makes its latents white."""
-_COLOURS, _THINGS = ("red", "green", "blue", "white"), ("circle", "square", "boat", "bird")
-_CAPTIONS = [
-    f"A {colour} {thing} moves slowly to the {side} on a black background."
-    for colour in _COLOURS
-    for thing in _THINGS
-    for side in ("left", "right")
-]
 
 
 def demo_vae(kind: str) -> VAEConfig:
@@ -136,11 +138,10 @@ def random_checkpoint(
     for i, part in enumerate((*experts, encoder, decoder)):
         fill(part, SEED + i)
     write_checkpoint(folder, kind, experts, vae, encoder, decoder, dtype)
-    sizes = {"d_model": config.text_dim, "heads": 4, "d_kv": max(config.text_dim // 4, 1)}
-    sizes |= {"d_ff": 2 * config.text_dim}
     if config.image_width:
         write_image_encoder(folder / "image_encoder", IMAGE_ENCODER, dtype)
-    write_text_encoder(folder, _CAPTIONS, SEED + count + 2, config.text_length, UMT5, **sizes)
+    sizes = encoder_sizes(config.text_dim)
+    write_text_encoder(folder, CAPTIONS, SEED + count + 2, config.text_length, UMT5, **sizes)
 
 
 def write_checkpoint(

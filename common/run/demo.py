@@ -21,6 +21,13 @@ from common.weights.load import Rename, save
 
 STEM = "diffusion_pytorch_model"
 """What the weights of a part of a diffusers folder are called."""
+CAPTIONS = tuple(
+    f"A {colour} {thing} moves slowly to the {side} on a black background."
+    for colour in ("red", "green", "blue", "white")
+    for thing in ("circle", "square", "boat", "bird")
+    for side in ("left", "right")
+)
+"""Sentences whose words a demo's vocabulary is learned from."""
 
 
 def write_part(
@@ -108,6 +115,11 @@ def t5_config(vocab_size: int, member: Member = T5, **sizes: int) -> dict:
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def encoder_sizes(width: int) -> dict[str, Any]:
+    """Of a small text encoder with `width` features, for `t5_config`: four heads, twice the width within its MLP."""
+    return {"d_model": width, "heads": 4, "d_kv": max(width // 4, 1), "d_ff": 2 * width}
 
 
 def save_text_encoder(root: Path, model: nn.Module, config: dict, spiece: Path, limit: int) -> None:
