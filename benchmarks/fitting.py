@@ -77,17 +77,16 @@ def links_sheet(group: Group, links: Links) -> Links:
 
 @dataclass
 class Observation:
-    """A figure to be explained, with all that does not depend on the constants worked out once.
-
-    row: where it comes from, None for a measured one. kind: `step`, `sampling`, `total` or `decode`.
-    """
+    """A figure to be explained, with all that does not depend on the constants worked out once."""
 
     row: Row | None
+    """Where it comes from, None for a measured one."""
     model: Model
     size: Size
     layout: Layout
     scheme: str
     kind: str
+    """`step`, `sampling`, `total` or `decode`."""
     seconds: float
     sigma: float
     keys: dict[str, Key]

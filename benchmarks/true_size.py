@@ -81,16 +81,16 @@ def write_text_encoder(folder: Path, limit: int, sizes: Mapping[str, int] = T5_X
 
 @dataclass(frozen=True)
 class Hollow:
-    """A checkpoint folder without weights, as a fork's benchmarks describe it.
-
-    weights: for each file its tensors (on the meta device) and rename table. jsons: by file name. index: of
-    model_index.json. text_tokens: the longest prompt.
-    """
+    """A checkpoint folder without weights, as a fork's benchmarks describe it."""
 
     weights: Mapping[str, tuple[Mapping[str, Tensor], Rename | None]]
+    """For each file its tensors (on the meta device) and rename table."""
     jsons: Mapping[str, Mapping[str, Any]]
+    """By file name."""
     index: Mapping[str, Any]
+    """What model_index.json says."""
     text_tokens: int
+    """Of the longest prompt."""
 
 
 def make(model: Model, folder: Path, text: Mapping[str, int] = T5_XXL) -> Path:

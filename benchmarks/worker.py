@@ -33,11 +33,12 @@ PROGRAMS = ("ours", "diffusers", "diffusers-compiled", "xfuser")
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. hollow: the folder holds no weights, draw random ones. demo: it is a demo checkpoint."""
+    """What to measure."""
 
     model: str
     model_dir: Path
     hollow: bool
+    """The folder holds no weights: random ones are drawn."""
     layout: Layout
     size: Size
     device: str
@@ -49,6 +50,7 @@ class Job:
     program: str = "ours"
     timeout: float = 1800.0
     demo: bool = False
+    """It is a demo checkpoint."""
 
 
 def run(job: Job) -> dict[str, Any]:

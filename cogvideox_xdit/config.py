@@ -27,12 +27,7 @@ FRAME_OFFSETS = (0, 1)  # videos of 8k or 8k + 1 frames are whole latents: the a
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """`transformer/config.json`; the defaults are CogVideoX-2b's. Field names are ours.
-
-    sample_height, sample_width: of the latents the checkpoint was trained on; sample_frames: of the video
-    patch_time: frames of a patch, None where a patch is one frame (1.0 checkpoints)
-    rotary: rope on video tokens, else a sine-cosine table is added; learned: a stored table is added as well
-    """
+    """`transformer/config.json`; the defaults are CogVideoX-2b's. Field names are ours."""
 
     heads: int = bounded(30, 1024)
     head_dim: int = bounded(64, 1024)
@@ -45,12 +40,17 @@ class TransformerConfig:
     ofs_dim: int | None = None
     patch_size: int = bounded(2, 16)
     patch_time: int | None = bounded(None, 16)
+    """Frames of a patch, None where a patch is one frame (1.0 checkpoints)."""
     time_compression: int = bounded(4, 16)
     sample_height: int = 60
     sample_width: int = 90
+    """`sample_height`, `sample_width`: of the latents that the checkpoint was trained on."""
     sample_frames: int = 49
+    """Frames of the videos that it was trained on."""
     rotary: bool = False
+    """Rope on the video tokens, else a sine-cosine table is added."""
     learned: bool = False
+    """A stored table is added to the tokens as well."""
     space_scale: float = 1.875
     time_scale: float = 1.0
     norm_eps: float = 1e-5
@@ -233,23 +233,23 @@ _TRANSFORMER_IGNORED = ("patch_bias",)
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """`vae/config.json`; the defaults are CogVideoX-2b's, the others have a scaling_factor of 0.7.
-
-    channels: of the blocks, from the pixels to the latents
-    time_compression: frames per latent frame; sample_height, sample_width: pixels, half of them make a tile
-    scaling_factor: transformer latents = VAE latents * factor. inverted: image latents are divided by it instead (1.5)
-    """
+    """`vae/config.json`; the defaults are CogVideoX-2b's, the others have a scaling_factor of 0.7."""
 
     channels: tuple[int, ...] = (128, 256, 256, 512)
+    """Of the blocks, from the pixels to the latents."""
     latent_channels: int = 16
     layers: int = bounded(3, 64)
     eps: float = 1e-6
     groups: int = 32
     time_compression: int = bounded(4, 16)
+    """Frames per latent frame."""
     sample_height: int = 480
     sample_width: int = 720
+    """`sample_height`, `sample_width`: pixels, half of them make a tile."""
     scaling_factor: float = 1.15258426
+    """Transformer latents = VAE latents * factor."""
     inverted: bool = False
+    """Image latents are divided by it instead (1.5)."""
 
     @property
     def space_compression(self) -> int:
@@ -354,11 +354,12 @@ def scheduler_config(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What the json files of a checkpoint folder say. scheduler: scheduler_config.json, with the class to use."""
+    """What the json files of a checkpoint folder say."""
 
     transformer: TransformerConfig
     vae: VAEConfig
     scheduler: Mapping[str, Any]
+    """What scheduler_config.json says, with the class to use."""
 
 
 _PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
@@ -388,8 +389,8 @@ def read_checkpoint(
         raise CheckpointError(f"{model_dir}: the VAE has {have} latent channels, the transformer needs {need}")
     scheduler = scheduler_config(model_dir / "scheduler" / "scheduler_config.json")
     # The pipeline's index says which class is to be used; the config file notes which one wrote it.
-    if isinstance(named := index.get("scheduler"), list) and len(named) == 2 and isinstance(named[1], str):
-        scheduler = scheduler | {"_class_name": named[1]}
+    if isinstance(entry := index.get("scheduler"), list) and len(entry) == 2 and isinstance(entry[1], str):
+        scheduler = scheduler | {"_class_name": entry[1]}
     return CheckpointConfig(transformer, vae, scheduler)
 
 

@@ -74,8 +74,8 @@ def decoding(vae: VAEConfig, frames: int, rows: int, columns: int) -> Decoding:
                 frames = 2 * frames - frames % 2
     flops += 2 * 2 * z * width * grid + 2 * 27 * width * 3 * pixels * frames
     # An odd number's first chunk has a frame more; an even one's second chunk has the tails of the first beside it.
-    shown = vae.time_compression * CHUNK + 1 if latents > 1 else 1
-    return Decoding(flops, max(1, latents // CHUNK), 2 * COPIES * shown * pixels * channels[-2])
+    chunk_frames = vae.time_compression * CHUNK + 1 if latents > 1 else 1
+    return Decoding(flops, max(1, latents // CHUNK), 2 * COPIES * chunk_frames * pixels * channels[-2])
 
 
 def checkpoint(

@@ -30,20 +30,20 @@ from common.weights.dtypes import latent_dtype
 
 @dataclass(frozen=True)
 class Generation:
-    """The numbers of one generation, every default filled in.
-
-    size: latent frames, rows and columns; the first `padding` frames are dropped at the end. solver: at its first step.
-    scales: guidance of each step. negative: whether the negative prompt's branch is computed on some rank.
-    """
+    """The numbers of one generation, every default filled in."""
 
     height: int
     width: int
     num_frames: int
     size: Size
+    """Latent frames, rows and columns; the first `padding` frames are dropped at the end."""
     padding: int
     solver: Solver
+    """The solver at its first step."""
     scales: list[float]
+    """Guidance of each step."""
     negative: bool
+    """Whether the negative prompt's branch is computed on some rank."""
 
 
 class CogVideoXPipeline(Pipeline):
@@ -115,8 +115,8 @@ class CogVideoXPipeline(Pipeline):
         text = self.encode_prompts(prompt, negative_prompt, run)
         # The seed's draws come in the reference's order: image or video, noise, steps.
         generator = torch.Generator("cpu").manual_seed(seed)
-        known = None if frames is None else self.encode_frames(frames, generator)
-        start = self.start(run, known, latents, generator)
+        frame_latents = None if frames is None else self.encode_frames(frames, generator)
+        start = self.start(run, frame_latents, latents, generator)
         final = self._sample(start, text, run, keeper)[:, :, run.padding :]
         return self.finished(final, output, latents_file, decode, model="cogvideox", prompt=prompt, seed=seed)
 
@@ -138,8 +138,10 @@ class CogVideoXPipeline(Pipeline):
         height, width, num_frames = rules.size_of(height, width, num_frames)
         size, padding = self.latent_size(height, width, num_frames)
         if self.config.learned and size[0] != self.config.latent_frames:
-            usual = self.config.sample_frames
-            self.report.warn(f"learned positions exist for {usual} frames only; sines and cosines stand in for them")
+            sample_frames = self.config.sample_frames
+            self.report.warn(
+                f"learned positions exist for {sample_frames} frames only; sines and cosines stand in for them"
+            )
         num_steps = rules.num_steps if num_steps is None else num_steps
         cfg_scale = rules.cfg_scale if cfg_scale is None else cfg_scale
         guided = rules.guided(cfg_scale)
@@ -177,11 +179,11 @@ class CogVideoXPipeline(Pipeline):
 
     def _first_frames(self, image: Picture | None, video: Clip | None, fit: str, run: Generation) -> Tensor | None:
         """What sampling starts from besides noise, uint8 (T, H, W, 3), if anything. Collective."""
-        size, told = (run.height, run.width), self.report.note
+        size, note = (run.height, run.width), self.report.note
         if image is not None:
-            return on_main(self.mesh, lambda: image_frames(image, *size, fit, told, self.rules))
+            return on_main(self.mesh, lambda: image_frames(image, *size, fit, note, self.rules))
         if video is not None:
-            return on_main(self.mesh, lambda: video_frames(video, *size, run.num_frames, fit, told, self.rules))
+            return on_main(self.mesh, lambda: video_frames(video, *size, run.num_frames, fit, note, self.rules))
         return None
 
     def encode_prompts(self, prompt: str, negative_prompt: str, run: Generation) -> dict[int, Tensor]:
@@ -191,15 +193,17 @@ class CogVideoXPipeline(Pipeline):
         text = self.encode_text(prompts, self.config.text_length, use_mask=False)
         return {branch: features for branch, (features, _) in text.items()}
 
-    def start(self, run: Generation, known: Tensor | None, latents: Tensor | None, generator: torch.Generator) -> Start:
-        """Latents to begin with. known: encoded frames, as `encode_frames` gives them. latents: in place of noise."""
+    def start(
+        self, run: Generation, frame_latents: Tensor | None, latents: Tensor | None, generator: torch.Generator
+    ) -> Start:
+        """Latents to begin with. frame_latents: as `encode_frames` gives them. latents: in place of noise."""
         image = None
         if latents is None:
             latents = draw(run.size, self.config.out_channels, generator)
-        if known is not None and self.config.image_channels:
-            image = self.image_latents(known, run.size)
-        elif known is not None:
-            scaled = known * self.vae_config.scaling_factor
+        if frame_latents is not None and self.config.image_channels:
+            image = self.image_latents(frame_latents, run.size)
+        elif frame_latents is not None:
+            scaled = frame_latents * self.vae_config.scaling_factor
             # What stands in front is dropped at the end, so it may be a copy of the first frame.
             scaled = torch.cat((scaled[:, :, :1].expand(-1, -1, run.padding, -1, -1), scaled), dim=2)
             latents = run.solver.add_noise(scaled, latents)

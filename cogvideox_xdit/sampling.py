@@ -150,9 +150,9 @@ def workload(
         config, vae = checkpoint.transformer, checkpoint.vae
     else:
         config, vae = source.config, VAEConfig()
-    decoded = (size.num_frames - 1) // vae.time_compression + 1
+    latent_frames = (size.num_frames - 1) // vae.time_compression + 1
     space = (size.height // vae.space_compression, size.width // vae.space_compression)
-    grid = (decoded + -decoded % config.patch[0], *space)
+    grid = (latent_frames + -latent_frames % config.patch[0], *space)
     sp, guidance, scale = SequenceParallel(mesh), Guidance(mesh.cfg), 2.0 if size.guided else 1.0
 
     def step(model: CogVideoXTransformer) -> Tensor:
@@ -170,7 +170,7 @@ def workload(
         on_meta(build, config, sp),
         step,
         on_meta(CogVideoXDecoder, vae),
-        (config.out_channels, decoded, *space),
+        (config.out_channels, latent_frames, *space),
         (size.num_frames, size.height, size.width),
         (text_work(config.text_length, find),),
     )

@@ -31,16 +31,16 @@ class Solver:
     def __init__(self, raw: Mapping[str, Any], steps: int, name: str | None = None, strength: float = 1.0) -> None:
         self.scheduler = _build(raw, name)
         self.second_order = type(self.scheduler).__name__ == SCHEDULERS["dpm"]
-        trained = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= trained:
-            raise ValueError(f"the number of steps is {steps}; it must be 1 to {trained}")
+        train_steps = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= train_steps:
+            raise ValueError(f"the number of steps is {steps}; it must be 1 to {train_steps}")
         self.scheduler.set_timesteps(steps)
         run = min(int(steps * strength), steps)
         if run < 1:
             raise ValueError(f"strength {strength} of {steps} steps leaves no step; raise one of them")
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()[steps - run :]
-        self.spacing = trained // steps
-        alphas = [(float(alpha), float(following)) for alpha, following, _ in map(self._alphas, range(len(self)))]
+        self.spacing = train_steps // steps
+        alphas = [(float(alpha), float(alpha_next)) for alpha, alpha_next, _ in map(self._alphas, range(len(self)))]
         self.levels: tuple[Levels, ...] = tuple((a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5) for a, b in alphas)
         """Of each step: how much of the video and how much noise is in the latents before it, and after it."""
         self._before: Tensor | None = None
@@ -85,8 +85,8 @@ class Solver:
     def _alphas(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Cumulative alphas (fp64 scalars) at step i, after it, and at the step before."""
         table, t = self.scheduler.alphas_cumprod, self.timesteps[i]
-        following = table[t - self.spacing] if t >= self.spacing else self.scheduler.final_alpha_cumprod
-        return table[t], following, table[self.timesteps[i - 1]] if i else None
+        alpha_next = table[t - self.spacing] if t >= self.spacing else self.scheduler.final_alpha_cumprod
+        return table[t], alpha_next, table[self.timesteps[i - 1]] if i else None
 
 
 def _build(raw: Mapping[str, Any], name: str | None) -> Any:
@@ -105,12 +105,12 @@ def _build(raw: Mapping[str, Any], name: str | None) -> Any:
             f"scheduler_config.json says prediction_type={settings.get('prediction_type', 'epsilon')!r}; "
             "supported is 'v_prediction'"
         )
-    built = getattr(diffusers, kind)
-    known = inspect.signature(built.__init__).parameters
+    scheduler_class = getattr(diffusers, kind)
+    parameters = inspect.signature(scheduler_class.__init__).parameters
     for key, value in settings.items():
-        if key not in known and value not in (None, False):
+        if key not in parameters and value not in (None, False):
             raise ValueError(f"scheduler_config.json says {key}={value!r}, which {kind} does not know")
-    return built.from_config(settings)
+    return scheduler_class.from_config(settings)
 
 
 def dynamic_scale(scale: float, t: int, steps: int) -> float:

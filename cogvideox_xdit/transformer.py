@@ -57,23 +57,21 @@ def check_size(size: Size, patch: Size) -> None:
 
 @dataclass(frozen=True)
 class Condition:
-    """What does not depend on the step, for one guidance branch.
-
-    y: (B, ny, W) this rank's text tokens, projected, positions added
-    video: (B or 1, nx, W) what each video token is besides its noise: bias, position, image latents
-    rope: a `rotation` (2, ny + nx, 1, D/2, 2), by nothing on text; None where positions are added
-    ofs: (1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint
-    lengths: tokens of every rank, both streams together
-    frequencies: of the timestep's embedding (W / 2,)
-    """
+    """What does not depend on the step, for one guidance branch."""
 
     size: Size
     y: Tensor
+    """(B, ny, W) this rank's text tokens, projected, positions added."""
     video: Tensor
+    """(B or 1, nx, W) what each video token is besides its noise: bias, position, image latents."""
     rope: Tensor | None
+    """A `rotation` (2, ny + nx, 1, D/2, 2), by nothing on text; None where positions are added."""
     ofs: Tensor | None
+    """(1, time_dim) added to the time embedding, None but for the 1.5 image checkpoint."""
     lengths: tuple[int, ...]
+    """Tokens of every rank, both streams together."""
     frequencies: Tensor
+    """(W / 2,) of the timestep's embedding."""
 
     @property
     def n_text(self) -> int:
@@ -152,13 +150,13 @@ class Block(nn.Module):
     def project(self, h: Tensor, rope: Tensor | None, heads: slice, parts: str) -> tuple[Tensor, ...]:
         """`parts` of q, k and v of some heads, (B, n, h, D) each."""
         norms = {"q": self.q_norm, "k": self.k_norm}
-        made = []
+        projections = []
         for part, x in zip(parts, heads_of(self.qkv, h, self.heads, heads, parts)):
             if part in norms:
                 x = norms[part](x)
                 x = x if rope is None else rotate_pairs(x, rope)
-            made.append(x)
-        return tuple(made)
+            projections.append(x)
+        return tuple(projections)
 
     def output(self, out: Tensor, heads: slice, so_far: Tensor | None) -> Tensor:
         """The output projection of some heads (B, n, h, D), added to that of others: (B, n, W)."""
@@ -256,11 +254,11 @@ class CogVideoXTransformer(nn.Module):
         video = self.patch.bias[None, None]
         if image is not None:
             video = self.patch.image(sp.shard(pack(image.to(self.device, self.dtype), config.patch)))
-        at_text, at_video = self._added_positions(text.shape[1], grid)
-        if at_text is not None:
-            y = y + at_text
-        if at_video is not None:
-            video = video + at_video
+        text_positions, video_positions = self._added_positions(text.shape[1], grid)
+        if text_positions is not None:
+            y = y + text_positions
+        if video_positions is not None:
+            video = video + video_positions
         tokens = grid[0] * grid[1] * grid[2]
         lengths = tuple(a + b for a, b in zip(sp.lengths(text.shape[1]), sp.lengths(tokens)))
         rope = self._rope(y.shape[1], grid) if config.rotary else None
@@ -277,8 +275,8 @@ class CogVideoXTransformer(nn.Module):
         """What is added to this rank's text and video tokens: (1, ny, W) and (1, nx, W)."""
         config, sp = self.config, self.sp
         if config.learned and grid[0] == config.latent_frames:
-            learned = self.positions
-            return sp.shard(learned[:, :text_length]), sp.shard(learned[:, config.text_length :])
+            embeddings = self.positions
+            return sp.shard(embeddings[:, :text_length]), sp.shard(embeddings[:, config.text_length :])
         if config.rotary and not config.learned:
             return None, None
         # Also what the reference gives a checkpoint with learned positions for another number of frames.
@@ -316,8 +314,8 @@ class CogVideoXTransformer(nn.Module):
     def time_embedding(self, t: Tensor | float, cond: Condition) -> Tensor:
         """The activated embedding that every block's modulation reads: (B or 1, time_dim)."""
         # A number is filled in on the device: a copy from the host would wait for everything before it.
-        steps = t.to(self.device).reshape(-1) if isinstance(t, Tensor) else torch.full((1,), t, device=self.device)
-        c = self.time(sinusoid(steps, cond.frequencies).to(self.dtype))
+        timesteps = t.to(self.device).reshape(-1) if isinstance(t, Tensor) else torch.full((1,), t, device=self.device)
+        c = self.time(sinusoid(timesteps, cond.frequencies).to(self.dtype))
         return F.silu(c if cond.ofs is None else c + cond.ofs)
 
     def embed(self, x: Tensor, cond: Condition) -> Tensor:

@@ -23,34 +23,33 @@ from common.weights.schema import MAX_LAYERS, bounded, build
 
 @dataclass(frozen=True)
 class ConsisIDConfig(TransformerConfig):
-    """`transformer/config.json`. Defaults are the reference class's, so a key that is absent means what it means there.
-
-    face: the face modules are there (`is_train_face`)
-    kps: the checkpoint wants the drawn landmarks as its second image latent
-    interval: face tokens are read after every `interval`-th block, beginning with the first
-    cross_heads, cross_head_dim: of that cross attention
-    id_dim, vit_dim: identity vector and image tower's hidden states
-    depth, extractor_heads, extractor_head_dim, id_tokens, queries, ff_mult, scales: of the local facial extractor
-    face_dim: width of the face tokens; the reference ties it to two thirds of the model's
-    face_scale: factor on what is read from the face
-    """
+    """`transformer/config.json`. Defaults are the reference class's, so an absent key means what it means there."""
 
     face: bool = False
+    """The face modules are there (`is_train_face`)."""
     kps: bool = False
+    """The checkpoint wants the drawn landmarks as its second image latent."""
     interval: int = bounded(2, MAX_LAYERS)
+    """Face tokens are read after every `interval`-th block, beginning with the first."""
     cross_head_dim: int = bounded(128, 1024)
     cross_heads: int = bounded(16, 1024)
+    """`cross_heads`, `cross_head_dim`: of the cross attention to face tokens."""
     id_dim: int = 1280
     vit_dim: int = 1024
+    """`id_dim`, `vit_dim`: widths of the identity vector and of the image tower's hidden states."""
     depth: int = bounded(10, MAX_LAYERS)
     extractor_head_dim: int = bounded(64, 1024)
     extractor_heads: int = bounded(16, 1024)
     id_tokens: int = bounded(5, 1024)
     queries: int = bounded(32, 4096)
     face_dim: int = 2048
+    """Width of the face tokens; the reference ties it to two thirds of the model's."""
     ff_mult: int = bounded(4, 64)
     scales: int = bounded(5, MAX_LAYERS)
+    """`depth`, `extractor_heads`, `extractor_head_dim`, `id_tokens`, `queries`, `ff_mult`, `scales`: of the local
+    facial extractor."""
     face_scale: float = bounded(1.0, most=1e6, least=-1e6)
+    """Factor on what is read from the face."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,8 +65,8 @@ def shape_identity(picture: torch.Tensor, config: ConsisIDConfig) -> IdentityFea
     distance = (colours - colours[..., :1, :1]).norm(dim=1, keepdim=True)
     outline = OUTLINE * distance / distance.amax().clamp_min(1e-6)
 
-    def project(seen: list[torch.Tensor], width: int) -> torch.Tensor:
-        parts = [x @ torch.randn(x.shape[-1], width, generator=generator) / x.shape[-1] ** 0.5 for x in seen]
+    def project(features: list[torch.Tensor], width: int) -> torch.Tensor:
+        parts = [x @ torch.randn(x.shape[-1], width, generator=generator) / x.shape[-1] ** 0.5 for x in features]
         return torch.stack(parts).sum(0)
 
     whole = [torch.nn.functional.avg_pool2d(x, 8).flatten(1) for x in (colours, outline)]  # (1, 64 c)

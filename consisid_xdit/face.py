@@ -49,27 +49,27 @@ HIDDEN = "id_vit_hidden"
 
 @dataclass(frozen=True)
 class IdentityFeatures:
-    """What the transformer and the pipeline take of a person.
-
-    id_cond: (1, 1280), ArcFace's 512 numbers as they come, then the image tower's 768 at length 1
-    id_vit_hidden: five (1, 577, 1024), the tower's hidden states
-    image: (512, 512, 3) uint8 RGB, the aligned face on white
-    face_kps: (5, 2) fp32, eyes, nose and corners of the mouth in pixels of the photograph (at most 1024 long)
-    """
+    """What the transformer and the pipeline take of a person."""
 
     id_cond: Tensor
+    """(1, 1280), ArcFace's 512 numbers as they come, then the image tower's 768 at length 1."""
     id_vit_hidden: tuple[Tensor, ...]
+    """Five (1, 577, 1024), the tower's hidden states."""
     image: Tensor
+    """(512, 512, 3) uint8 RGB, the aligned face on white."""
     face_kps: Tensor
+    """(5, 2) fp32, eyes, nose and corners of the mouth in pixels of the photograph (at most 1024 long)."""
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {f"{HIDDEN}.{i}": h for i, h in enumerate(self.id_vit_hidden)}
-        return {"id_cond": self.id_cond, "image": self.image, "face_kps": self.face_kps} | named
+        hidden = {f"{HIDDEN}.{i}": h for i, h in enumerate(self.id_vit_hidden)}
+        return {"id_cond": self.id_cond, "image": self.image, "face_kps": self.face_kps} | hidden
 
     @classmethod
-    def from_tensors(cls, named: dict[str, Tensor]) -> IdentityFeatures:
-        hidden = sorted((name for name in named if name.startswith(f"{HIDDEN}.")), key=lambda n: int(n.split(".")[-1]))
-        return cls(named["id_cond"], tuple(named[name] for name in hidden), named["image"], named["face_kps"])
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> IdentityFeatures:
+        hidden = sorted(
+            (name for name in tensors if name.startswith(f"{HIDDEN}.")), key=lambda n: int(n.split(".")[-1])
+        )
+        return cls(tensors["id_cond"], tuple(tensors[name] for name in hidden), tensors["image"], tensors["face_kps"])
 
 
 def save_identity(path: Path | str, identity: IdentityFeatures) -> None:
@@ -177,12 +177,12 @@ class FaceReader:
         """
         bgr = np.ascontiguousarray(shrink(picture)[..., ::-1])
         faces, landmarks = self.detect(bgr), self.find_landmarks(bgr)
-        target, chosen = choose_face(faces, landmarks)
-        crop = align(bgr, landmarks.landmarks[chosen])
+        target, index = choose_face(faces, landmarks)
+        crop = align(bgr, landmarks.landmarks[index])
         if len(faces):
             kps, embedding = target.landmarks[0], self.recognise(bgr, target.landmarks[0])
         else:
-            kps, embedding = landmarks.landmarks[chosen], self.recognise.embed(crop)
+            kps, embedding = landmarks.landmarks[index], self.recognise.embed(crop)
         grey, colour = self._whiten(crop)
         look, hidden = self._look(grey)
         person = torch.from_numpy(embedding)[None].to(look)
@@ -225,8 +225,8 @@ def shrink(picture: Picture, longest: int = LONGEST_SIDE) -> Picture:
     return cv2.resize(picture, size, interpolation=cv2.INTER_LANCZOS4)
 
 
-def choose_face(found: Faces, landmarks: Faces) -> tuple[Faces, int]:
-    """The largest face as `found` has it (as `landmarks` has it where nothing was found), and its index in `landmarks`.
+def choose_face(detections: Faces, landmarks: Faces) -> tuple[Faces, int]:
+    """The largest face as `detections` has it (as `landmarks` where nothing was found), and its index in `landmarks`.
 
     Raises ValueError when there is none, when it is tiny, and when the two detectors disagree where it is.
     """
@@ -234,7 +234,7 @@ def choose_face(found: Faces, landmarks: Faces) -> tuple[Faces, int]:
         raise ValueError(
             "no face was found in the picture; use one that shows a face from the front, well lit and not cut off"
         )
-    faces = found if len(found) else landmarks
+    faces = detections if len(detections) else landmarks
     target = faces.take(faces.areas.argsort(kind="stable")[-1:])
     side = face_side(target)
     if side < SMALLEST_FACE:

@@ -60,21 +60,20 @@ def onnx_network(path: Path | str) -> Network:
     try:
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has one exception class per kind of damage
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is not a usable ONNX file: {said}; {AGAIN}") from error
+        message = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is not a usable ONNX file: {message}; {AGAIN}") from error
     name = session.get_inputs()[0].name
     return lambda blob: session.run(None, {name: blob})
 
 
 @dataclass(frozen=True)
 class Faces:
-    """n faces of one picture, in pixels, most certain first.
-
-    boxes: (n, 5) left, top, right, bottom, score. landmarks: (n, 5, 2) x, y.
-    """
+    """n faces of one picture, in pixels, most certain first."""
 
     boxes: Floats
+    """(n, 5) left, top, right, bottom, score."""
     landmarks: Floats
+    """(n, 5, 2) x, y."""
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -106,8 +105,8 @@ def suppress(boxes: Floats, threshold: float, border: float = 0.0) -> list[int]:
         indices.append(int(best))
         wide = np.minimum(right[best], right[rest]) - np.maximum(left[best], left[rest]) + border
         high = np.minimum(bottom[best], bottom[rest]) - np.maximum(top[best], top[rest]) + border
-        shared = np.maximum(wide, 0) * np.maximum(high, 0)
-        order = rest[shared / (areas[best] + areas[rest] - shared) <= threshold]
+        intersection = np.maximum(wide, 0) * np.maximum(high, 0)
+        order = rest[intersection / (areas[best] + areas[rest] - intersection) <= threshold]
     return indices
 
 

@@ -27,11 +27,11 @@ def check_face_files(model_dir: Path | str, config: ConsisIDConfig) -> None:
     sizes = FaceConfig.read(folder)
     tower = sizes.tower
     have = tower.output, tower.width, len(tower.taps)
-    wanted = config.id_dim - EMBEDDING, config.vit_dim, config.scales
-    if have != wanted:
+    need = config.id_dim - EMBEDDING, config.vit_dim, config.scales
+    if have != need:
         raise CheckpointError(
             f"{folder}: its image tower gives {have[0]} numbers and {have[2]} states of width {have[1]}, the "
-            f"transformer takes {wanted[0]} and {wanted[2]} of {wanted[1]}; both must come from one checkpoint"
+            f"transformer takes {need[0]} and {need[2]} of {need[1]}; both must come from one checkpoint"
         )
     for name, outputs in ((DETECTOR, DETECTIONS), (RECOGNISER, 1)):
         outline = read_outline(face_file(folder / name))

@@ -108,9 +108,9 @@ class ContextModule(nn.Module):
         self.conv7x7_3 = _conv_bn(quarter, quarter, 3, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        shared = self.conv5X5_1(x)
-        wide = self.conv7x7_3(self.conv7X7_2(shared))
-        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(shared), wide], dim=1))
+        features = self.conv5X5_1(x)
+        wide = self.conv7x7_3(self.conv7X7_2(features))
+        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(features), wide], dim=1))
 
 
 class Head(nn.Module):

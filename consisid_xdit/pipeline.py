@@ -77,8 +77,8 @@ class ConsisIDPipeline(CogVideoXPipeline):
             identity = self.identify(image, identity)
         text = self.encode_prompts(prompt, negative_prompt, run)
         generator = torch.Generator("cpu").manual_seed(seed)
-        known = [self.encode_frames(frames, generator) for frames in self._pictures(identity, run)]
-        start = self.start(run, torch.cat(known, dim=2), latents, generator)
+        frame_latents = [self.encode_frames(frames, generator) for frames in self._pictures(identity, run)]
+        start = self.start(run, torch.cat(frame_latents, dim=2), latents, generator)
         final = self._sample_person(identity, start, text, run, keeper)[:, :, run.padding :]
         return self.finished(final, output, latents_file, decode, model="consisid", prompt=prompt, seed=seed)
 

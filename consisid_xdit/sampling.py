@@ -19,9 +19,9 @@ PATCHES = 577
 def _prepare(model: ConsisIDTransformer, text: Tensor, grid: Size, image: Tensor | None) -> Condition:
     config, face = model.config, None
     if config.face:
-        known = torch.empty(1, config.id_dim, device="meta")
+        id_cond = torch.empty(1, config.id_dim, device="meta")
         hidden = [torch.empty(1, PATCHES, config.vit_dim, device="meta") for _ in range(config.scales)]
-        face = model.read_face(known, hidden)
+        face = model.read_face(id_cond, hidden)
     return model.prepare(text, grid, image, face=face)
 
 

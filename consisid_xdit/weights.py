@@ -58,28 +58,31 @@ def face_file(path: Path | str) -> Path:
     try:
         if path.stat().st_size and path.is_file():
             return path
-        said = "is empty" if path.is_file() else "is no file"
+        problem = "is empty" if path.is_file() else "is no file"
     except OSError as error:
-        said = "is missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else reason(error)
-    raise CheckpointError(f"{path} {said}; it is part of the checkpoint's face_encoder folder: {AGAIN}")
+        problem = "is missing" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else reason(error)
+    raise CheckpointError(f"{path} {problem}; it is part of the checkpoint's face_encoder folder: {AGAIN}")
 
 
 def require_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
     """CheckpointError in one line unless the tensors of a file are the module's, by name, shape and kind."""
-    wanted = module.state_dict()
-    missing, extra = [name for name in wanted if name not in state], [name for name in state if name not in wanted]
-    found = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
-    for name, tensor in wanted.items():
-        there = state.get(name)
-        if there is None:
+    module_state = module.state_dict()
+    missing, extra = (
+        [name for name in module_state if name not in state],
+        [name for name in state if name not in module_state],
+    )
+    problems = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
+    for name, tensor in module_state.items():
+        entry = state.get(name)
+        if entry is None:
             continue
-        if there.shape != tensor.shape:
-            found.append(f"{quoted(name)} is {list(there.shape)}, expected {list(tensor.shape)}")
-        elif there.is_floating_point() != tensor.is_floating_point() or there.layout != torch.strided:
-            found.append(f"{quoted(name)} is of {there.dtype}, expected {tensor.dtype}")
-    if found:
-        more = f" (and {len(found) - 2} more)" if len(found) > 2 else ""
-        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {'; '.join(found[:2])}{more}; {AGAIN}")
+        if entry.shape != tensor.shape:
+            problems.append(f"{quoted(name)} is {list(entry.shape)}, expected {list(tensor.shape)}")
+        elif entry.is_floating_point() != tensor.is_floating_point() or entry.layout != torch.strided:
+            problems.append(f"{quoted(name)} is of {entry.dtype}, expected {tensor.dtype}")
+    if problems:
+        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems[:2])}{more}; {AGAIN}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -237,13 +237,12 @@ class MochiConfig:
 
 @dataclass(frozen=True)
 class MochiRules(Rules):
-    """With the schedule that the model was trained for, see `mochi_xdit.sampling.linear_quadratic_sigmas`.
-
-    threshold_noise: noise that the linear steps remove in all. linear_steps: how many these are, None for half.
-    """
+    """With the schedule that the model was trained for, see `mochi_xdit.sampling.linear_quadratic_sigmas`."""
 
     threshold_noise: float = 0.025
+    """Noise that the linear steps remove altogether."""
     linear_steps: int | None = None
+    """How many steps are linear, None for half."""
 
     def schedule(self, num_steps: int, threshold: float | None, linear: int | None) -> tuple[float, int | None]:
         """The threshold and the linear steps of so many steps; what is None is the model's own."""
@@ -349,14 +348,14 @@ def _native_encoder(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _check(model: str, config: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
+def _check(model: str, config: Mapping[str, Any], keys: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
     if (kind := config.get("_class_name", model)) != model:
         raise CheckpointError(f"{where} describes a {shown(kind)}, expected a {model}")
-    check_keys(config, known, fixed, where)
+    check_keys(config, keys, fixed, where)
 
 
 def read_config(folder: Path) -> MochiConfig:
     """The numbers of a diffusers folder. CheckpointError names the file, and the key where there is one."""
     transformer, vae = (folder / part / "config.json" for part in ("transformer", "vae"))
-    described = read_object(vae) if vae.is_file() else None
-    return MochiConfig.from_diffusers(read_object(transformer), described, str(transformer), str(vae))
+    raw_vae = read_object(vae) if vae.is_file() else None
+    return MochiConfig.from_diffusers(read_object(transformer), raw_vae, str(transformer), str(vae))

@@ -42,9 +42,9 @@ def linear_quadratic_sigmas(num_steps: int, threshold: float = 0.025, linear_ste
     excess = linear - threshold * num_steps
     a = excess / (linear * quadratic**2)
     b = slope - 2 * excess / quadratic**2
-    done = [slope * i for i in range(linear)]
-    done += [a * i**2 + b * i + a * linear**2 for i in range(linear, num_steps)]
-    return [1.0 - value for value in done] + [0.0]
+    times = [slope * i for i in range(linear)]
+    times += [a * i**2 + b * i + a * linear**2 for i in range(linear, num_steps)]
+    return [1.0 - t for t in times] + [0.0]
 
 
 def sample(

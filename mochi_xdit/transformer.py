@@ -105,15 +105,15 @@ class JointAttention(nn.Module):
         of_y = heads_of(self.qkv_y, y, self.heads, heads, parts, apart=False)
         of_x = heads_of(self.qkv_x, x, self.heads, heads, parts, rest=of_y[-1] if "v" in parts else None)
         norms = {"q": (self.q_norm_x, self.q_norm_y), "k": (self.k_norm_x, self.k_norm_y)}
-        made = []
-        for part, video, words in zip(parts, of_x, of_y):
+        projections = []
+        for part, video, text in zip(parts, of_x, of_y):
             if part in norms:
                 norm_x, norm_y = norms[part]
-                turned = rotate_pairs(self._normed(video, norm_x), rope[:, :, heads], self._normed(words, norm_y))
-                made.append(turned)
+                joint = rotate_pairs(self._normed(video, norm_x), rope[:, :, heads], self._normed(text, norm_y))
+                projections.append(joint)
             else:
-                made.append(video)  # the words behind it
-        return tuple(made)
+                projections.append(video)  # the text behind it
+        return tuple(projections)
 
     @staticmethod
     def _normed(heads: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -299,8 +299,8 @@ class MochiTransformer(nn.Module):
         pooled = self.t5_y_embedder(text.to(self.dtype))
         y = self.t5_yproj(self.sp.shard(text).to(self.dtype))
         rope = self._rope(size)
-        video, words = math.prod(size) // self.config.patch**2, text.shape[1]
-        lengths = tuple(a + b for a, b in zip(self.sp.lengths(video), self.sp.lengths(words)))
+        n_video, n_text = math.prod(size) // self.config.patch**2, text.shape[1]
+        lengths = tuple(a + b for a, b in zip(self.sp.lengths(n_video), self.sp.lengths(n_text)))
         return MochiCondition(y, pooled, rope, lengths, self._time_frequencies())
 
     def _rope(self, size: tuple[int, int, int]) -> Tensor:
@@ -323,8 +323,8 @@ class MochiTransformer(nn.Module):
 
     def _time_frequencies(self) -> Tensor:
         half = self.config.time_dim // 2
-        steps = torch.arange(half, dtype=at_least_fp32(self.dtype), device=self.device)
-        return torch.exp(steps * -math.log(10000) / half)
+        k = torch.arange(half, dtype=at_least_fp32(self.dtype), device=self.device)
+        return torch.exp(k * -math.log(10000) / half)
 
     def forward(self, x: Tensor, t: Tensor, cond: MochiCondition) -> Tensor:
         """Predict video minus noise for this rank's tokens.

@@ -183,18 +183,18 @@ class MochiEncoder(nn.Module):
     def __init__(self, config: MochiVAEConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or MochiVAEConfig()
-        widths, depths, groups, seen = config.encoder_channels, config.layers, config.groups, config.attention
+        widths, depths, groups, attention = config.encoder_channels, config.layers, config.groups, config.attention
         dim = config.head_dim
         downs = [
-            DownBlock(widths[i], widths[i + 1], depths[i + 1], time, space, groups, dim * seen[i + 1])
+            DownBlock(widths[i], widths[i + 1], depths[i + 1], time, space, groups, dim * attention[i + 1])
             for i, (time, space) in enumerate(zip(config.temporal, config.spatial))
         ]
         self.layers = nn.ModuleList(
             [
                 nn.Linear(config.in_channels, widths[0]),
-                *(ResBlock(widths[0], groups, dim * seen[0]) for _ in range(depths[0])),
+                *(ResBlock(widths[0], groups, dim * attention[0]) for _ in range(depths[0])),
                 *downs,
-                *(ResBlock(widths[-1], groups, dim * seen[-1]) for _ in range(depths[-1])),
+                *(ResBlock(widths[-1], groups, dim * attention[-1]) for _ in range(depths[-1])),
             ]
         )
         self.output_norm = FrameNorm(groups, widths[-1])

@@ -274,7 +274,7 @@ def _native_transformer(file: Path) -> Part[MochiConfig]:
     prefix, checkpoint = "", open_checkpoint(file)
     if any(name.startswith(_SINGLE_FILE_PREFIX) for name in checkpoint):
         prefix, checkpoint = _SINGLE_FILE_PREFIX, checkpoint.select(_SINGLE_FILE_PREFIX, strip=True)
-    shapes = {name: stored.shape for name, stored in checkpoint.items()}
+    shapes = {name: entry.shape for name, entry in checkpoint.items()}
     with _read_as("a Mochi transformer", file):
         return Part(file, MochiConfig.from_native(shapes, str(file)), None, prefix, strip=True)
 
@@ -283,13 +283,13 @@ def _find_vae(folder: str | Path, dtype: torch.dtype | None, native: str, prefix
     folder = _folder(folder)
     file = folder / native
     if file.is_file():
-        shapes = {name: stored.shape for name, stored in open_checkpoint(file).items()}
+        shapes = {name: entry.shape for name, entry in open_checkpoint(file).items()}
         with _read_as("a Mochi VAE", file):
             return Part(file, MochiVAEConfig.from_native(shapes, str(file)), None)
     if not (folder / "vae").is_dir():
         raise CheckpointError(f"{folder}: no Mochi VAE, neither {native} nor a folder vae/")
     file = find_files(folder / "vae", DIFFUSERS_STEM, dtype)
-    described = folder / "vae" / "config.json"
-    config = MochiVAEConfig.from_diffusers(read_object(described), str(described))
+    config_file = folder / "vae" / "config.json"
+    config = MochiVAEConfig.from_diffusers(read_object(config_file), str(config_file))
     table = decoder_rename if prefix == "decoder." else encoder_rename
     return Part(file, config, table(config), prefix)

@@ -73,8 +73,8 @@ def command(**options: Any) -> None:
         raise click.UsageError(str(error)) from None
     if options["as_json"]:
         click.echo(json.dumps([as_dict(plan, one) for one in plan.layouts], indent=1))
-        for refused in plan.refused:
-            click.echo(f"refused: {refused.layout}: {refused.reason}", err=True)
+        for refusal in plan.refused:
+            click.echo(f"refused: {refusal.layout}: {refusal.reason}", err=True)
     else:
         show(plan)
 
@@ -83,17 +83,17 @@ def _plan(options: dict[str, Any]) -> Plan:
     here = local_profile("cuda") if options["gpu"] is None else None
     if here:
         click.echo(f"from {here[1]}", err=options["as_json"])
-    missing = [] if options["model"] else [f"--model is missing; one of {', '.join(model_names())}"]
+    problems = [] if options["model"] else [f"--model is missing; one of {', '.join(model_names())}"]
     if options["gpu"] is None and here is None:
-        missing.append(f"--gpu is missing, and nothing is known of GPUs here; {known_names()}")
-    if missing:
-        raise ValueError("\n".join(missing))
+        problems.append(f"--gpu is missing, and nothing is known of GPUs here; {known_names()}")
+    if problems:
+        raise ValueError("\n".join(problems))
     model = get_model(options["model"])
     node_link = options["node_link"]
     if node_link is not None and not 0 < node_link < float("inf"):
         raise ValueError(f"--node-link {node_link} is not a number of GB/s above 0")
-    known = here[0] if here else get_profile(options["gpu"])
-    profile = with_links(known, options["link"], node_link)
+    base = here[0] if here else get_profile(options["gpu"])
+    profile = with_links(base, options["link"], node_link)
     default = model.default_size
     names = ("width", "height", "num_frames", "num_steps")
     overrides = {name: options[name] for name in names if options[name] is not None}
@@ -165,8 +165,8 @@ def show(plan: Plan) -> None:
         _beside(plan)
     if any(not one.fits for one in plan.layouts):
         click.echo(f"! a stage and {RUNTIME_GIB:g} GiB for CUDA are more than the {profile.memory_gib:g} GiB of a GPU")
-    for refused in plan.refused:
-        click.echo(f"refused: {refused.layout}: {refused.reason}")
+    for refusal in plan.refused:
+        click.echo(f"refused: {refusal.layout}: {refusal.reason}")
     _credits(plan)
     if plan.ranks > 1 and (fewer := enough(plan)).layout.ranks < plan.ranks:
         ranks = fewer.layout.ranks
@@ -181,10 +181,10 @@ def _named(layout: Layout) -> str:
     return f"{layout}   ({as_options(layout)})"
 
 
-def _beside(found: Plan) -> None:
+def _beside(reference: Plan) -> None:
     """What our scheme would take on the machine whose published system the table predicts."""
     try:
-        best = plan(found.model, found.size, found.ranks, found.profile, "ours", found.nodes).best
+        best = plan(reference.model, reference.size, reference.ranks, reference.profile, "ours", reference.nodes).best
     except ValueError as error:  # the published rows say nothing of memory, so a plan for their system does not refuse
         click.echo(f"ours there: {error}")
         return

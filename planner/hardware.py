@@ -224,13 +224,13 @@ def published_machines(profile: Profile) -> dict[str, Profile]:
 
     Empty for what is no kind of GPU.
     """
-    found: dict[tuple[str, float], tuple[str, Profile]] = {}
+    machines: dict[tuple[str, float], tuple[str, Profile]] = {}
     for name, entry in table()["profiles"].items():
         if entry["gpu"] == profile.name and entry.get("error"):
             other = get_profile(name)
-            found.setdefault((other.links.kind, other.links.gbs), (name, other))
-    found.pop((profile.links.kind, profile.links.gbs), None)
-    return dict(found.values())
+            machines.setdefault((other.links.kind, other.links.gbs), (name, other))
+    machines.pop((profile.links.kind, profile.links.gbs), None)
+    return dict(machines.values())
 
 
 def describe(name: str) -> str:

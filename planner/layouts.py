@@ -108,18 +108,18 @@ def plan(
         problems.append(f"--nodes {nodes} is not between 1 and the {ranks} GPUs")
     if problems:
         raise ValueError("\n".join(problems))
-    layouts, refused = [], []
+    layouts, refusals = [], []
     for layout in layouts_of(ranks):
         reason = refusal(model, size, layout, scheme, profile)
         if reason:
-            refused.append(Refusal(layout, reason))
+            refusals.append(Refusal(layout, reason))
         else:
             layouts.append(predict(model, size, layout, profile, scheme, nodes, groups))
     if not layouts:
-        raise ValueError(f"no layout of {ranks} GPUs is possible: {refused[0].layout}: {refused[0].reason}")
+        raise ValueError(f"no layout of {ranks} GPUs is possible: {refusals[0].layout}: {refusals[0].reason}")
     layouts.sort(key=lambda p: p.total)
     single = predict(model, size, Layout(), profile, scheme, 1)
-    return Plan(model, size, profile, scheme, ranks, nodes, layouts, refused, single)
+    return Plan(model, size, profile, scheme, ranks, nodes, layouts, refusals, single)
 
 
 def enough(whole: Plan) -> Prediction:
@@ -154,17 +154,17 @@ def choose_degrees(
     if ranks == 1 or None not in (cfg, ring, ulysses):
         return None
     model = _stand_in(models, heads, size)
-    known = local_profile(device) if model else None
-    if model is None or known is None:
+    hardware = local_profile(device) if model else None
+    if model is None or hardware is None:
         return None
     size = replace(size or model.default_size, guided=guided)
     try:
         layout, why = choose_layout(
-            model.name, size, ranks, known[0], cfg=cfg, ring=ring, ulysses=ulysses, groups=groups
+            model.name, size, ranks, hardware[0], cfg=cfg, ring=ring, ulysses=ulysses, groups=groups
         )
     except ValueError:
         return None
-    return layout, f"{why}; from {known[1]}"
+    return layout, f"{why}; from {hardware[1]}"
 
 
 def _stand_in(models: Sequence[str], heads: int, size: Size | None) -> Model | None:
@@ -185,10 +185,10 @@ def choose_groups(
     model = _stand_in(models, heads, size)
     if model is None:
         return 1, "the planner does not know this checkpoint"
-    known = with_hiding(local_profile(device), device)
-    if known is None:
+    hardware = with_hiding(local_profile(device), device)
+    if hardware is None:
         return 1, "nothing is known of this machine's links; xdit-doctor measures them"
-    profile, source = known
+    profile, source = hardware
     best, whole = (predict(model, size, layout, profile, "ours", groups=n, interleave=in_turn) for n in (None, 1))
     seconds = f"{best.step:.4g} s a step predicted with {profile.links}"
     if best.groups == 1:
@@ -204,10 +204,10 @@ def choose_turns(
 
     groups: of heads, as asked; None: whatever is best. Other arguments as for `choose_degrees`.
     """
-    model, known = _stand_in(models, heads, size), with_hiding(local_profile(device), device)
-    if model is None or known is None:
+    model, hardware = _stand_in(models, heads, size), with_hiding(local_profile(device), device)
+    if model is None or hardware is None:
         return None, ""
-    profile, source = known
+    profile, source = hardware
     ways = (predict(model, size, layout, profile, "ours", groups=groups, interleave=turns) for turns in (False, True))
     after, in_turn = ways
     if in_turn.step > (1 - WORTH) * after.step:
@@ -224,11 +224,11 @@ def choose_replicas(
     videos: None: many. Other arguments as for `choose_degrees`.
     """
     model = _stand_in(models, heads, size)
-    known = local_profile(device) if model else None
-    if model is None or known is None:
+    hardware = local_profile(device) if model else None
+    if model is None or hardware is None:
         return 1
     try:
-        whole = plan(model, replace(size, guided=guided), ranks, known[0], "ours")
+        whole = plan(model, replace(size, guided=guided), ranks, hardware[0], "ours")
     except ValueError:
         return 1
     return throughput(whole, videos)[0]
@@ -239,18 +239,18 @@ def throughput(whole: Plan, videos: int | None = None) -> tuple[int, Prediction]
 
     videos: how many are to be made; None: many. With equal times the fewer groups.
     """
-    found = [(1, whole.best)]
+    candidates = [(1, whole.best)]
     for replicas in range(2, min(whole.ranks, videos or whole.ranks) + 1):
         if whole.ranks % replicas == 0:
             nodes = max(1, -(-whole.nodes // replicas))
             with suppress(ValueError):  # fewer GPUs may not have the memory
                 part = plan(whole.model, whole.size, whole.ranks // replicas, whole.profile, whole.scheme, nodes)
-                found.append((replicas, part.best))
+                candidates.append((replicas, part.best))
 
     def seconds(replicas: int, one: Prediction) -> float:
         return one.total * (1 / replicas if videos is None else -(-videos // replicas))
 
-    return min(found, key=lambda one: (seconds(*one), one[0]))
+    return min(candidates, key=lambda one: (seconds(*one), one[0]))
 
 
 def choose_layout(
@@ -276,18 +276,18 @@ def choose_layout(
     degrees = (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
     if not 1 <= ranks <= MOST_RANKS:
         raise ValueError(f"{ranks} ranks are none, or more than any machine holds ({MOST_RANKS})")
-    fitting = [d for d in layouts_of(ranks) if all(want in (None, getattr(d, name)) for name, want in degrees)]
-    reasons = {d: refusal(model, size, d, "ours") for d in fitting}
-    allowed = [d for d in fitting if reasons[d] is None]
-    if not allowed:
-        why = f"; {fitting[0]}: {reasons[fitting[0]]}" if fitting else ""
-        fixed = ", ".join(f"{name} {want}" for name, want in degrees if want)
-        raise ValueError(f"no layout of {ranks} ranks has {fixed or 'these degrees'}{why}")
-    known = None if gpu else local_profile("cuda")
-    profile = gpu if isinstance(gpu, Profile) else get_profile(gpu) if gpu else known and known[0]
+    candidates = [d for d in layouts_of(ranks) if all(want in (None, getattr(d, name)) for name, want in degrees)]
+    reasons = {d: refusal(model, size, d, "ours") for d in candidates}
+    layouts = [d for d in candidates if reasons[d] is None]
+    if not layouts:
+        why = f"; {candidates[0]}: {reasons[candidates[0]]}" if candidates else ""
+        constraints = ", ".join(f"{name} {want}" for name, want in degrees if want)
+        raise ValueError(f"no layout of {ranks} ranks has {constraints or 'these degrees'}{why}")
+    hardware = None if gpu else local_profile("cuda")
+    profile = gpu if isinstance(gpu, Profile) else get_profile(gpu) if gpu else hardware and hardware[0]
     if profile is None:
-        return min(allowed, key=guidance_first(size.guided)), RULE
+        return min(layouts, key=guidance_first(size.guided)), RULE
     nodes = nodes or -(-ranks // profile.links.gpus_per_node)
-    predicted = [predict(model, size, d, profile, "ours", nodes, groups) for d in allowed]
-    best = min(predicted, key=lambda p: p.total)
+    predictions = [predict(model, size, d, profile, "ours", nodes, groups) for d in layouts]
+    best = min(predictions, key=lambda p: p.total)
     return best.layout, f"{best.total:.0f} s predicted on {profile.name}, bound by {best.bound}"

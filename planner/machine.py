@@ -59,8 +59,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    told = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return told or platform.machine() or "CPU"
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.machine() or "CPU"
 
 
 def recognise(gpu: str) -> str | None:
@@ -95,16 +95,16 @@ def lab() -> dict[str, Any]:
     return json.loads(LAB.read_text(encoding="utf-8"))
 
 
-def with_hiding(known: tuple[Profile, str] | None, device: str) -> tuple[Profile, str] | None:
+def with_hiding(hardware: tuple[Profile, str] | None, device: str) -> tuple[Profile, str] | None:
     """What `local_profile` knows, for what depends on how exchanges hide; ranks on a CPU have at least an assumed link.
 
     What hides under what is calibrated on measurements for the CPU, and assumed for GPUs.
     """
     if device != "cpu":
-        return known
-    measured = make_profile("cpu", lab()["profile"])
-    if known is None:
-        return measured, "steps measured on other CPU cores"
-    mine, source = known
-    constants = {name: getattr(measured, name) for name in ("exposed", "group_ms", "copying")}
+        return hardware
+    lab_profile = make_profile("cpu", lab()["profile"])
+    if hardware is None:
+        return lab_profile, "steps measured on other CPU cores"
+    mine, source = hardware
+    constants = {name: getattr(lab_profile, name) for name in ("exposed", "group_ms", "copying")}
     return replace(mine, **constants), source

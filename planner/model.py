@@ -108,12 +108,12 @@ def our_seconds(
     passes: Sequence[Pass], layout: Layout, at: Spread, profile: Profile, groups: int = 1
 ) -> dict[str, float]:
     """Seconds of one forward pass of our scheme, or of two that take turns on the same ranks, as of `pass_seconds`."""
-    timed = [(work, _computing(work, layout, profile)) for work in passes]
-    waited, layers = _waited(timed, layout, at, profile, groups), passes[0].layers
-    seconds = _sum([of_one for _, of_one in timed])
+    timings = [(work, _computing(work, layout, profile)) for work in passes]
+    waits, layers = _waited(timings, layout, at, profile, groups), passes[0].layers
+    seconds = _sum([of_one for _, of_one in timings])
     seconds["overhead"] += len(passes) * layers * (groups - 1) * profile.group_ms / 1e3
-    seconds["all-to-all"] += layers * waited["ulysses"]
-    seconds["ring"] += layers * waited["ring"]
+    seconds["all-to-all"] += layers * waits["ulysses"]
+    seconds["ring"] += layers * waits["ring"]
     return seconds
 
 
@@ -128,8 +128,8 @@ def _computing(work: Pass, layout: Layout, profile: Profile) -> dict[str, float]
         "elementwise": layers * profile.elementwise * values * BYTES / hbm,
         "overhead": layers * profile.layer_overhead_ms / 1e3 if layout.sequence > 1 else 0.0,
     }
-    launched = layers * profile.launch_floor_ms / 1e3
-    seconds["overhead"] += max(0.0, launched - seconds["matmul"] - seconds["attention"] - seconds["elementwise"])
+    launch_floor = layers * profile.launch_floor_ms / 1e3
+    seconds["overhead"] += max(0.0, launch_floor - seconds["matmul"] - seconds["attention"] - seconds["elementwise"])
     merging = layout.ring * profile.merge_bytes * values / hbm if layout.ring > 1 else 0.0
     seconds["all-to-all"] = layers * 2 * work.held / hbm + work.all_to_all * profile.copying
     seconds["ring"] = layers * merging + work.ring * profile.copying
@@ -165,7 +165,7 @@ def _timed(
     exchange = _all_to_all(work, layout.ulysses, at, profile.links)
     hop = _hop(work, layout.ring, at, profile.links)
     rest = sum(seconds[kind] for kind in ("matmul", "attention", "elementwise")) / work.layers
-    found: list[overlap.Operation] = []
+    operations: list[overlap.Operation] = []
     for one in overlap.block(work.block, groups):
         if isinstance(one, overlap.Work):
             one = replace(one, amount=one.amount * seconds[one.kind] / (getattr(work, one.kind) or 1))
@@ -173,8 +173,8 @@ def _timed(
         elif isinstance(one, overlap.Post):
             whole, axis = (hop, work.hop) if one.axis == "ring" else (exchange, work.all_to_all / work.layers)
             one = replace(one, amount=whole * one.amount / axis if axis else 0.0)
-        found.append(one)
-    return [*found, overlap.Work("rest", max(0.0, rest))]
+        operations.append(one)
+    return [*operations, overlap.Work("rest", max(0.0, rest))]
 
 
 def hidden_share(
@@ -190,9 +190,9 @@ def hidden_share(
     if interleave and len(blocks) == 2:
         first, second = (overlap.repeated(block, 4) for block in blocks)
         blocks = [overlap.interleaved(first, second, turns_ahead(layout.ring, layout.ulysses, groups))]
-    found = [one for block in blocks for one in overlap.windows(block)]
-    whole = sum(one.sent for one in found)
-    return sum(min(one.sent, one.work) for one in found) / whole if whole else 0.0
+    windows = [one for block in blocks for one in overlap.windows(block)]
+    whole = sum(one.sent for one in windows)
+    return sum(min(one.sent, one.work) for one in windows) / whole if whole else 0.0
 
 
 def _all_to_all(work: Pass, u: int, at: Spread, links: Links) -> float:
@@ -275,10 +275,12 @@ def predict(
     parts["matmul"] += size.num_steps * seconds["elementwise"]
     parts["fixed"] = text + decode + other + size.num_steps * (seconds["overhead"] + seconds["cfg"])
     memory = memory_gib(model, size, layout, scheme)
-    sent = cost.sent(model, size, Coordinates(layout, 0)) if scheme == "ours" else reference.sent(model, size, layout)
+    traffic = (
+        cost.sent(model, size, Coordinates(layout, 0)) if scheme == "ours" else reference.sent(model, size, layout)
+    )
     fits = max(memory.values()) + RUNTIME_GIB <= profile.memory_gib
     return Prediction(
-        layout, text, sampling / size.num_steps, sampling, decode, other, parts, memory, sent, fits, groups
+        layout, text, sampling / size.num_steps, sampling, decode, other, parts, memory, traffic, fits, groups
     )
 
 
@@ -312,9 +314,9 @@ def step_in_groups(
     numbers = [number for number in GROUPS if number <= most]
     if groups is not None or scheme == "reference":
         numbers = [min(groups or 1, most)]
-    found = [(n, step_seconds(model, size, layout, profile, scheme, at, work, n, interleave)) for n in numbers]
-    least = min(sum(seconds.values()) for _, seconds in found)
-    return next(one for one in found if sum(one[1].values()) <= (1 + AS_FAST) * least)
+    candidates = [(n, step_seconds(model, size, layout, profile, scheme, at, work, n, interleave)) for n in numbers]
+    least = min(sum(seconds.values()) for _, seconds in candidates)
+    return next(one for one in candidates if sum(one[1].values()) <= (1 + AS_FAST) * least)
 
 
 def step_seconds(
@@ -332,13 +334,13 @@ def step_seconds(
     work = work or workload(model, size, layout, scheme)
     if interleave and scheme == "ours" and layout.cfg == 1 and size.guided:
         count = len(model.stacks)
-        found = [
+        rank_seconds = [
             _sum([our_seconds(pair, layout, at, profile, groups) for pair in zip(passes[:count], passes[count:])])
             for passes in work
         ]
     else:
-        found = [_sum([pass_seconds(p, layout, at, profile, groups) for p in passes]) for passes in work]
-    seconds = max(found, key=lambda kinds: sum(kinds.values()))
+        rank_seconds = [_sum([pass_seconds(p, layout, at, profile, groups) for p in passes]) for passes in work]
+    seconds = max(rank_seconds, key=lambda kinds: sum(kinds.values()))
     if scheme == "reference" and layout.ranks == 1:
         for kind in ("matmul", "attention", "elementwise"):
             seconds[kind] *= profile.single_gpu
@@ -354,9 +356,9 @@ def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
 
 def _gather_weights(model: Model, layout: Layout, profile: Profile, at: Spread) -> float:
     """Every rank takes the weights it lacks from the others, once a pass; nothing of it was seen to hide."""
-    missing = model.parameters * BYTES * (layout.ranks - 1) / layout.ranks
+    gather_bytes = model.parameters * BYTES * (layout.ranks - 1) / layout.ranks
     slow = profile.fsdp_across if at.ulysses_across or at.rings_across else 1.0
-    return missing / (profile.links.gbs * GIGA * slow)
+    return gather_bytes / (profile.links.gbs * GIGA * slow)
 
 
 def _guidance(model: Model, size: Size, layout: Layout, links: Links, at: Spread) -> float:
@@ -408,8 +410,8 @@ def memory_gib(model: Model, size: Size, layout: Layout, scheme: str) -> dict[st
     largest = max(encoders, default=0) + encoding
     stages = {"text": largest, "sampling": transformer + sampling, "decode": decoder + frames}
     if scheme == "reference":
-        loaded = transformer + sum(encoders) + decoder
-        stages = {"text": loaded + encoding, "sampling": loaded + sampling, "decode": loaded + frames}
+        weights = transformer + sum(encoders) + decoder
+        stages = {"text": weights + encoding, "sampling": weights + sampling, "decode": weights + frames}
     return {stage: round(value / GIB, 2) for stage, value in stages.items()}
 
 
@@ -421,6 +423,6 @@ def _block_bytes(stack: Stack, size: Size, layout: Layout) -> int:
     only after keys and values have left; from three ranks on, more parts of them are on their way at once.
     """
     rows = max(sum(cost.tokens_of(stack, size, branch)) for branch in (0, 1)) / layout.sequence
-    exchanged = 4 if layout.sequence == 1 else 7 if layout.ulysses == 1 else 11 if layout.ring == 1 else 12
-    exchanged += 3 if layout.ring > 2 else 0
-    return math.ceil(rows) * (3 * stack.width + max(stack.feed_forward, exchanged * stack.width)) * BYTES
+    tensors = 4 if layout.sequence == 1 else 7 if layout.ulysses == 1 else 11 if layout.ring == 1 else 12
+    tensors += 3 if layout.ring > 2 else 0
+    return math.ceil(rows) * (3 * stack.width + max(stack.feed_forward, tensors * stack.width)) * BYTES

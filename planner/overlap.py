@@ -23,11 +23,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Post:
-    """Bytes, or their seconds on the link, to other ranks of an axis: ulysses or ring. key: by which to wait for it."""
+    """Bytes, or their seconds on the link, to other ranks of an axis: ulysses or ring."""
 
     axis: str
     amount: float
     key: int
+    """By which a wait names it."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ Operation = Work | Post | Wait | Turn
 
 def block(at: SelfAttention, groups: int) -> list[Operation]:
     """What one block does from its projections to its output projection, with heads in so many groups."""
-    made = _Block(at)
+    builder = _Block(at)
     if at.place.layout.ulysses > 1:
-        made.in_groups(groups)
+        builder.in_groups(groups)
     elif at.place.layout.ring > 1:
-        made.round_the_ring(groups)
-    return made.operations
+        builder.round_the_ring(groups)
+    return builder.operations
 
 
 class _Block:
@@ -106,28 +107,28 @@ class _Block:
         mine = [len(parts[u]) for parts in split]
         if at.normed_whole:
             self.project(at.heads, 2)
-        under_way = []
-        for i, (all_, kept) in enumerate(zip(heads, mine)):
+        pending = []
+        for i, (all_, local_heads) in enumerate(zip(heads, mine)):
             if i == 1:
                 self.turn()
             self.project(all_, 1 if at.normed_whole else 3)
-            under_way.append(self.post("ulysses", 3 * own * (all_ - kept) * width))
+            pending.append(self.post("ulysses", 3 * own * (all_ - local_heads) * width))
 
         def arrive(i: int) -> _Ring:
-            self.wait(under_way[i])
+            self.wait(pending[i])
             return _Ring(self, mine[i])
 
         self.turn()
-        home, ring, outside = [], arrive(0), at.place.layout.ring > 1
-        for i, kept in enumerate(mine):
+        outputs, ring, outside = [], arrive(0), at.place.layout.ring > 1
+        for i, local_heads in enumerate(mine):
             ring.go_round()
-            following = arrive(i + 1) if outside and i + 1 < len(mine) else None
+            next_ring = arrive(i + 1) if outside and i + 1 < len(mine) else None
             ring.attend()
-            home.append(self.post("ulysses", (sum(group) - own) * kept * width))
+            outputs.append(self.post("ulysses", (sum(group) - own) * local_heads * width))
             if i + 1 < len(mine):
-                ring = following or arrive(i + 1)
+                ring = next_ring or arrive(i + 1)
         self.turn()
-        for key, all_ in zip(home, heads):
+        for key, all_ in zip(outputs, heads):
             self.wait(key)
             self.project(all_, 1)
 
@@ -135,33 +136,33 @@ class _Block:
 class _Ring:
     """Keys and values of some heads on their way round the ring."""
 
-    def __init__(self, made: _Block, heads: int) -> None:
-        self.made, self.heads, self.step, self.chunks = made, heads, 0, made.at.chunks
-        self.following = self._pass_on()
+    def __init__(self, builder: _Block, heads: int) -> None:
+        self.block, self.heads, self.step, self.chunks = builder, heads, 0, builder.at.chunks
+        self.pending = self._pass_on()
 
     def go_round(self) -> None:
-        while self.following is not None:
+        while self.pending is not None:
             self.attend()
-            self.made.turn()
+            self.block.turn()
             self.arrive()
 
     def arrive(self) -> None:
-        assert self.following is not None
-        self.made.wait(self.following)
+        assert self.pending is not None
+        self.block.wait(self.pending)
         self.step += 1
-        self.following = self._pass_on()
+        self.pending = self._pass_on()
 
     def attend(self) -> None:
         """Attention over what is here."""
-        ring, channels = self.made.at.place.ring, self.heads * self.made.at.head_dim
+        ring, channels = self.block.at.place.ring, self.heads * self.block.at.head_dim
         keys = self.chunks[(ring - self.step) % len(self.chunks)]
-        self.made.work("attention", 4 * self.chunks[ring] * keys * channels)
+        self.block.work("attention", 4 * self.chunks[ring] * keys * channels)
 
     def _pass_on(self) -> int | None:
         if self.step == len(self.chunks) - 1:
             return None
-        chunk = self.chunks[(self.made.at.place.ring - self.step) % len(self.chunks)]
-        return self.made.post("ring", 2 * chunk * self.heads * self.made.at.head_dim)
+        chunk = self.chunks[(self.block.at.place.ring - self.step) % len(self.chunks)]
+        return self.block.post("ring", 2 * chunk * self.heads * self.block.at.head_dim)
 
 
 @dataclass(frozen=True)
@@ -175,17 +176,17 @@ class Window:
 
 def windows(operations: Iterable[Operation]) -> list[Window]:
     """Every exchange in the order of their posts."""
-    found: dict[int, Window] = {}
-    under_way: set[int] = set()
+    exchanges: dict[int, Window] = {}
+    pending: set[int] = set()
     for one in operations:
         if isinstance(one, Post):
-            found[one.key] = Window(one.axis, one.amount)
-            under_way.add(one.key)
+            exchanges[one.key] = Window(one.axis, one.amount)
+            pending.add(one.key)
         elif isinstance(one, Wait):
-            under_way.remove(one.key)
+            pending.remove(one.key)
         elif isinstance(one, Work):
-            found |= {key: replace(found[key], work=found[key].work + one.amount) for key in under_way}
-    return list(found.values())
+            exchanges |= {key: replace(exchanges[key], work=exchanges[key].work + one.amount) for key in pending}
+    return list(exchanges.values())
 
 
 def waited(operations: Iterable[Operation], exposed: float = 0.0) -> dict[str, float]:
@@ -196,16 +197,16 @@ def waited(operations: Iterable[Operation], exposed: float = 0.0) -> dict[str, f
     """
     clock = free = 0.0
     seconds: dict[str, float] = {"ulysses": 0.0, "ring": 0.0}
-    under_way: dict[int, tuple[str, float, float]] = {}
+    pending: dict[int, tuple[str, float, float]] = {}
     for one in operations:
         if isinstance(one, Work):
             clock += one.amount
         elif isinstance(one, Post):
             begin = max(clock, free)
             free = begin + one.amount
-            under_way[one.key] = one.axis, free, one.amount * exposed
+            pending[one.key] = one.axis, free, one.amount * exposed
         elif isinstance(one, Wait):
-            axis, arrival, least = under_way.pop(one.key)
+            axis, arrival, least = pending.pop(one.key)
             wait = max(arrival - clock, least)
             seconds[axis] += wait
             clock += wait
@@ -219,13 +220,13 @@ def interleaved(first: Sequence[Operation], second: Sequence[Operation], ahead: 
     than those of the first.
     """
     sides = [_turns(first), _turns(_renamed(second, _keys(first)))]
-    found = [one for _ in range(ahead) for one in next(sides[0], [])]
+    operations = [one for _ in range(ahead) for one in next(sides[0], [])]
     while sides:
         side = sides.pop(0)
         if (turn := next(side, None)) is not None:
-            found += turn
+            operations += turn
             sides.append(side)
-    return found
+    return operations
 
 
 def _turns(operations: Iterable[Operation]) -> Iterator[list[Operation]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.parallel.mesh import Kept, Layout, Mesh, distributed
+from common.parallel.mesh import Layout, Mesh, ModelCache, distributed
 from common.run import pipeline as pipelines
 from common.run.command_line import parse
 from common.video import decode_planning
@@ -210,7 +210,7 @@ def test_stages_load_one_after_another_or_stay(native):
 
 @pytest.mark.slow
 def test_what_was_found_out_with_models_that_stay_is_not_found_out_again(native, monkeypatch):
-    mesh, work = Mesh(kept=Kept()), []
+    mesh, work = Mesh(cache=ModelCache()), []
     for where, name in ((pipelines, "check_model"), (decode_planning, "decode_memory")):
         real = getattr(where, name)
         noted = lambda *args, real=real, name=name, **how: work.append(name) or real(*args, **how)  # noqa: E731
@@ -222,7 +222,7 @@ def test_what_was_found_out_with_models_that_stay_is_not_found_out_again(native,
         pipe(PROMPT, **SIZE, num_steps=1)
         assert set(work) == expected
     MochiPipeline.from_pretrained(native, mesh, dtype="fp32").check_weights()
-    assert work == ["check_model"] and mesh.kept.loadings == 3
+    assert work == ["check_model"] and mesh.cache.loadings == 3
 
 
 @pytest.mark.slow

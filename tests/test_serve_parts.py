@@ -10,7 +10,7 @@ import pytest
 from common.registry.forks import fork_of, forks, get_model
 from planner.hardware import get_profile
 from xdit_serve.building import build
-from xdit_serve.groups import place
+from xdit_serve.groups import deployment
 from xdit_serve.keys import Keys, read_keys
 from xdit_serve.memory import Memory
 from xdit_serve.offers import Offer, checkpoint, demos, find
@@ -40,11 +40,17 @@ def test_without_a_number_there_are_as_many_groups_as_the_planner_advises(monkey
     offers = [Offer("big", fork_of(cogvideox), ("--model-dir", "none"), rules)]
     monkeypatch.setattr("common.system.environment.visible_gpus", lambda: 8)
     monkeypatch.setattr("planner.layouts.local_profile", lambda device: (get_profile("h100"), "PROFILE"))
-    at = place("auto", None, None, None, offers)
+    at = deployment("auto", None, None, None, offers)
     assert at.replicas > 1 and (at.replicas * at.ranks, at.on_cpu) == (8, False)
-    assert place("auto", None, 2, None, offers).replicas == 2 and place("auto", 1, None, None, offers).replicas == 1
-    assert place("cpu", None, None, None, offers).replicas == 1 and place("auto", 8, None, "auto", offers).replicas == 1
-    assert place("auto", None, None, None, [*offers, *demos()]).replicas == 1  # the planner knows no demo
+    assert (
+        deployment("auto", None, 2, None, offers).replicas == 2
+        and deployment("auto", 1, None, None, offers).replicas == 1
+    )
+    assert (
+        deployment("cpu", None, None, None, offers).replicas == 1
+        and deployment("auto", 8, None, "auto", offers).replicas == 1
+    )
+    assert deployment("auto", None, None, None, [*offers, *demos()]).replicas == 1  # the planner knows no demo
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:

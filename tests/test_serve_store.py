@@ -18,14 +18,14 @@ from xdit_serve import dispatch
 from xdit_serve.dispatch import Dispatcher, Keeping
 from xdit_serve.metrics import Metrics
 from xdit_serve.offers import demos
-from xdit_serve.records import Wanted
+from xdit_serve.records import JobSpec
 from xdit_serve.store import STATE, QueueFull, Store, StoreError, new_id
 
 FOREVER = {"oldest": 0.0, "most_bytes": float("inf")}
 
 
-def wanted(owner: str = "a", kind: str = "video", name: str | None = None) -> Wanted:
-    return Wanted(name or new_id(kind), owner, kind, "m", ("--prompt=x",), {"prompt": "x"}, "video.mp4")
+def wanted(owner: str = "a", kind: str = "video", name: str | None = None) -> JobSpec:
+    return JobSpec(name or new_id(kind), owner, kind, "m", ("--prompt=x",), {"prompt": "x"}, "video.mp4")
 
 
 def queue(store: Store, count: int = 1, owner: str = "a") -> list[str]:
@@ -149,7 +149,7 @@ def test_a_job_whose_turn_comes_on_a_full_disk_waits_and_is_not_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, offer = Store(tmp_path), demos()[0]
-    job = Wanted(new_id("video"), "a", "video", offer.name, ("--prompt=x",), {"prompt": "x"}, "video.mp4")
+    job = JobSpec(new_id("video"), "a", "video", offer.name, ("--prompt=x",), {"prompt": "x"}, "video.mp4")
     store.make_folder(job.id)
     store.admit([job], 1000)
     own = ("--device=cpu", "--gpus=2")

@@ -51,18 +51,18 @@ SMALL = 832 * 480
 
 @dataclass(frozen=True)
 class WanRules(Rules):
-    """With the schedule: see `wan_xdit.solver`.
-
-    shift: how far the noise levels are moved up; small_shift: the same up to 832 x 480 pixels, None: as shift.
-    boundary: of two experts the first has the noise levels from here up; cfg_scale_2: the other one's guidance.
-    needs_image: no video without a picture to begin with.
-    """
+    """With the schedule: see `wan_xdit.solver`."""
 
     shift: float = 5.0
+    """How far the noise levels are moved up."""
     small_shift: float | None = None
+    """The shift up to 832 x 480 pixels, None: as `shift`."""
     boundary: float | None = None
+    """Of two experts the first has the noise levels from here up."""
     cfg_scale_2: float | None = None
+    """The guidance of the second expert."""
     needs_image: bool = False
+    """No video without a picture to begin with."""
 
     def task_problem(self, image: bool) -> str:
         """Why a video cannot be made with a picture, or without one; empty if it can."""
@@ -154,20 +154,20 @@ DEMOS: Mapping[str, Rules] = {TRAINED: DEMO} | {kind: demo_rules(kind) for kind 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A folder's numbers and where its parts lie, found and not read.
-
-    layout: whose names the tensors have, `original` or `diffusers`. experts: the transformer's folder or file, of two
-    experts the one for high noise first. vae: the autoencoder's. boundary: where the second expert takes over.
-    per_token: a first frame that is given stays as it is, and its tokens are at time 0.
-    """
+    """A folder's numbers and where its parts lie, found and not read."""
 
     layout: str
+    """Whose names the tensors have, `original` or `diffusers`."""
     config: TransformerConfig
     vae_config: VAEConfig
     experts: tuple[Path, ...]
+    """The transformer's folder or file, of two experts the one for high noise first."""
     vae: Path
+    """The autoencoder's."""
     boundary: float | None = None
+    """Where the second expert takes over."""
     per_token: bool = False
+    """A first frame that is given stays as it is, and its tokens are at time 0."""
     small: bool = False
     """A kind that is published for two sizes, in its smaller one."""
     image_encoder: Path | None = None

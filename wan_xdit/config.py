@@ -110,7 +110,7 @@ OTHERS = {
 
 def check_kind(name: str, where: str) -> None:
     """CheckpointError for a name that says of one of `OTHERS` that it is one."""
-    other = next((said for part, said in OTHERS.items() if part in name.lower().replace("_", "")), None)
+    other = next((title for part, title in OTHERS.items() if part in name.lower().replace("_", "")), None)
     if other is not None:
         raise CheckpointError(f"{where} is a Wan model for {other}, which is not supported; use T2V, I2V or TI2V")
 

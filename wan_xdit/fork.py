@@ -70,9 +70,9 @@ def decoding(vae: VAEConfig, frames: int, rows: int, columns: int) -> Decoding:
     flops = (2 * z * z + 2 * 27 * z * width) * pixels * frames + 2 * block(width, width)
     flops += (8 * width * width + 4 * width * pixels) * pixels * frames
     for i, time in enumerate((*vae.temporal[::-1], None)):
-        given = widths[i] if vae.shortcuts or i == 0 else widths[i] // 2
+        channels_in = widths[i] if vae.shortcuts or i == 0 else widths[i] // 2
         width = widths[i + 1]
-        flops += block(given, width) + vae.depth * block(width, width)
+        flops += block(channels_in, width) + vae.depth * block(width, width)
         if time is None:
             break
         if time:
@@ -87,10 +87,10 @@ def decoding(vae: VAEConfig, frames: int, rows: int, columns: int) -> Decoding:
 def _peak(vae: VAEConfig, latents: int, pixels: int) -> float:
     """Bytes at the peak, which is at the last stage. pixels: of a frame before it is unfolded."""
     chunks = split_evenly(latents, -(-latents // CHUNK))
-    kept = TAILS[vae.shortcuts] if len(chunks) > 1 else 0
+    tails = TAILS[vae.shortcuts] if len(chunks) > 1 else 0
     # The second chunk has no frame that stands alone.
     frames = max([chunks[0] * vae.time - (vae.time - 1)] + [chunk * vae.time for chunk in chunks[1:2]])
-    return 2 * pixels * vae.decoder_width * (COPIES[vae.shortcuts] * frames + kept)
+    return 2 * pixels * vae.decoder_width * (COPIES[vae.shortcuts] * frames + tails)
 
 
 def published(kind: str, name: str, parameters: int, demo: str, *more: tuple[Pick, ...]) -> Model:

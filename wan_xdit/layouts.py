@@ -99,10 +99,10 @@ def find_clip(folder: Path) -> Path | None:
     """CLIP's image tower: diffusers' folder, the authors' file or ComfyUI's; None where there is none of them."""
     if (folder / "image_encoder").is_dir():
         return folder / "image_encoder"
-    found = [file for pattern in CLIP_FILES for file in sorted(folder.glob(pattern))]
-    known = set(CLIP_SIGNS.values())
-    return next(iter(found), None) or next(
-        (file for file in _candidates(folder, "clip") if known & _names(file, "clip_vision")), None
+    files = [file for pattern in CLIP_FILES for file in sorted(folder.glob(pattern))]
+    signs = set(CLIP_SIGNS.values())
+    return next(iter(files), None) or next(
+        (file for file in _candidates(folder, "clip") if signs & _names(file, "clip_vision")), None
     )
 
 
@@ -170,14 +170,14 @@ def _config(expert: Path) -> TransformerConfig:
     """A transformer's numbers, from config.json where it is in the authors' layout, and from the tensors' shapes."""
     file = weights_file(expert)
     check_kind(expert.name, str(expert))
-    stored = read_shapes(file)
-    shapes = {name.removeprefix(_prefix(stored)): shape for name, shape in stored.items()}
+    file_shapes = read_shapes(file)
+    shapes = {name.removeprefix(_prefix(file_shapes)): shape for name, shape in file_shapes.items()}
     for sign, kind in _SIGNS.items():
         if any(name.startswith(sign) for name in shapes):
             check_kind(kind, str(file))
     if expert.is_dir():
-        described = expert / "config.json"
-        config = read_transformer(read_object(described), str(described))
+        config_file = expert / "config.json"
+        config = read_transformer(read_object(config_file), str(config_file))
     else:
         config = _from_shapes(shapes, str(file))
     image = shapes.get("img_emb.proj.0.weight")
@@ -214,9 +214,9 @@ def _find_vae(folder: Path, channels: int) -> tuple[Path, VAEConfig]:
         shapes = _vae_shapes(file)
         if shapes is not None:
             files.append((file, read_vae_shapes(shapes, str(file))))
-    fitting = [(file, config) for file, config in files if config.latent_channels == channels]
-    if fitting:
-        return fitting[0]
+    matches = [(file, config) for file, config in files if config.latent_channels == channels]
+    if matches:
+        return matches[0]
     others = ", ".join(f"{file.name} has {config.latent_channels}" for file, config in files)
     raise CheckpointError(
         f"{folder}: no Wan VAE of {channels} latent channels{f' ({others})' if others else ''}; looked for "
@@ -255,13 +255,13 @@ def read_vae_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> VAECon
         }
     except (KeyError, IndexError, ZeroDivisionError, ValueError):
         raise CheckpointError(f"{where}: not a Wan VAE, its tensors are of another autoencoder") from None
-    known = next((vae for vae in (VAE_2_1, VAE_2_2) if vae.latent_channels == latents), None)
-    if known is None:
+    reference = next((vae for vae in (VAE_2_1, VAE_2_2) if vae.latent_channels == latents), None)
+    if reference is None:
         raise CheckpointError(
             f"{where} has {latents} latent channels; without a config.json the statistics of 16 (2.1) and 48 (2.2) are "
             "known"
         )
-    return build(VAEConfig, {name: name for name in raw}, raw, where, mean=known.mean, std=known.std)
+    return build(VAEConfig, {name: name for name in raw}, raw, where, mean=reference.mean, std=reference.std)
 
 
 def _stages(shapes: Mapping[str, tuple[int, ...]], later: bool) -> list[list[tuple[int, int, bool]]]:
@@ -276,7 +276,7 @@ def _stages(shapes: Mapping[str, tuple[int, ...]], later: bool) -> list[list[tup
             blocks.append((conv[1], conv[0], False))
         elif f"{name}.resample.1.weight" in shapes:
             halves = f"{name}.time_conv.weight" in shapes
-            stages.append([(given, made, halves) for given, made, _ in blocks])
+            stages.append([(channels_in, channels_out, halves) for channels_in, channels_out, _ in blocks])
             blocks = []
         else:
             break

@@ -107,15 +107,15 @@ class WanPipeline(Pipeline):
         height, width, num_frames = rules.size_of(height, width, num_frames)
         shape = self._latent_shape(height, width, num_frames)
         shift = rules.shift_of(width, height) if shift is None else shift
-        solving = new_solver(solver, rules.num_steps if num_steps is None else num_steps, shift)
-        plan = turns(solving.timesteps, rules.boundary, rules.scales(cfg_scale, cfg_scale_2))
+        ode_solver = new_solver(solver, rules.num_steps if num_steps is None else num_steps, shift)
+        plan = turns(ode_solver.timesteps, rules.boundary, rules.scales(cfg_scale, cfg_scale_2))
         latents = initial_latents(latents, shape, seed)
         picture = None if image is None else self._first_frame(image, height, width, fit)
         guided = any(rules.guided(turn.scale) for turn in plan) or self.mesh.cfg.size > 1
         text = self._encode(prompt, negative_prompt, guided)
         start = self._start(latents, picture, num_frames)
-        seen = None if image is None or self.config.image_width is None else self._see(image, height, width, fit)
-        final = self._sample(start, text, seen, solving, plan, keeper or StateKeeper())
+        clip_tokens = None if image is None or self.config.image_width is None else self._see(image, height, width, fit)
+        final = self._sample(start, text, clip_tokens, ode_solver, plan, keeper or StateKeeper())
         return self.finished(final, output, latents_file, decode, model="wan", prompt=prompt, seed=seed)
 
     def check_vae(self, frames: bool) -> None:
@@ -154,10 +154,12 @@ class WanPipeline(Pipeline):
             return Start(latents)
         if self.files.per_token:
             return Start(latents, first=self._latents_of(picture, 1))
-        known = self._latents_of(picture, num_frames)
-        mask = torch.zeros(1, self.vae_config.time, *known.shape[2:], dtype=known.dtype, device=known.device)
+        image_latents = self._latents_of(picture, num_frames)
+        mask = torch.zeros(
+            1, self.vae_config.time, *image_latents.shape[2:], dtype=image_latents.dtype, device=image_latents.device
+        )
         mask[:, :, 0] = 1
-        return Start(latents, torch.cat((mask, known), dim=1))
+        return Start(latents, torch.cat((mask, image_latents), dim=1))
 
     def _latents_of(self, picture: Tensor, frames: int) -> Tensor:
         """Latents (1, C, t, h, w) of a video that shows the picture, then grey."""
@@ -210,10 +212,10 @@ class WanPipeline(Pipeline):
 
     def _next_expert(self, turn: Turn, plan: list[Turn]) -> AbstractContextManager[None]:
         """Within it the files of the expert whose turn comes next are read, by one rank of each machine."""
-        following = [later.expert for later in plan if later.expert > turn.expert]
-        if not following or self.keeps or self.placement.streams or this_process().local_rank:
+        later_experts = [later.expert for later in plan if later.expert > turn.expert]
+        if not later_experts or self.keeps or self.placement.streams or this_process().local_rank:
             return nullcontext()
-        return read_ahead(expert_files(self.files, following[0], self.dtype), host_memory())
+        return read_ahead(expert_files(self.files, later_experts[0], self.dtype), host_memory())
 
     def _compiled_expert(self, expert: int) -> WanTransformer:
         model = self.load_transformer(expert)

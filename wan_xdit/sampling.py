@@ -33,15 +33,14 @@ from wan_xdit.weights import fp32_names
 
 @dataclass(frozen=True)
 class Start:
-    """What sampling starts from, the same on every rank.
-
-    latents: (1, C, T, h, w) noise. beside: (1, C', T, h, w) mask and image latents, for checkpoints that take them.
-    first: (1, C, 1, h, w) latents of a first frame that stays as it is, for checkpoints with times per token.
-    """
+    """What sampling starts from, the same on every rank."""
 
     latents: Tensor
+    """(1, C, T, h, w) noise."""
     beside: Tensor | None = None
+    """(1, C', T, h, w) mask and image latents, for checkpoints that take them."""
     first: Tensor | None = None
+    """(1, C, 1, h, w) latents of a first frame that stays as it is, for checkpoints with times per token."""
 
     @property
     def size(self) -> Grid:
@@ -68,9 +67,9 @@ def turns(timesteps: Sequence[float], boundary: float | None, scales: tuple[floa
     return [turn for turn in both if turn.steps]
 
 
-def remaining(plan: Sequence[Turn], done: int) -> list[Turn]:
+def remaining(plan: Sequence[Turn], step: int) -> list[Turn]:
     """The turns after so many steps; an expert that has had its own is left out."""
-    rest = [replace(turn, steps=range(max(turn.steps.start, done), turn.steps.stop)) for turn in plan]
+    rest = [replace(turn, steps=range(max(turn.steps.start, step), turn.steps.stop)) for turn in plan]
     return [turn for turn in rest if turn.steps]
 
 
@@ -87,8 +86,8 @@ class Tokens:
         self.z = sp.shard(tokens).to(device, latent_dtype(dtype))
         self.first: Tensor | None = None
         if start.first is not None:
-            before = sum(self.lengths[: sp.rank])
-            first = pack(start.first, patch)[:, before : before + self.z.shape[1]]
+            offset = sum(self.lengths[: sp.rank])
+            first = pack(start.first, patch)[:, offset : offset + self.z.shape[1]]
             self.first = first.to(self.z) if first.shape[1] else None
         self.keep_first()
 

@@ -108,13 +108,13 @@ class DPM(Solver):
         return [shifted(float(level), shift) for level in levels[:0:-1]]
 
     def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
-        sigma, following = self.sigmas[i], self.sigmas[i + 1]
+        sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
         video = x - sigma * v
         estimate, before, self._before = video, self._before, video
-        if before is not None and following:
+        if before is not None and sigma_next:
             h, earlier = self._log_ratio(i + 1) - self._log_ratio(i), self._log_ratio(i) - self._log_ratio(i - 1)
             estimate = video + (0.5 * h / earlier) * (video - before)
-        return _towards(x, estimate, sigma, following, self._log_ratio(i + 1) - self._log_ratio(i))
+        return _towards(x, estimate, sigma, sigma_next, self._log_ratio(i + 1) - self._log_ratio(i))
 
 
 class UniPC(Solver):
@@ -174,9 +174,9 @@ class UniPC(Solver):
         return _towards(x, estimate, self.sigmas[i - 1], self.sigmas[i], h)
 
 
-def _towards(x: Tensor, video: Tensor, sigma: float, following: float, h: float) -> Tensor:
+def _towards(x: Tensor, video: Tensor, sigma: float, sigma_next: float, h: float) -> Tensor:
     """From one noise level to a following one, along an estimate of the video: exact where that is constant."""
-    return (following / sigma) * x - ((1 - following) * math.expm1(-h)) * video
+    return (sigma_next / sigma) * x - ((1 - sigma_next) * math.expm1(-h)) * video
 
 
 _CLASSES: Mapping[str, type[Solver]] = dict(zip(SOLVERS, (UniPC, DPM, Euler)))

@@ -87,8 +87,8 @@ def _comfyui(root: Path) -> EncoderFiles | None:
     file = None if (root / "text_encoder").is_dir() else find_umt5(root)
     if file is None or (file.parent == root and (root / "config.json").is_file()):
         return None
-    beside = [root / folder / name for folder in ("tokenizer", TOKENIZER) for name in UMT5.tokenizers]
-    tokenizer = next((path for path in beside if path.is_file()), file)
+    tokenizers = [root / folder / name for folder in ("tokenizer", TOKENIZER) for name in UMT5.tokenizers]
+    tokenizer = next((path for path in tokenizers if path.is_file()), file)
     if tokenizer == file and SENTENCEPIECE not in open_checkpoint(file):
         names = " or ".join(UMT5.tokenizers)
         raise ValueError(f"{file} has no tokenizer in it (no {SENTENCEPIECE}); put {names} into {root / 'tokenizer'}")
@@ -108,19 +108,19 @@ def read_numbers(path: Path, original: bool = True) -> UMT5Numbers:
 
     original: they have the original's names, not transformers'. CheckpointError names the file that is no such encoder.
     """
-    stored, names = _shapes(path), rename_table(MAX_LAYERS)
+    shapes, names = _shapes(path), rename_table(MAX_LAYERS)
     kind = "the original's UMT5 encoder" if original else "a UMT5 encoder"
 
     def named(module: str) -> str:
         return f"{names[module] if original else module}.weight"
 
     def shape(module: str) -> tuple[int, ...]:
-        if len(found := stored.get(named(module), ())) != 2:
+        if len(dims := shapes.get(named(module), ())) != 2:
             raise CheckpointError(f"{path}: no matrix {named(module)}; this is not {kind}")
-        return found
+        return dims
 
     layers, block = 0, "encoder.block.0.layer"
-    while layers < MAX_LAYERS and named(f"encoder.block.{layers}.layer.0.layer_norm") in stored:
+    while layers < MAX_LAYERS and named(f"encoder.block.{layers}.layer.0.layer_norm") in shapes:
         layers += 1
     (vocab, width), (inner, _) = shape("shared"), shape(f"{block}.0.SelfAttention.q")
     (buckets, heads) = shape(f"{block}.0.SelfAttention.relative_attention_bias")

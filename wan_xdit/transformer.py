@@ -95,13 +95,13 @@ class SelfAttention(nn.Module):
 
     def project(self, h: Tensor, rope: Tensor, parts: str, heads: slice | None = None) -> tuple[Tensor, ...]:
         """(B, n, W) -> `parts` of q, k and v (B, n, H, D); heads: of v, where it is asked for alone; else all."""
-        made = []
+        projections = []
         for part, x in zip(parts, heads_of(self.qkv, h, self.heads, heads or self.all, parts)):
             if part != "v":
                 weight = (self.q_norm if part == "q" else self.k_norm).weight
                 x = rotate_pairs(rms_norm(x.flatten(2), self.eps, weight).unflatten(-1, (self.heads, -1)), rope)
-            made.append(x)
-        return tuple(made)
+            projections.append(x)
+        return tuple(projections)
 
     @property
     def all(self) -> slice:
@@ -141,10 +141,10 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, cond: Condition) -> tuple[KeysValues, ...]:
         """Keys and values (B, L, H, D) of the text and of the image: no step changes them."""
-        kept = [self._split(self.kv(cond.text), self.k_norm)]
+        pairs = [self._split(self.kv(cond.text), self.k_norm)]
         if self.image_kv is not None:
-            kept.append(self._split(self.image_kv(cond.image), self.image_k_norm))
-        return tuple(kept)
+            pairs.append(self._split(self.image_kv(cond.image), self.image_k_norm))
+        return tuple(pairs)
 
     def _split(self, kv: Tensor, norm: nn.Module | None) -> KeysValues:
         assert norm is not None
@@ -155,9 +155,9 @@ class CrossAttention(nn.Module):
         """(B, n, W) -> q (B, n, H, D)"""
         return self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))
 
-    def attend(self, q: Tensor, kept: tuple[KeysValues, ...]) -> Tensor:
+    def attend(self, q: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
         """What the queries find in the text and, added to it, in the image: (B, n, H, D)."""
-        first, *others = [attention(q, k, v, self.kernel) for k, v in kept]
+        first, *others = [attention(q, k, v, self.kernel) for k, v in keys_values]
         for other in others:
             first = first + other
         return first
@@ -181,25 +181,27 @@ class Block(nn.Module):
         self.ff_in = nn.Linear(config.width, config.ffn)
         self.ff_out = nn.Linear(config.ffn, config.width)
 
-    def forward(self, x: Tensor, c: Tensor, cond: Condition, kept: tuple[KeysValues, ...] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor, cond: Condition, keys_values: tuple[KeysValues, ...] | None = None
+    ) -> Tensor:
         """x: (B, n, W). c: (B, 1 or n, 6, W) the projected time, with `cond.still` (B, 2, 6, W).
 
-        kept: this block's entry of `cond.cross`.
+        keys_values: this block's entry of `cond.cross`.
         """
-        h, rows = self.before_attention(x, c, cond)
+        h, modulation = self.before_attention(x, c, cond)
         project = Projection(self.project, h, cond.rope, self.attention.heads)
         del h
         branch = self.attention.sp.attend(project, self.output, self.attention.heads, cond.lengths)
         del project  # the feed-forward needs its memory
-        x, q = self.before_cross(x, branch, rows, cond)
-        found = self.cross.attend(q, kept or self.cross.keys_values(cond))
-        return self.after_cross(x, found, rows, cond)
+        x, q = self.before_cross(x, branch, modulation, cond)
+        out = self.cross.attend(q, keys_values or self.cross.keys_values(cond))
+        return self.after_cross(x, out, modulation, cond)
 
     def before_attention(self, x: Tensor, c: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """x as the self-attention reads it (B, n, W); and the time with the block's modulation, like c."""
-        rows = self.modulation[:, None] + c
-        shift, scale, *_ = rows.unbind(2)
-        return norm_spans(x, shift, scale, self.eps, cond.still).to(self.dtype), rows
+        modulation = self.modulation[:, None] + c
+        shift, scale, *_ = modulation.unbind(2)
+        return norm_spans(x, shift, scale, self.eps, cond.still).to(self.dtype), modulation
 
     def project(self, h: Tensor, rope: Tensor, parts: str, heads: slice | None = None) -> tuple[Tensor, ...]:
         """See `SelfAttention.project`."""
@@ -209,16 +211,16 @@ class Block(nn.Module):
         """The self-attention's output projection of some heads (B, n, h, D), added to that of others: (B, n, W)."""
         return add_heads(self.attention.out, out, self.attention.heads, heads, so_far)
 
-    def before_cross(self, x: Tensor, branch: Tensor, rows: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+    def before_cross(self, x: Tensor, branch: Tensor, modulation: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """x after the self-attention, to which it adds `branch` (B, n, W); and the cross-attention's q (B, n, H, D)."""
-        x = gate_spans(x, branch, rows[:, :, 2], cond.still)
+        x = gate_spans(x, branch, modulation[:, :, 2], cond.still)
         h = self.cross_norm(x.to(self.cross_norm.weight.dtype))
         return x, self.cross.before(h.to(self.dtype))
 
-    def after_cross(self, x: Tensor, found: Tensor, rows: Tensor, cond: Condition) -> Tensor:
-        """x after the cross-attention, which has `found` (B, n, H, D), and after the feed-forward."""
-        x = add(x, self.cross.out(found.flatten(2)))
-        *_, shift, scale, gate = rows.unbind(2)
+    def after_cross(self, x: Tensor, out: Tensor, modulation: Tensor, cond: Condition) -> Tensor:
+        """x after the cross-attention, whose heads give `out` (B, n, H, D), and after the feed-forward."""
+        x = add(x, self.cross.out(out.flatten(2)))
+        *_, shift, scale, gate = modulation.unbind(2)
         h = norm_spans(x, shift, scale, self.eps, cond.still).to(self.dtype)
         return gate_spans(x, self.ff_out(linear_gelu(self.ff_in, h)), gate, cond.still)
 
@@ -332,10 +334,12 @@ class WanTransformer(nn.Module):
         if beside is not None:
             tokens = sp.shard(pack(beside, config.patch)).to(self.device, self.dtype)
         grid = (size[0] // config.patch[0], size[1] // config.patch[1], size[2] // config.patch[2])
-        seen = self.image(image.to(self.device, self.dtype)) if image is not None and self.image is not None else None
+        clip_tokens = (
+            self.image(image.to(self.device, self.dtype)) if image is not None and self.image is not None else None
+        )
         lengths = sp.lengths(grid[0] * grid[1] * grid[2])
         rope = rope_table(grid, config.head_width, sp, self.device, self.dtype)
-        cond = Condition(size, self.patch.beside(tokens), y, seen, rope, lengths, still=still)
+        cond = Condition(size, self.patch.beside(tokens), y, clip_tokens, rope, lengths, still=still)
         if not keep:
             return cond
         return replace(cond, cross=tuple(block.cross.keys_values(cond) for block in streamed(self.blocks)))  # type: ignore[operator]
@@ -345,9 +349,11 @@ class WanTransformer(nn.Module):
         if text.ndim != 3 or text.shape[2] != config.text_dim or text.shape[1] > config.text_length:
             expected = f"(batch, at most {config.text_length}, {config.text_dim})"
             raise ValueError(f"text features have shape {tuple(text.shape)}, expected {expected}")
-        given = 0 if beside is None else beside.shape[1]
-        if given != config.image_channels:
-            raise ValueError(f"{given} channels stand beside the noise; this checkpoint takes {config.image_channels}")
+        channels = 0 if beside is None else beside.shape[1]
+        if channels != config.image_channels:
+            raise ValueError(
+                f"{channels} channels stand beside the noise; this checkpoint takes {config.image_channels}"
+            )
         if (image is None) != (config.image_width is None):
             raise ValueError(f"this checkpoint {'takes no' if image is not None else 'needs'} CLIP tokens of an image")
 
@@ -361,10 +367,10 @@ class WanTransformer(nn.Module):
             t = torch.full((1, 2), float(t), device=self.device)
             t[:, 0] = 0
         c = self.time_embedding(t)
-        steps = self.time_proj(F.silu(c)).unflatten(-1, (6, -1))
+        timestep_proj = self.time_proj(F.silu(c)).unflatten(-1, (6, -1))
         x = self.patch(x.to(self.dtype), cond.beside).to(self.residual or self.dtype)
         for i, block in enumerate(streamed(self.blocks)):
-            x = block(x, steps, cond, cond.cross[i] if cond.cross is not None else None)
+            x = block(x, timestep_proj, cond, cond.cross[i] if cond.cross is not None else None)
         shift, scale = (self.modulation[:, None] + c[:, :, None]).unbind(2)
         x = self.head(norm_spans(x, shift, scale, self.config.eps, cond.still).to(self.dtype))
         # The matrix puts out patch positions first, channels last; packed latents are the other way round.
@@ -399,8 +405,8 @@ def rope_table(grid: Size, head_width: int, sp: SequenceParallel, device: torch.
     counts = (pairs - 2 * by_place, by_place, by_place)
     tables = []
     for n, count in zip(grid, counts):
-        speed = ROPE_BASE ** -(torch.arange(count, dtype=torch.float64, device=device) / max(count, 1))
-        angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * speed
+        frequencies = ROPE_BASE ** -(torch.arange(count, dtype=torch.float64, device=device) / max(count, 1))
+        angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * frequencies
         tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1))
     index = sp.shard(torch.arange(grid[0] * grid[1] * grid[2], device=device)[None])[0]
     frame, row, column = index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]

@@ -207,13 +207,13 @@ class WanDecoder(VideoDecoder):
         doublings = (*config.temporal[::-1], None)  # None: the last stage keeps its size
         for i, time in enumerate(doublings):
             # 2.1 halves the channels when it doubles the size, 2.2 in the blocks that follow.
-            given = widths[i] if config.shortcuts or i == 0 else widths[i] // 2
-            inside = [given] + [widths[i + 1]] * (config.depth + 1)
+            channels_in = widths[i] if config.shortcuts or i == 0 else widths[i] // 2
+            inside = [channels_in] + [widths[i + 1]] * (config.depth + 1)
             blocks = [ResBlock(inside[k], inside[k + 1]) for k in range(config.depth + 1)]
             resize = around = None
             if time is not None:
                 resize = Upsample(inside[-1], inside[-1] if config.shortcuts else inside[-1] // 2, time)
-                around = Repeats(given, inside[-1], 1 + time, 2) if config.shortcuts else None
+                around = Repeats(channels_in, inside[-1], 1 + time, 2) if config.shortcuts else None
             stages.append(Stage(blocks, resize, around))
         return stages
 

@@ -266,7 +266,7 @@ def transformer_files(folder: Path, dtype: torch.dtype | None = torch.bfloat16) 
 def expert_files(files: CheckpointFiles, expert: int, dtype: torch.dtype | None = None) -> tuple[Path, ...]:
     """The files that `load_transformer` reads."""
     checkpoint = open_checkpoint(_file(files, files.experts[expert], dtype))
-    return tuple(dict.fromkeys(stored.file for stored in checkpoint.values()))
+    return tuple(dict.fromkeys(entry.file for entry in checkpoint.values()))
 
 
 def load_decoder(

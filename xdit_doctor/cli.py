@@ -159,12 +159,12 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     problems, parts = [], {}
     for path in [*indexes, *files]:
         try:
-            opened = open_checkpoint(path)
+            weights = open_checkpoint(path)
         except CheckpointError as error:
             problems.append(str(error))
             continue
         if path.suffix == ".safetensors":
-            parts[str(path.relative_to(folder))] = round(opened.nbytes / 1e9, 3)
+            parts[str(path.relative_to(folder))] = round(weights.nbytes / 1e9, 3)
     if not files:
         problems.append(f"{folder} holds no .safetensors file")
     index = folder / "model_index.json"
@@ -272,20 +272,20 @@ def show(report: Mapping[str, Any], say: Callable[[str], None]) -> None:
     say(f"verdict     {'all good' if not remarks else f'{len(remarks)} to look at'}")
 
 
-def _show_links(measured: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    say(f"self-test   {measured['self_test']} on {measured['ranks']} ranks")
-    if "compute" in measured:
-        compute = measured["compute"]
+def _show_links(links: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    say(f"self-test   {links['self_test']} on {links['ranks']} ranks")
+    if "compute" in links:
+        compute = links["compute"]
         say(
             f"compute     matmul {figure(compute['matmul_tflops'])} TFLOP/s, attention "
             f"{figure(compute['attention_tflops'])} TFLOP/s, copy {figure(compute['copy_gbs'])} GB/s"
         )
-    for pair in measured.get("pairs", []):
+    for pair in links.get("pairs", []):
         say(f"link {pair['a']} - {pair['b']}  {figure(pair['gbs'])} GB/s each way, {pair['latency_us']:.0f} us")
-    if "ring_gbs" in measured:
+    if "ring_gbs" in links:
         say(
-            f"together    all-to-all {figure(measured['all_to_all_gbs'])} GB/s, "
-            f"ring {figure(measured['ring_gbs'])} GB/s a rank"
+            f"together    all-to-all {figure(links['all_to_all_gbs'])} GB/s, "
+            f"ring {figure(links['ring_gbs'])} GB/s a rank"
         )
 
 
@@ -374,17 +374,17 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _folder(named: Path) -> Path:
+def _folder(model_dir: Path) -> Path:
     """The folder of --model-dir, before anything is measured."""
     try:
-        return checkpoint_folder(named, None)
+        return checkpoint_folder(model_dir, None)
     except ValueError as error:
         raise click.UsageError(f"--model-dir {error}") from None
 
 
-def _keep(report: Mapping[str, Any], named: Path | None, quick: bool, quiet: bool) -> bool:
+def _keep(report: Mapping[str, Any], profile_path: Path | None, quick: bool, quiet: bool) -> bool:
     """Write the profile and say where, or why not; whether nothing went wrong. quiet: only on the error's stream."""
-    path, why = (named, "") if named else default_path(report, quick)
+    path, why = (profile_path, "") if profile_path else default_path(report, quick)
     if path is None:
         click.echo(f"profile     not written: {why}; name a file with --profile", err=quiet)
         return True
@@ -393,8 +393,8 @@ def _keep(report: Mapping[str, Any], named: Path | None, quick: bool, quiet: boo
     except OSError as error:
         click.echo(f"error: the profile cannot be written to {path}: {error.strerror or error}", err=True)
         return False
-    used = "" if named else "; on machines like this one the programs choose layouts by it"
-    click.echo(f"profile     written to {path} (xdit-plan --model MODEL --gpu {path}){used}", err=quiet)
+    note = "" if profile_path else "; on machines like this one the programs choose layouts by it"
+    click.echo(f"profile     written to {path} (xdit-plan --model MODEL --gpu {path}){note}", err=quiet)
     return True
 
 

@@ -30,22 +30,24 @@ SELF_TEST_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks are to measure. message: bytes; output: where rank 0 writes the findings."""
+    """What the ranks are to measure."""
 
     device: str
     ranks: int
     message: int
+    """Bytes of a message."""
     matrix: int
     output: Path
+    """Where rank 0 writes the findings."""
     timeout: float = 60.0
 
 
 def run(job: Job, mesh: Mesh) -> dict[str, Any]:
     """All measurements, collectively; every rank gets the findings."""
-    started = time.perf_counter()
+    start = time.perf_counter()
     self_test(mesh, SELF_TEST_SECONDS, lambda error: print(f"error: {error}", file=sys.stderr, flush=True))
     report: dict[str, Any] = {"ranks": job.ranks, "device": str(mesh.device.type), "self_test": "passed"}
-    report["self_test_s"] = round(time.perf_counter() - started, 2)
+    report["self_test_s"] = round(time.perf_counter() - start, 2)
     report["compute"] = compute(mesh.device, job.matrix)
     if job.ranks > 1:
         report["pairs"] = pairs(mesh, job.message)

@@ -26,19 +26,23 @@ def profile(report: Mapping[str, Any]) -> dict[str, Any]:
 
     Links are this machine's own. Compute is the calibrated kind's where the GPU is known, else what was measured.
     """
-    measured, ranks = report["links"], report["links"]["ranks"]
+    measurements, ranks = report["links"], report["links"]["ranks"]
     name = report["gpus"][0]["name"] if report["gpus"] else f"cpu ({report['machine']['system']})"
     kind = recognise(name) if report["gpus"] else None
-    made: dict[str, Any] = {"name": "this machine", "gpu": kind or name, "calibrated_on": "xdit-doctor on this machine"}
+    fields: dict[str, Any] = {
+        "name": "this machine",
+        "gpu": kind or name,
+        "calibrated_on": "xdit-doctor on this machine",
+    }
     if kind:
-        known = get_profile(kind)
-        made |= {name: getattr(known, name) for name in COMPUTE}
-        if not known.calibrated_on:
-            made["calibrated_on"] = "links: xdit-doctor on this machine; compute: data sheet"
+        base = get_profile(kind)
+        fields |= {name: getattr(base, name) for name in COMPUTE}
+        if not base.calibrated_on:
+            fields["calibrated_on"] = "links: xdit-doctor on this machine; compute: data sheet"
     else:
-        compute = measured["compute"]
+        compute = measurements["compute"]
         tflops = compute["matmul_tflops"]
-        made |= {
+        fields |= {
             "tflops": tflops,
             "hbm_gbs": compute["copy_gbs"],
             "memory_gib": report["machine"]["memory_gib"] / ranks,
@@ -46,14 +50,14 @@ def profile(report: Mapping[str, Any]) -> dict[str, Any]:
             "attention": min(1.0, 0.9 * compute["attention_tflops"] / tflops),
         }
     if report["gpus"]:
-        made["memory_gib"] = float(report["gpus"][0]["memory.total"]) / 2**10
+        fields["memory_gib"] = float(report["gpus"][0]["memory.total"]) / 2**10
     per_node = ranks if report["gpus"] else MOST_RANKS
-    return made | {"machine": report["identity"], "links": links(measured, per_node), "measured": measured}
+    return fields | {"machine": report["identity"], "links": links(measurements, per_node), "measured": measurements}
 
 
-def links(measured: Mapping[str, Any], per_node: int) -> dict[str, Any]:
+def links(measurements: Mapping[str, Any], per_node: int) -> dict[str, Any]:
     """The planner's link constants from the measured pairs, ring and all-to-all. per_node: ranks a machine takes."""
-    pairs, ranks = measured.get("pairs", []), measured["ranks"]
+    pairs, ranks = measurements.get("pairs", []), measurements["ranks"]
     if not pairs:
         return {"kind": "none measured", "gpus_per_node": per_node}
     fastest = max(pair["gbs"] for pair in pairs)
@@ -65,9 +69,9 @@ def links(measured: Mapping[str, Any], per_node: int) -> dict[str, Any]:
     links["across"] = statistics.median(far) / gbs if far else 1.0
     links["gpus_per_socket"] = together if far else max(ranks, 1)
     if ranks > 2:
-        links["ring_gain"] = max(0.2, measured["ring_gbs"] / (gbs * links["across"]))
+        links["ring_gain"] = max(0.2, measurements["ring_gbs"] / (gbs * links["across"]))
     if ranks > 3:
-        slower = gbs / measured["all_to_all_gbs"] - 1
+        slower = gbs / measurements["all_to_all_gbs"] - 1
         links["contention"] = max(0.0, slower) / (ranks - 3)
     return links
 

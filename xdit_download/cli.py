@@ -10,7 +10,7 @@ import click
 
 from common.registry.forks import get_model, model_names, version
 from common.system.units import gb
-from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room, plan, verify
+from xdit_download.hub import DownloadError, RemoteFile, fetch, free_room, make_room, plan, verify
 
 
 @click.command(
@@ -30,14 +30,14 @@ from xdit_download.hub import DownloadError, Wanted, fetch, free_room, make_room
 @click.version_option(version(), message="%(prog)s %(version)s", help="Show the version.")
 def command(model: str, folder: Path | None, revision: str | None, check_hashes: bool, dry_run: bool) -> None:
     try:
-        chosen = get_model(model)
+        entry = get_model(model)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="MODEL") from None
-    folder = folder or Path(chosen.folder or chosen.name)
+    folder = folder or Path(entry.folder or entry.name)
     if folder.exists() and not folder.is_dir():
         raise click.BadParameter(f"{folder} is a file; name a folder", param_hint="--dir")
-    files = plan(chosen, folder, revision)
-    _tell(chosen.name, files, folder)
+    files = plan(entry, folder, revision)
+    _tell(entry.name, files, folder)
     if dry_run:
         return
     make_room(files, folder)
@@ -48,12 +48,12 @@ def command(model: str, folder: Path | None, revision: str | None, check_hashes:
     click.echo(f"{len(files)} files are complete; use --model-dir {folder}")
 
 
-def _tell(model: str, wanted: Sequence[Wanted], folder: Path) -> None:
-    total, needed = sum(one.size for one in wanted), sum(one.missing for one in wanted)
+def _tell(model: str, downloads: Sequence[RemoteFile], folder: Path) -> None:
+    total, needed = sum(one.size for one in downloads), sum(one.missing for one in downloads)
     room = f"{gb(free_room(folder))} free for {folder}"
-    click.echo(f"{model}: {len(wanted)} files, {gb(total)}; {gb(needed)} to fetch, {room}")
-    for part in dict.fromkeys(one.part for one in wanted):
-        files = [one for one in wanted if one.part == part]
+    click.echo(f"{model}: {len(downloads)} files, {gb(total)}; {gb(needed)} to fetch, {room}")
+    for part in dict.fromkeys(one.part for one in downloads):
+        files = [one for one in downloads if one.part == part]
         click.echo(
             f"  {gb(sum(one.size for one in files)):>10}  {part.what}, from {part.repo}; licence: {part.licence}"
         )

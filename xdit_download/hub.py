@@ -26,8 +26,8 @@ class DownloadError(Exception):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One file: where it is, where it goes. digest: the hub's name for its content; sha256: where the hub knows it."""
+class RemoteFile:
+    """One file: where it is, where it goes."""
 
     part: Part
     name: str
@@ -35,7 +35,9 @@ class Wanted:
     size: int
     revision: str
     digest: str
+    """The hub's name for its content."""
     sha256: str | None
+    """Of the content, where the hub knows it."""
 
     @property
     def partial(self) -> Path:
@@ -89,7 +91,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def plan(model: Model, folder: Path, revision: str | None = None) -> list[Wanted]:
+def plan(model: Model, folder: Path, revision: str | None = None) -> list[RemoteFile]:
     """The files `model` needs, as they lie on the hub now. DownloadError when it cannot be asked or lacks them."""
     listings: dict[str, Any] = {}
 
@@ -103,27 +105,29 @@ def plan(model: Model, folder: Path, revision: str | None = None) -> list[Wanted
                 listings[repo] = HfApi().model_info(repo, files_metadata=True, revision=at)
         return listings[repo]
 
-    wanted = []
+    downloads = []
     for places in model.files:
         for part in places:
             info = listing(part.repo)
             files = {entry.rfilename: entry for entry in info.siblings or []}
-            picked = [pick(list(files)) for pick in part.picks]
-            if all(names is not None for names in picked):
-                wanted += [_wanted(part, files[name], folder, info.sha) for names in picked for name in names or []]
+            matches = [pick(list(files)) for pick in part.picks]
+            if all(names is not None for names in matches):
+                downloads += [
+                    _remote_file(part, files[name], folder, info.sha) for names in matches for name in names or []
+                ]
                 break
         else:
             raise DownloadError(f"{' and '.join(p.repo for p in places)} lack files of the {places[0].what}")
-    return wanted
+    return downloads
 
 
-def _wanted(part: Part, entry: Any, folder: Path, revision: str) -> Wanted:
+def _remote_file(part: Part, entry: Any, folder: Path, revision: str) -> RemoteFile:
     sha256 = entry.lfs.sha256 if entry.lfs else None
     path = folder / part.into / entry.rfilename
     digest = sha256 or entry.blob_id or revision
     if entry.size is None:
         raise DownloadError(f"{part.repo}: the hub does not say how large {entry.rfilename} is")
-    return Wanted(part, entry.rfilename, path, entry.size, revision, digest, sha256)
+    return RemoteFile(part, entry.rfilename, path, entry.size, revision, digest, sha256)
 
 
 def free_room(folder: Path) -> int:
@@ -133,7 +137,7 @@ def free_room(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def make_room(files: Sequence[Wanted], folder: Path) -> None:
+def make_room(files: Sequence[RemoteFile], folder: Path) -> None:
     """Make the folder. DownloadError when its disk has no room for what is missing, or it cannot be written."""
     needed, free = sum(one.missing for one in files), free_room(folder)
     if needed > free:
@@ -147,7 +151,7 @@ def make_room(files: Sequence[Wanted], folder: Path) -> None:
         raise DownloadError(f"the folder {folder} cannot be made: {error.strerror}") from None
 
 
-def fetch(one: Wanted) -> None:
+def fetch(one: RemoteFile) -> None:
     """Bring one file to its place, going on with what is there of it. DownloadError when its size is not the hub's."""
     if one.path.is_file() and one.path.stat().st_size == one.size:
         return
@@ -168,7 +172,7 @@ def fetch(one: Wanted) -> None:
     one.partial.replace(one.path)
 
 
-def _transfer(one: Wanted) -> None:
+def _transfer(one: RemoteFile) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
@@ -190,7 +194,7 @@ def _transfer(one: Wanted) -> None:
         )
 
 
-def verify(one: Wanted) -> None:
+def verify(one: RemoteFile) -> None:
     """DownloadError unless the file's content is what the hub says, where the hub knows (large files)."""
     if one.sha256 is None:
         return

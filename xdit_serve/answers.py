@@ -23,7 +23,7 @@ def json_answer(value: dict[str, Any], status: int = 200, headers: dict[str, str
 def video(job: Record, live: Live, keep_seconds: float, place: int | None = None) -> dict[str, Any]:
     """A job as a video object. place: how many wait before it."""
     running, done = job.status == "in_progress", job.status == "completed"
-    told = {
+    answer = {
         "id": job.id,
         "object": "video",
         "model": job.model,
@@ -35,27 +35,27 @@ def video(job: Record, live: Live, keep_seconds: float, place: int | None = None
         "error": {"code": job.code, "message": job.message} if job.status == "failed" else None,
         "remixed_from_video_id": None,
     }
-    told |= {name: value for name, value in job.shown.items() if name not in TOLD}
+    answer |= {name: value for name, value in job.shown.items() if name not in TOLD}
     if running:
-        told |= moment(live)
+        answer |= moment(live)
     if place is not None:
-        told["queue_position"] = place
-    return told
+        answer["queue_position"] = place
+    return answer
 
 
 def moment(live: Live) -> dict[str, Any]:
     """Where a running job is: `step` of `steps` are done; seconds_left of the whole job, where that is known."""
-    left = None if live.seconds_left is None else round(live.seconds_left, 1)
-    return {"stage": live.stage, "step": live.step, "steps": live.steps, "unit": live.unit, "seconds_left": left}
+    seconds = None if live.seconds_left is None else round(live.seconds_left, 1)
+    return {"stage": live.stage, "step": live.step, "steps": live.steps, "unit": live.unit, "seconds_left": seconds}
 
 
 def model(offer: Offer, since: float) -> dict[str, Any]:
     """A model object. The rest: its own defaults, and which fields it takes."""
     rules = offer.rules
-    told: dict[str, Any] = {"id": offer.name, "object": "model", "created": int(since), "owned_by": "xdit-serve"}
-    told |= {"kind": offer.kind, "program": offer.fork.program, "demo": offer.demo}
-    told |= {"size": f"{rules.width}x{rules.height}", "num_inference_steps": rules.num_steps}
-    told |= {"guidance_scale": rules.cfg_scale, "input_reference": list(offer.inputs.values())}
+    answer: dict[str, Any] = {"id": offer.name, "object": "model", "created": int(since), "owned_by": "xdit-serve"}
+    answer |= {"kind": offer.kind, "program": offer.fork.program, "demo": offer.demo}
+    answer |= {"size": f"{rules.width}x{rules.height}", "num_inference_steps": rules.num_steps}
+    answer |= {"guidance_scale": rules.cfg_scale, "input_reference": list(offer.inputs.values())}
     if offer.kind == "video":
-        told |= {"num_frames": rules.num_frames, "fps": rules.fps}
-    return told | {"fields": sorted(offer.fields)}
+        answer |= {"num_frames": rules.num_frames, "fps": rules.fps}
+    return answer | {"fields": sorted(offer.fields)}

@@ -64,8 +64,8 @@ def _others(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         groups = [{"state": one.state, "ranks": len(one.ranks)} for one in service.dispatcher.health()]
         ready = service.dispatcher.ready
-        said = "ready" if ready else "leaving" if service.dispatcher.leaving.is_set() else "starting"
-        return answers.json_answer({"status": said, "groups": groups}, 200 if ready else 503)
+        status = "ready" if ready else "leaving" if service.dispatcher.leaving.is_set() else "starting"
+        return answers.json_answer({"status": status, "groups": groups}, 200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -80,14 +80,14 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
-    return Response(told.body, told.status, error.headers, media_type="application/json")
+    api_error = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+    return Response(api_error.body, api_error.status, error.headers, media_type="application/json")
 
 
 async def _broken(request: Request, error: Exception) -> Response:
     """A mistake of this program. The client is told that much; the log has the traceback."""
-    told = ApiError(500, "the server made a mistake; its log says more")
-    return Response(told.body, told.status, media_type="application/json")
+    api_error = ApiError(500, "the server made a mistake; its log says more")
+    return Response(api_error.body, api_error.status, media_type="application/json")
 
 
 class Door:
@@ -105,13 +105,13 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, seen = time.perf_counter(), {"status": 0, "bytes": 0}
+        start, stats = time.perf_counter(), {"status": 0, "bytes": 0}
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
+                stats["status"] = message["status"]
             elif message["type"] == "http.response.body":
-                seen["bytes"] += len(message.get("body", b""))
+                stats["bytes"] += len(message.get("body", b""))
             await send(message)
 
         headers = dict(scope["headers"])
@@ -123,12 +123,12 @@ class Door:
             else:
                 await self.app(scope, receive, counted)
         finally:
-            seconds = time.perf_counter() - began
-            self.service.metrics.answered(scope["method"], seen["status"], seconds)
-            self._log(scope, headers, seen, seconds)
+            seconds = time.perf_counter() - start
+            self.service.metrics.answered(scope["method"], stats["status"], seconds)
+            self._log(scope, headers, stats, seconds)
 
-    def _log(self, scope: Scope, headers: dict[bytes, bytes], seen: dict[str, int], seconds: float) -> None:
-        if scope["path"].startswith("/gradio_api/") and seen["status"] < 400:
+    def _log(self, scope: Scope, headers: dict[bytes, bytes], stats: dict[str, int], seconds: float) -> None:
+        if scope["path"].startswith("/gradio_api/") and stats["status"] < 400:
             return  # the page asks every second
         owner = self.service.keys.owner(headers.get(b"authorization"))
         line: dict[str, Any] = {
@@ -136,17 +136,17 @@ class Door:
             "client": (scope.get("client") or [""])[0],
         }
         line |= {"key": short(owner or ""), "method": scope["method"], "path": scope["path"][:300]}
-        say(json.dumps(line | seen | {"seconds": round(seconds, 4)}))
+        say(json.dumps(line | stats | {"seconds": round(seconds, 4)}))
 
 
-def _foreign(method: str, headers: dict[bytes, bytes], allowed: tuple[str, ...]) -> str:
+def _foreign(method: str, headers: dict[bytes, bytes], origins: tuple[str, ...]) -> str:
     """Why a request to a server without keys comes from a page elsewhere; empty where it does not."""
     if not is_here(_host(b"//" + headers.get(b"host", b""))):
         return (
             "this server has no keys and answers to this machine's name alone (localhost); give it a key, or --no-auth"
         )
     origin = headers.get(b"origin")
-    if origin is None or method not in CHANGING or origin.decode("latin-1") in allowed or is_here(_host(origin)):
+    if origin is None or method not in CHANGING or origin.decode("latin-1") in origins or is_here(_host(origin)):
         return ""
     return "pages from elsewhere may not ask this server; start it with --cors ORIGIN to let them"
 

@@ -13,19 +13,19 @@ BEFORE, SAMPLED = 2, 90
 
 @dataclass(frozen=True)
 class Live:
-    """One job at one moment. version: grows with every change. preview: a PNG, empty where there is none.
-
-    percent: never falls while the job runs, whatever stage counts again.
-    """
+    """One job at one moment."""
 
     version: int = 0
+    """Grows with every change."""
     stage: str = "starting"
     step: int = 0
     steps: int = 0
     unit: str = "step"
     seconds_left: float | None = None
     percent: int = 0
+    """Never falls while the job runs, whatever stage counts again."""
     preview: bytes = b""
+    """A PNG, empty where there is none."""
     preview_step: int = 0
 
 
@@ -65,9 +65,9 @@ class Board:
 
 def percent(at: Progress) -> int:
     """Of a whole job, 0 to 99: that it is all done, only its end says."""
-    done = at.step / at.steps if at.steps else 0.0
+    fraction = at.step / at.steps if at.steps else 0.0
     if at.stage == "sampling":
-        return BEFORE + int(done * (SAMPLED - BEFORE))
+        return BEFORE + int(fraction * (SAMPLED - BEFORE))
     if at.stage == "decoding":
-        return SAMPLED + int(done * (99 - SAMPLED))
+        return SAMPLED + int(fraction * (99 - SAMPLED))
     return 0

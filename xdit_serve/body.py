@@ -24,10 +24,12 @@ MOST_FIELDS = 100
 
 @dataclass(frozen=True)
 class Bodies:
-    """Reads bodies. seconds: that a whole one may take. room: how many are read at once, each in memory."""
+    """Reads bodies."""
 
     seconds: float
+    """How long a whole body may take."""
     room: anyio.Semaphore
+    """How many bodies are read at once, each in memory."""
 
     async def fields(self, request: Request) -> dict[str, Any]:
         """The fields of a JSON object or of a form; a file is bytes. ApiError."""
@@ -47,8 +49,8 @@ class Bodies:
 
 
 async def _bounded(request: Request) -> AsyncGenerator[bytes, None]:
-    said, size = request.headers.get("content-length", ""), 0
-    if said.isdigit() and int(said[:20]) > MOST_BODY:
+    length, size = request.headers.get("content-length", ""), 0
+    if length.isdigit() and int(length[:20]) > MOST_BODY:
         raise ApiError(413, f"the body is larger than {MOST_BODY >> 20} MiB")
     async for part in request.stream():
         size += len(part)
@@ -59,14 +61,14 @@ async def _bounded(request: Request) -> AsyncGenerator[bytes, None]:
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is no JSON") from None
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise ApiError(400, "the body is no JSON object of fields")
-    if len(found) > MOST_FIELDS:
+    if len(fields) > MOST_FIELDS:
         raise ApiError(400, f"the body has more than {MOST_FIELDS} fields")
-    return found
+    return fields
 
 
 class _Parser(MultiPartParser):

@@ -121,45 +121,47 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--debug", is_flag=True, help="Show what the processes write.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
-def command(**given: Any) -> int:
+def command(**params: Any) -> int:
     """Serve models by the video API that OpenAI's client speaks, /v1/videos and more.
 
     OPTIONS, behind --, are the programs' own and go to every job, such as: -- --dtype fp8 --max-memory 40
     """
-    return run(given)
+    return run(params)
 
 
-def run(given: dict[str, Any]) -> int:
+def run(params: dict[str, Any]) -> int:
     """Serve as asked until a signal comes. WrongUse for what cannot be."""
     _require_packages()
     # What takes time to import comes after --help.
-    from xdit_serve.groups import place, workers
+    from xdit_serve.groups import deployment, workers
     from xdit_serve.memory import Memory
     from xdit_serve.serving import serve
     from xdit_serve.store import StoreError
 
     try:
-        keys = _keys(given)
-        _check_numbers(given)
-        offers = _offers(given)
-        at = place(given["device"], given["gpus"], given["replicas"], given["ray_address"], offers)
-        made = workers(at, given["keep_loaded"], given["timeout"], given["debug"])
+        keys = _keys(params)
+        _check_numbers(params)
+        offers = _offers(params)
+        at = deployment(params["device"], params["gpus"], params["replicas"], params["ray_address"], offers)
+        make_workers = workers(at, params["keep_loaded"], params["timeout"], params["debug"])
     except ValueError as error:
         raise WrongUse([str(error)]) from None
-    if at.replicas > 1 and given["replicas"] is None:
+    if at.replicas > 1 and params["replicas"] is None:
         say(f"note: {at.replicas} groups of {at.ranks} GPUs, which the planner says make most videos")
-    own = (*at.words, f"--timeout={given['timeout']}", f"--save-every={given['save_every']}")
-    own += ("--keep-loaded" if given["keep_loaded"] else "--no-keep-loaded", *given["options"])
+    own = (*at.words, f"--timeout={params['timeout']}", f"--save-every={params['save_every']}")
+    own += ("--keep-loaded" if params["keep_loaded"] else "--no-keep-loaded", *params["options"])
     _try(offers, own)
-    settings = _settings(given, offers, own, keys)
+    settings = _settings(params, offers, own, keys)
     memory = Memory()
     try:
-        return serve(settings, made, memory.problem, lambda url: tell(f"xdit-serve is at {url}"), _page(given["page"]))
+        return serve(
+            settings, make_workers, memory.problem, lambda url: tell(f"xdit-serve is at {url}"), _page(params["page"])
+        )
     except StoreError as error:
         say(f"error: {error}")
         return 1
     except OSError as error:
-        raise WrongUse([f"--host {given['host']} --port {given['port']}: {error.strerror or error}"]) from None
+        raise WrongUse([f"--host {params['host']} --port {params['port']}: {error.strerror or error}"]) from None
     finally:
         memory.close()
 
@@ -170,27 +172,27 @@ def _require_packages() -> None:
         raise WrongUse([f"the package of {missing[0]} is not installed: {install('serve')}"])
 
 
-def _keys(given: dict[str, Any]) -> list[str]:
+def _keys(params: dict[str, Any]) -> list[str]:
     """Those that open the server, none where it asks for none. ValueError."""
     from xdit_serve.keys import VARIABLE, read_keys
 
-    keys = [] if given["no_auth"] else read_keys(given["api_key_file"])
-    if given["no_auth"] and given["api_key_file"]:
+    keys = [] if params["no_auth"] else read_keys(params["api_key_file"])
+    if params["no_auth"] and params["api_key_file"]:
         raise ValueError("--no-auth and --api-key-file exclude each other; give one of them")
-    if not keys and not given["no_auth"] and not is_here(given["host"]):
+    if not keys and not params["no_auth"] and not is_here(params["host"]):
         raise ValueError(
-            f"--host {shown(given['host'])} lets others connect: give --api-key-file FILE or {VARIABLE} in the "
+            f"--host {shown(params['host'])} lets others connect: give --api-key-file FILE or {VARIABLE} in the "
             "environment, or say --no-auth"
         )
     return keys
 
 
-def _offers(given: dict[str, Any]) -> list[Offer]:
+def _offers(params: dict[str, Any]) -> list[Offer]:
     """The models that clients can name, at least one. ValueError."""
     from xdit_serve.offers import checkpoint, demos
 
-    offers = demos() if given["demo"] else []
-    for folder in given["model_dir"]:
+    offers = demos() if params["demo"] else []
+    for folder in params["model_dir"]:
         offers.append(checkpoint(folder, [offer.name for offer in offers]))
     if not offers:
         raise ValueError("nothing to serve: give --model-dir FOLDER, or --demo")
@@ -211,39 +213,39 @@ def _try(offers: Sequence[Offer], own: Sequence[str]) -> None:
                 raise WrongUse([f"{offer.name}: {problem}" for problem in problems]) from None
 
 
-def _settings(given: dict[str, Any], offers: list[Offer], own: Sequence[str], keys: Sequence[str]) -> Settings:
+def _settings(params: dict[str, Any], offers: list[Offer], own: Sequence[str], keys: Sequence[str]) -> Settings:
     from xdit_serve.service import Settings
 
     return filled(
         Settings,
-        given,
-        data_dir=given["data_dir"].absolute(),
+        params,
+        data_dir=params["data_dir"].absolute(),
         offers=offers,
         own=own,
         keys=tuple(keys),
-        open=given["no_auth"],
-        origins=given["cors"],
+        open=params["no_auth"],
+        origins=params["cors"],
     )
 
 
-def _page(asked: bool | None) -> Page | None:
-    """What puts the page at /. asked: None: where Gradio is installed. WrongUse where it is not and must be."""
-    if asked is False:
+def _page(page: bool | None) -> Page | None:
+    """What puts the page at /. page: None: where Gradio is installed. WrongUse where it is not and must be."""
+    if page is False:
         return None
     if importlib.util.find_spec("gradio") is not None:
         from xdit_serve.page.mount import mount
 
         return mount
-    if asked:
+    if page:
         raise WrongUse([f"--page: the package gradio is not installed: {install('page')}"])
     say(f"note: there is no page at /: {install('page')}")
     return None
 
 
-def _check_numbers(given: dict[str, Any]) -> None:
+def _check_numbers(params: dict[str, Any]) -> None:
     for name in ("keep_hours", "keep_gb", "save_every"):
-        if not (given[name] > 0 and math.isfinite(given[name])):
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not a number above 0")
+        if not (params[name] > 0 and math.isfinite(params[name])):
+            raise ValueError(f"--{name.replace('_', '-')} {params[name]} is not a number above 0")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

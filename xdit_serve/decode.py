@@ -31,20 +31,20 @@ def bound() -> None:
 
 def main() -> int:
     kind, most = sys.argv[1], int(sys.argv[2])
-    held = os.memfd_create("upload")
+    descriptor = os.memfd_create("upload")
     while chunk := os.read(0, 1 << 20):
         view = memoryview(chunk)
         while view:
-            view = view[os.write(held, view) :]
+            view = view[os.write(descriptor, view) :]
     bound()
-    path = f"/proc/{os.getpid()}/fd/{held}"
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
     try:
-        said = picture(path, most) if kind == "picture" else video(path, most)
+        answer = picture(path, most) if kind == "picture" else video(path, most)
     except (ValueError, OSError, MemoryError) as error:
-        said = (str(error) or type(error).__name__).replace(f"{path} ", "it ").replace(path, "it").encode()
-        sys.stdout.buffer.write(said[:500])
+        answer = (str(error) or type(error).__name__).replace(f"{path} ", "it ").replace(path, "it").encode()
+        sys.stdout.buffer.write(answer[:500])
         return REFUSED
-    sys.stdout.buffer.write(said)
+    sys.stdout.buffer.write(answer)
     return 0
 
 

@@ -248,9 +248,9 @@ class Dispatcher:
     def _sweep(self) -> None:
         while True:
             with suppress(StoreError):
-                gone = self.store.retire(time.time() - self.keeping.seconds, self.keeping.gb * 1e9)
-                if gone:
-                    self._say(f"{len(gone)} jobs are past --keep-hours or --keep-gb and were removed")
+                jobs = self.store.retire(time.time() - self.keeping.seconds, self.keeping.gb * 1e9)
+                if jobs:
+                    self._say(f"{len(jobs)} jobs are past --keep-hours or --keep-gb and were removed")
             if self.leaving.wait(SWEEP_SECONDS):
                 return
 

@@ -34,14 +34,14 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        found = {} if self.retry is None else {"Retry-After": str(self.retry)}
-        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
     @property
     def body(self) -> bytes:
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return as_json({"error": told})
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return as_json({"error": error})
 
 
 def shortened(text: str, most: int = MOST) -> str:

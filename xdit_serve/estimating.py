@@ -53,10 +53,10 @@ def problem(request: Request, memory: FreeMemory) -> str:
         memory = replace(memory, free=min(memory.free, runtime.max_bytes))
     ranks = request.layout.ranks
     with imagined(request.layout, 0) as mesh:
-        counted = estimator(fork, request, mesh)
+        needs = estimator(fork, request, mesh)
         try:
             choose_placement(
-                lambda placement, keep: counted.estimate(placement, keep, memory.free),
+                lambda placement, keep: needs.estimate(placement, keep, memory.free),
                 memory,
                 ranks,
                 runtime.keep_loaded,
@@ -77,8 +77,8 @@ def free_for(request: Request) -> FreeMemory | None:
     # Not through PyTorch, which would take half a gigabyte of a GPU for as long as this process lives.
     query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return FreeMemory(min(int(line) for line in said.split()) << 20, host)
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        return FreeMemory(min(int(line) for line in output.split()) << 20, host)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
@@ -93,10 +93,10 @@ def main() -> None:
             return
         memory = memory or free_for(request)
         try:
-            said = "" if memory is None else problem(request, memory)
+            message = "" if memory is None else problem(request, memory)
         except ValueError as error:
-            said = str(error)
-        send(answers, (said, memory))
+            message = str(error)
+        send(answers, (message, memory))
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ def read(offer: Offer, fields: Mapping[str, Any]) -> Asked:
 
     `size` stands for width and height, `seconds` for a number of frames that the model admits. None is not said.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
-    given = _without_size(given)
-    given = _without_seconds(offer, given)
+    values = {name: value for name, value in fields.items() if value is not None}
+    values = _without_size(values)
+    values = _without_seconds(offer, values)
     words, sources = [], dict[str, str]()
-    for name, value in given.items():
+    for name, value in values.items():
         option = offer.fields.get(name)
         if option is None:
             raise unknown(name, (*offer.fields, *(SPOKEN if offer.kind == "video" else ("model", "size", "n"))))
@@ -66,8 +66,8 @@ SPOKEN = ("model", "size", "seconds", "input_reference", "previews")
 """Fields of a video that are no options."""
 
 
-def unknown(name: str, known: tuple[str, ...]) -> ApiError:
-    near = difflib.get_close_matches(name[:100], known, n=1)
+def unknown(name: str, names: tuple[str, ...]) -> ApiError:
+    near = difflib.get_close_matches(name[:100], names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return ApiError(400, f"no such field: {shortened(name, 100)}{hint}", shortened(name, 100), "unknown_field")
 
@@ -128,9 +128,9 @@ def _quoted(value: Any) -> str:
     return "such a number" if isinstance(value, int) and abs(value) > 10**20 else repr(shortened(str(value)[:200], 60))
 
 
-def _without_size(given: Mapping[str, Any]) -> dict[str, Any]:
-    size = given.get("size")
-    rest = {name: value for name, value in given.items() if name != "size"}
+def _without_size(values: Mapping[str, Any]) -> dict[str, Any]:
+    size = values.get("size")
+    rest = {name: value for name, value in values.items() if name != "size"}
     if size is None:
         return rest
     if twice := [name for name in ("width", "height") if name in rest]:
@@ -140,18 +140,18 @@ def _without_size(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"width": int(sides[1]), "height": int(sides[2]), **rest}
 
 
-def _without_seconds(offer: Offer, given: Mapping[str, Any]) -> dict[str, Any]:
+def _without_seconds(offer: Offer, values: Mapping[str, Any]) -> dict[str, Any]:
     """The nearest number of frames that the model admits, in place of a time."""
-    rest = {name: value for name, value in given.items() if name != "seconds"}
-    if "seconds" not in given or offer.kind == "image":
-        return dict(given)
+    rest = {name: value for name, value in values.items() if name != "seconds"}
+    if "seconds" not in values or offer.kind == "image":
+        return dict(values)
     if "num_frames" in rest:
         raise ApiError(400, "seconds and num_frames say the same; give one of them", "seconds")
-    seconds = number("seconds", given["seconds"])
+    seconds = number("seconds", values["seconds"])
     fps = whole("fps", rest["fps"]) if "fps" in rest else offer.rules.fps
     frames = seconds * min(max(fps, 1), MOST["fps"])
     if not 0 < frames <= MOST["num_frames"]:
-        raise ApiError(400, f"seconds: {_quoted(given['seconds'])} is not a length that can be made", "seconds")
+        raise ApiError(400, f"seconds: {_quoted(values['seconds'])} is not a length that can be made", "seconds")
     return {"num_frames": nearest_frames(offer, frames), **rest}
 
 
@@ -159,9 +159,9 @@ def nearest_frames(offer: Offer, frames: float) -> int:
     """The admissible number of frames nearest to one that need not be."""
     rules = offer.rules
     start = max(1, int(frames) - rules.frame_step)
-    fitting = [
+    counts = [
         count
         for count in range(start, int(frames) + 2 * rules.frame_step + 2)
         if any((count - offset) % rules.frame_step == 0 for offset in rules.frame_offsets)
     ]
-    return min(fitting, key=lambda count: abs(count - frames))
+    return min(counts, key=lambda count: abs(count - frames))

@@ -18,22 +18,25 @@ CPU_RANKS = 2
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where jobs are made: `replicas` groups of `ranks` each. ray: the address of a cluster; None: this machine."""
+class Deployment:
+    """Where jobs are made: `replicas` groups of `ranks` each."""
 
     on_cpu: bool
     ranks: int
     replicas: int
     ray: str | None = None
+    """The address of a cluster; None: this machine."""
 
     @property
     def words(self) -> tuple[str, ...]:
         """For the command line of every job. Of a cluster's GPUs this machine need not have any."""
-        found = (f"--device={'cpu' if self.on_cpu else 'cuda'}", f"--gpus={self.ranks}")
-        return found if self.ray is None else (*found, f"--ray-address={self.ray}")
+        words = (f"--device={'cpu' if self.on_cpu else 'cuda'}", f"--gpus={self.ranks}")
+        return words if self.ray is None else (*words, f"--ray-address={self.ray}")
 
 
-def place(device: str, gpus: int | None, replicas: int | None, ray: str | None, offers: Sequence[Offer] = ()) -> Place:
+def deployment(
+    device: str, gpus: int | None, replicas: int | None, ray: str | None, offers: Sequence[Offer] = ()
+) -> Deployment:
     """Ranks shared out over groups. ValueError says what does not go.
 
     device: auto, cpu or cuda. gpus: of all groups together; None: all that are visible, on a CPU two for each group.
@@ -56,9 +59,9 @@ def place(device: str, gpus: int | None, replicas: int | None, ray: str | None, 
     if replicas is None:
         replicas = 1 if on_cpu or ray is not None else advised(offers, gpus)
     if gpus % replicas:
-        fitting = ", ".join(str(count) for count in range(1, gpus + 1) if gpus % count == 0)
-        raise ValueError(f"--replicas {replicas} does not divide --gpus {gpus}; choose of {fitting}")
-    return Place(on_cpu, gpus // replicas, replicas, ray)
+        divisors = ", ".join(str(count) for count in range(1, gpus + 1) if gpus % count == 0)
+        raise ValueError(f"--replicas {replicas} does not divide --gpus {gpus}; choose of {divisors}")
+    return Deployment(on_cpu, gpus // replicas, replicas, ray)
 
 
 def advised(offers: Sequence[Offer], ranks: int) -> int:
@@ -67,15 +70,15 @@ def advised(offers: Sequence[Offer], ranks: int) -> int:
         return 1
     from planner import layouts  # not needed where the number is given
 
-    found = []
+    counts = []
     for rules, fork in ((offer.rules, offer.fork) for offer in offers):
         guided = rules.guided(rules.cfg_scale)
         size = Size(rules.width, rules.height, rules.num_frames, rules.num_steps, guided)
-        found.append(layouts.choose_replicas(fork.names, ranks, rules.heads, guided, None, "cuda", size))
-    return min(found, default=1)
+        counts.append(layouts.choose_replicas(fork.names, ranks, rules.heads, guided, None, "cuda", size))
+    return min(counts, default=1)
 
 
-def workers(at: Place, keep_loaded: bool, timeout: float, debug: bool) -> MakeWorkers:
+def workers(at: Deployment, keep_loaded: bool, timeout: float, debug: bool) -> MakeWorkers:
     """What makes the groups. timeout: seconds after which ranks that hang are ended. ValueError: they cannot be."""
     groups = Groups(at.ranks, at.replicas, at.on_cpu, at.ray, keep_loaded, timeout, debug)
     try:

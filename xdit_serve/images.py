@@ -42,20 +42,20 @@ def image_routes(service: Service) -> APIRouter:
 
 async def _made(service: Service, jobs: list[Record], request: Request, form: str) -> list[dict[str, Any]]:
     """The pictures when all are there; when one fails or the client leaves, the rest is not made."""
-    found = []
+    pictures = []
     try:
         for job in jobs:
-            done = await service.ended(job, request)
-            if done.status == "failed":
-                raise failure(done)
+            record = await service.ended(job, request)
+            if record.status == "failed":
+                raise failure(record)
             if form == "url":
-                found.append({"url": str(request.url_for("picture", name=done.id))})
+                pictures.append({"url": str(request.url_for("picture", name=record.id))})
             else:
-                content = await anyio.to_thread.run_sync(service.store.output_of(done).read_bytes)
-                found.append({"b64_json": base64.b64encode(content).decode()})
+                content = await anyio.to_thread.run_sync(service.store.output_of(record).read_bytes)
+                pictures.append({"b64_json": base64.b64encode(content).decode()})
     except ApiError as error:
         if error.code != "leaving":
-            for job in jobs[len(found) :]:
+            for job in jobs[len(pictures) :]:
                 await service.ask(service.dispatcher.delete, job.id)
         raise
-    return found
+    return pictures

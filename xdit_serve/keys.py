@@ -34,11 +34,11 @@ class Keys:
         if not self._digests:
             return EVERYONE
         scheme, _, key = (authorization or b"").partition(b" ")
-        given, found = _digest(key.strip()[: MOST + 1]), None
+        key_digest, match = _digest(key.strip()[: MOST + 1]), None
         for digest in self._digests:
-            if hmac.compare_digest(digest, given):
-                found = digest
-        return found.hex()[:32] if found is not None and scheme.lower() == b"bearer" else None
+            if hmac.compare_digest(digest, key_digest):
+                match = digest
+        return match.hex()[:32] if match is not None and scheme.lower() == b"bearer" else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -33,17 +33,17 @@ class Memory:
     def problem(self, model: str, request: Request) -> str:
         """Why memory does not suffice, in the command line's words; empty where it does, or where nobody knows."""
         video = request.videos[0]
-        made = video.sampling
-        known = (model, made.width, made.height, made.num_frames, request.guided(video), request.layout)
+        sampling = video.sampling
+        key = (model, sampling.width, sampling.height, sampling.num_frames, request.guided(video), request.layout)
         with self._lock:
-            if known not in self._said:
+            if key not in self._said:
                 if len(self._said) >= MOST_KEPT:
                     self._said.clear()
-                said = self._ask(request)
-                if said is None:
+                message = self._ask(request)
+                if message is None:
                     return ""
-                self._said[known] = said
-            return self._said[known]
+                self._said[key] = message
+            return self._said[key]
 
     def _ask(self, request: Request) -> str | None:
         if self._rest is not None:
@@ -56,14 +56,14 @@ class Memory:
                 selector.register(child.stdout, selectors.EVENT_READ)
                 if not selector.select(SECONDS):
                     raise TimeoutError
-            said, self._free = receive(child.stdout)
+            message, self._free = receive(child.stdout)
         except (OSError, EOFError):
             self._stop()
             return None
         self._rest = threading.Timer(IDLE_SECONDS, self.close)
         self._rest.daemon = True
         self._rest.start()
-        return said
+        return message
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, str(Path(__file__).with_name("estimating.py"))]

@@ -29,16 +29,16 @@ INPUTS: Mapping[str, str] = {"image": "picture", "video": "video"}
 
 @dataclass(frozen=True)
 class Offer:
-    """A model by the name that clients say.
-
-    weights: the words of the command line that name it. rules: what it admits. demo: it is small and draws shapes.
-    """
+    """A model by the name that clients say."""
 
     name: str
     fork: Fork
     weights: tuple[str, ...]
+    """The words of the command line that name it."""
     rules: Rules
+    """What the model admits."""
     demo: bool = False
+    """The model is small and draws shapes."""
 
     @property
     def kind(self) -> Kind:
@@ -49,15 +49,15 @@ class Offer:
     def fields(self) -> Mapping[str, click.Option]:
         """The option behind each field that a client may send; several names may lead to one."""
         own = {option.name for option in self.fork.options.command_line if not isinstance(option.type, click.Path)}
-        found = {
+        options = {
             option.name: option
             for option in command(self.fork).params
             if isinstance(option, click.Option) and option.name and (option.name in SHARED or option.name in own)
         }
         if self.kind == "image":
-            found = {name: option for name, option in found.items() if name not in ("num_frames", "fps", "crf")}
-        known = {name.replace("-", "_"): target.replace("-", "_") for name, target in SYNONYMS.items()}
-        return found | {name: found[target] for name, target in known.items() if target in found}
+            options = {name: option for name, option in options.items() if name not in ("num_frames", "fps", "crf")}
+        synonyms = {name.replace("-", "_"): target.replace("-", "_") for name, target in SYNONYMS.items()}
+        return options | {name: options[target] for name, target in synonyms.items() if target in options}
 
     @cached_property
     def inputs(self) -> Mapping[str, str]:
@@ -76,41 +76,41 @@ def demos() -> list[Offer]:
     ]
 
 
-def checkpoint(named: Path, taken: Iterable[str] = ()) -> Offer:
-    """The model of a checkpoint folder or of a repository's name, called as its folder. taken: names of others.
+def checkpoint(path: Path, names: Iterable[str] = ()) -> Offer:
+    """The model of a checkpoint folder or of a repository's name, called as its folder. names: those of others.
 
     ValueError says what is wrong.
     """
-    said = []
+    problems = []
     for fork in forks():
         try:
-            folder = checkpoint_folder(named, fork).resolve()
+            folder = checkpoint_folder(path, fork).resolve()
             rules = fork.rules(Source(model_dir=folder))
         except (ValueError, OSError) as error:
-            said.append(f"{fork.program}: {error}")
+            problems.append(f"{fork.program}: {error}")
             continue
-        return Offer(_free(named.absolute().name, set(taken)), fork, ("--model-dir", str(folder)), rules)
-    if len({line.partition(": ")[2] for line in said}) == 1:  # nothing that is the matter of one program
-        raise ValueError(f"--model-dir {said[0].partition(': ')[2]}")
-    raise ValueError(f"--model-dir {shown(named)} is no checkpoint of a program here ({'; '.join(said)})")
+        return Offer(_free(path.absolute().name, set(names)), fork, ("--model-dir", str(folder)), rules)
+    if len({line.partition(": ")[2] for line in problems}) == 1:  # nothing that is the matter of one program
+        raise ValueError(f"--model-dir {problems[0].partition(': ')[2]}")
+    raise ValueError(f"--model-dir {shown(path)} is no checkpoint of a program here ({'; '.join(problems)})")
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _free(name: str, names: set[str]) -> str:
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name) or "model"
-    return name if name not in taken else next(f"{name}-{i}" for i in range(2, 10**6) if f"{name}-{i}" not in taken)
+    return name if name not in names else next(f"{name}-{i}" for i in range(2, 10**6) if f"{name}-{i}" not in names)
 
 
 def find(offers: Sequence[Offer], name: str | None, kind: Kind) -> Offer:
     """The model that a client names; without a name the first that makes such things. ApiError lists them."""
-    fitting = [offer for offer in offers if offer.kind == kind]
-    found = next((offer for offer in (fitting if name is None else offers) if name in (None, offer.name)), None)
-    names = ", ".join(offer.name for offer in fitting)
+    candidates = [offer for offer in offers if offer.kind == kind]
+    offer = next((offer for offer in (candidates if name is None else offers) if name in (None, offer.name)), None)
+    names = ", ".join(offer.name for offer in candidates)
     makes = "pictures" if kind == "image" else "videos"
-    if found is None and not fitting:
+    if offer is None and not candidates:
         raise ApiError(400, f"no model here makes {makes}", "model", "model_not_found")
-    if found is None:
+    if offer is None:
         raise ApiError(400, f"model {name!r} is unknown; choose one of {names}", "model", "model_not_found")
-    if found.kind != kind:
-        where = "/v1/images/generations" if found.kind == "image" else "/v1/videos"
-        raise ApiError(400, f"model {found.name} makes no {makes}: ask {where}, or choose one of {names}", "model")
-    return found
+    if offer.kind != kind:
+        where = "/v1/images/generations" if offer.kind == "image" else "/v1/videos"
+        raise ApiError(400, f"model {offer.name} makes no {makes}: ask {where}, or choose one of {names}", "model")
+    return offer

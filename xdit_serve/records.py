@@ -12,41 +12,41 @@ ENDED = ("completed", "failed")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A job that was let in.
-
-    id: also the name of its folder. owner: whose key asked for it, see `xdit_serve.keys`. arguments: the words of the
-    program's command line without where the output goes. shown: what clients are told of it beside its state, plain
-    values. output: the name of its file in the job's folder.
-    """
+class JobSpec:
+    """A job that was let in."""
 
     id: str
+    """Also the name of its folder."""
     owner: str
+    """Whose key asked for it, see `xdit_serve.keys`."""
     kind: Kind
     model: str
     arguments: tuple[str, ...]
+    """The words of the program's command line without where the output goes."""
     shown: Mapping[str, Any]
+    """What clients are told beside the state, plain values."""
     output: str
+    """The name of its file in the job's folder."""
 
 
 @dataclass(frozen=True)
-class Record(Wanted):
-    """A job as it is stored. Times are unix seconds; number: its place in the order of all jobs.
-
-    cancelled: its client has deleted it, and it waits for the ranks to let it go. nbytes: of its files. seconds: by
-    stage, of a finished one.
-    """
+class Record(JobSpec):
+    """A job as it is stored. Times are unix seconds."""
 
     number: int = 0
+    """Its place in the order of all jobs."""
     status: Status = "queued"
     cancelled: bool = False
+    """Its client has deleted it, and it waits for the ranks to let it go."""
     created: float = 0.0
     started: float | None = None
     completed: float | None = None
     code: str | None = None
     message: str | None = None
     nbytes: int = 0
+    """Bytes of its files."""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    """By stage, of a finished job."""
 
     @property
     def ended(self) -> bool:

@@ -27,21 +27,22 @@ WATCH_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server is set up.
-
-    own: words of the command line that every job gets. open: nobody is asked for a key although others can connect.
-    origins: of pages in browsers that may ask. queue: jobs that may wait. port: 0 takes a free one.
-    """
+    """How a server is set up."""
 
     data_dir: Path
     offers: Sequence[Offer]
     own: tuple[str, ...] = ()
+    """Words of the command line that every job gets."""
     host: str = "127.0.0.1"
     port: int = 0
+    """0 takes a free one."""
     keys: tuple[str, ...] = ()
     open: bool = False
+    """Nobody is asked for a key although others can connect."""
     origins: tuple[str, ...] = ()
+    """Of pages in browsers that may ask."""
     queue: int = 1000
+    """Jobs that may wait."""
     keep_hours: float = 168.0
     keep_gb: float = 100.0
     body_seconds: float = 60.0
@@ -61,8 +62,8 @@ class Service:
 
     def owner(self, request: Request) -> str:
         """Whose request it is. ApiError for nobody's."""
-        given = request.headers.get("authorization")
-        owner = self.keys.owner(None if given is None else given.encode("latin-1"))
+        authorization = request.headers.get("authorization")
+        owner = self.keys.owner(None if authorization is None else authorization.encode("latin-1"))
         if owner is None:
             raise ApiError(401, "this server wants one of its keys: Authorization: Bearer KEY")
         return owner
@@ -77,34 +78,34 @@ class Service:
         if self.dispatcher.leaving.is_set():
             raise ApiError(503, "the server is about to end", code="leaving", retry=30)
 
-    async def ask(self, what: Callable[..., Any], *given: Any) -> Any:
+    async def ask(self, what: Callable[..., Any], *args: Any) -> Any:
         """The store's answer, off the event loop. ApiError where it has none now."""
         try:
-            return await anyio.to_thread.run_sync(what, *given)
+            return await anyio.to_thread.run_sync(what, *args)
         except StoreError as error:
             raise unavailable(error) from None
 
     async def job(self, name: str, owner: str, kind: str) -> Record:
         """An owner's job. ApiError where there is none."""
-        found: Record | None = await self.ask(self.store.get, name, owner)
-        if found is None or found.kind != kind:
+        record: Record | None = await self.ask(self.store.get, name, owner)
+        if record is None or record.kind != kind:
             raise ApiError(404, f"no such {kind}: {name[:80]!r}", "id")
-        return found
+        return record
 
     async def ended(self, job: Record, request: Request) -> Record:
         """The job when it has ended. A client that leaves before takes its job along. ApiError when the server ends."""
         while True:
-            found: Record | None = await self.ask(self.store.get, job.id)
-            if found is None:
+            record: Record | None = await self.ask(self.store.get, job.id)
+            if record is None:
                 raise ApiError(404, f"{job.id} was deleted", "id")
-            if found.ended:
-                return found
+            if record.ended:
+                return record
             if await request.is_disconnected():
                 await self.ask(self.dispatcher.delete, job.id)
                 raise ApiError(400, "the client left")
             if self.dispatcher.leaving.is_set():
-                said = f"the server is about to end; {job.id} goes on with its next start"
-                raise ApiError(503, said, code="leaving", retry=30)
+                message = f"the server is about to end; {job.id} goes on with its next start"
+                raise ApiError(503, message, code="leaving", retry=30)
             await anyio.sleep(WATCH_SECONDS)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from common.registry.request import beside
 from common.system.files import reason, shown, size_of
-from xdit_serve.records import Record, Wanted
+from xdit_serve.records import JobSpec, Record
 
 VERSION = 1
 BUSY_SECONDS = 2.0
@@ -62,12 +62,12 @@ def _told() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        said = str(error)
-        if "locked" in said or "busy" in said:
-            said = "another program holds a lock on it"
-        elif "full" in said:
-            said = "no space is left on the disk"
-        raise StoreError(f"the database of jobs cannot be used: {said}") from error
+        message = str(error)
+        if "locked" in message or "busy" in message:
+            message = "another program holds a lock on it"
+        elif "full" in message:
+            message = "no space is left on the disk"
+        raise StoreError(f"the database of jobs cannot be used: {message}") from error
     except OSError as error:
         raise StoreError(f"the data folder cannot be used: {reason(error)}") from error
 
@@ -140,10 +140,10 @@ class Store:
     def folder_of(self, job: str) -> Path:
         return self.jobs / job
 
-    def output_of(self, job: Wanted) -> Path:
+    def output_of(self, job: JobSpec) -> Path:
         return self.folder_of(job.id) / job.output
 
-    def sidecar_of(self, job: Wanted) -> Path:
+    def sidecar_of(self, job: JobSpec) -> Path:
         return beside(self.output_of(job), False, ".json")
 
     def make_folder(self, job: str) -> Path:
@@ -180,13 +180,13 @@ class Store:
                     self._complete(base, job, {}, sidecar.stat().st_mtime)
                 else:
                     base.execute("UPDATE jobs SET status='queued' WHERE id=?", (job.id,))
-        known = {row["id"]: _record(row) for row in self._read("SELECT * FROM jobs")}
+        records = {row["id"]: _record(row) for row in self._read("SELECT * FROM jobs")}
         with _told():
             for path in self.jobs.iterdir():
-                if path.name not in known:
+                if path.name not in records:
                     _remove(path)
                 else:
-                    self._tidy(known[path.name])
+                    self._tidy(records[path.name])
 
     def _tidy(self, job: Record) -> None:
         """Remove what belongs to work that nobody goes on with; never raises."""
@@ -199,7 +199,7 @@ class Store:
 
     # Jobs
 
-    def admit(self, jobs: Sequence[Wanted], most: int) -> list[Record]:
+    def admit(self, jobs: Sequence[JobSpec], most: int) -> list[Record]:
         """Queue these jobs, all or none; they are on disk when this returns. Raises QueueFull.
 
         most: how many may wait at once.
@@ -213,7 +213,7 @@ class Store:
             for job in jobs:
                 values = (job.id, job.owner, job.kind, job.model, json.dumps(job.arguments), json.dumps(job.shown))
                 base.execute(f"INSERT INTO jobs ({columns}) VALUES (?,?,?,?,?,?,?,?)", (*values, job.output, now))
-        return [job for job in (self.get(wanted.id) for wanted in jobs) if job is not None]
+        return [record for record in (self.get(job.id) for job in jobs) if record is not None]
 
     def take(self) -> Record | None:
         """The first job that waits, which is in progress from now on; None where none does."""
@@ -293,14 +293,14 @@ class Store:
             "SELECT id, completed, nbytes FROM jobs WHERE status IN ('completed','failed') "
             "ORDER BY completed DESC, number DESC"
         )
-        gone, total = [], 0
+        ids, total = [], 0
         for row in rows:
             total += row["nbytes"]
             if row["completed"] < oldest or total > most_bytes:
-                gone.append(row["id"])
-        for job in gone:
+                ids.append(row["id"])
+        for job in ids:
             self.delete(job)
-        return gone
+        return ids
 
     # Questions
 
@@ -310,8 +310,8 @@ class Store:
 
     def get(self, job: str, owner: str | None = None) -> Record | None:
         """A job, of this owner alone where one is given; None for one that is not there or was deleted."""
-        found = self._get(job)
-        return None if found is None or found.cancelled or owner not in (None, found.owner) else found
+        record = self._get(job)
+        return None if record is None or record.cancelled or owner not in (None, record.owner) else record
 
     def list(
         self, owner: str | None, kind: str = "video", after: int | None = None, limit: int = 20, newest: bool = True
@@ -342,8 +342,8 @@ def new_id(kind: str) -> str:
 
 
 def _record(row: sqlite3.Row) -> Record:
-    known = {one.name for one in fields(Record)}
-    values = {name: row[name] for name in row.keys() if name in known}  # noqa: SIM118
+    names = {one.name for one in fields(Record)}
+    values = {name: row[name] for name in row.keys() if name in names}  # noqa: SIM118
     values |= {name: json.loads(row[name]) for name in ("shown", "seconds")}
     values |= {"arguments": tuple(json.loads(row["arguments"])), "cancelled": bool(row["cancelled"])}
     return Record(**values)

@@ -36,8 +36,8 @@ def content_of(value: Any) -> bytes:
         return _bounded(value)
     if isinstance(value, Mapping):
         if others := [name for name in value if name != "image_url"]:
-            said = "files are not kept here" if "file_id" in others else "it has only image_url"
-            raise ApiError(400, f"{FIELD}.{shortened(str(others[0]), 60)}: {said}; send the file itself", FIELD)
+            reason = "files are not kept here" if "file_id" in others else "it has only image_url"
+            raise ApiError(400, f"{FIELD}.{shortened(str(others[0]), 60)}: {reason}; send the file itself", FIELD)
         value = value.get("image_url")
     head = DATA_URL.match(value) if isinstance(value, str) else None
     if head is None:
@@ -61,8 +61,8 @@ def _bounded(content: bytes) -> bytes:
 def option_for(offer: Offer, content: bytes) -> tuple[str, str]:
     """Which of a model's options takes this file, and what the file has to be: picture or video. ApiError: none."""
     kind = "video" if is_video(content) else "picture"
-    for option, wanted in offer.inputs.items():
-        if wanted == kind:
+    for option, option_kind in offer.inputs.items():
+        if option_kind == kind:
             return option, kind
     if not offer.inputs:
         raise ApiError(400, f"model {offer.name} takes no {FIELD}", FIELD)
@@ -89,7 +89,7 @@ def checked(content: bytes, kind: str) -> bytes:
             command, env=environment, start_new_session=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
         )
         try:
-            said, _ = child.communicate(content, timeout=SECONDS)
+            output, _ = child.communicate(content, timeout=SECONDS)
         except subprocess.TimeoutExpired:
             raise ApiError(400, f"{FIELD}: reading it takes longer than {SECONDS:g} s", FIELD) from None
         finally:
@@ -97,7 +97,7 @@ def checked(content: bytes, kind: str) -> bytes:
                 os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
     if child.returncode == 3:
-        raise ApiError(400, f"{FIELD}: {shown(said.decode(errors='replace'))}", FIELD)
+        raise ApiError(400, f"{FIELD}: {shown(output.decode(errors='replace'))}", FIELD)
     if child.returncode:
         raise ApiError(400, f"{FIELD} cannot be read with the memory and time that a file may take", FIELD)
-    return said if kind == "picture" else content
+    return output if kind == "picture" else content

@@ -56,8 +56,8 @@ def video_routes(service: Service) -> APIRouter:
 
     @routes.get("/v1/videos/{name}/events")
     async def events(request: Request, name: str) -> Response:
-        told = _events(service, await service.job(name, service.owner(request), "video"))
-        return EventSourceResponse(told, ping=15, shutdown_grace_period=5 * WATCH_SECONDS)
+        stream = _events(service, await service.job(name, service.owner(request), "video"))
+        return EventSourceResponse(stream, ping=15, shutdown_grace_period=5 * WATCH_SECONDS)
 
     return routes
 
@@ -77,10 +77,10 @@ async def _listed(service: Service, request: Request) -> Response:
     limit, newest, after = _paging(request.query_params)
     number = None
     if after is not None:
-        found = await service.ask(service.store.get, after, owner)
-        if found is None:
+        record = await service.ask(service.store.get, after, owner)
+        if record is None:
             raise ApiError(400, f"after: no such video: {shortened(after, 80)}", "after")
-        number = found.number
+        number = record.number
     jobs = await service.ask(service.store.list, owner, "video", number, limit + 1, newest)
     data = [await _video(service, job) for job in jobs[:limit]]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
@@ -135,21 +135,21 @@ async def file_answer(service: Service, job: Record) -> Response:
 
 async def _events(service: Service, job: Record) -> AsyncIterator[dict[str, str]]:
     """What changes of a job until it has ended, or is deleted, or the server ends."""
-    seen, preview = None, -1
+    last, preview = None, -1
     while not service.dispatcher.leaving.is_set():
-        found = await service.ask(service.store.get, job.id)
-        if found is None:
+        record = await service.ask(service.store.get, job.id)
+        if record is None:
             yield {"event": "deleted", "data": json.dumps({"id": job.id, "object": "video.deleted", "deleted": True})}
             return
-        told = await _video(service, found)
-        if found.ended:
-            yield {"event": found.status, "data": json.dumps(told)}
+        video = await _video(service, record)
+        if record.ended:
+            yield {"event": record.status, "data": json.dumps(video)}
             return
         live = service.dispatcher.board.get(job.id)
-        now = (found.status, live.version, told.get("queue_position"))
-        if now != seen:
-            seen = now
-            yield {"event": "progress", "data": json.dumps(told)}
+        now = (record.status, live.version, video.get("queue_position"))
+        if now != last:
+            last = now
+            yield {"event": "progress", "data": json.dumps(video)}
         if live.preview and live.preview_step != preview:
             preview = live.preview_step
             image = "data:image/png;base64," + base64.b64encode(live.preview).decode()

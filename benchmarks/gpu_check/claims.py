@@ -23,31 +23,35 @@ class Untested(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """part: parts whose names begin so, each a subject of its own. value: (rows, rate) -> the figure that is compared.
-
-    target: at least so much, or at most where `most`. unit: of the figure. cpu: also true of CPU ranks. row: of
-    docs/cuda-to-check.md. manual: why no program decides it.
-    """
+    """A figure that is claimed of GPUs, and what decides it."""
 
     what: str
     part: str = ""
+    """Parts whose names begin so, each a subject of its own."""
     value: Callable[[Rows], float] | None = None
+    """(rows, rate) -> the figure that is compared."""
     target: float = 0.0
+    """At least so much, or at most where `most`."""
     most: bool = False
     unit: str = ""
+    """The unit of the figure."""
     cpu: bool = False
+    """It is also true of CPU ranks."""
     row: str = ""
+    """The row of docs/cuda-to-check.md."""
     only: str = ""
     manual: str = ""
+    """Why no program decides it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """said: holds, falls short, or not tested here."""
+    """What became of a claim."""
 
     claim: Claim
     subject: str
     said: str
+    """Holds, falls short, or not tested here."""
     figure: str
 
     def __str__(self) -> str:

@@ -22,9 +22,10 @@ FIELDS = ("name", "memory.total", "driver_version", "compute_cap", "pcie.link.ge
 
 @dataclass(frozen=True)
 class Machine:
-    """gpus: how many are measured; 0 for a miniature on two CPU ranks, which shows that the command works."""
+    """What is measured on."""
 
     gpus: int
+    """How many GPUs are measured; 0 for a miniature on two CPU ranks, which shows that the command works."""
     models: tuple[str, ...]
     name: str = "cpu"
     capability: tuple[int, int] = (0, 0)

@@ -37,20 +37,24 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. measure: () -> figures, called in the part's process. skip: why it cannot run here."""
+    """One measurement."""
 
     key: str
     measure: Callable[[], Row] | None = None
+    """() -> figures, called in the part's process."""
     skip: str = ""
+    """Why it cannot run here."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """cells: (machine) -> what is measured, made in the part's own process. title: for the summary."""
+    """Measurements that share a process."""
 
     name: str
     title: str
+    """For the summary."""
     cells: Callable[[Machine], list[Cell]]
+    """(machine) -> what is measured, made in the part's own process."""
     seconds: float = SECONDS
 
 

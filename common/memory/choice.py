@@ -30,24 +30,25 @@ Count = Callable[[Placement, bool], Estimate]
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """Memory at hand, in bytes: on every rank's device, and for every rank in its machine's main memory.
-
-    device: cpu or cuda. On a CPU both are the same memory, and blocks that wait there save nothing.
-    """
+    """Memory at hand, in bytes: on every rank's device, and for every rank in its machine's main memory."""
 
     free: int
     host: int
     device: str = "cuda"
+    """`cpu` or `cuda`. On a CPU both are the same memory, and blocks that wait there save nothing."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """keep: models stay on the device between stages. why: one line for the user. tight: it may not fit after all."""
+    """Where the weights of a run go."""
 
     placement: Placement
     keep: bool
+    """Models stay on the device between stages."""
     why: str
+    """One line for the user."""
     tight: bool = False
+    """It may not fit after all."""
 
 
 def candidates(ranks: int, device: str = "cuda", keep: bool = False) -> Iterator[tuple[Placement, bool]]:
@@ -156,27 +157,28 @@ def free_memory_on(mesh: Mesh, runtime: Runtime, local_ranks: int) -> FreeMemory
 
     Models that are kept on a GPU count as free: they serve this run, or go.
     """
-    held = held_bytes(mesh.kept.models.values()) if mesh.kept is not None and mesh.device.type == "cuda" else 0
-    free = free_memory(mesh, runtime.max_bytes, held)
+    reclaimable = held_bytes(mesh.cache.models.values()) if mesh.cache is not None and mesh.device.type == "cuda" else 0
+    free = free_memory(mesh, runtime.max_bytes, reclaimable)
     return FreeMemory(free, all_min(mesh.world, host_memory() // local_ranks, mesh.device), runtime.device)
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known of a run before its work begins. placement, keep: where its weights go.
-
-    why: a line on that, where the program chose it. warnings: what the user would rather know now than after hours.
-    interleave: whether guidance branches take turns; groups: of heads; turns: a line on that, where the program chose
-    it.
-    """
+    """What is known of a run before its work begins."""
 
     placement: Placement
     keep: bool
+    """`placement`, `keep`: where the weights go."""
     why: str = ""
+    """A line on where the weights go, where the program chose it."""
     warnings: tuple[str, ...] = ()
+    """What the user would rather know now than after hours."""
     interleave: bool = False
+    """Whether guidance branches take turns."""
     groups: int | None = None
+    """Groups of heads."""
     turns: str = ""
+    """A line on whether branches take turns, where the program chose it."""
 
 
 def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -> tuple[Request, Outlook | None]:
@@ -192,41 +194,41 @@ def with_placement(fork: Fork, request: Request, mesh: Mesh, local_ranks: int) -
 
     def look() -> Outlook:
         # Rank 0 has most of everything: the text encoder, the largest shard, the branch with the longer text.
-        counted = estimator(fork, request, mesh)
-        slow = long_sampling(request, counted.flops)
+        costs = estimator(fork, request, mesh)
+        slow = long_sampling(request, costs.flops)
         if slow and request.cpu_by_default:
             raise ValueError(f"no GPU is visible, and {slow}; to wait for it say --device cpu")
-        outlook = _placed(counted, request, memory, mesh.world.size)
-        outlook = in_turn(outlook, request, memory.free, partial(_counted_again, counted, fork, mesh))
+        outlook = _placed(costs, request, memory, mesh.world.size)
+        outlook = in_turn(outlook, request, memory.free, partial(_counted_again, costs, fork, mesh))
         return replace(outlook, warnings=(*outlook.warnings, slow)) if slow else outlook
 
-    found = on_main(mesh, look)
-    placement = found.placement
+    decision = on_main(mesh, look)
+    placement = decision.placement
     runtime = replace(
         runtime,
         offload=placement.offload,
         shard_weights=placement.shard,
-        keep_loaded=found.keep,
-        interleave_branches=found.interleave,
-        overlap_groups=found.groups,
+        keep_loaded=decision.keep,
+        interleave_branches=decision.interleave,
+        overlap_groups=decision.groups,
     )
-    return replace(request, runtime=runtime), found
+    return replace(request, runtime=runtime), decision
 
 
-def _placed(counted: Estimator, request: Request, memory: FreeMemory, ranks: int) -> Outlook:
+def _placed(costs: Estimator, request: Request, memory: FreeMemory, ranks: int) -> Outlook:
     runtime = request.runtime
     placement, keep, why = Placement(runtime.offload or "stage", runtime.shard_weights), runtime.keep_loaded, ""
     if runtime.offload is None and not runtime.shard_weights:
-        choice = choose_placement(lambda where, kept: counted.estimate(where, kept, memory.free), memory, ranks, keep)
+        choice = choose_placement(lambda where, kept: costs.estimate(where, kept, memory.free), memory, ranks, keep)
         placement, keep, why = choice.placement, choice.keep, choice.why
-    warning = counted.estimate(placement, keep, memory.free).warning
+    warning = costs.estimate(placement, keep, memory.free).warning
     return Outlook(placement, keep, why, (warning,) if warning else ())
 
 
-def _counted_again(counted: Estimator, fork: Fork, mesh: Mesh, request: Request) -> Estimator:
+def _counted_again(costs: Estimator, fork: Fork, mesh: Mesh, request: Request) -> Estimator:
     """For a request that differs in its sampling alone."""
     again = estimator(fork, request, mesh)
-    again.peaks = counted.peaks
+    again.peaks = costs.peaks
     return again
 
 
@@ -237,16 +239,16 @@ def in_turn(outlook: Outlook, request: Request, free: float, count: Callable[[Re
     where what both hold has room.
     free: bytes of each device. count: what a request needs.
     """
-    asked, placement, where = request.runtime.interleave_branches, outlook.placement, request.layout
-    outlook = replace(outlook, interleave=bool(asked), groups=request.runtime.overlap_groups)
+    interleave, placement, where = request.runtime.interleave_branches, outlook.placement, request.layout
+    outlook = replace(outlook, interleave=bool(interleave), groups=request.runtime.overlap_groups)
     streams = placement.offload in ("block", "disk") or (placement.shard and where.ranks > 1)
     guided = request.guided(request.videos[0])
-    if asked and not (guided and (streams or where.sequence > 1)):
+    if interleave and not (guided and (streams or where.sequence > 1)):
         why = "one GPU whose weights stay waits for nothing" if guided else "without guidance there is one branch"
         warning = f"--interleave-branches has no effect: {why}"
         return replace(outlook, interleave=False, warnings=(*outlook.warnings, warning))
     pays = streams or request.turns_chosen
-    if asked is None and pays and guided and where.cfg == 1 and request.runtime.engine == "native":
+    if interleave is None and pays and guided and where.cfg == 1 and request.runtime.engine == "native":
         groups = request.groups_in_turn or outlook.groups
         runtime = replace(request.runtime, interleave_branches=True, overlap_groups=groups)
         estimate = count(replace(request, runtime=runtime)).estimate(placement, outlook.keep, free)

@@ -42,26 +42,26 @@ BUFFERS = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank runs for one video.
-
-    transformer: on the meta device, with `blocks` and `matmuls`; parameters of any floating dtype.
-    step: (model) -> None; prepares and computes one sampling step as the pipeline does, on the meta device.
-    decoder: on the meta device. latents: (C, T, h, w) that it decodes. frames: (T, H, W) that come out.
-    text: of every text encoder, in the order that they run; empty where there is none.
-    keep_fp32: the transformer's parameters that are held in fp32 at least.
-    experts: transformers like this one that take turns; where models stay on the device, all of them do.
-    kept: bytes that `step` keeps from step to step, which a pipeline whose blocks stream computes anew instead.
-    """
+    """What one rank runs for one video."""
 
     transformer: nn.Module
+    """On the meta device, with `blocks` and `matmuls`; parameters of any floating dtype."""
     step: Callable[[Any], object]
+    """(model) -> None; prepares and computes one sampling step as the pipeline does, on the meta device."""
     decoder: VideoDecoder
+    """On the meta device."""
     latents: tuple[int, int, int, int]
+    """(C, T, h, w) that it decodes."""
     frames: tuple[int, int, int]
+    """(T, H, W) that come out."""
     text: tuple[TextWork, ...] = ()
+    """The work of every text encoder, in the order that they run; empty where there is none."""
     keep_fp32: tuple[str, ...] = ()
+    """Names of the transformer's parameters that are held in fp32 at least."""
     experts: int = 1
+    """How many transformers like this one take turns; where models stay on the device, all of them do."""
     kept: int = 0
+    """Bytes that `step` keeps from step to step, which a pipeline whose blocks stream computes anew instead."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,16 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One rank with one placement. host: bytes of weights in host memory. sent: bytes a step sends, by axis."""
+    """One rank with one placement."""
 
     placement: Placement
     keep: bool
     stages: Mapping[str, StageMemory]
     host: int
+    """Bytes of weights in host memory."""
     flops: int
     sent: Mapping[str, int]
+    """Bytes a step sends, by axis."""
     plan: DecodePlan
     warning: str = ""
     """Of the decode: what `common.video.decode_planning.warning` says of the plan."""
@@ -119,9 +121,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops._c10d_functional.all_to_all_single.default:
-            send, _, sent, group = args
+            send, _, input_splits, group = args
             name, own = self.axes[group]
-            rows = sum(sent) - sent[own]
+            rows = sum(input_splits) - input_splits[own]
             self.sent[name] += rows * (send.nbytes // max(send.shape[0], 1))
         return func(*args, **(kwargs or {}))
 
@@ -180,13 +182,13 @@ class Estimator:
         sampling = self.activations - (self.work.kept if placement.streams else 0)
         working = {"text": text.activations, "sampling": sampling, "decode": frames}
         stages = {name: StageMemory(weights[name], working[name]) for name in STAGES}
-        sent = Counter(self.sent)
+        traffic = Counter(self.sent)
         if placement.shard and self.mesh.world.size > 1:
             shares = sum(FromShares.share_bytes(i.nbytes, self.mesh.world.size) for i in self.layouts)
             fetches = self.passes if self.mesh.interleaver is None else 1  # in turn all use a block while it is there
-            sent["weights"] = fetches * shares * (self.mesh.world.size - 1)
-        said = warning(plan, self.plans, decode_free, self._plan_bytes)
-        return Estimate(placement, keep, stages, host, self.flops, sent, plan, said)
+            traffic["weights"] = fetches * shares * (self.mesh.world.size - 1)
+        message = warning(plan, self.plans, decode_free, self._plan_bytes)
+        return Estimate(placement, keep, stages, host, self.flops, traffic, plan, message)
 
     @torch.inference_mode()
     def _step(self) -> tuple[int, int, Counter[str]]:
@@ -287,11 +289,11 @@ def block_layouts(model: nn.Module) -> list[BlockLayout]:
 
 def _nbytes(model: nn.Module, without: str | None = None) -> int:
     """Bytes of a module's tensors, each once, but for names that start with `without`."""
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for name, slot in model.state_dict(keep_vars=True).items():
         if without is None or not name.startswith(without):
-            seen[id(slot)] = slot.nbytes
-    return sum(seen.values())
+            sizes[id(slot)] = slot.nbytes
+    return sum(sizes.values())
 
 
 def placed_bytes(outer: int, layouts: list[BlockLayout], placement: Placement, ranks: int) -> tuple[int, int]:
@@ -307,8 +309,8 @@ def placed_bytes(outer: int, layouts: list[BlockLayout], placement: Placement, r
         return outer + buffers + sum(shares), 0
     if placement.offload in ("none", "stage"):
         return outer + whole, 0
-    held = sum(layout.nbytes for layout in layouts) if placement.offload == "block" else 0
-    return outer + count * buffer_bytes, held
+    host_bytes = sum(layout.nbytes for layout in layouts) if placement.offload == "block" else 0
+    return outer + count * buffer_bytes, host_bytes
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

@@ -17,9 +17,9 @@ def cpu_rate(dtype: torch.dtype) -> float:
     """FLOP/s of matrix products of this dtype in this process: the best of three of 2 GFLOP each."""
     a, seconds = torch.ones(SIDE, SIDE, dtype=dtype), []
     for _ in range(3):
-        began = time.perf_counter()
+        start = time.perf_counter()
         a @ a
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return 2 * SIDE**3 / min(seconds)
 
 

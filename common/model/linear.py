@@ -30,18 +30,18 @@ def heads_of(
     """
     each = heads.stop - heads.start
     if parts == "qkv" and each == count and not (apart and fuses(x) and isinstance(linear, nn.Linear)):
-        *made, last = linear(x).chunk(3, dim=-1)
+        *projections, last = linear(x).chunk(3, dim=-1)
     else:
         assert isinstance(linear, nn.Linear | Float8Linear)
         width = linear.weight.shape[0] // (3 * count)
         at = ["qkv".index(part) * count for part in parts]
         spans = [slice((a + heads.start) * width, (a + heads.stop) * width) for a in at]
         if rest is not None and in_place() and fuses(x) and isinstance(linear, nn.Linear) and len(x) == 1:
-            made = [part.unflatten(-1, (each, -1)) for part in _rows(linear, x, spans[:-1])]
-            return *made, _product_before(linear, x, spans[-1], rest)
-        *made, last = _rows(linear, x, spans)
-    *made, last = (part.unflatten(-1, (each, -1)) for part in (*made, last))
-    return *made, last if rest is None else join_heads(last, rest)
+            projections = [part.unflatten(-1, (each, -1)) for part in _rows(linear, x, spans[:-1])]
+            return *projections, _product_before(linear, x, spans[-1], rest)
+        *projections, last = _rows(linear, x, spans)
+    *projections, last = (part.unflatten(-1, (each, -1)) for part in (*projections, last))
+    return *projections, last if rest is None else join_heads(last, rest)
 
 
 def _rows(linear: nn.Linear | Float8Linear, x: Tensor, spans: Sequence[slice]) -> Sequence[Tensor]:

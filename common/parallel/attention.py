@@ -36,13 +36,14 @@ class Kernel:
     """An attention kernel with what its device can do, looked up once by `choose_kernel`.
 
     While a model runs nothing is asked any more but shapes and dtypes, so a compiler can trace a choice among them.
-
-    name: one of KERNELS. capability: the GPU's, None without one. cudnn: whether `auto` may take cuDNN's kernel.
     """
 
     name: str = "auto"
+    """One of KERNELS."""
     capability: Capability | None = None
+    """The GPU's, None without one."""
     cudnn: bool = False
+    """Whether `auto` may take cuDNN's kernel."""
 
 
 def choose_kernel(
@@ -93,9 +94,9 @@ def check_kernel(
 
 def _check_capability(kernel: str, have: Capability) -> None:
     if have < _AMPERE or (kernel == "flash3" and have[0] != 9):
-        needed = "9.0 (Hopper)" if kernel == "flash3" else "8.0 (Ampere) or newer"
+        requirement = "9.0 (Hopper)" if kernel == "flash3" else "8.0 (Ampere) or newer"
         raise ValueError(
-            f"attention kernel {kernel} needs a GPU of compute capability {needed}; this one has "
+            f"attention kernel {kernel} needs a GPU of compute capability {requirement}; this one has "
             f"{have[0]}.{have[1]}; use sdpa"
         )
 

@@ -38,17 +38,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def free_memory(mesh: Mesh, most: int | None = None, held: int = 0) -> int:
+def free_memory(mesh: Mesh, most: int | None = None, reclaimable: int = 0) -> int:
     """Bytes that every rank can still allocate on its device: the smallest figure of them all. Collective.
 
-    most: no more than this, where a rank has been given a limit. held: bytes of this rank's that count as free.
+    most: no more than this, where a rank has been given a limit. reclaimable: bytes of this rank's that count as free.
     """
     if mesh.device.type == "cuda":
         free = torch.cuda.mem_get_info(mesh.device)[0]
         free += torch.cuda.memory_reserved(mesh.device) - torch.cuda.memory_allocated(mesh.device)
     else:
         free = host_memory() // mesh.world.size
-    free += held
+    free += reclaimable
     return all_min(mesh.world, free if most is None else min(free, most), mesh.device)
 
 

@@ -97,18 +97,18 @@ class _Round:
             with state.here():
                 compute(own)
 
-        started: list[threading.Thread] = []
+        threads: list[threading.Thread] = []
         try:
             for own in range(1, len(values)):
-                seen = copy_context().run  # what Python keeps for each thread
-                thread = threading.Thread(target=seen, args=(compute_apart, own), name=f"turn {own}", daemon=True)
+                in_context = copy_context().run  # what Python keeps for each thread
+                thread = threading.Thread(target=in_context, args=(compute_apart, own), name=f"turn {own}", daemon=True)
                 thread.start()
-                started.append(thread)
+                threads.append(thread)
             compute(0)
-            _join(started)
+            _join(threads)
         except BaseException as error:  # a signal, while this thread waited for the others
             self._fail(error)
-            _join(started)
+            _join(threads)
         try:
             if self.failure is not None:
                 raise self.failure

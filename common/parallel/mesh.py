@@ -27,37 +27,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the mesh as a rank sees it. `group` is None when the axis has a single rank.
-
-    edges: the groups that this rank shares with the rank before it alone, and with the rank after it; see `edges`.
-    under_way: messages of exchanges that nobody has waited for yet, see `common.parallel.exchange`.
-    """
+    """One dimension of the mesh as a rank sees it. `group` is None when the axis has a single rank."""
 
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
     edges: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
-    under_way: set[Any] = field(default_factory=set, compare=False, repr=False)
+    """The groups that this rank shares with the rank before it alone, and with the rank after it; see `edges`."""
+    pending: set[Any] = field(default_factory=set, compare=False, repr=False)
+    """Messages of exchanges that nobody has waited for yet, see `common.parallel.exchange`."""
 
 
 @dataclass
-class Kept:
+class ModelCache:
     """Models that stay on a rank's device when a pipeline goes, for the next one on the same mesh.
 
-    They are of one kind, which `key` tells: another kind's take their place. found: what pipelines have found out with
-    them. loadings: how many were loaded so far.
+    They are of one kind, which `key` tells: another kind's take their place.
     """
 
     key: Any = None
     models: dict[str, Any] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What pipelines have found out with them."""
     loadings: int = 0
+    """How many were loaded so far."""
 
     def of(self, key: Any) -> dict[str, Any]:
         """The models of a kind, by name; those of another kind are let go. None: of no kind that is kept."""
         if key is None or key != self.key:
             self.models.clear()
-            self.found.clear()
+            self.facts.clear()
             self.key = key
         return self.models
 
@@ -66,14 +65,11 @@ class Kept:
 class Mesh:
     """One rank's place: every axis it belongs to, and its device. The default is one process on the CPU.
 
-    Ulysses is the innermost axis and cfg the outermost: all-to-all wants the fastest links, and the
-    cfg exchange (one shard a step) is the one that can afford the slowest. `weights` has the ranks of `world`
-    and a group of its own, so that gathers of weights do not queue before the exchanges of the model (NCCL runs what
-    one group does in order). Used as a context manager, a mesh destroys the process groups when it is left without an
-    exception: NCCL's teardown waits for the other ranks, which wait for the one that failed.
-
-    kept: where models stay between pipelines; None: they go with their pipeline.
-    interleaver: by which the guidance branches of one rank take turns; None: they are computed one after the other.
+    Ulysses is the innermost axis and cfg the outermost: all-to-all wants the fastest links, and the cfg exchange (one
+    shard a step) is the one that can afford the slowest. `weights` has the ranks of `world` and a group of its own, so
+    that gathers of weights do not queue before the exchanges of the model (NCCL runs what one group does in order).
+    Used as a context manager, a mesh destroys the process groups when it is left without an exception: NCCL's teardown
+    waits for the other ranks, which wait for the one that failed.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -84,8 +80,10 @@ class Mesh:
     ring: Axis = field(default_factory=Axis)
     ulysses: Axis = field(default_factory=Axis)
     weights: Axis = field(default_factory=Axis)
-    kept: Kept | None = field(default=None, compare=False)
+    cache: ModelCache | None = field(default=None, compare=False)
+    """Where models stay between pipelines; None: they go with their pipeline."""
     interleaver: Interleaver | None = field(default=None, compare=False)
+    """By which the guidance branches of one rank take turns; None: they are computed one after the other."""
 
     @property
     def is_main(self) -> bool:
@@ -113,13 +111,13 @@ def resolve_device(device: str | torch.device, local_rank: int = 0, local_ranks:
         return torch.device(name)
     if not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but PyTorch sees no GPU; use --device cpu or a CUDA build")
-    chosen = torch.device(name)
+    gpu = torch.device(name)
     visible = torch.cuda.device_count()
-    if chosen.index is None:
-        chosen = torch.device("cuda", 0 if visible == 1 and local_ranks > 1 else local_rank)
-    if chosen.index >= visible:
-        raise ValueError(f"rank needs GPU {chosen.index}, but only {visible} are visible; start fewer ranks")
-    return chosen
+    if gpu.index is None:
+        gpu = torch.device("cuda", 0 if visible == 1 and local_ranks > 1 else local_rank)
+    if gpu.index >= visible:
+        raise ValueError(f"rank needs GPU {gpu.index}, but only {visible} are visible; start fewer ranks")
+    return gpu
 
 
 def meet(timeout: float = 600) -> dist.Store | None:
@@ -156,14 +154,14 @@ def distributed(
             f"layout {layout} needs {layout.ranks} ranks, but {at.world_size} "
             f"{'is' if at.world_size == 1 else 'are'} running; the degrees must multiply to {at.world_size}"
         )
-    chosen = resolve_device(device, at.local_rank, at.local_world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    local_device = resolve_device(device, at.local_rank, at.local_world_size)
+    if local_device.type == "cuda":
+        torch.cuda.set_device(local_device)
     if at.world_size == 1:
-        return Mesh(layout=layout, device=chosen)
+        return Mesh(layout=layout, device=local_device)
 
     store = store or meet(timeout)
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if local_device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     dist.init_process_group(backend, store=store, rank=at.rank, world_size=at.world_size, timeout=limit)
     layouts: list[Any] = [None] * at.world_size
@@ -172,7 +170,7 @@ def distributed(
         raise ValueError(
             f"rank {other} asks for layout {layouts[other]}, rank 0 for {layouts[0]}; give all ranks the same degrees"
         )
-    return build_mesh(layout, chosen, timeout)
+    return build_mesh(layout, local_device, timeout)
 
 
 def build_mesh(layout: Layout, device: torch.device, timeout: float | None = None) -> Mesh:
@@ -297,17 +295,17 @@ def broadcast_tensors(
     if axis.group is None:
         assert tensors is not None
         return {name: t.to(device) for name, t in tensors.items()}
-    described = broadcast_object(axis, tensors and {n: (t.shape, t.dtype) for n, t in tensors.items()}, device)
-    received = {}
-    for name, (shape, dtype) in described.items():
+    specs = broadcast_object(axis, tensors and {n: (t.shape, t.dtype) for n, t in tensors.items()}, device)
+    copies = {}
+    for name, (shape, dtype) in specs.items():
         if tensors is not None and axis.rank == 0:
             tensor = tensors[name].to(device).contiguous()
         else:
             tensor = torch.empty(shape, dtype=dtype, device=device)
         if tensor.numel():
             dist.broadcast(tensor, group=axis.group, group_src=0)
-        received[name] = tensor
-    return received
+        copies[name] = tensor
+    return copies
 
 
 def all_min(axis: Axis, value: int, device: torch.device) -> int:
@@ -335,9 +333,9 @@ def on_main(mesh: Mesh, make: Callable[[], T]) -> T:
         except Exception as error:  # told to every rank before it goes on
             failure = error
     # Without mesh.device: after an error of the device's memory the message must not need any.
-    pickled, told = broadcast_object(mesh.world, (pickled, failure and _picklable(failure)))
+    pickled, main_failure = broadcast_object(mesh.world, (pickled, failure and _picklable(failure)))
     if pickled is None:
-        raise failure or told
+        raise failure or main_failure
     return _put_together(pickled, broadcast_tensors(mesh.world, tensors if mesh.is_main else None, mesh.device))
 
 

@@ -37,12 +37,12 @@ def self_test(mesh: Mesh, limit: float, on_hang: Callable[[TimeoutError], None])
         timer = threading.Timer(limit, _give_up, (on_hang, TimeoutError(message)))
         timer.daemon = True
         timer.start()
-        received = test(axis, mesh.device)
+        ranks = test(axis, mesh.device)
         if mesh.device.type == "cuda":
             torch.cuda.synchronize(mesh.device)
         timer.cancel()
-        if received.tolist() != list(range(axis.size)):
-            raise RuntimeError(f"the {name} group delivered {received.tolist()}, expected {list(range(axis.size))}")
+        if ranks.tolist() != list(range(axis.size)):
+            raise RuntimeError(f"the {name} group delivered {ranks.tolist()}, expected {list(range(axis.size))}")
 
 
 def _give_up(on_hang: Callable[[TimeoutError], None], error: TimeoutError) -> None:
@@ -51,20 +51,20 @@ def _give_up(on_hang: Callable[[TimeoutError], None], error: TimeoutError) -> No
 
 
 def _gather(axis: Axis, device: torch.device) -> torch.Tensor:
-    received = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(axis.size)]
-    dist.all_gather(received, torch.full((1,), axis.rank, device=device), group=axis.group)
-    return torch.cat(received)
+    ranks = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(axis.size)]
+    dist.all_gather(ranks, torch.full((1,), axis.rank, device=device), group=axis.group)
+    return torch.cat(ranks)
 
 
 def _gather_single(axis: Axis, device: torch.device) -> torch.Tensor:
-    received = torch.zeros(axis.size, dtype=torch.int64, device=device)
-    dist.all_gather_single(received, torch.full((1,), axis.rank, device=device), group=axis.group)
-    return received
+    ranks = torch.zeros(axis.size, dtype=torch.int64, device=device)
+    dist.all_gather_single(ranks, torch.full((1,), axis.rank, device=device), group=axis.group)
+    return ranks
 
 
 def _all_to_all(axis: Axis, device: torch.device) -> torch.Tensor:
-    received = torch.zeros(axis.size, dtype=torch.int64, device=device)
+    ranks = torch.zeros(axis.size, dtype=torch.int64, device=device)
     # With splits, as the model gives them: NCCL has another function for even ones.
     ones = [1] * axis.size
-    dist.all_to_all_single(received, torch.full((axis.size,), axis.rank, device=device), ones, ones, group=axis.group)
-    return received
+    dist.all_to_all_single(ranks, torch.full((axis.size,), axis.rank, device=device), ones, ones, group=axis.group)
+    return ranks

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.parallel.attention import attention, attention_with_lse, check_kernel, choose_kernel
-from common.parallel.exchange import Arriving, exchange
+from common.parallel.exchange import Pending, exchange
 from common.parallel.mesh import Mesh
 from common.registry.layout import head_groups, split_evenly, turns_ahead
 
@@ -89,8 +89,8 @@ class SequenceParallel:
             return x
         rows = x.movedim(dim, 0)
         copies = rows.expand(self.size, *rows.shape).flatten(0, 1)
-        arriving = exchange(copies, [rows.shape[0]] * self.size, lengths, self.axis)
-        return arriving().movedim(0, dim)
+        wait = exchange(copies, [rows.shape[0]] * self.size, lengths, self.axis)
+        return wait().movedim(0, dim)
 
     @property
     def each(self) -> Callable[[Callable[[A], R], Iterable[A]], Iterable[R]]:
@@ -136,7 +136,7 @@ class SequenceParallel:
         return self._attend_rings(q, output, rings, spans)
 
     def _attend_rings(self, q: Tensor, output: Output[T], rings: Sequence[_Ring], spans: Sequence[slice]) -> T:
-        done: T | None = None
+        total: T | None = None
         for ring, span in zip(rings, spans):
             ring.attend(q[:, :, span])
         for hop in range(1, self.ring.size):
@@ -146,9 +146,9 @@ class SequenceParallel:
                 if hop < self.ring.size - 1:
                     ring.attend(q[:, :, span])
                 else:
-                    done = output(ring.last(q[:, :, span]), span, done)
-        assert done is not None
-        return done
+                    total = output(ring.last(q[:, :, span]), span, total)
+        assert total is not None
+        return total
 
     def _attend_groups(
         self,
@@ -160,72 +160,72 @@ class SequenceParallel:
     ) -> T:
         u, r = self.ulysses.size, self.ring.rank
         mine, ring = lengths[r * u : (r + 1) * u], [sum(lengths[i * u : (i + 1) * u]) for i in range(self.ring.size)]
-        under_way = []
+        pending = []
         for i, (group, span) in enumerate(zip(groups, spans)):
             if i == 1:
                 self.pass_turn()  # the other's attention needs what travels meanwhile, and its output goes next
-            made = project(span, "qkv")
-            under_way.append(self._scatter_heads(made, group, mine))
-            batch, n, _, width = made[0].shape
-            del made
+            qkv = project(span, "qkv")
+            pending.append(self._scatter_heads(qkv, group, mine))
+            batch, n, _, width = qkv[0].shape
+            del qkv
         del project
 
         def arrive(i: int) -> tuple[Tensor, _Ring]:
-            got = under_way.pop(0)().view(sum(mine), batch, 3, len(groups[i][self.ulysses.rank]), width)
-            return got[:, :, 0].transpose(0, 1), _Ring(self, got[:, :, 1:], ring)
+            inputs = pending.pop(0)().view(sum(mine), batch, 3, len(groups[i][self.ulysses.rank]), width)
+            return inputs[:, :, 0].transpose(0, 1), _Ring(self, inputs[:, :, 1:], ring)
 
-        home, count = [], len(groups)
+        outputs, count = [], len(groups)
         self.pass_turn()
         q, round_trip = arrive(0)
         for i, group in enumerate(groups):
             round_trip.go_round(q)
             # Its keys and values set out round the ring under the last attention of this group.
-            following = arrive(i + 1) if i + 1 < count and self.ring.size > 1 else None
-            home.append(self._return_heads(round_trip.last(q), group, mine))
+            next_inputs = arrive(i + 1) if i + 1 < count and self.ring.size > 1 else None
+            outputs.append(self._return_heads(round_trip.last(q), group, mine))
             if i + 1 < count:
-                q, round_trip = following or arrive(i + 1)
-        done: T | None = None
+                q, round_trip = next_inputs or arrive(i + 1)
+        total: T | None = None
         self.pass_turn()
-        for group, span, arriving in zip(groups, spans, home):
-            done = output(self._join_heads(arriving, group, (batch, n, width)), span, done)
-        assert done is not None
-        return done
+        for group, span, wait in zip(groups, spans, outputs):
+            total = output(self._join_heads(wait, group, (batch, n, width)), span, total)
+        assert total is not None
+        return total
 
     def pass_turn(self) -> None:
         """Who takes turns with another lets it compute now."""
         if self.interleaver is not None:
             self.interleaver.pass_turn()
 
-    def _scatter_heads(self, made: Sequence[Tensor], group: Sequence[range], lengths: Sequence[int]) -> Arriving:
+    def _scatter_heads(self, qkv: Sequence[Tensor], group: Sequence[range], lengths: Sequence[int]) -> Pending:
         """Begin to give up other ranks' heads of this rank's tokens for this rank's heads of the Ulysses group's.
 
-        made: q, k and v (B, n, h, D) of the group's heads. Token-major on the wire, (n, B, 3, h, D) for each rank, so
+        qkv: q, k and v (B, n, h, D) of the group's heads. Token-major on the wire, (n, B, 3, h, D) for each rank, so
         that what arrives is already one tensor in token order.
         """
-        batch, n, heads, width = made[0].shape
+        batch, n, heads, width = qkv[0].shape
         row, mine, at = batch * 3 * width, len(group[self.ulysses.rank]), 0
-        send = made[0].new_empty(n * heads * row)
+        send = qkv[0].new_empty(n * heads * row)
         # Ranks with as many heads each at once: two runs of them at most, and each number is copied once.
         for each, parts in groupby(len(part) for part in group):
             ranks = sum(1 for _ in parts)
             count = ranks * each
             wire = send.narrow(0, n * at * row, n * count * row).view(ranks, n, batch, 3, each, width)
-            for i, x in enumerate(made):
+            for i, x in enumerate(qkv):
                 wire[:, :, :, i] = x[:, :, at : at + count].unflatten(2, (ranks, each)).permute(2, 1, 0, 3, 4)
             at += count
         return exchange(send, [n * len(part) * row for part in group], [m * mine * row for m in lengths], self.ulysses)
 
-    def _return_heads(self, out: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Arriving:
+    def _return_heads(self, out: Tensor, group: Sequence[range], lengths: Sequence[int]) -> Pending:
         """Begin the reverse of `_scatter_heads` for the output (B, N, h, D)."""
         batch, _, mine, width = out.shape
         n, row = lengths[self.ulysses.rank], batch * width
         sent, received = [m * mine * row for m in lengths], [n * len(part) * row for part in group]
         return exchange(out.transpose(0, 1).reshape(-1), sent, received, self.ulysses)
 
-    def _join_heads(self, arriving: Arriving, group: Sequence[range], shape: tuple[int, int, int]) -> Tensor:
+    def _join_heads(self, wait: Pending, group: Sequence[range], shape: tuple[int, int, int]) -> Tensor:
         """A group that comes home, as one tensor (B, n, h, D); shape: its B, n and D."""
         batch, n, width = shape
-        parts = arriving().split([n * len(part) * batch * width for part in group])
+        parts = wait().split([n * len(part) * batch * width for part in group])
         return torch.cat([p.view(n, batch, len(part), width) for p, part in zip(parts, group)], dim=2).transpose(0, 1)
 
 
@@ -239,21 +239,21 @@ class _Ring:
         self.sp, self.kv, self.lengths, self.step = sp, kv, lengths, 0
         self.out: Tensor | None = None
         self.lse: Tensor | None = None
-        self.following = self._pass_on()
+        self.pending = self._pass_on()
 
     def go_round(self, q: Tensor) -> None:
         """Attention of q (B, N, h, D) over all keys but the last to come, which are waited for."""
-        while self.following is not None:
+        while self.pending is not None:
             self.attend(q)
             self.sp.pass_turn()
             self.arrive()
 
     def arrive(self) -> None:
         """Wait for the next keys and values, and send them on."""
-        assert self.following is not None, "all have been here"
-        self.kv = self.following()
+        assert self.pending is not None, "all have been here"
+        self.kv = self.pending()
         self.step += 1
-        self.following = self._pass_on()
+        self.pending = self._pass_on()
 
     def last(self, q: Tensor) -> Tensor:
         """Attention over those too, and the result (B, N, h, D)."""
@@ -273,7 +273,7 @@ class _Ring:
                 self.out = _merge(self.out, part, torch.sigmoid(part_lse - self.lse), last)
                 self.lse = None if last else torch.logaddexp(self.lse, part_lse)
 
-    def _pass_on(self) -> Arriving | None:
+    def _pass_on(self) -> Pending | None:
         """Send what is here to the next rank of the ring while the one before sends its own, unless all have come."""
         size, rank = len(self.lengths), self.sp.ring.rank
         if self.step == size - 1:
@@ -289,8 +289,8 @@ def _pack(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.transpose(0, 1) for part in parts], dim=2)
 
 
-def _take(made: Mapping[str, Tensor], heads: slice, parts: str) -> tuple[Tensor, ...]:
-    return tuple(made[part][:, :, heads] for part in parts)
+def _take(qkv: Mapping[str, Tensor], heads: slice, parts: str) -> tuple[Tensor, ...]:
+    return tuple(qkv[part][:, :, heads] for part in parts)
 
 
 def _collect(out: Tensor, heads: slice, groups: list[Tensor] | None) -> list[Tensor]:

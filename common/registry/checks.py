@@ -28,12 +28,10 @@ class Rules:
     """What one checkpoint admits, and its official defaults. A fork states its numbers in one of these.
 
     Sizes are pixels; an admissible frame count is `frame_step * k` plus one of `frame_offsets`, and at least 1.
-    sizes: the only (width, height), where not every one will do. heads: attention heads, the limit of the ulysses
-    degree. default_prompt, negative_prompt: what is said where nobody says it. takes: the options, `image` or
-    `video`, that name a file which the checkpoint can start from.
     """
 
     heads: int
+    """Attention heads, the limit of the ulysses degree."""
     width: int
     height: int
     num_frames: int
@@ -44,10 +42,13 @@ class Rules:
     frame_step: int = 6
     frame_offsets: tuple[int, ...] = (1,)
     sizes: tuple[tuple[int, int], ...] = ()
+    """The only (width, height), where not every one will do."""
     dtype: str = "bf16"
     default_prompt: str | None = None
     negative_prompt: str = ""
+    """`default_prompt`, `negative_prompt`: what is said where nobody says it."""
     takes: tuple[str, ...] = ()
+    """The options, `image` or `video`, that name a file which the checkpoint can start from."""
 
     def size_of(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """Height, width and frames: what is None is the checkpoint's own."""
@@ -63,8 +64,8 @@ class Rules:
         multiple, (rows, columns) = self.size_multiple, shape
         most = height * width
         heights = range(multiple, most // multiple + 1, multiple)
-        wanted = ((h, max(1, round(h * columns / rows / multiple)) * multiple) for h in heights)
-        sizes = [(h, w) for w, h in self.sizes] or [*wanted, (height, width)]
+        candidates = ((h, max(1, round(h * columns / rows / multiple)) * multiple) for h in heights)
+        sizes = [(h, w) for w, h in self.sizes] or [*candidates, (height, width)]
 
         def loss(size: tuple[int, int]) -> tuple[float, int]:
             return abs(math.log(size[0] * columns / (size[1] * rows))), -size[0] * size[1]
@@ -83,8 +84,8 @@ class Rules:
                 near = nearest(value, self.size_multiple, at_least=self.size_multiple)
                 problems.append(f"{name} {value} is not a positive multiple of {self.size_multiple}; nearest: {near}")
         if self.sizes and not problems and (width, height) not in self.sizes:
-            allowed = " or ".join(f"{w} x {h}" for w, h in self.sizes)
-            problems.append(f"this checkpoint makes videos of {allowed} pixels only")
+            choices = " or ".join(f"{w} x {h}" for w, h in self.sizes)
+            problems.append(f"this checkpoint makes videos of {choices} pixels only")
         if num_frames < 1 or all((num_frames - offset) % self.frame_step for offset in self.frame_offsets):
             forms = " or ".join(f"{self.frame_step}k+{offset}".removesuffix("+0") for offset in self.frame_offsets)
             near = nearest(num_frames, self.frame_step, self.frame_offsets, at_least=1)
@@ -196,9 +197,9 @@ def layout_problems(
     return problems
 
 
-def interleave_problems(asked: bool | None, cfg: int, engine: str) -> list[str]:
+def interleave_problems(interleave: bool | None, cfg: int, engine: str) -> list[str]:
     """Why guidance branches cannot take turns as asked. cfg: the degree, as far as it is given."""
-    if not asked:
+    if not interleave:
         return []
     problems = []
     if cfg == 2:

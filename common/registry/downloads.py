@@ -50,13 +50,13 @@ class _Weights:
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Of the variants that are there every one has to be whole: which of them is read depends on the dtype."""
-        begun, lost = False, []
+        begun, missing = False, []
         for variant in VARIANTS:
             shards, index = self._shards(variant, names), self._index(variant)
             begun |= self._single(variant) in names or bool(shards) or index in names
             if shards or index in names:
-                lost += ([] if index in names else [index]) + self._lost(variant, shards)
-        return lost if begun else [f"{self.stem}*"]
+                missing += ([] if index in names else [index]) + self._lost(variant, shards)
+        return missing if begun else [f"{self.stem}*"]
 
     def _lost(self, variant: str, shards: Sequence[str]) -> list[str]:
         """The shards whose numbers are not among those that are there."""
@@ -74,9 +74,9 @@ class _Weights:
 
     def _shards(self, variant: str, names: Sequence[str]) -> list[str]:
         """Both spellings are in use: `model.bf16-00001-of-00002` and `model-00001-of-00002.bf16`."""
-        stem, dotted, counted = re.escape(self.stem), re.escape(_dotted(variant)), r"-\d{5}-of-\d{5}"
-        spelled = rf"({stem}{dotted}{counted}|{stem}{counted}{dotted})\.safetensors"
-        return sorted(name for name in names if re.fullmatch(spelled, name))
+        stem, dotted, number = re.escape(self.stem), re.escape(_dotted(variant)), r"-\d{5}-of-\d{5}"
+        pattern = rf"({stem}{dotted}{number}|{stem}{number}{dotted})\.safetensors"
+        return sorted(name for name in names if re.fullmatch(pattern, name))
 
 
 def _dotted(variant: str) -> str:
@@ -88,7 +88,7 @@ class _First:
     picks: tuple[Pick, ...]
 
     def __call__(self, names: Sequence[str]) -> list[str] | None:
-        return next((found for one in self.picks if (found := one(names)) is not None), None)
+        return next((files for one in self.picks if (files := one(names)) is not None), None)
 
     def missing(self, names: Sequence[str]) -> list[str]:
         ways = [one.missing(names) for one in self.picks]
@@ -115,13 +115,15 @@ def first(*picks: Pick) -> Pick:
 
 @dataclass(frozen=True)
 class Part:
-    """Some files of one repository. into: the folder under the target that they go to. licence: for the user's eyes."""
+    """Some files of one repository."""
 
     what: str
     repo: str
     picks: tuple[Pick, ...]
     licence: str
+    """Shown to the user."""
     into: str = ""
+    """The folder under the target that they go to."""
 
 
 APACHE = "Apache-2.0"

@@ -172,10 +172,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoder of the latents. decoding: (latent frames, rows, columns) -> its work."""
+    """The decoder of the latents."""
 
     parameters: int
     decoding: Callable[[int, int, int], Decoding]
+    """(latent frames, rows, columns) -> its work."""
 
 
 @dataclass(frozen=True)
@@ -336,11 +337,11 @@ def forks() -> tuple[Fork, ...]:
             fork = entry.load()
             if not isinstance(fork, Fork):
                 raise TypeError(f"it is a {type(fork).__name__}, not a Fork of common.registry.forks")
-            taken = {fork.name}.intersection(f.name for f in registered) or set(fork.names).intersection(
+            duplicates = {fork.name}.intersection(f.name for f in registered) or set(fork.names).intersection(
                 name for f in registered for name in f.names
             )
-            if taken:
-                raise ValueError(f"the name {min(taken)} is taken")
+            if duplicates:
+                raise ValueError(f"the name {min(duplicates)} is taken")
         except Exception as error:  # someone else's package must not keep these programs from running
             print(f"note: the fork {entry.name} ({entry.value}) is left out: {error}", file=sys.stderr)
             continue

@@ -24,32 +24,32 @@ _SHOWN = 3
 """Names of missing files that an error lists."""
 
 
-def checkpoint_folder(given: str | Path, fork: Fork | None, text: bool = True) -> Path:
-    """The folder of a checkpoint: `given` itself, or the copy of a repository `owner/name` in the hub's local cache.
+def checkpoint_folder(checkpoint: str | Path, fork: Fork | None, text: bool = True) -> Path:
+    """A checkpoint's folder: `checkpoint` itself, or the copy of a repository `owner/name` in the hub's local cache.
 
     fork: whose it has to be; None: anybody's. text: whether the text encoder has to be there. ValueError says what is
     missing, and the command that fetches it.
     """
-    path = Path(given)
+    path = Path(checkpoint)
     kind = kind_of(path)
     if kind == "folder":
         return path
-    found = _ID.fullmatch(str(given))
-    if kind is not None or found is None:
+    match = _ID.fullmatch(str(checkpoint))
+    if kind is not None or match is None:
         raise ValueError(f"{absence(path, 'folder')}{_named(path)}")
-    repo = found[1]
+    repo = match[1]
     model = _published(repo)
     if model is not None and fork is not None and model.name not in fork.names:
         raise ValueError(f"{repo} is a checkpoint of {model.title}; use {fork_of(model).program}")
     snapshot = cached(repo)
     if snapshot is None:
         raise ValueError(_absent(repo, model))
-    lost = [] if model is None else _missing(model, repo, snapshot, text)
-    if lost:
-        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    missing = [] if model is None else _missing(model, repo, snapshot, text)
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise ValueError(
-            f"{repo} is in the hub's local cache, but not all of it: {', '.join(lost[:_SHOWN])}{more} "
-            f"{'is' if len(lost) == 1 else 'are'} missing; fetch what is missing with: {_completing(repo, lost)}"
+            f"{repo} is in the hub's local cache, but not all of it: {', '.join(missing[:_SHOWN])}{more} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; fetch what is missing with: {_completing(repo, missing)}"
         )
     return snapshot
 
@@ -91,8 +91,8 @@ def _missing(model: Model, repo: str, snapshot: Path, text: bool) -> list[str]:
     """What a copy lacks, in the layout in which it lacks least."""
     ways = []
     for layout in (model.files, *model.layouts):
-        lost = [name for places in layout for name in _missing_part(places, repo, snapshot)]
-        ways.append([name for name in dict.fromkeys(lost) if text or not name.startswith(_TEXT)])
+        missing = [name for places in layout for name in _missing_part(places, repo, snapshot)]
+        ways.append([name for name in dict.fromkeys(missing) if text or not name.startswith(_TEXT)])
     return min(ways, key=len, default=[])
 
 
@@ -106,18 +106,18 @@ def _missing_part(places: Sequence[Part], repo: str, snapshot: Path) -> list[str
     return [] if [] in ways else ways[0]
 
 
-def _completing(repo: str, lost: Sequence[str]) -> str:
-    if any("*" in name for name in lost):
-        lost = [word for name in lost for word in ("--include", name)]
-    return shlex.join(["hf", "download", repo, *lost])
+def _completing(repo: str, missing: Sequence[str]) -> str:
+    if any("*" in name for name in missing):
+        missing = [word for name in missing for word in ("--include", name)]
+    return shlex.join(["hf", "download", repo, *missing])
 
 
 def _published(repo: str) -> Model | None:
     """The model of a repository, or of one that bears its name: another owner's copy, or an owner's old name."""
-    known = models()
-    same = [model for model in known if model.repo.lower() == repo.lower()]
+    catalogue = models()
+    same = [model for model in catalogue if model.repo.lower() == repo.lower()]
     name = repo.split("/")[1].lower()
-    return next(iter(same + [model for model in known if model.repo.split("/")[-1].lower() == name]), None)
+    return next(iter(same + [model for model in catalogue if model.repo.split("/")[-1].lower() == name]), None)
 
 
 def _absent(repo: str, model: Model | None) -> str:
@@ -126,20 +126,20 @@ def _absent(repo: str, model: Model | None) -> str:
     )
     if model is not None:
         return f"{where}; fetch it with: xdit-download {model.name}"
-    by_repo = {known.repo: known for known in models() if known.repo}
-    spelled = {name.lower(): name for name in by_repo}
-    if near := difflib.get_close_matches(repo.lower(), spelled, n=1, cutoff=0.75):
-        meant = spelled[near[0]]
-        return f"{where}; did you mean {meant}? It is fetched with: xdit-download {by_repo[meant].name}"
+    by_repo = {m.repo: m for m in models() if m.repo}
+    spellings = {name.lower(): name for name in by_repo}
+    if near := difflib.get_close_matches(repo.lower(), spellings, n=1, cutoff=0.75):
+        suggestion = spellings[near[0]]
+        return f"{where}; did you mean {suggestion}? It is fetched with: xdit-download {by_repo[suggestion].name}"
     return where
 
 
 def _named(path: Path) -> str:
     """The command that makes a folder of this name, where it is that of a model."""
-    known = next((m for m in models() if path.name.lower() in (m.folder.lower(), m.name)), None)
-    if known is None or path.exists():
+    model = next((m for m in models() if path.name.lower() in (m.folder.lower(), m.name)), None)
+    if model is None or path.exists():
         return ""
-    return f"; fetch it with: {shlex.join(['xdit-download', known.name, '--dir', shown(path)])}"
+    return f"; fetch it with: {shlex.join(['xdit-download', model.name, '--dir', shown(path)])}"
 
 
 def _place() -> Path:

@@ -86,15 +86,15 @@ def head_groups(heads: int, ranks: int, groups: int) -> list[tuple[range, ...]]:
     No more groups than the rank with the fewest heads has heads.
     """
     counts = split_evenly(heads, ranks)
-    cut = [split_evenly(count, min(groups, counts[-1])) for count in counts]
-    found, at = [], 0
-    for j in range(len(cut[0])):
+    splits = [split_evenly(count, min(groups, counts[-1])) for count in counts]
+    ranges, at = [], 0
+    for j in range(len(splits[0])):
         group = []
-        for sizes in cut:
+        for sizes in splits:
             group.append(range(at, at + sizes[j]))
             at += sizes[j]
-        found.append(tuple(group))
-    return found
+        ranges.append(tuple(group))
+    return ranges
 
 
 def turns(ring: int, ulysses: int, groups: int) -> int:

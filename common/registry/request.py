@@ -240,10 +240,10 @@ class Request:
         return self.rules.guided(video.sampling.cfg_scale)
 
 
-def draw_seeds(videos: Sequence[Video], drawn: int | None = None) -> list[Video]:
-    """The videos with seeds. drawn: of the first one, where it has none; None: it is drawn here."""
-    drawn = random.SystemRandom().randrange(2**32) if drawn is None else drawn
-    return [replace(v, seed=drawn + v.index) if v.seed is None else v for v in videos]
+def draw_seeds(videos: Sequence[Video], seed: int | None = None) -> list[Video]:
+    """The videos with seeds. seed: of the first one, where it has none; None: it is drawn here."""
+    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    return [replace(v, seed=seed + v.index) if v.seed is None else v for v in videos]
 
 
 def settings(request: Request, video: Video) -> dict[str, Any]:
@@ -255,8 +255,8 @@ def settings(request: Request, video: Video) -> dict[str, Any]:
     parts = (request.runtime, request.runtime.compiling, request.decode, request.options, video.sampling, video)
     flat: dict[str, Any] = {}
     for part in parts:
-        shown = (one for one in fields(part) if not one.metadata.get("internal"))
-        flat |= {one.name: getattr(part, one.name) for one in shown}
+        public_fields = (one for one in fields(part) if not one.metadata.get("internal"))
+        flat |= {one.name: getattr(part, one.name) for one in public_fields}
     for name in ("compiling", "sampling", "index", "made"):
         del flat[name]
     source = request.source
@@ -267,9 +267,9 @@ def settings(request: Request, video: Video) -> dict[str, Any]:
     return flat if video.made is None else _as_made(flat, video.made, request)
 
 
-def _as_made(flat: dict[str, Any], made: Mapping[str, Any], request: Request) -> dict[str, Any]:
+def _as_made(flat: dict[str, Any], original: Mapping[str, Any], request: Request) -> dict[str, Any]:
     here = {one.name for one in fields(request.decode)} | {"fps", "output", "latents"}
     place = {one.name for part in (request.runtime, request.runtime.compiling) for one in fields(part)}
     place |= {"model_dir", "demo", "timeout", "ranks", "layout"}
-    known = {**dict.fromkeys(flat), **made} | {name: flat[name] for name in here}
-    return known | {"decoding": {name: value for name, value in flat.items() if name in place}}
+    record = {**dict.fromkeys(flat), **original} | {name: flat[name] for name in here}
+    return record | {"decoding": {name: value for name, value in flat.items() if name in place}}

@@ -22,12 +22,12 @@ def filled(cls: type[S], values: Mapping[str, Any], **more: Any) -> S:
     return cls(**{name: values[name] for name in names if name in values} | more)
 
 
-def either(**named: Any) -> Any:
+def either(**aliases: Any) -> Any:
     """The value of two names that mean the same, ours and diffusers'; None where neither is given.
 
     ValueError where both are, and differ.
     """
-    values = {name: value for name, value in named.items() if value is not None}
+    values = {name: value for name, value in aliases.items() if value is not None}
     first = next(iter(values.values()), None)
     if any(value != first for value in values.values()):
         contradiction = " and ".join(f"{name} is {value}" for name, value in values.items())

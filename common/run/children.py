@@ -30,12 +30,13 @@ KILL_SECONDS = 10.0  # for SIGKILL to end a rank: one that waits inside a driver
 
 @dataclass
 class Child:
-    """One rank's process as its parent sees it. output: where its stderr goes, None for the screen."""
+    """One rank's process as its parent sees it."""
 
     rank: int
     process: subprocess.Popen[bytes]
     report: int
     output: IO[bytes] | None
+    """Where its stderr goes, None for the screen."""
     stage: str = "starting"
     since: float = field(default_factory=time.monotonic)
     pending: bytes = b""
@@ -105,22 +106,22 @@ def start_rank(
     command: Sequence[str], rank: int, common: dict[str, str], output: IO[bytes] | None, inherited: Sequence[int]
 ) -> Child:
     """output: where the rank's own stderr goes; None: to the screen. inherited: descriptors that it gets."""
-    read, write = os.pipe()
+    read_fd, write_fd = os.pipe()
     stderr = os.dup(2)
-    own = {"RANK": rank, "LOCAL_RANK": rank, REPORT: write, STDERR: stderr, PARENT: os.getpid()}
+    own = {"RANK": rank, "LOCAL_RANK": rank, REPORT: write_fd, STDERR: stderr, PARENT: os.getpid()}
     # A session of its own: the terminal's Ctrl-C reaches the parent alone, and killing the group leaves no grandchild.
     process = subprocess.Popen(
         list(command),
         env=common | {name: str(value) for name, value in own.items()},
         stdin=subprocess.DEVNULL,
         stderr=output,
-        pass_fds=(write, stderr, *inherited),
+        pass_fds=(write_fd, stderr, *inherited),
         start_new_session=True,
     )
-    os.close(write)
+    os.close(write_fd)
     os.close(stderr)
-    os.set_blocking(read, False)
-    return Child(rank, process, read, output)
+    os.set_blocking(read_fd, False)
+    return Child(rank, process, read_fd, output)
 
 
 def read(child: Child, take: Callable[[dict[str, Any]], None] | None = None) -> bool:
@@ -147,16 +148,16 @@ def end_all(children: list[Child]) -> str:
     for child in children:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.process.pid, signal.SIGKILL)
-    deadline, left = time.monotonic() + KILL_SECONDS, ""
+    deadline, survivors = time.monotonic() + KILL_SECONDS, ""
     for child in children:
         try:
             child.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            left += f"; rank {child.rank} (process {child.process.pid}) was killed and has not ended"
+            survivors += f"; rank {child.rank} (process {child.process.pid}) was killed and has not ended"
         os.close(child.report)
         if child.output is not None:
             child.output.close()
-    return left and f"{left}: its GPU's driver may hold it, and its memory, until the machine restarts"
+    return survivors and f"{survivors}: its GPU's driver may hold it, and its memory, until the machine restarts"
 
 
 def free_port() -> int:

@@ -94,11 +94,11 @@ class _RequestBuilder:
     """Turns option values into a Request, noting every problem on the way."""
 
     def __init__(
-        self, fork: Fork, values: Mapping[str, Any], problems: list[str], at: environment.Process, given: set[str]
+        self, fork: Fork, values: Mapping[str, Any], problems: list[str], at: environment.Process, names: set[str]
     ) -> None:
         texts = {name: as_text(values[name]) for name in ("prompt", "negative_prompt") if values[name] is not None}
         self.fork, self.values, self.problems, self.process = fork, {**values, **texts}, problems, at
-        self.given = given
+        self.names = names
         self.made = self._made()
         self.output, self.probe = Path(), True  # probe: whether the output is still to be tried
         self.gpus = 0 if values["device"] == "cpu" else environment.visible_gpus()
@@ -125,7 +125,7 @@ class _RequestBuilder:
         self._placement()
         options = filled(self.fork.options, self.values)
         self.problems += options.problems(rules, source, videos, self.dry)
-        layout, chosen, replicas = self._layout(rules, videos)
+        layout, why, replicas = self._layout(rules, videos)
         runtime = self._runtime(rules, len(videos) > 1, layout.ranks)
         if runtime.engine == "xfuser":
             self.problems += xfuser_problems(
@@ -140,7 +140,7 @@ class _RequestBuilder:
             source=source,
             rules=rules,
             layout=layout,
-            layout_chosen=chosen,
+            layout_chosen=why,
             replicas=replicas,
             runtime=runtime,
             decode=filled(DecodeOptions, self.values),
@@ -189,14 +189,14 @@ class _RequestBuilder:
             self.problems.append("--model-dir and --demo exclude each other; give one of them")
         elif model_dir or demo:
             return self._opened(model_dir, demo) or (Source(model_dir, demo), rules)
-        elif "demo" not in self.given and not self.dry:  # what is wrong with a name is said
+        elif "demo" not in self.names and not self.dry:  # what is wrong with a name is said
             self.problems.append("--model-dir is missing; name a checkpoint directory, or use --demo")
         return Source(model_dir, demo), rules
 
-    def _opened(self, named: Path | None, demo: str | None) -> tuple[Source, Rules] | None:
+    def _opened(self, model_dir: Path | None, demo: str | None) -> tuple[Source, Rules] | None:
         """A checkpoint folder, by its place or its repository's name, or a demo, and what it admits."""
         try:
-            folder = named and checkpoint_folder(named, self.fork, self.values["text_encoder_dir"] is None)
+            folder = model_dir and checkpoint_folder(model_dir, self.fork, self.values["text_encoder_dir"] is None)
         except (ValueError, OSError) as error:
             self.problems.append(f"--model-dir {error}")
             return None
@@ -204,7 +204,7 @@ class _RequestBuilder:
         try:
             return source, self.fork.rules(source)
         except (ValueError, OSError) as error:
-            self.problems.append(f"--model-dir {named}: {error}{other_program(folder, self.fork)}")
+            self.problems.append(f"--model-dir {model_dir}: {error}{other_program(folder, self.fork)}")
         return None
 
     def _official(self, weights: object) -> str | None:
@@ -310,7 +310,7 @@ class _RequestBuilder:
         except ValueError as error:
             self.problems.append(f"--from-latents {error}")
             return {}
-        options = {name: self.values[name] for name in fixed(self.fork) if name in self.given}
+        options = {name: self.values[name] for name in fixed(self.fork) if name in self.names}
         self.problems += contradictions(path, settings, options)
         self.values |= {name: settings[name] for name in SAMPLED if name in settings}
         # A file that does not say: what the user knows of it.
@@ -323,7 +323,7 @@ class _RequestBuilder:
         elif file is not None:
             return self._prompts_of(file) or [""]
         elif prompt is None and self.values["from_latents"] is None:
-            if rules.default_prompt is None and not self.dry and "demo" not in self.given:
+            if rules.default_prompt is None and not self.dry and "demo" not in self.names:
                 self.problems.append("--prompt is missing; say what the video shows")
             return [rules.default_prompt or ""]
         return [prompt or ""]
@@ -355,8 +355,8 @@ class _RequestBuilder:
 
     def _output(self, source: Source) -> tuple[Path, bool]:
         """The output, and whether it is a folder of frames."""
-        given = self.values["output"]
-        if given is None and source.demo is None:
+        destination = self.values["output"]
+        if destination is None and source.demo is None:
             output = own_name(self.fork.program)
             # A folder that is missing is made when the run begins; here it only has to be possible.
             self.probe = output.parent.exists()
@@ -364,7 +364,7 @@ class _RequestBuilder:
                 self.problems.append(f"--output: {problem}")
             return output, False
         try:
-            return named("demo.mp4" if given is None else given)
+            return named("demo.mp4" if destination is None else destination)
         except ValueError as error:
             self.problems.append(f"--output {error}")
             self.probe = False
@@ -391,8 +391,8 @@ class _RequestBuilder:
         self.problems += kernel_problems(self.values["attention"], self.device, self._dtype(rules))
         ranks = self._ranks(self.gpus, [d for d in (cfg, ring, ulysses) if d is not None])
         guided = rules.guided(self._value("cfg_scale", rules.cfg_scale))
-        given = (cfg, ring, ulysses, self.device, Size.of(videos[0].sampling, guided))
-        model = (self.fork.names, rules.heads, guided, *given)
+        case = (cfg, ring, ulysses, self.device, Size.of(videos[0].sampling, guided))
+        model = (self.fork.names, rules.heads, guided, *case)
         alone = self.process.launcher is None
         ranks, replicas, wrong = share_out(ranks, self.values["replicas"], len(videos), alone, model)
         wrong += layout_problems(ranks, rules.heads, guided, cfg, ring, ulysses)
@@ -400,11 +400,11 @@ class _RequestBuilder:
         if wrong:
             return Layout(), "", 1
         groups = self.values["overlap_groups"]
-        return *choose_layout(self.fork.names, ranks.count, rules.heads, guided, *given, groups), replicas
+        return *choose_layout(self.fork.names, ranks.count, rules.heads, guided, *case, groups), replicas
 
-    def _ranks(self, gpus: int, given: Sequence[int]) -> Ranks:
+    def _ranks(self, gpus: int, degrees: Sequence[int]) -> Ranks:
         replicas = min(max(1, self.values["replicas"] or 1), MOST["replicas"])
-        requested, product = self.values["gpus"], replicas * math.prod(max(1, degree) for degree in given)
+        requested, product = self.values["gpus"], replicas * math.prod(max(1, degree) for degree in degrees)
         if self.process.launcher is not None:
             world = self.process.world_size
             if requested and requested != world:
@@ -416,7 +416,7 @@ class _RequestBuilder:
             if gpus and requested > gpus:
                 self.problems.append(f"--gpus {requested}, but {_visible(gpus)}; at most {gpus}")
             return Ranks(requested, f"--gpus is {requested}")
-        if given:
+        if degrees:
             return Ranks(gpus, _visible(gpus)) if gpus and product > gpus else Ranks(product, f"{product} would run")
         if gpus:
             return Ranks(gpus, _visible(gpus))
@@ -430,7 +430,7 @@ class _RequestBuilder:
     def _remarks(self, ranks: int, rules: Rules, options: Any) -> list[str]:
         remarks = []
         scale = self._value("cfg_scale", rules.cfg_scale)
-        if self.values["negative_prompt"] and "negative_prompt" in self.given and not options.guided(rules, scale):
+        if self.values["negative_prompt"] and "negative_prompt" in self.names and not options.guided(rules, scale):
             some = rules.guided(MAX_SCALE)
             why = f"at --cfg-scale {scale:g} there is no guidance" if some else "this checkpoint has no guidance"
             remarks.append(f"--negative-prompt has no effect: {why}")
@@ -441,9 +441,9 @@ class _RequestBuilder:
             remarks.append(f"no GPU is visible: {self.unseen} ranks {where}")
         if self.values["shard_weights"] and ranks == 1:
             remarks.append("--shard-weights has no effect on one rank, which has nobody to share with")
-        unused = {name: why for name, why in options.without_effect(rules).items() if name in self.given}
+        unused = {name: why for name, why in options.without_effect(rules).items() if name in self.names}
         remarks += [f"--{name.replace('_', '-')} has no effect {why}" for name, why in unused.items()]
-        return remarks + [said for name, said in NO_EFFECT.items() if self.values[name]]
+        return remarks + [text for name, text in NO_EFFECT.items() if self.values[name]]
 
 
 def _visible(gpus: int) -> str:

@@ -34,9 +34,9 @@ def choose_layout(
     """
     from planner import layouts  # not needed for --help
 
-    planned = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses, device, size, groups)
+    plan = layouts.choose_degrees(models, ranks, heads, guided, cfg, ring, ulysses, device, size, groups)
     layout = choose_degrees(ranks, heads, guided, cfg, ring, ulysses)
-    return planned or (layout, RULE if ranks > 1 and None in (cfg, ring, ulysses) else "")
+    return plan or (layout, RULE if ranks > 1 and None in (cfg, ring, ulysses) else "")
 
 
 def with_overlap(request: Request, models: Sequence[str]) -> Request:
@@ -50,16 +50,16 @@ def with_overlap(request: Request, models: Sequence[str]) -> Request:
     runtime, layout, video = request.runtime, request.layout, request.videos[0]
     guided, native = request.guided(video), runtime.engine == "native"
     case = (models, layout, request.rules.heads, Size.of(video.sampling, guided), str(runtime.device))
-    groups, why, asked = runtime.overlap_groups, request.groups_chosen, runtime.overlap_groups
+    groups, why, user_groups = runtime.overlap_groups, request.groups_chosen, runtime.overlap_groups
     if groups is None or why:
-        groups, why, asked = 1, "no exchange of this project's", None
+        groups, why, user_groups = 1, "no exchange of this project's", None
         if native and layout.sequence > 1:
             groups, why = layouts.choose_groups(*case, bool(runtime.interleave_branches))
     in_turn, turns = None, ""
     if runtime.interleave_branches is None and native and guided and layout.cfg == 1 < layout.ranks:
-        in_turn, turns = layouts.choose_turns(*case, asked)
-    chosen = replace(request, groups_chosen=why, turns_chosen=turns, groups_in_turn=in_turn)
-    return replace(chosen, runtime=replace(runtime, overlap_groups=groups))
+        in_turn, turns = layouts.choose_turns(*case, user_groups)
+    request = replace(request, groups_chosen=why, turns_chosen=turns, groups_in_turn=in_turn)
+    return replace(request, runtime=replace(runtime, overlap_groups=groups))
 
 
 def ray_problems(starts: bool) -> list[str]:
@@ -88,8 +88,8 @@ def share_out(
     elif replicas > 1 and not starts:
         problem = f"--replicas {replicas} under torchrun: each replica starts its own processes; leave torchrun out"
     elif replicas > videos:
-        made = f"{videos} video{' is' if videos == 1 else 's are'} to be made"
-        problem = f"--replicas {replicas}, but {made}, and each replica makes one at a time; at most {videos}"
+        workload = f"{videos} video{' is' if videos == 1 else 's are'} to be made"
+        problem = f"--replicas {replicas}, but {workload}, and each replica makes one at a time; at most {videos}"
     elif ranks.count % replicas:
         fitting = ", ".join(str(n) for n in range(1, ranks.count + 1) if ranks.count % n == 0)
         problem = f"--replicas {replicas} does not divide {ranks.count} ranks ({ranks.source}); choose of {fitting}"

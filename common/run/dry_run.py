@@ -39,25 +39,25 @@ def run(fork: Fork, request: Request) -> int:
         folder = fork.demo_folder(request.source.demo)
         request = replace(request, source=replace(request.source, model_dir=folder))
     _head(request)
-    counted = _counted(fork, request)
+    estimators = _counted(fork, request)
     memory = _free_memory(request)
     free = memory.free if memory else float("inf")
-    _step(counted[0])
-    if slow := long_sampling(request, counted[0].flops, request.layout.ranks):
-        refused = "; refused unless --device cpu is given" if request.cpu_by_default else ""
-        print(f"time        {slow}{refused}")
-    _placements(counted[0], request, free)
-    return _verdict(fork, counted, request, memory)
+    _step(estimators[0])
+    if slow := long_sampling(request, estimators[0].flops, request.layout.ranks):
+        refusal = "; refused unless --device cpu is given" if request.cpu_by_default else ""
+        print(f"time        {slow}{refusal}")
+    _placements(estimators[0], request, free)
+    return _verdict(fork, estimators, request, memory)
 
 
 def _counted(fork: Fork, request: Request) -> dict[int, Estimator]:
     """By rank, the first and the last."""
-    layout, counted = request.layout, dict[int, Estimator]()
+    layout, estimators = request.layout, dict[int, Estimator]()
     for rank in dict.fromkeys((0, layout.ranks - 1)):
         with imagined(layout, rank) as mesh:
-            counted[rank] = estimator(fork, request, mesh)
-    counted[layout.ranks - 1].peaks = counted[0].peaks  # a plan needs the same on every rank
-    return counted
+            estimators[rank] = estimator(fork, request, mesh)
+    estimators[layout.ranks - 1].peaks = estimators[0].peaks  # a plan needs the same on every rank
+    return estimators
 
 
 def _head(request: Request) -> None:
@@ -86,12 +86,12 @@ def _refused(request: Request) -> list[str]:
         return wrong.problems
 
 
-def _step(counted: Estimator) -> None:
+def _step(costs: Estimator) -> None:
     """FLOPs and bytes of rank 0 in one step."""
-    passes = f"{counted.passes} forward pass{'' if counted.passes == 1 else 'es'}"
-    print(f"compute     {figure(counted.flops / 1e12, 4)} TFLOP a step on rank 0, {passes}")
-    sent = {name: size for name, size in counted.sent.items() if name != "sequence"}
-    text = ", ".join(f"{name} {gb(size)}" for name, size in sent.items()) or "nothing"
+    passes = f"{costs.passes} forward pass{'' if costs.passes == 1 else 'es'}"
+    print(f"compute     {figure(costs.flops / 1e12, 4)} TFLOP a step on rank 0, {passes}")
+    traffic = {name: size for name, size in costs.sent.items() if name != "sequence"}
+    text = ", ".join(f"{name} {gb(size)}" for name, size in traffic.items()) or "nothing"
     print(f"sent        {text} a step by rank 0")
 
 
@@ -106,24 +106,24 @@ def _free_memory(request: Request) -> FreeMemory | None:
     return FreeMemory(min(free), host, "cuda") if free else None
 
 
-def _placements(counted: Estimator, request: Request, free: float) -> None:
+def _placements(costs: Estimator, request: Request, free: float) -> None:
     """What rank 0 would need by each placement."""
     runtime = request.runtime
     heads = "".join(f"{name:>12}" for name in (*STAGES, "host"))
     print(f"{'':12}{heads}   rank 0, weights + activations; host: of each rank")
     for placement, keep in candidates(request.layout.ranks, runtime.device, runtime.keep_loaded):
-        estimate = counted.estimate(placement, keep, free)
+        estimate = costs.estimate(placement, keep, free)
         cells = [gib(estimate.stages[name].total) for name in STAGES] + [gib(estimate.host) if estimate.host else "-"]
         print(f"{'':12}" + "".join(f"{cell:>12}" for cell in cells) + f"   {placement}")
 
 
-def _verdict(fork: Fork, counted: Mapping[int, Estimator], request: Request, memory: FreeMemory | None) -> int:
+def _verdict(fork: Fork, estimators: Mapping[int, Estimator], request: Request, memory: FreeMemory | None) -> int:
     """What would be chosen, and its memory in full."""
     free = memory.free if memory else float("inf")
     runtime, ranks = request.runtime, request.layout.ranks
     if runtime.offload is not None or runtime.shard_weights:
         placement, keep = Placement(runtime.offload or "stage", runtime.shard_weights), runtime.keep_loaded
-        fits = "" if memory is None else _fits(counted[0].estimate(placement, keep, free), memory)
+        fits = "" if memory is None else _fits(estimators[0].estimate(placement, keep, free), memory)
         print(f"as asked    {placement}{fits}")
     elif memory is None:
         print("chosen      not known: no GPU is visible here; say with --max-memory how many GiB each has free")
@@ -131,7 +131,7 @@ def _verdict(fork: Fork, counted: Mapping[int, Estimator], request: Request, mem
     else:
         try:
             choice = choose_placement(
-                lambda placement, keep: counted[0].estimate(placement, keep, memory.free),
+                lambda placement, keep: estimators[0].estimate(placement, keep, memory.free),
                 memory,
                 ranks,
                 runtime.keep_loaded,
@@ -141,40 +141,40 @@ def _verdict(fork: Fork, counted: Mapping[int, Estimator], request: Request, mem
             raise
         placement, keep = choice.placement, choice.keep
         print(f"chosen      {choice.why}")
-    counted = _branches(fork, counted, request, free, Outlook(placement, keep))
-    for rank, one in counted.items():
+    estimators = _branches(fork, estimators, request, free, Outlook(placement, keep))
+    for rank, one in estimators.items():
         _detail(rank, one.estimate(placement, keep, free))
-    if warning := counted[0].estimate(placement, keep, free).warning:
+    if warning := estimators[0].estimate(placement, keep, free).warning:
         print(f"warning     {warning}")
     return 0
 
 
 def _branches(
-    fork: Fork, counted: Mapping[int, Estimator], request: Request, free: float, outlook: Outlook
+    fork: Fork, estimators: Mapping[int, Estimator], request: Request, free: float, outlook: Outlook
 ) -> Mapping[int, Estimator]:
     """The counts of the run as it would be: with guidance branches in turn, where that would be chosen."""
     again: dict[int, Estimator] = {}
 
-    def count(asking: Request) -> Estimator:
-        again.update(_counted(fork, asking))
+    def count(variant: Request) -> Estimator:
+        again.update(_counted(fork, variant))
         for rank, one in again.items():
-            one.peaks = counted[rank].peaks
+            one.peaks = estimators[rank].peaks
         return again[0]
 
     outlook = in_turn(outlook, request, free, count)
-    for said in filter(None, (outlook.turns, *outlook.warnings)):
-        print(f"branches    {said}")
-    return again if outlook.interleave and again else counted
+    for text in filter(None, (outlook.turns, *outlook.warnings)):
+        print(f"branches    {text}")
+    return again if outlook.interleave and again else estimators
 
 
 def _fits(estimate: Estimate, memory: FreeMemory) -> str:
-    stage, wanted = needed(estimate)
-    need, most, free = gibs(estimate.peak, wanted, memory.free)
-    said = f": {estimate.fullest} needs {need}, which "
+    stage, demand = needed(estimate)
+    need, most, free = gibs(estimate.peak, demand, memory.free)
+    text = f": {estimate.fullest} needs {need}, which "
     if estimate.peak > memory.free:
-        return f"{said}DOES NOT FIT into {free}"
-    tight = f", but is tight: with its margin {stage} would want {most}" if wanted > memory.free else ""
-    return f"{said}fits into {free}{tight}"
+        return f"{text}DOES NOT FIT into {free}"
+    tight = f", but is tight: with its margin {stage} would want {most}" if demand > memory.free else ""
+    return f"{text}fits into {free}{tight}"
 
 
 def _detail(rank: int, estimate: Estimate) -> None:

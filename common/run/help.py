@@ -93,15 +93,15 @@ class Command(click.Command):
 
 def grouped(options: Sequence[click.Parameter]) -> dict[str, list[click.Parameter]]:
     """The options that are shown, by their groups; what click adds itself is for experts."""
-    shown = [option for option in options if not getattr(option, "hidden", False)]
-    found = {name: [o for o in shown if getattr(o, "group", EXPERT) == name] for name in GROUPS}
-    return {name: members for name, members in found.items() if members}
+    visible = [option for option in options if not getattr(option, "hidden", False)]
+    groups = {name: [o for o in visible if getattr(o, "group", EXPERT) == name] for name in GROUPS}
+    return {name: members for name, members in groups.items() if members}
 
 
 def defaults(fork: Fork) -> list[tuple[str, ...]]:
     """Of each checkpoint that a program knows: name, size, frames, steps, guidance, frames a second, dtype."""
-    named = [(model.name, model.rules) for model in fork.models]
-    return [_row(*one) for one in named + [(f"--demo {name}", rules) for name, rules in fork.demos.items()]]
+    checkpoints = [(model.name, model.rules) for model in fork.models]
+    return [_row(*one) for one in checkpoints + [(f"--demo {name}", rules) for name, rules in fork.demos.items()]]
 
 
 def _row(name: str, rules: Rules) -> tuple[str, ...]:

@@ -35,20 +35,22 @@ def fixed(fork: Fork) -> tuple[str, ...]:
 def settings_of(path: Path, fork: Fork) -> dict[str, Any]:
     """How the latents of a file were made, empty where it does not say. ValueError when not by this fork."""
     try:
-        _, told = read_header(path)
+        _, metadata = read_header(path)
     except (CheckpointError, OSError):
         return {}  # what is wrong with such a file is told by `common.video.latents.load_latents`
-    maker = told.get("program") or told.get("model") or fork.name
+    maker = metadata.get("program") or metadata.get("model") or fork.name
     if maker not in (fork.name, fork.program):
-        known = next((other for other in forks() if maker in (other.name, other.program)), None)
-        source = f"{known.title}; decode them with {known.program}" if known else shown(maker[:60])
+        owner = next((other for other in forks() if maker in (other.name, other.program)), None)
+        source = f"{owner.title}; decode them with {owner.program}" if owner else shown(maker[:60])
         raise ValueError(f"{shown(path)} holds latents of {source}")
     try:
         # The pipelines, which Python calls, know of a seed and a prompt.
         plain: dict[str, Any] = {
-            name: int(told[name]) if name == "seed" else told[name] for name in ("prompt", "seed") if name in told
+            name: int(metadata[name]) if name == "seed" else metadata[name]
+            for name in ("prompt", "seed")
+            if name in metadata
         }
-        settings = json.loads(told["settings"]) if "settings" in told else plain
+        settings = json.loads(metadata["settings"]) if "settings" in metadata else plain
         wrong = not isinstance(settings, dict) or any(
             not _is_kind(name, settings[name]) for name in SAMPLED if name in settings
         )
@@ -66,11 +68,11 @@ def numbers_of(decoder: Any) -> str:
 
 def check_decoder(path: Path, numbers: str, settings: Mapping[str, Any]) -> None:
     """ValueError where a latents file says that it is for a decoder of other `numbers`. settings: its settings."""
-    _, told = read_header(path)
-    if "decoder" not in told or told["decoder"] == numbers:
+    _, metadata = read_header(path)
+    if "decoder" not in metadata or metadata["decoder"] == numbers:
         return
     try:
-        theirs = json.loads(told["decoder"])
+        theirs = json.loads(metadata["decoder"])
         name, here = next((n, v) for n, v in json.loads(numbers).items() if theirs.get(n) != v)
         difference = f": {name} is {theirs.get(name)!s:.60} there, {here!s:.60} here"
     except (ValueError, AttributeError, StopIteration):
@@ -111,16 +113,16 @@ def given_options(context: click.Context) -> set[str]:
 def decode_options(context: click.Context, without: Iterable[str]) -> tuple[str, ...]:
     """The options that were given, as one types them, but for `without` and what belongs to one run alone."""
     names = given_options(context) - {*without, *_ONE_RUN}
-    typed: list[str] = []
+    words: list[str] = []
     for option in context.command.params:
         if option.name not in names:
             continue
         value, on = context.params[option.name], option.opts[-1]
         if isinstance(value, bool):
-            typed.append(on if value else option.secondary_opts[0])
+            words.append(on if value else option.secondary_opts[0])
         else:
-            typed += [on, _typed(value)]
-    return tuple(typed)
+            words += [on, _typed(value)]
+    return tuple(words)
 
 
 def _typed(value: Any) -> str:

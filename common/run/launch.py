@@ -39,11 +39,11 @@ def run(fork: Fork, generate: rank.Generate, arguments: Sequence[str] | None = N
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["quantize"]:
         return quantize.run(fork, arguments[1:])
-    started = time.time()
-    read = _read(fork, arguments)
-    if isinstance(read, int):
-        return read
-    process, request, arguments = read
+    start_time = time.time()
+    outcome = _read(fork, arguments)
+    if isinstance(outcome, int):
+        return outcome
+    process, request, arguments = outcome
     ensure_temporary_folder(request.output.parent)
     if request.dry_run:
         return _dry_run(fork, request, process)
@@ -53,7 +53,7 @@ def run(fork: Fork, generate: rank.Generate, arguments: Sequence[str] | None = N
         return rank.run(fork, generate, request, process, arguments)
     try:
         with stoppable():  # from before there is anything to remove
-            return _run(fork, generate, request, process, arguments, started)
+            return _run(fork, generate, request, process, arguments, start_time)
     except Stopped as stopped:
         return stopped.status
 
@@ -64,13 +64,13 @@ def _run(
     request: Request,
     process: Process,
     arguments: Sequence[str],
-    started: float,
+    start_time: float,
 ) -> int:
     """What rank 0, or the parent of all ranks, does besides: hold the outputs' names, keep what is left."""
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
             outputs = dict.fromkeys((request.output, *(video.output for video in request.videos)))
-            release = held.enter_context(claimed(list(outputs)))
+            release = stack.enter_context(claimed(list(outputs)))
             request = taken_up(request, fresh=request.overwrite)
         except ValueError as error:
             say(f"error: {error}")
@@ -87,10 +87,10 @@ def _run(
             return prompts.run(prompts.Maker(fork, generate.__module__, generate.__qualname__), request, arguments)
         starts = process.launcher is None and request.layout.ranks > 1
         ranks = request.layout.ring * request.layout.ulysses if starts else 1
-        request, close = held.enter_context(states_saved(request, arguments, ranks))
+        request, close = stack.enter_context(states_saved(request, arguments, ranks))
 
         def leave(done: bool) -> str:
-            afterword = "" if done else clean_up(request, started)
+            afterword = "" if done else clean_up(request, start_time)
             afterword += close(done, bool(afterword))
             release()
             return afterword
@@ -118,8 +118,8 @@ def _read(fork: Fork, arguments: list[str]) -> tuple[Process, Request, list[str]
             for problem in wrong.problems:
                 say(f"error: {shown(problem)}")
         return 2
-    except click.exceptions.Exit as done:
-        return done.exit_code
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -144,6 +144,6 @@ def _start(fork: Fork, generate: rank.Generate, request: Request, arguments: Seq
     """Start a process for each rank, see `common.run.child`, and watch over them."""
     command = [sys.executable, str(CHILD), fork.program, *arguments]  # these: for whoever looks at the process list
     # The request is unpickled when the modules that its values come from can be found.
-    handed = pickle.dumps((sys.path, fork.package, generate.__module__, generate.__qualname__, pickle.dumps(request)))
+    payload = pickle.dumps((sys.path, fork.package, generate.__module__, generate.__qualname__, pickle.dumps(request)))
     slots = [descriptor for one in request.slots for descriptor in one]
-    return supervise(command, request.layout.ranks, request.on_cpu, handed, request.debug, leave, slots)
+    return supervise(command, request.layout.ranks, request.on_cpu, payload, request.debug, leave, slots)

@@ -110,11 +110,11 @@ def _weights(fork: Fork) -> list[Option]:
 
 def _prompts(fork: Fork) -> list[Option]:
     fixed = any(model.rules.negative_prompt for model in fork.models)
-    unsaid = "the authors' own sentence; '' for none" if fixed else "empty"
+    default = "the authors' own sentence; '' for none" if fixed else "empty"
     return [
         Option(["--prompt"], help="What the video shows."),
         Option(
-            ["--negative-prompt"], help=f"What guidance (--cfg-scale) leads the video away from. Default: {unsaid}."
+            ["--negative-prompt"], help=f"What guidance (--cfg-scale) leads the video away from. Default: {default}."
         ),
         Option(
             ["--prompt-file"],

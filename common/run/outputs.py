@@ -72,8 +72,8 @@ class Output:
         if self.mesh.is_main:
             assert latents is not None
             text = json.dumps(settings(self.request, self.video))
-            told = {"program": self.request.program, "decoder": numbers_of(decoder), "settings": text}
-            save_latents(self.video.latents_file, latents, told, self.report.warn)
+            entries = {"program": self.request.program, "decoder": numbers_of(decoder), "settings": text}
+            save_latents(self.video.latents_file, latents, entries, self.report.warn)
             self._latents = latents
 
     def kept(self, channels: int, decoder: object) -> Tensor | None:
@@ -139,8 +139,8 @@ class Output:
                 writer = file.closed()
             seconds = time.perf_counter() - self._began
             cost = {"seconds": seconds, "stages": _costs(self.report.records[self._first :], of_peers)}
-            told = {"program": self.request.program, "settings": file.settings} | cost | _surroundings(self.mesh)
-            writer.finish(self.video.sidecar, told)
+            sidecar = {"program": self.request.program, "settings": file.settings} | cost | _surroundings(self.mesh)
+            writer.finish(self.video.sidecar, sidecar)
 
 
 class GrowingVideo:
@@ -179,9 +179,9 @@ class GrowingVideo:
         # Decoded from a file, they need not be what the options say.
         self.settings = settings(self.request, self.video) | {"width": width, "height": height, "num_frames": count}
         video = self.video
-        told = (video.prompt, json.dumps(self.settings), self.audio, video.crf)
+        details = (video.prompt, json.dumps(self.settings), self.audio, video.crf)
         with self._in_step():
-            self._writer = open_writer(video.target, video.fps, *told)
+            self._writer = open_writer(video.target, video.fps, *details)
 
     def add(self, frames: Tensor) -> None:
         if self._failed is None:

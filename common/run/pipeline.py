@@ -83,7 +83,7 @@ class Pipeline:
         self.sp = sequence_parallel(mesh, runtime.attention, runtime.engine, runtime.overlap_groups or 1, self.dtype)
         self.guidance = Guidance(mesh.cfg)
         self._loaded: dict[str, Any] | None = None
-        self._found: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -127,20 +127,20 @@ class Pipeline:
     def loaded(self) -> dict[str, Any]:
         """The models that are here now, by name: this pipeline's own, or those that the mesh keeps."""
         if self._loaded is None:
-            kept = self.mesh.kept
-            self._loaded = {} if kept is None else kept.of(self.model_key if self.keeps else None)
+            cache = self.mesh.cache
+            self._loaded = {} if cache is None else cache.of(self.model_key if self.keeps else None)
         return self._loaded
 
     @property
-    def found(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What was found out with the models that are here; an empty one, kept nowhere, where there are none.
 
         It stays with models that stay, and with a pipeline that loads the same ones again.
         """
-        kept = self.mesh.kept
-        if kept is not None and kept.models and self.keeps and kept.key == self.model_key:
-            return kept.found
-        return self._found if self._loaded else {}
+        cache = self.mesh.cache
+        if cache is not None and cache.models and self.keeps and cache.key == self.model_key:
+            return cache.facts
+        return self._facts if self._loaded else {}
 
     def check_weights(self, sample: bool = True, text: bool = True, frames: bool = False) -> None:
         """Compare all tensors that a call would load with the models', by headers alone: names, shapes and dtypes.
@@ -149,7 +149,7 @@ class Pipeline:
         starts from pictures. CheckpointError names file and tensor, so that none is found missing after an hour. Done
         once while models stay.
         """
-        checked = self.found.setdefault("checked", set())
+        checked = self.facts.setdefault("checked", set())
         if (sample, text, frames) in checked:
             return
         self.check_vae(frames)
@@ -191,8 +191,8 @@ class Pipeline:
             # Not after the previous stage: its own frame still held the model then.
             release_memory()
             self.loaded[name] = load()
-            if self.mesh.kept is not None:
-                self.mesh.kept.loadings += 1
+            if self.mesh.cache is not None:
+                self.mesh.cache.loadings += 1
         model = self.loaded[name]
         if isinstance(sp := getattr(model, "sp", None), SequenceParallel):
             # It may be another pipeline's, whose video was of another size.
@@ -252,14 +252,14 @@ class Pipeline:
 
         frames: takes them on rank 0, a chunk at a time, instead; then None is returned.
         """
-        kept = AllFrames()
+        all_frames = AllFrames()
         with self.stage_model("decoder", self._compiled_decoder) as decoder:
             most = self.runtime.max_bytes
             room = None if most is None else most - self._held()
-            known = self.found.setdefault("plans", KnownPlans())
-            how = (options or DecodeOptions(), self.report, frames or kept, room, known)
+            plans = self.facts.setdefault("plans", KnownPlans())
+            how = (options or DecodeOptions(), self.report, frames or all_frames, room, plans)
             decode_video(decoder, latents, self.mesh, *how)
-        return kept.frames
+        return all_frames.frames
 
     def finished(
         self, latents: Tensor, output: str, file: str | Path | None, decode: DecodeOptions | None, **about: Any

@@ -41,12 +41,14 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class TransformerFiles:
-    """A fork's transformer in a checkpoint folder. module: on the meta device. file: what `open_checkpoint` got."""
+    """A fork's transformer in a checkpoint folder."""
 
     module: nn.Module
+    """The transformer, on the meta device."""
     checkpoint: Checkpoint
     rename: Rename | None
     file: Path
+    """What `open_checkpoint` got."""
     keep_fp32: tuple[str, ...] = ()
 
 
@@ -143,10 +145,10 @@ def quantize(
         check_model(files.module, files.checkpoint, files.rename)
     others = _others(transformers, model_dir)
     with _appearing(output) as folder:
-        written = sum(_rounded(files, folder, model_dir, progress) for files in transformers)
+        size = sum(_rounded(files, folder, model_dir, progress) for files in transformers)
         for path in others:
             _link(path, folder / path.relative_to(model_dir))
-    return sum(files.checkpoint.nbytes for files in transformers), written
+    return sum(files.checkpoint.nbytes for files in transformers), size
 
 
 def _rounded(files: TransformerFiles, folder: Path, model_dir: Path, progress: Progress | None) -> int:
@@ -157,9 +159,9 @@ def _rounded(files: TransformerFiles, folder: Path, model_dir: Path, progress: P
 
     how = (torch.bfloat16, files.keep_fp32, Placement(float8=True))
     model = place(files.module, files.checkpoint, files.rename, "cpu", *how, progress=progress)
-    written = _write(model, files, folder / files.file.parent.relative_to(model_dir), model_dir)
+    size = _write(model, files, folder / files.file.parent.relative_to(model_dir), model_dir)
     model.to("meta")  # the next one's weights take its place
-    return written
+    return size
 
 
 @contextmanager
@@ -204,10 +206,10 @@ def _write(model: nn.Module, files: TransformerFiles, folder: Path, model_dir: P
 
 def _others(transformers: Sequence[TransformerFiles], model_dir: Path) -> list[Path]:
     """All files of the checkpoint but the transformers' weights. ValueError for a link that leads nowhere."""
-    replaced = {stored.file for files in transformers for stored in files.checkpoint.values()}
+    replaced = {entry.file for files in transformers for entry in files.checkpoint.values()}
     replaced |= {files.file for files in transformers}
     folders = {files.file.parent for files in transformers} - {model_dir}
-    found = []
+    paths = []
     for path in _files(model_dir, ()):
         sibling = path.parent in folders and ".safetensors" in path.name
         if path in replaced or sibling:
@@ -215,8 +217,8 @@ def _others(transformers: Sequence[TransformerFiles], model_dir: Path) -> list[P
         if path.is_symlink() and not path.exists():
             raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist; mend or remove it")
         if path.is_file():
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:

@@ -26,10 +26,10 @@ def keeper_of(request: Request, mesh: Mesh, index: int) -> StateKeeper:
     Where every rank of a sequence has slots that its parent reads, each writes its own tokens after each step. Where
     rank 0 alone has (alone, or under torchrun), it gathers them now and then.
     """
-    begun = request.unfinished
+    unfinished = request.unfinished
     load = None
-    if begun is not None and begun.video == index and begun.step:
-        load = partial(on_main, mesh, partial(read_state, begun.path))
+    if unfinished is not None and unfinished.video == index and unfinished.step:
+        load = partial(on_main, mesh, partial(read_state, unfinished.path))
     slots, sequence = request.slots, mesh.sequence
     if not slots:
         return StateKeeper(load)

@@ -42,11 +42,13 @@ class At(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One state. steps: of the whole sampling. parts: each rank's tensors, in the order of their tokens."""
+    """One state."""
 
     at: At
     steps: int
+    """Steps of the whole sampling."""
     parts: tuple[bytes, ...]
+    """Each rank's tensors, in the order of their tokens."""
 
 
 class Slots:
@@ -101,9 +103,9 @@ class Slots:
 
 def newest_at(ranks: Sequence[Slots]) -> tuple[At, int] | None:
     """The newest step of which every rank's part is held, with the number of steps."""
-    held = [slots.held() for slots in ranks]
-    common = set(held[0]).intersection(*held[1:])
-    return (at := max(common), held[0][at])[:2] if common else None
+    states = [slots.held() for slots in ranks]
+    common = set(states[0]).intersection(*states[1:])
+    return (at := max(common), states[0][at])[:2] if common else None
 
 
 def newest(ranks: Sequence[Slots]) -> Record | None:
@@ -182,10 +184,11 @@ class Saver:
 
 @dataclass(frozen=True)
 class StateFile:
-    """The file of one command's state. known: what identifies the command, written with every state."""
+    """The file of one command's state."""
 
     path: Path
     known: Mapping[str, str]
+    """What identifies the command, written with every state."""
 
     def write(self, record: Record) -> None:
         """Whole or not at all. Raises WriteError."""
@@ -204,15 +207,15 @@ def join(parts: Sequence[bytes], metadata: Mapping[str, str]) -> bytes:
 
     parts: safetensors files of tensors (1, n, ...) named SHARDED + ..., and of any shape named WHOLE + ....
     """
-    split = [_tensors(part) for part in parts if part]
+    rank_tensors = [_tensors(part) for part in parts if part]
     tensors: dict[str, tuple[str, list[int], int]] = {}
     data: list[bytes] = []
-    for name, (dtype, shape, raw) in (split[0] if split else {}).items():
+    for name, (dtype, shape, raw) in (rank_tensors[0] if rank_tensors else {}).items():
         pieces = [raw]
         if name.startswith(SHARDED):
             assert shape[0] == 1, "tokens of more than one sample are not joined by their bytes"
-            pieces = [part[name][2] for part in split]
-            shape = [1, sum(part[name][1][1] for part in split), *shape[2:]]
+            pieces = [part[name][2] for part in rank_tensors]
+            shape = [1, sum(part[name][1][1] for part in rank_tensors), *shape[2:]]
         tensors[name] = dtype, shape, sum(map(len, pieces))
         data += pieces
     return b"".join((header_of(tensors, metadata), *data))

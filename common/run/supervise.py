@@ -38,16 +38,16 @@ def supervise(
     inherited: descriptors that every rank gets too.
     """
     open_standard_streams()
-    status, reason, left = 1, "", ""
+    status, reason, survivors = 1, "", ""
     children: list[Child] = []
-    with scratch() as handed, pipe() as (life, _), stoppable():
+    with scratch() as request_file, pipe() as (life, _), stoppable():
         try:
-            handed.write(request)
-            handed.flush()
-            common = shared_environment(ranks, cpu) | {LIFE: str(life), HANDED: str(handed.fileno())}
+            request_file.write(request)
+            request_file.flush()
+            common = shared_environment(ranks, cpu) | {LIFE: str(life), HANDED: str(request_file.fileno())}
             for rank in range(ranks):
                 output = None if debug else scratch()
-                children.append(start_rank(command, rank, common, output, (life, handed.fileno(), *inherited)))
+                children.append(start_rank(command, rank, common, output, (life, request_file.fileno(), *inherited)))
             status, reason = _watch(children)
         except Stopped as stopped:
             status = stopped.status
@@ -56,10 +56,10 @@ def supervise(
         finally:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            left = end_all(children)
+            survivors = end_all(children)
             afterword = leave(status == 0)
-    if reason or left:
-        say(f"error: {shown(reason or 'stopped')}{left}{afterword}")
+    if reason or survivors:
+        say(f"error: {shown(reason or 'stopped')}{survivors}{afterword}")
     elif afterword:
         say(f"interrupted{afterword}")
     return status

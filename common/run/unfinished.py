@@ -69,13 +69,13 @@ def _state_path(request: Request) -> Path:
 
 def state_file(request: Request, arguments: Sequence[str]) -> StateFile:
     """Where the state of a request is kept, its seeds being drawn."""
-    known = {
+    identity = {
         **{"format": FORMAT, "program": request.program, "digest": request.digest},
         **{"seed": str(request.videos[0].seed), "output": request.output.name + "/" * request.videos[0].folder},
         **{"cwd": os.getcwd(), "arguments": json.dumps(list(arguments))},
         **{"done": ",".join(map(str, sorted(request.unfinished.done))) if request.unfinished else ""},
     }
-    return StateFile(_state_path(request), known)
+    return StateFile(_state_path(request), identity)
 
 
 def taken_up(request: Request, fresh: bool = False) -> Request:
@@ -84,18 +84,18 @@ def taken_up(request: Request, fresh: bool = False) -> Request:
     fresh: a state of another command is written over. Raises WrongUse for one otherwise.
     """
     request = replace(request, digest=digest(request))
-    begun = None
+    unfinished = None
     if request.sampled and os.path.lexists(_state_path(request)):
-        begun = _read(request, fresh)
-    if begun is None:
+        unfinished = _read(request, fresh)
+    if unfinished is None:
         return replace(request, videos=tuple(draw_seeds(request.videos)))
-    videos = draw_seeds(request.videos, begun.seed)
-    many = f"video {begun.video + 1} of {len(videos)}, " if len(videos) > 1 else ""
-    remark = f"going on with an interrupted run: {many}step {begun.step} of {begun.steps} is done"
-    if begun.done:
-        left = len(begun.left(len(videos)))
-        remark = f"going on with an interrupted run: {len(videos) - left} of {len(videos)} videos are whole"
-    return replace(request, videos=tuple(videos), unfinished=begun, remarks=(*request.remarks, remark))
+    videos = draw_seeds(request.videos, unfinished.seed)
+    many = f"video {unfinished.video + 1} of {len(videos)}, " if len(videos) > 1 else ""
+    remark = f"going on with an interrupted run: {many}step {unfinished.step} of {unfinished.steps} is done"
+    if unfinished.done:
+        remaining = len(unfinished.left(len(videos)))
+        remark = f"going on with an interrupted run: {len(videos) - remaining} of {len(videos)} videos are whole"
+    return replace(request, videos=tuple(videos), unfinished=unfinished, remarks=(*request.remarks, remark))
 
 
 def with_whole(request: Request) -> Request:
@@ -103,23 +103,25 @@ def with_whole(request: Request) -> Request:
 
     Whether one is such a video, the json beside it says.
     """
-    begun = request.unfinished
-    whole = set() if begun is None else {index for index in request.left if _is_whole(request, request.videos[index])}
-    if begun is None or not whole:
+    unfinished = request.unfinished
+    whole = (
+        set() if unfinished is None else {index for index in request.left if _is_whole(request, request.videos[index])}
+    )
+    if unfinished is None or not whole:
         return request
-    done = begun.done | whole
-    first = next((index for index in range(begun.video, len(request.videos)) if index not in done), None)
-    if first is not None and first != begun.video:
-        begun = replace(begun, video=first, step=0)
-    return replace(request, unfinished=replace(begun, done=frozenset(done)))
+    indices = unfinished.done | whole
+    first = next((index for index in range(unfinished.video, len(request.videos)) if index not in indices), None)
+    if first is not None and first != unfinished.video:
+        unfinished = replace(unfinished, video=first, step=0)
+    return replace(request, unfinished=replace(unfinished, done=frozenset(indices)))
 
 
 def _is_whole(request: Request, video: Video) -> bool:
     if not video.output.exists():
         return False
     try:
-        told = json.loads(video.sidecar.read_text(encoding="utf-8"))
-        theirs = told["settings"] if told["program"] == request.program else {}
+        sidecar = json.loads(video.sidecar.read_text(encoding="utf-8"))
+        theirs = sidecar["settings"] if sidecar["program"] == request.program else {}
         ours = settings(request, video)
         names = ("prompt", "negative_prompt", "seed", "demo", "model_dir", "dtype", "output")
         return all(theirs[name] == ours[name] for name in (*names, *(one.name for one in fields(video.sampling))))
@@ -130,12 +132,12 @@ def _is_whole(request: Request, video: Video) -> bool:
 def _read(request: Request, fresh: bool) -> Unfinished | None:
     path = _state_path(request)
     try:
-        stored = metadata(path)
+        header = metadata(path)
     except ValueError as error:
         if fresh:
             return None
         raise WrongUse([f"{error}; remove it, or write over it with --overwrite"]) from None
-    if stored["digest"] != request.digest:
+    if header["digest"] != request.digest:
         if fresh:
             return None
         raise WrongUse(
@@ -144,21 +146,21 @@ def _read(request: Request, fresh: bool) -> Unfinished | None:
                 f"it by --resume {shown(path)}, give another output, or drop it with --overwrite"
             ]
         )
-    numbers = {name: int(stored[name]) for name in ("video", "step", "steps", "seed")}
-    done = frozenset(int(index) for index in stored.get("done", "").split(",") if _is_number(index))
-    return Unfinished(path, **numbers, done=done)
+    numbers = {name: int(header[name]) for name in ("video", "step", "steps", "seed")}
+    indices = frozenset(int(index) for index in header.get("done", "").split(",") if _is_number(index))
+    return Unfinished(path, **numbers, done=indices)
 
 
 def metadata(path: Path) -> Mapping[str, str]:
     """What a state file says of its command. ValueError, with the name, for another file."""
     try:
-        _, stored = read_header(path)
+        _, header = read_header(path)
     except (CheckpointError, OSError) as error:
         raise ValueError(f"{shown(path)} is no state of an interrupted run ({error})") from None
-    numbers = [stored.get(name, "") for name in ("video", "step", "steps", "seed")]
-    if stored.get("format") != FORMAT or "digest" not in stored or not all(_is_number(n) for n in numbers):
+    numbers = [header.get(name, "") for name in ("video", "step", "steps", "seed")]
+    if header.get("format") != FORMAT or "digest" not in header or not all(_is_number(n) for n in numbers):
         raise ValueError(f"{shown(path)} is no state of an interrupted run")
-    return stored
+    return header
 
 
 def _is_number(text: str) -> bool:
@@ -192,20 +194,20 @@ def _without_resume(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 def _command_of(path: Path, program: str) -> list[str]:
     try:
-        stored = metadata(path)
-        arguments = json.loads(stored["arguments"][:MOST_ARGUMENTS])
+        header = metadata(path)
+        arguments = json.loads(header["arguments"][:MOST_ARGUMENTS])
         if not isinstance(arguments, list) or not all(isinstance(part, str) for part in arguments):
             raise ValueError(f"{shown(path)} is no state of an interrupted run")
-        if stored["program"] != program:
-            raise ValueError(f"{shown(path)} is of {shown(stored['program'])}; go on with that program")
-        output, folder = path.parent / Path(stored["output"]).name, stored["output"].endswith("/")
+        if header["program"] != program:
+            raise ValueError(f"{shown(path)} is of {shown(header['program'])}; go on with that program")
+        output, folder = path.parent / Path(header["output"]).name, header["output"].endswith("/")
         if state_path(output, folder) != path:
             raise ValueError(f"{shown(path)} was renamed; its run writes {shown(output.name)}")
-        os.chdir(stored["cwd"])
+        os.chdir(header["cwd"])
     except (KeyError, ValueError) as error:
         raise WrongUse([f"--resume {error}"]) from None
     except OSError as error:
-        raise WrongUse([f"--resume {shown(path)}: its folder {shown(stored['cwd'])} is not there ({error})"]) from None
+        raise WrongUse([f"--resume {shown(path)}: its folder {shown(header['cwd'])} is not there ({error})"]) from None
     where = ["--output", str(output) + "/" * folder]
     return arguments if arguments[-2:] == where else arguments + where
 
@@ -238,11 +240,11 @@ def states_saved(
     def close(done: bool, elsewhere: bool) -> str:
         if saver.closed:
             return ""
-        held, begun, several = saver.close(done), request.unfinished, len(request.videos) > 1
-        if held is None and begun is not None:
-            held = At(begun.video, begun.step), begun.steps
-        at, steps = held or (At(0, 0), 1)
-        apart = begun is not None and bool(begun.done)
+        state, unfinished, several = saver.close(done), request.unfinished, len(request.videos) > 1
+        if state is None and unfinished is not None:
+            state = At(unfinished.video, unfinished.step), unfinished.steps
+        at, steps = state or (At(0, 0), 1)
+        apart = unfinished is not None and bool(unfinished.done)
         if done or (at == (0, 0) and not apart) or (at.step == steps and elsewhere and not several):
             remove_states(request, file)
             return ""

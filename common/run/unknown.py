@@ -25,22 +25,22 @@ ABSENT = {
 
 def unknown_words(fork: Fork, arguments: Sequence[str], options: Sequence[click.Parameter]) -> list[str]:
     """What is wrong with the words that were left over. options: those of the program."""
-    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    option_names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     problems = []
     for i, argument in enumerate(arguments):
         if argument.startswith("-"):
             name = argument.split("=")[0].replace("_", "-")
-            said = next((said for part, said in ABSENT.items() if part in name), "") or _elsewhere(fork, name)
-            problems.append(f"no such option: {name}" + (f"; {said}" if said else _meant(name, known)))
+            hint = next((hint for part, hint in ABSENT.items() if part in name), "") or _elsewhere(fork, name)
+            problems.append(f"no such option: {name}" + (f"; {hint}" if hint else _meant(name, option_names)))
         elif i == 0 or not arguments[i - 1].startswith("-"):
             problems.append(f"unexpected argument {argument!r}; quote a prompt that has spaces")
     return problems
 
 
-def _meant(name: str, known: Collection[str]) -> str:
-    name, names = name.lstrip("-"), [*sorted(one.lstrip("-") for one in known), *SYNONYMS]
-    begun = [one for one in names if len(name) > 2 and one.startswith(name)]
-    near = begun or difflib.get_close_matches(name, names, n=1, cutoff=CUTOFF)
+def _meant(name: str, option_names: Collection[str]) -> str:
+    name, names = name.lstrip("-"), [*sorted(one.lstrip("-") for one in option_names), *SYNONYMS]
+    completions = [one for one in names if len(name) > 2 and one.startswith(name)]
+    near = completions or difflib.get_close_matches(name, names, n=1, cutoff=CUTOFF)
     return f"; did you mean --{near[0]}?" if near else ""
 
 

@@ -51,9 +51,9 @@ def _number(env: Mapping[str, str], name: str, least: int, most: int | None) -> 
         and (most is None or int(text) <= most)
     ):
         return int(text)
-    allowed = f"from {least} to {most}" if most is not None else f"of at least {least}"
+    bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
     raise ValueError(
-        f"the environment has {name}={text[:40]!r}, which is no whole number {allowed}; "
+        f"the environment has {name}={text[:40]!r}, which is no whole number {bounds}; "
         "unset RANK and WORLD_SIZE to let the program start its ranks, or start it with torchrun"
     )
 
@@ -99,7 +99,7 @@ def open_standard_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
-            os.set_inheritable(opened, True)
+            devnull = os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+            os.set_inheritable(devnull, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115

@@ -34,14 +34,16 @@ NO_ANSWER = "another rank did not answer within --timeout"
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's failure. secondary: only an echo of another rank's; late: a peer did not answer in time."""
+    """One rank's failure."""
 
     rank: int
     stage: str
     message: str
     when: float = field(default_factory=time.time)
     secondary: bool = False
+    """Only an echo of another rank's."""
     late: bool = False
+    """A peer did not answer in time."""
     killed: bool = False
     status: int = 1
     trace: str = ""

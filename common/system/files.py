@@ -130,9 +130,9 @@ def writing(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        told = WriteError(f"cannot write {shown(path)}: {error.strerror or error}")
-        told.errno = error.errno
-        raise told from None
+        write_error = WriteError(f"cannot write {shown(path)}: {error.strerror or error}")
+        write_error.errno = error.errno
+        raise write_error from None
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -161,11 +161,11 @@ def remove_partial(path: Path) -> None:
         ]
         for name in names:
             with suppress(OSError):
-                left = path.parent / name
-                descriptor = os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)
+                partial = path.parent / name
+                descriptor = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
                 try:
                     if _lock(descriptor):
-                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+                        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
                 finally:
                     os.close(descriptor)
 
@@ -180,10 +180,10 @@ def claimed(outputs: Sequence[Path]) -> Iterator[Callable[[], None]]:
     """
     if len(outputs) > MOST_CLAIMED:
         outputs = [*outputs[: MOST_CLAIMED - 1], outputs[-1]]
-    with ExitStack() as held:
+    with ExitStack() as stack:
         for output in outputs:
-            held.enter_context(_claimed(output))
-        yield held.close
+            stack.enter_context(_claimed(output))
+        yield stack.close
 
 
 @contextmanager

@@ -18,8 +18,8 @@ ALLOCATOR = "expandable_segments:True"
 
 def allocator_default(env: Mapping[str, str]) -> dict[str, str]:
     """The setting of PyTorch's CUDA allocator where the user has made none, under its old name or its new one."""
-    chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys()
-    return {} if chosen else {"PYTORCH_ALLOC_CONF": ALLOCATOR}
+    settings = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys()
+    return {} if settings else {"PYTORCH_ALLOC_CONF": ALLOCATOR}
 
 
 def ensure_temporary_folder(fallback: Path) -> None:
@@ -30,8 +30,8 @@ def ensure_temporary_folder(fallback: Path) -> None:
     try:
         tempfile.gettempdir()
     except OSError:
-        shared = Path("/dev/shm")
-        os.environ["TMPDIR"] = str(shared if os.access(shared, os.W_OK) else fallback.absolute())
+        shared_memory = Path("/dev/shm")
+        os.environ["TMPDIR"] = str(shared_memory if os.access(shared_memory, os.W_OK) else fallback.absolute())
 
 
 def resident_bytes(pid: int | None = None) -> int:
@@ -92,8 +92,8 @@ def _gpus(root: Path) -> list[_Gpu]:
     gpus = []
     for folder in sorted((root / "proc/driver/nvidia/gpus").iterdir()):
         lines = (folder / "information").read_text(errors="replace").splitlines()
-        told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        gpus.append(_Gpu(folder.name.lower(), told.get("Model", ""), told.get("GPU UUID", "")))
+        fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        gpus.append(_Gpu(folder.name.lower(), fields.get("Model", ""), fields.get("GPU UUID", "")))
     return gpus
 
 
@@ -104,7 +104,7 @@ def _visible(gpus: list[_Gpu], env: Mapping[str, str]) -> list[_Gpu]:
     numbered = env.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({gpu.model for gpu in gpus}) == 1
     if visible is None:
         return gpus if numbered else []
-    chosen = []
+    selection = []
     for name in (part.strip() for part in visible.split(",")):
         if name.isdecimal():
             fitting = gpus[int(name) : int(name) + 1] if numbered else []
@@ -112,5 +112,5 @@ def _visible(gpus: list[_Gpu], env: Mapping[str, str]) -> list[_Gpu]:
             fitting = [gpu for gpu in gpus if name.startswith("GPU-") and gpu.uuid.startswith(name)]
         if len(fitting) != 1:
             return []
-        chosen += fitting
-    return chosen
+        selection += fitting
+    return selection

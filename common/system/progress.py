@@ -86,8 +86,8 @@ class _Active:
             return f"{self.done / 2**30:.1f} of {self.total / 2**30:.1f} GiB, {rate / 2**30:.2f} GiB/s"
         if pace is None or self.total is None:
             return ""
-        left = pace * (self.total - self.done)
-        return f"{self.done}/{self.total}, {pace:.2f} s/{self.unit}, {_clock(left)} left"
+        remaining = pace * (self.total - self.done)
+        return f"{self.done}/{self.total}, {pace:.2f} s/{self.unit}, {_clock(remaining)} left"
 
 
 def _clock(seconds: float) -> str:

@@ -87,29 +87,29 @@ def _sent_again(signals: Asked) -> Iterator[Callable[[int], None]]:
     One that came in a finalizer or in a weak reference's callback is not lost either: Python prints an exception that
     is raised there and goes on.
     """
-    left = threading.Event()
-    told = sys.unraisablehook
+    exit_event = threading.Event()
+    previous_hook = sys.unraisablehook
 
     def send(number: int) -> None:
-        left.wait(AGAIN_SECONDS)
+        exit_event.wait(AGAIN_SECONDS)
         if signals.number is None:  # none has raised meanwhile: what follows a first one may not cut its tidying short
             os.kill(os.getpid(), number)
 
     def again(number: int) -> None:
         threading.Thread(target=send, args=(number,), daemon=True).start()
 
-    def hear(ignored: sys.UnraisableHookArgs) -> None:
-        if not isinstance(ignored.exc_value, Stopped):
-            return told(ignored)
+    def hear(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            return previous_hook(unraisable)
         signals.number = None
-        again(ignored.exc_value.number)
+        again(unraisable.exc_value.number)
 
     sys.unraisablehook = hear
     try:
         yield again
     finally:
-        left.set()
-        sys.unraisablehook = told
+        exit_event.set()
+        sys.unraisablehook = previous_hook
 
 
 @contextmanager
@@ -119,28 +119,28 @@ def heard(end: Callable[[int], None]) -> Iterator[None]:
     A thread that waits for another rank inside a library runs no Python, so it never sees the exception; the system
     tells of the signal all the same, through a descriptor. Main thread only.
     """
-    left = threading.Event()
-    read, write = os.pipe()
-    os.set_blocking(write, False)
+    exit_event = threading.Event()
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
 
     def listen() -> None:
-        while told := os.read(read, 1):
-            if told[0] in SIGNALS:
-                if not left.wait(GRACE_SECONDS):
-                    end(told[0])
+        while data := os.read(read_fd, 1):
+            if data[0] in SIGNALS:
+                if not exit_event.wait(GRACE_SECONDS):
+                    end(data[0])
                 return
 
-    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         yield
     finally:
-        left.set()
+        exit_event.set()
         signal.set_wakeup_fd(before)
-        os.close(write)
+        os.close(write_fd)
         listener.join()
-        os.close(read)
+        os.close(read_fd)
 
 
 def is_ignored(number: signal.Signals) -> bool:

@@ -16,10 +16,10 @@ def gib(size: float, digits: int = 1) -> str:
 def gibs(*sizes: float) -> tuple[str, ...]:
     """Amounts of memory that are compared: with as many digits as tell apart those that differ."""
     for digits in range(1, 7):
-        said = tuple(gib(size, digits) for size in sizes)
-        if len(set(said)) == len(set(sizes)):
+        texts = tuple(gib(size, digits) for size in sizes)
+        if len(set(texts)) == len(set(sizes)):
             break
-    return said
+    return texts
 
 
 def gb(size: float) -> str:

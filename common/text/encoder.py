@@ -54,33 +54,31 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class TextWork:
-    """One text encoder at work, for estimates.
-
-    new: the model on the meta device with weights of a dtype, its layers in `common.weights.blocks.Blocks` where they
-    can stream. run: as of `Encoder`. tokens: of the longest prompt. matmuls: linear layers inside such a layer that may
-    be held in eight bits.
-    """
+    """One text encoder at work, for estimates."""
 
     new: Callable[[torch.dtype], nn.Module]
+    """The model on the meta device with weights of a dtype, its layers in `common.weights.blocks.Blocks` where they can
+    stream."""
     run: Callable[[nn.Module, Tensor], Tensor]
+    """As `Encoder.run`."""
     tokens: int
+    """Tokens of the longest prompt."""
     matmuls: tuple[str, ...] = ()
+    """Linear layers inside such a layer that may be held in eight bits."""
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What an encoder makes of B prompts.
-
-    features: (B, L, D) fp32, L = the token limit; rows of masked padding are zero
-    mask: (B, L) bool, True where a token of the prompt (its end mark included) stands
-    num_tokens: tokens of each prompt, at most L
-    truncated: the end of each prompt that did not fit, "" where everything did
-    """
+    """What an encoder makes of B prompts."""
 
     features: Tensor
+    """(B, L, D) fp32, L = the token limit; rows of masked padding are zero."""
     mask: Tensor
+    """(B, L) bool, True where a token of the prompt (its end mark included) stands."""
     num_tokens: tuple[int, ...]
+    """Tokens of each prompt, at most L."""
     truncated: tuple[str, ...]
+    """The end of each prompt that did not fit, "" where everything did."""
 
     @property
     def limit(self) -> int:
@@ -139,9 +137,9 @@ class TextEncoder:
             mask[b, : len(ids)] = True
             truncated.append(rest)
             padded = ids if use_mask else ids + [self.encoder.pad] * (max_length - len(ids))
-            known = self._cache.get(padded) if self._cache else None
-            rows = self._run(padded) if known is None else known
-            if self._cache and known is None:
+            hit = self._cache.get(padded) if self._cache else None
+            rows = self._run(padded) if hit is None else hit
+            if self._cache and hit is None:
                 self._cache.put(padded, rows)
             features[b, : len(rows)] = rows
         num_tokens = tuple(int(n) for n in mask.sum(1))
@@ -206,5 +204,5 @@ def encode(
     cache_dir: str | Path | None = None,
 ) -> TextFeatures:
     """Load, encode, free. See TextEncoder.encode."""
-    with TextEncoder(encoder, device, dtype, cache_dir) as loaded:
-        return loaded.encode(prompts, max_length, use_mask)
+    with TextEncoder(encoder, device, dtype, cache_dir) as text_encoder:
+        return text_encoder.encode(prompts, max_length, use_mask)

@@ -265,17 +265,17 @@ def load_t5(
     Raises ValueError naming file and tensor for missing, extra-shaped or truncated weights.
     """
     model = new_t5(asdict(files.numbers()), member=files.member)
-    mapped = _mapped(files, _shapes(model))
+    loaders = _mapped(files, _shapes(model))
     layers = model.encoder.block = StreamedLayers(model.encoder.block)  # type: ignore[arg-type]
     for layer in layers if float8 else ():
         use_float8(layer, FLOAT8_LAYERS, has_float8_matmul(torch.device(device)))
-    for name in list(mapped):
+    for name in list(loaders):
         if not (stream and name.startswith(_LAYERS)):
-            stored = model.get_parameter(name).dtype if float8 else dtype
-            _put(model, name, mapped.pop(name)(), torch.device(device), FLOAT8 if stored == FLOAT8 else dtype)
+            slot_dtype = model.get_parameter(name).dtype if float8 else dtype
+            _put(model, name, loaders.pop(name)(), torch.device(device), FLOAT8 if slot_dtype == FLOAT8 else dtype)
     model.encoder.embed_tokens.weight = model.shared.weight
     if stream:
-        _stream_layers(layers, mapped, torch.device(device), dtype)
+        _stream_layers(layers, loaders, torch.device(device), dtype)
     return model
 
 
@@ -330,9 +330,9 @@ def _tensors(paths: Collection[Path], names: Collection[str], every: bool) -> It
     every: files that hold an encoder and nothing else.
     """
     checkpoint = with_row_scales(open_checkpoint(paths))
-    for name, stored in checkpoint.items():
+    for name, entry in checkpoint.items():
         if (every or name in names or name.startswith("encoder.")) and name != SENTENCEPIECE:
-            yield stored, checkpoint
+            yield entry, checkpoint
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -347,7 +347,7 @@ def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtyp
 
 
 def _stream_layers(
-    layers: Blocks, mapped: Mapping[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype
+    layers: Blocks, loaders: Mapping[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Let the layers' weights come from the mapped files, two layers at a time."""
 
@@ -355,12 +355,12 @@ def _stream_layers(
         for name, out in tensors.items():
             if name.endswith(SCALE):
                 continue
-            stored = mapped[f"{_LAYERS}{index}.{name}"]()
+            tensor = loaders[f"{_LAYERS}{index}.{name}"]()
             if out.dtype != FLOAT8:
-                out.copy_(stored)
+                out.copy_(tensor)
                 continue
             values, scale = torch.empty(out.shape, dtype=FLOAT8), torch.empty(out.shape[0], 1)
-            fill_float8(stored, values, scale)
+            fill_float8(tensor, values, scale)
             out.copy_(values)
             tensors[name.removesuffix("weight") + SCALE].copy_(scale)
 

@@ -29,8 +29,8 @@ class Tokenizer:
         if limit < 1:
             raise ValueError(f"the token limit must be at least 1, not {limit}")
         ids = self._encode(prompt)
-        cut = self._decode(ids[limit - 1 :]) if len(ids) >= limit else ""
-        return [*ids[: limit - 1], EOS], cut
+        rest = self._decode(ids[limit - 1 :]) if len(ids) >= limit else ""
+        return [*ids[: limit - 1], EOS], rest
 
 
 def content(path: Path) -> bytes:

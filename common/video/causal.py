@@ -35,9 +35,9 @@ M = TypeVar("M", bound=nn.Module)
 Sent = tuple[dist.Work | None, Tensor]
 
 
-def wait_for(sent: Sent | None) -> None:
-    if sent is not None and sent[0] is not None:
-        sent[0].wait()
+def wait_for(message: Sent | None) -> None:
+    if message is not None and message[0] is not None:
+        message[0].wait()
 
 
 class Link(Protocol):
@@ -63,8 +63,8 @@ class LocalLink:
 
     def send(self, key: Hashable, tail: Tensor) -> None:
         # A view would keep the whole chunk's activations alive.
-        kept = tail.to("cpu", copy=True) if self.offload else tail.clone()
-        self.kept[key].append(kept)
+        copy = tail.to("cpu", copy=True) if self.offload else tail.clone()
+        self.kept[key].append(copy)
 
     def receive(self, key: Hashable, x: Tensor, size: torch.Size) -> Tensor:
         return self.kept[key].popleft().to(x.device)
@@ -100,8 +100,8 @@ class PairLink:
         return tail
 
     def close(self) -> None:
-        for sent in self.sending.values():
-            wait_for(sent)
+        for message in self.sending.values():
+            wait_for(message)
         self.sending.clear()
 
 
@@ -188,8 +188,8 @@ class CausalConv3d(nn.Conv3d):
         rows, columns = (self._size(x.shape[dim], dim) for dim in (3, 4))
         total = self._size(before.shape[2] + x.shape[2], 2)
         out = empty_for(self.weight, (x.shape[0], self.out_channels, total, rows, columns), x)
-        for cut, made in cuts:
-            out[:, :, made] = self._convolve(self._input(before, x, cut, borders, whole), whole)
+        for window, frames in cuts:
+            out[:, :, frames] = self._convolve(self._input(before, x, window, borders, whole), whole)
         return out
 
     def _size(self, length: int, dim: int) -> int:
@@ -202,18 +202,18 @@ class CausalConv3d(nn.Conv3d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         total = self._size(frames, 2)
         most = max(1, (LARGEST_CONVOLUTION // size - kernel) // stride + 1)
-        made = [slice(i, min(i + most, total)) for i in range(0, total, most)]
-        return [(slice(m.start * stride, (m.stop - 1) * stride + kernel), m) for m in made]
+        outputs = [slice(i, min(i + most, total)) for i in range(0, total, most)]
+        return [(slice(m.start * stride, (m.stop - 1) * stride + kernel), m) for m in outputs]
 
-    def _input(self, before: Tensor, x: Tensor, cut: slice, borders: Borders, alone: bool) -> Tensor:
-        """The frames `cut` of both together and the rows and columns around them, written once, into one tensor.
+    def _input(self, before: Tensor, x: Tensor, window: slice, borders: Borders, alone: bool) -> Tensor:
+        """The frames `window` of both together and the rows and columns around them, written once, into one tensor.
 
         Around them are the rows of other ranks, and where the picture ends its edges repeated, or zeros. alone: this is
         the whole height, around which the convolution puts zeros by itself.
         """
         n, (top, left) = before.shape[2], self.border
         top = top if alone else int(self.padding[1])
-        old, new = before[:, :, cut], slice(max(cut.start - n, 0), max(cut.stop - n, 0))
+        old, new = before[:, :, window], slice(max(window.start - n, 0), max(window.stop - n, 0))
         x = x[:, :, new]
         if not (old.shape[2] or top or left):
             return x
@@ -352,11 +352,11 @@ def encode_moments(
 
 def _everywhere(mine: dict[tuple[int, int], Tensor], axis: Axis, like: Tensor) -> dict[tuple[int, int], Tensor]:
     """All pieces on every rank, each broadcast by its owner, who alone knows its shape."""
-    described: list[dict[tuple[int, int], tuple[torch.Size, torch.dtype]]] = [{} for _ in range(axis.size)]
-    dist.all_gather_object(described, {at: (x.shape, x.dtype) for at, x in mine.items()}, group=axis.group)
+    specs: list[dict[tuple[int, int], tuple[torch.Size, torch.dtype]]] = [{} for _ in range(axis.size)]
+    dist.all_gather_object(specs, {at: (x.shape, x.dtype) for at, x in mine.items()}, group=axis.group)
     pieces = {}
-    for at, owner in sorted((at, rank) for rank, its in enumerate(described) for at in its):
-        shape, dtype = described[owner][at]
+    for at, owner in sorted((at, rank) for rank, its in enumerate(specs) for at in its):
+        shape, dtype = specs[owner][at]
         piece = mine[at].contiguous() if at in mine else torch.empty(shape, dtype=dtype, device=like.device)
         dist.broadcast(piece, group=axis.group, group_src=owner)
         pieces[at] = piece

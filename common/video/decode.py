@@ -26,18 +26,17 @@ DecodeSize = tuple[int, int, int, int]
 
 
 class VideoDecoder(nn.Module):
-    """What a model's decoder says about itself. Chunk lengths are in latent frames.
-
-    spatial_factor: pixels to a latent pixel. time_factor: frames to a latent frame, but for the video's first, which is
-    a single one. chunk_choices: chunk lengths to choose from, the longest first; with `chunks_fixed` there is no other,
-    since the result depends on it. compiled_parts: classes of modules without memory of earlier chunks, for
-    `common.model.compile`.
-    """
+    """What a model's decoder says about itself. Chunk lengths are in latent frames."""
 
     spatial_factor: int
+    """Pixels to a latent pixel."""
     time_factor: int = 1
+    """Frames to a latent frame, but for the video's first, which is a single one."""
     chunk_choices: tuple[int, ...]
+    """Chunk lengths to choose from, the longest first; with `chunks_fixed` there is no other, since the result depends
+    on it."""
     compiled_parts: tuple[type[nn.Module], ...] = ()
+    """Classes of modules without memory of earlier chunks, for `common.model.compile`."""
     chunks_fixed = False
     rounding: str = "truncate"
     """Of pixels to grey levels, as the reference's: see `to_uint8`."""
@@ -64,17 +63,16 @@ class VideoDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How to decode: `exact` gives the result of one full decode, `tiled` cuts the picture too.
-
-    chunk: latent frames at a time. tile: largest tile (height, width) and overlap, in latent pixels, when tiled.
-    parts: of the height, each of them on another rank, when exact; divides the number of ranks.
-    """
+    """How to decode: `exact` gives the result of one full decode, `tiled` cuts the picture too."""
 
     mode: str = "exact"
     chunk: int = 1
+    """Latent frames at a time."""
     tile: tuple[int, int] | None = None
+    """Largest tile (height, width) and overlap, in latent pixels, when tiled."""
     overlap: int = OVERLAP
     parts: int = 1
+    """Of the height, each of them on another rank, when exact; divides the number of ranks."""
 
     def __str__(self) -> str:
         where = f", tiles of {self.tile[0]}x{self.tile[1]} latent pixels" if self.tile else ""
@@ -237,43 +235,43 @@ def compute_round_robin(
     holds no more than the items between two of its own. The others keep one finished item until it is taken.
     """
     if axis.rank == 0:
-        awaited: deque[Sent] = deque()
+        messages: deque[Sent] = deque()
         for item, owner in enumerate(owners):
             if item and item % of_round == 0:
-                _pause(pause, lambda: list(_arrivals(awaited)))
+                _pause(pause, lambda: list(_arrivals(messages)))
             if owner == 0:
                 mine = compute(item)
-                yield from _arrivals(awaited)
+                yield from _arrivals(messages)
                 yield mine
             else:
                 box = empty(item)
-                awaited.append((dist.irecv(box, group=axis.group, group_src=owner), box))
-        yield from _arrivals(awaited)
+                messages.append((dist.irecv(box, group=axis.group, group_src=owner), box))
+        yield from _arrivals(messages)
         return
-    sending: Sent | None = None
+    message: Sent | None = None
     for item, owner in enumerate(owners):
         if item and item % of_round == 0:
-            _pause(pause, partial(wait_for, sending))
+            _pause(pause, partial(wait_for, message))
         if owner == axis.rank:
             mine = compute(item)
-            wait_for(sending)
-            sending = (dist.isend(mine, group=axis.group, group_dst=0), mine)
+            wait_for(message)
+            message = (dist.isend(mine, group=axis.group, group_dst=0), mine)
             yield None
-    wait_for(sending)
+    wait_for(message)
 
 
 def _pause(pause: Callable[[], None], settle: Callable[[], object]) -> None:
     """Where the ranks leave here, what is on its way to rank 0 is let through first."""
     try:
         pause()
-    except Abandoned as left:
+    except Abandoned as error:
         settle()
-        left.unread = True  # the tails of the last chunk
+        error.unread = True  # the tails of the last chunk
         raise
 
 
-def _arrivals(awaited: deque[Sent]) -> Iterator[Tensor]:
-    while awaited:
-        message = awaited.popleft()
+def _arrivals(messages: deque[Sent]) -> Iterator[Tensor]:
+    while messages:
+        message = messages.popleft()
         wait_for(message)
         yield message[1]

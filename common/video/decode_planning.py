@@ -96,11 +96,11 @@ def decode_memory(
     with torch.compiler.set_stance("force_eager"), counter:
         _two_chunks(lambda *args: functional_call(decoder, weights, args), decoder, latents, plan, link, "meta")
     # Beside a GPU the waiting tiles' tails lie in host memory; on the CPU they lie where the work is done.
-    waiting = len(parts) - 1 if device == "cpu" else 0
+    tail_sets = len(parts) - 1 if device == "cpu" else 0
     # Between ranks a tail that is received lies beside the one that is being sent.
-    waiting += plan.mode == "exact" and groups > 1
+    tail_sets += plan.mode == "exact" and groups > 1
     tails = sum(tail.nbytes for queue in link.kept.values() for tail in queue)
-    return counter.peak + waiting * tails
+    return counter.peak + tail_sets * tails
 
 
 def _two_chunks(
@@ -116,18 +116,18 @@ def _two_chunks(
     Of a shared height one part of the largest, beside two others where there are so many.
     """
     channels, frames, height, width = latents
-    shared = [length for length in split_evenly(height, plan.parts) if length]
-    part = int(len(shared) > 2 and shared[1] == shared[0])
+    heights = [length for length in split_evenly(height, plan.parts) if length]
+    part = int(len(heights) > 2 and heights[1] == heights[0])
     messages = Messages()
     sizes = [part.size() for part in tiles(height, width, plan.tile, plan.overlap)]
     tall, wide = max(sizes, key=lambda size: size[0] * size[1])
-    tall = shared[part] if plan.parts > 1 else tall
+    tall = heights[part] if plan.parts > 1 else tall
     lengths = decoder.chunks(frames, plan.chunk)
     dtype = next(decoder.parameters()).dtype
     with torch.inference_mode():
         for k, length in enumerate(lengths[:2]):
             z = torch.zeros(1, channels, length, tall, wide, dtype=dtype, device=device)
-            rows = Rows(shared, part, messages=messages)
+            rows = Rows(heights, part, messages=messages)
             run(z, CausalStream(link, k == 0, k == len(lengths) - 1, rows))
 
 
@@ -260,8 +260,8 @@ def warning(
     want, by_count, free = gibs(wanted(0, need), need, free_bytes)
     room = f"it wants {want} beside its weights, margin included, by count {by_count}, and {free} are free"
     if plan.mode == "exact":
-        cut = f"; where memory runs out, tiles change the picture: {TILES_COST}" if len(exact) < len(plans) else ""
-        return f"the exact decode is tight: {room}{cut}"
+        caveat = f"; where memory runs out, tiles change the picture: {TILES_COST}" if len(exact) < len(plans) else ""
+        return f"the exact decode is tight: {room}{caveat}"
     return (
         f"the decode is cut into tiles, which changes the picture: {TILES_COST}. For the exact decode "
         f"{gib(wanted(0, need) - free_bytes)} are missing: {room}. More free memory avoids it, or a smaller picture "

@@ -53,14 +53,14 @@ def decode_video(
     report: Report,
     frames: FrameSink,
     room: int | None = None,
-    known: KnownPlans | None = None,
+    known_plans: KnownPlans | None = None,
 ) -> None:
     """All frames of a video, in order, to `frames` on rank 0, by the best plan that fits into free memory. Collective.
 
     latents: (1, C, T, h, w) of the transformer's space, the same on every rank.
     frames: begins anew when a plan runs out of memory after its first chunks; unused on other ranks.
     room: bytes that the decode may take here; default: all that are free.
-    known: what this decoder's earlier videos have found out.
+    known_plans: what this decoder's earlier videos have found out.
     One process falls back to the next smaller plan when memory runs out after all; several try a plan that just fits
     on zeros first, on a GPU, since a rank that fails leaves the others waiting. Raises MemoryError when nothing fits.
     """
@@ -69,16 +69,16 @@ def decode_video(
     tile = options.tile(decoder.spatial_factor)
     ways = decode_plans(decoder, size, mesh.world.size, options.vae, options.vae_chunk, tile)
     free = free_memory(mesh, room)
-    known = KnownPlans() if known is None else known
-    counted = partial(known.count, decoder, size, mesh.world.size)
-    plans = plan_decode(decoder, size, free, ways, counted, tries=mesh.device.type == "cuda")
+    known_plans = KnownPlans() if known_plans is None else known_plans
+    plan_bytes = partial(known_plans.count, decoder, size, mesh.world.size)
+    plans = plan_decode(decoder, size, free, ways, plan_bytes, tries=mesh.device.type == "cuda")
     if mesh.world.size > 1 and mesh.device.type == "cuda":
-        plans = (plan_for_all(decoder, size, plans, free, counted, mesh.world, mesh.device, known.agreed),)
+        plans = (plan_for_all(decoder, size, plans, free, plan_bytes, mesh.world, mesh.device, known_plans.agreed),)
     split = TimeSplit(mesh.world)
     for i, plan in enumerate(plans):
         report.note(f"decode: {plan}")
-        if said := warning(plan, ways, free, counted):
-            report.warn(said)
+        if text := warning(plan, ways, free, plan_bytes):
+            report.warn(text)
         chunks = decoder.chunks(length, plan.chunk)
         if mesh.is_main:
             count = sum(decoder.num_frames(n, first=k == 0) for k, n in enumerate(chunks))

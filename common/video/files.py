@@ -47,18 +47,17 @@ _VP9 = {"vcodec": "libvpx-vp9", "row-mt": 1, "deadline": "good", "video_bitrate"
 
 @dataclass(frozen=True)
 class Container:
-    """How ffmpeg writes a kind of file: its muxer with options, and those of the encoder with loss and without.
-
-    even: whether the lossy pictures need even sizes. sound: the encoder of sound, where there can be any.
-    seal: (the file, title, comment) -> the file with them, where ffmpeg writes none.
-    """
+    """How ffmpeg writes a kind of file: its muxer with options, and those of the encoder with loss and without."""
 
     muxer: Mapping[str, Any]
     lossy: Mapping[str, Any]
     lossless: Mapping[str, Any] | None = None
     even: bool = False
+    """Whether the lossy pictures need even sizes."""
     sound: str | None = None
+    """The encoder of sound, where there can be any."""
     seal: Callable[[bytes, str, str], bytes] | None = None
+    """(the file, title, comment) -> the file with them, where ffmpeg writes none."""
 
 
 MP4 = Container(
@@ -95,13 +94,15 @@ CONTAINERS = {
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """Sound beside frames. samples: (channels, n) floats in [-1, 1], one or two channels; rate: samples a second.
+    """Sound beside frames.
 
     Raises ValueError for what is no sound. What lies outside of [-1, 1] is clipped when it is written.
     """
 
     samples: np.ndarray | Tensor = field(repr=False)
+    """(channels, n) floats in [-1, 1], one or two channels."""
     rate: int
+    """Samples a second."""
 
     def __post_init__(self) -> None:
         samples = np.asarray(self.samples)

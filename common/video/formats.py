@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """What may be asked of a format.
-
-    crf: the numbers of quality it knows, 0 without loss; empty: it always loses. max_side: pixels. single: one frame.
-    """
+    """What may be asked of a format."""
 
     crf: range
+    """The numbers of quality it knows, 0 without loss; empty: it always loses."""
     max_side: int
+    """The longest side, in pixels."""
     max_fps: float = math.inf
     sound: bool = False
     single: bool = False
+    """It holds one frame."""
 
 
 FOLDER = ""

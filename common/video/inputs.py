@@ -53,12 +53,12 @@ def video_frames(
     video: a file, or (T, H, W, 3) uint8. Raises ValueError when it is neither or too short. fit, note, rules: as of
     `image_frames`.
     """
-    named = isinstance(video, (str, Path))
+    is_file = isinstance(video, (str, Path))
     # Of a file each frame is resized as it comes, so that memory does not grow with its size.
     frames = read_frames(video, num_frames) if isinstance(video, (str, Path)) else np.asarray(video)[:num_frames]
     resized = _resized(frames, "video", height, width, fit, note, rules)
     if len(resized) < num_frames:
-        what = video if named else "the video"
+        what = video if is_file else "the video"
         raise ValueError(f"{what} has {len(resized)} frames, fewer than the {num_frames} of num_frames")
     return resized
 
@@ -70,8 +70,8 @@ def _resized(
     for frame in frames:
         if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8 or 0 in frame.shape:
             each, shape = ("", "(H, W, 3)") if what == "image" else ("each frame of ", "(T, H, W, 3)")
-            said = f"{each}the {what} is {frame.dtype} of shape {list(frame.shape)}"
-            raise ValueError(f"{said}; expected uint8 {shape}")
+            problem = f"{each}the {what} is {frame.dtype} of shape {list(frame.shape)}"
+            raise ValueError(f"{problem}; expected uint8 {shape}")
         picture, remark = fit_picture(frame, height, width, fit)
         if remark and note is not None and not resized:
             note(f"the {what} is {remark}{_better(frame.shape[:2], height, width, rules)}")
@@ -84,10 +84,10 @@ def _better(shape: tuple[int, ...], height: int, width: int, rules: Rules | None
     if rules is None:
         return ""
     other = rules.size_like(shape, height, width)
-    left = misfit(shape, *other)
-    if 2 * left >= misfit(shape, height, width):
+    excess = misfit(shape, *other)
+    if 2 * excess >= misfit(shape, height, width):
         return ""
-    return f"; with --width {other[1]} --height {other[0]}: {left:.1%}"
+    return f"; with --width {other[1]} --height {other[0]}: {excess:.1%}"
 
 
 def pixels(frames: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,8 +49,8 @@ def exif(title: str, comment: str) -> bytes:
         plain = comment.isascii()
         text = truncated(comment, MAX_COMMENT_BYTES if plain else MAX_COMMENT_BYTES // 2)
         # UserComment names its encoding in 8 bytes; UTF-16 is in the byte order of the whole, here little endian.
-        coded = b"ASCII\0\0\0" + text.encode() if plain else b"UNICODE\0" + text.encode("utf-16-le")
-        exif[EXIF_IFD] = {USER_COMMENT: coded}
+        data = b"ASCII\0\0\0" + text.encode() if plain else b"UNICODE\0" + text.encode("utf-16-le")
+        exif[EXIF_IFD] = {USER_COMMENT: data}
     return exif.tobytes().removeprefix(b"Exif\0\0") if title or comment else b""
 
 

@@ -110,11 +110,11 @@ def fit_remark(size: tuple[int, ...], height: int, width: int, fit: str = "crop"
     rows, columns = size
     if rows * width == columns * height or fit == "stretch":
         return ""
-    wide, lost = columns * height > rows * width, misfit(size, height, width)
+    wide, excess = columns * height > rows * width, misfit(size, height, width)
     shape = f"{columns}x{rows} to {width}x{height}"
     if fit == "crop":
-        return f"cropped from {shape}: {lost:.1%} of its {'width' if wide else 'height'} is cut off"
-    return f"padded from {shape}: {lost:.1%} of the {'height' if wide else 'width'} is black"
+        return f"cropped from {shape}: {excess:.1%} of its {'width' if wide else 'height'} is cut off"
+    return f"padded from {shape}: {excess:.1%} of the {'height' if wide else 'width'} is black"
 
 
 def misfit(size: tuple[int, ...], height: int, width: int) -> float:

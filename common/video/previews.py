@@ -41,24 +41,24 @@ Levels = tuple[float, float, float, float]
 
 def flow_levels(sigmas: Sequence[float]) -> tuple[Levels, ...]:
     """Of flow matching, whose sample at noise level s is (1 - s) video + s noise. sigmas: one more than steps."""
-    return tuple((1 - s, s, 1 - following, following) for s, following in pairwise(sigmas))
+    return tuple((1 - s, s, 1 - s_next, s_next) for s, s_next in pairwise(sigmas))
 
 
 @dataclass(frozen=True)
 class View:
-    """How the tokens of a state show a video.
-
-    size: latent frames, rows, columns. patch: of a token, the same. order: the axes inside a token, slowest first: c
-    channels, t frames, y rows, x columns. clean: names of tensors beside `z` that are an estimate of the video, the
-    best first; a state need not have them. levels: of each step, how much of the video and how much noise is in the
-    tokens before it and after it, for solvers that draw no noise and keep no estimate.
-    """
+    """How the tokens of a state show a video."""
 
     size: tuple[int, int, int]
+    """Latent frames, rows, columns."""
     patch: tuple[int, int, int]
+    """The patch of a token: latent frames, rows, columns."""
     order: str = "ctyx"
+    """The axes inside a token, slowest first: c channels, t frames, y rows, x columns."""
     clean: tuple[str, ...] = ()
+    """Names of tensors beside `z` that are an estimate of the video, the best first; a state need not have them."""
     levels: tuple[Levels, ...] = ()
+    """Of each step, how much of the video and how much noise is in the tokens before it and after it, for solvers that
+    draw no noise and keep no estimate."""
 
     @cached_property
     def text(self) -> str:
@@ -68,10 +68,10 @@ class View:
     @classmethod
     def read(cls, text: str) -> View:
         """The reverse of `text`."""
-        told = json.loads(text)
-        size, patch, clean = (tuple(told.pop(name)) for name in ("size", "patch", "clean"))
-        levels = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in told.pop("levels"))
-        return cls(size=size, patch=patch, clean=clean, levels=levels, **told)
+        fields = json.loads(text)
+        size, patch, clean = (tuple(fields.pop(name)) for name in ("size", "patch", "clean"))
+        levels = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in fields.pop("levels"))
+        return cls(size=size, patch=patch, clean=clean, levels=levels, **fields)
 
     @property
     def middle(self) -> slice:
@@ -104,14 +104,13 @@ class View:
 
 @dataclass(frozen=True)
 class Sums:
-    """What was learned: videos, and per row of a place's channels with a 1 behind them, the means of their products.
-
-    own: (C + 1, C + 1), with each other. colours: (C + 1, CELL, CELL, 3), with the pixels, 0 to 1.
-    """
+    """What was learned: videos, and per row of a place's channels with a 1 behind them, the means of their products."""
 
     videos: int
     own: np.ndarray
+    """(C + 1, C + 1), with each other."""
     colours: np.ndarray
+    """(C + 1, CELL, CELL, 3), with the pixels, 0 to 1."""
 
     def __add__(self, other: Sums) -> Sums:
         videos = self.videos + other.videos
@@ -129,9 +128,10 @@ class Sums:
 
 @dataclass(frozen=True)
 class Colours:
-    """A linear map. weights: (C + 1, CELL, CELL, 3), the last row the colour of no latents; colours are 0 to 1."""
+    """A linear map."""
 
     weights: np.ndarray
+    """(C + 1, CELL, CELL, 3), the last row the colour of no latents; colours are 0 to 1."""
 
     def picture(self, latents: np.ndarray) -> np.ndarray:
         """Of one frame (h, w, C): uint8 (H, W, 3), as many pixels to a place as MOST_SIDE admits. ValueError for
@@ -164,10 +164,10 @@ class Lesson:
         self.latents, self._seen, self._places = latents, 0, 0
         self._own, self._colours = np.zeros((channels + 1, channels + 1)), np.zeros((channels + 1, CELL * CELL * 3))
         # A first one of several is made of one frame and the others of more: no preview shows it.
-        chosen = np.unique(np.linspace(min(1, length - 1), length - 1, MOST_FRAMES).round().astype(int)).tolist()
+        indices = np.unique(np.linspace(min(1, length - 1), length - 1, MOST_FRAMES).round().astype(int)).tolist()
         each = (count - 1) // max(1, length - 1)
         lie_over = height % (CELL * rows) == 0 and width % (CELL * columns) == 0
-        self._wanted = {t * each: t for t in chosen} if lie_over else {}
+        self._wanted = {t * each: t for t in indices} if lie_over else {}
 
     def add(self, frames: Tensor | np.ndarray) -> None:
         """The next ones: uint8 (F, H, W, 3)."""
@@ -233,9 +233,9 @@ def write_sums(path: Path, sums: Sums) -> None:
     write_file(path, save({"videos": np.array(sums.videos), **parts}))
 
 
-def learn(path: Path, found: Sums | None) -> None:
+def learn(path: Path, sums: Sums | None) -> None:
     """Add what a video taught to a file, unless that has seen enough of them. Raises OSError."""
-    known = read_sums(path)
-    if found is None or (known is not None and (known.videos >= ENOUGH_VIDEOS or len(known.own) != len(found.own))):
+    old = read_sums(path)
+    if sums is None or (old is not None and (old.videos >= ENOUGH_VIDEOS or len(old.own) != len(sums.own))):
         return
-    write_sums(path, found if known is None else known + found)
+    write_sums(path, sums if old is None else old + sums)

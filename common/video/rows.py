@@ -41,10 +41,10 @@ class Buffers:
 
     def take(self, kind: Hashable, size: Sequence[int], like: Tensor) -> Tensor:
         """Contiguous memory of this size, the same for every message of a kind; dtype and device of `like`."""
-        kept, count = self.kept.get(kind), math.prod(size)
-        if kept is None or kept.numel() < count or (kept.dtype, kept.device) != (like.dtype, like.device):
-            self.kept[kind] = kept = like.new_empty(count)
-        return kept[:count].view(torch.Size(size))
+        buffer, count = self.kept.get(kind), math.prod(size)
+        if buffer is None or buffer.numel() < count or (buffer.dtype, buffer.device) != (like.dtype, like.device):
+            self.kept[kind] = buffer = like.new_empty(count)
+        return buffer[:count].view(torch.Size(size))
 
 
 class Messages:
@@ -62,7 +62,7 @@ class Messages:
         if self.axis is not None:
             dist.all_reduce(torch.zeros(1, device=device), group=self.axis.group)
 
-    def post(self, sent: Sequence[tuple[int, Tensor]], awaited: Sequence[tuple[int, Tensor]]) -> list[dist.Work]:
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> list[dist.Work]:
         """One batch of contiguous tensors to and from ranks of the axis; a tensor lives until its work was waited for.
 
         All ranks that share a chunk post their batches in one order. Nothing of no size is sent.
@@ -70,8 +70,8 @@ class Messages:
         if self.axis is None:
             return []
         group = self.axis.group
-        batch = [dist.P2POp(dist.isend, x, group=group, tag=TAG, group_peer=rank) for rank, x in sent if x.numel()]
-        batch += [dist.P2POp(dist.irecv, x, group=group, tag=TAG, group_peer=rank) for rank, x in awaited if x.numel()]
+        batch = [dist.P2POp(dist.isend, x, group=group, tag=TAG, group_peer=rank) for rank, x in sends if x.numel()]
+        batch += [dist.P2POp(dist.irecv, x, group=group, tag=TAG, group_peer=rank) for rank, x in receives if x.numel()]
         return dist.batch_isend_irecv(batch) if batch else []
 
 
@@ -135,18 +135,18 @@ class Rows:
         """
         if self.alone or count == 0:
             return Borders()
-        sent, awaited = [], []
+        sends, receives = [], []
         for side, part in (("above", self.part - 1), ("below", self.part + 1)):
             if 0 <= part < len(self.lengths):
                 size = (*x.shape[:-2], count, x.shape[-1])
                 mine = self.messages.buffers.take(f"to {side}", size, x)
                 mine.copy_(x[..., :count, :] if side == "above" else x[..., x.shape[-2] - count :, :])
-                sent.append((self.ranks[part], mine))
-                awaited.append((self.ranks[part], self.messages.buffers.take(f"from {side}", size, x)))
-        works = self.messages.post(sent, awaited)
-        arriving = [box for _, box in awaited]
-        above = arriving.pop(0) if self.part > 0 else None
-        return Borders(above, arriving.pop(0) if arriving else None, tuple(works))
+                sends.append((self.ranks[part], mine))
+                receives.append((self.ranks[part], self.messages.buffers.take(f"from {side}", size, x)))
+        works = self.messages.post(sends, receives)
+        boxes = [box for _, box in receives]
+        above = boxes.pop(0) if self.part > 0 else None
+        return Borders(above, boxes.pop(0) if boxes else None, tuple(works))
 
     @_disable_dynamo  # compiled parts leave the exchanges as they are
     def everyone(self, x: Tensor, dim: int) -> list[Tensor]:

@@ -26,11 +26,14 @@ from common.video.previews import View
 
 @dataclass(frozen=True)
 class State:
-    """step: how many are done. shards: this rank's tokens (1, n, ...). whole: the same on every rank, on the CPU."""
+    """What a sampling has come to after some steps."""
 
     step: int
+    """How many steps are done."""
     shards: Mapping[str, Tensor]
+    """This rank's tokens (1, n, ...)."""
     whole: Mapping[str, Tensor] = field(default_factory=dict)
+    """The same on every rank, on the CPU."""
 
 
 Deliver = Callable[[int, int, Mapping[str, Tensor], Mapping[str, Tensor], View | None], None]
@@ -55,7 +58,7 @@ class StateKeeper:
     ) -> None:
         self._load, self._deliver, self._gather, self._due = load, deliver, gather, due
         self._worker = ThreadPoolExecutor(1) if deliver is not None else None
-        self._under_way: Future[None] | None = None
+        self._delivery: Future[None] | None = None
 
     def begin(
         self,
@@ -80,8 +83,8 @@ class StateKeeper:
         if any(tensor.shape[1] != sum(lengths) for tensor in state.shards.values()):
             raise ValueError("the kept state is of another size")
         (like, *_) = shards.values()
-        cut = {name: sp.shard(tensor.to(like.device)) for name, tensor in state.shards.items()}
-        return State(state.step, cut, state.whole)
+        tokens = {name: sp.shard(tensor.to(like.device)) for name, tensor in state.shards.items()}
+        return State(state.step, tokens, state.whole)
 
     def keep(self, step: int, shards: Mapping[str, Tensor], whole: Mapping[str, Tensor] | None = None) -> None:
         """The state after `step` steps; its tensors must not be written into afterwards. Collective with `gather`."""
@@ -93,8 +96,8 @@ class StateKeeper:
 
     def wait(self) -> None:
         """Until what was kept last is delivered."""
-        if self._under_way is not None:
-            self._under_way.result()
+        if self._delivery is not None:
+            self._delivery.result()
 
     def _hand_over(self, step: int, shards: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
         if self._worker is None:
@@ -103,7 +106,7 @@ class StateKeeper:
         ready = [torch.cuda.Event() for tensor in shards.values() if tensor.is_cuda][:1]
         for event in ready:
             event.record()
-        self._under_way = self._worker.submit(self._deliver_copy, step, shards, whole, ready)
+        self._delivery = self._worker.submit(self._deliver_copy, step, shards, whole, ready)
 
     def _deliver_copy(
         self, step: int, shards: Mapping[str, Tensor], whole: Mapping[str, Tensor], ready: list[torch.cuda.Event]

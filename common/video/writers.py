@@ -175,9 +175,9 @@ class ArrayFile(FrameWriter):
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """Of a uint8 array, version 1.0 of numpy's format, padded to NPY_HEADER_BYTES."""
-    described = io.BytesIO()
-    np.lib.format.write_array_header_1_0(described, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    text = described.getvalue()[10:].rstrip()
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    text = buffer.getvalue()[10:].rstrip()
     return (
         np.lib.format.magic(1, 0)
         + (NPY_HEADER_BYTES - 10).to_bytes(2, "little")

@@ -133,11 +133,11 @@ class Stream:
         for i, block in enumerate(blocks):
             together = self.interleaver.reach(i)
             self._arrive(i)
-            following = i + 1 if i + 1 < count else 0
+            next_index = i + 1 if i + 1 < count else 0
             # With an odd number the last block and the first share a buffer, so the first has to wait.
-            free = together and following % len(self.buffers) != i % len(self.buffers)
-            if free and (following or self.wrap_around):
-                self._request(following)
+            free = together and next_index % len(self.buffers) != i % len(self.buffers)
+            if free and (next_index or self.wrap_around):
+                self._request(next_index)
             yield block
 
     def _request(self, index: int) -> None:
@@ -251,10 +251,10 @@ class FromFile:
         # Entered and left here for its wait on the work so far; the thread has a current stream of its own.
         with self.copies.begin():
             pass
-        reading = self.reader.submit(self._read, index, out)
+        future = self.reader.submit(self._read, index, out)
 
         def wait() -> None:
-            reading.result()
+            future.result()
             self.copies.wait()()
 
         return wait

@@ -47,10 +47,7 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: where its bytes lie, not the bytes.
-
-    make: what gives a tensor that is no plain run of bytes; `offset` says nothing then.
-    """
+    """One tensor in a file: where its bytes lie, not the bytes."""
 
     name: str
     file: Path
@@ -59,6 +56,7 @@ class Stored:
     offset: int
     nbytes: int
     make: Callable[[], Tensor] | None = field(default=None, compare=False)
+    """What gives a tensor that is no plain run of bytes; `offset` says nothing then."""
 
 
 class Checkpoint(Mapping[str, Stored]):
@@ -88,8 +86,8 @@ class Checkpoint(Mapping[str, Stored]):
 
     def select(self, prefix: str, strip: bool = False) -> Checkpoint:
         """The tensors whose name starts with `prefix`, with the prefix removed if `strip`."""
-        cut = len(prefix) if strip else 0
-        part = {name[cut:]: entry for name, entry in self._entries.items() if name.startswith(prefix)}
+        start = len(prefix) if strip else 0
+        part = {name[start:]: entry for name, entry in self._entries.items() if name.startswith(prefix)}
         return Checkpoint(part, self.label, self.metadata)
 
     def tensor(self, name: str) -> Tensor:
@@ -129,11 +127,11 @@ def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
     if not paths:
         raise CheckpointError("no checkpoint files were given")
     label = str(paths[0]) if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
-    placed: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     if len(paths) == 1 and paths[0].name.endswith(".json"):
         index = paths[0]
-        placed = read_index(index)
-        paths = [index.parent / shard for shard in dict.fromkeys(placed.values())]
+        weight_map = read_index(index)
+        paths = [index.parent / shard for shard in dict.fromkeys(weight_map.values())]
         for path in paths:
             if not path.is_file():
                 raise CheckpointError(f"{index}: shard {quoted(path.name)} is missing from {index.parent}")
@@ -145,7 +143,7 @@ def open_checkpoint(files: str | Path | Iterable[str | Path]) -> Checkpoint:
             raise CheckpointError(f"{path}: tensor {quoted(name)} is also in {entries[name].file}")
         entries |= table
         metadata |= strings
-    for name, shard in placed.items():
+    for name, shard in weight_map.items():
         if name not in entries:
             at = paths[0].parent / shard
             raise CheckpointError(f"{at}: tensor {quoted(name)} is missing, but {label} says it is there")
@@ -215,10 +213,10 @@ def find_files(folder: str | Path, stem: str, dtype: torch.dtype | None = None) 
     Raises CheckpointError that lists what was looked for.
     """
     folder = Path(folder)
-    wanted = "bf16" if dtype == torch.bfloat16 else "fp16" if dtype == torch.float16 else ""
-    for variant in sorted(_VARIANTS, key=lambda variant: variant != wanted):
-        dotted = f".{variant}" if variant else ""
-        for name in (f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors"):
+    preference = "bf16" if dtype == torch.bfloat16 else "fp16" if dtype == torch.float16 else ""
+    for variant in sorted(_VARIANTS, key=lambda variant: variant != preference):
+        suffix = f".{variant}" if variant else ""
+        for name in (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors"):
             if (folder / name).is_file():
                 return folder / name
     raise CheckpointError(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json")

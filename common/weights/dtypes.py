@@ -27,12 +27,15 @@ def latent_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype: of transformer and decoder. float8: its blocks' matmul weights. text, text_float8: the encoder's."""
+    """What the weights of a generation are held in."""
 
     dtype: torch.dtype = torch.bfloat16
+    """The dtype of transformer and decoder."""
     float8: bool = False
+    """The matmul weights of the transformer's blocks are in eight bits."""
     text: torch.dtype = torch.bfloat16
     text_float8: bool = False
+    """`text`, `text_float8`: the same of the text encoder."""
 
     @classmethod
     def of(cls, runtime: Runtime, own: str = "bf16") -> Precision:
@@ -41,7 +44,7 @@ class Precision:
         The text encoder follows the transformer. Where weights lie in eight bits the rest is in bf16; the encoder's
         rest is in the transformer's dtype.
         """
-        given = own if runtime.dtype is None else runtime.dtype
-        dtype = parse_dtype("bf16" if given == "fp8" else given)
+        name = own if runtime.dtype is None else runtime.dtype
+        dtype = parse_dtype("bf16" if name == "fp8" else name)
         text = dtype if runtime.text_dtype in (None, "fp8") else parse_dtype(runtime.text_dtype)
-        return cls(dtype, given == "fp8", text, runtime.text_dtype == "fp8")
+        return cls(dtype, name == "fp8", text, runtime.text_dtype == "fp8")

@@ -92,8 +92,8 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> Entry:
     if not is_possible(shape, begin, end):
         raise CheckpointError(f"{path}: not a safetensors file (impossible shape or place of {at})")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        said = quoted(dtype) if isinstance(dtype, str) else shown(dtype)
-        raise CheckpointError(f"{path}: {at} has the unknown dtype {said}")
+        text = quoted(dtype) if isinstance(dtype, str) else shown(dtype)
+        raise CheckpointError(f"{path}: {at} has the unknown dtype {text}")
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise CheckpointError(f"{path}: {at} takes {end - begin} bytes, its shape and dtype say {nbytes}")

@@ -207,8 +207,8 @@ class WeightReader:
         names, slot = self.known[name]
         if slot.dtype == FLOAT8 or _is_scale(name):
             return slot.dtype
-        stored = self.checkpoint[self.plan[names][0].name].dtype
-        dtype = (self.dtype or stored) if slot.is_floating_point() else stored
+        file_dtype = self.checkpoint[self.plan[names][0].name].dtype
+        dtype = (self.dtype or file_dtype) if slot.is_floating_point() else file_dtype
         return torch.promote_types(dtype, torch.float32) if self.keep_fp32.intersection(names) else dtype
 
     def load(self, prefix: str = "", without: str | None = None, progress: Progress | None = None) -> None:
@@ -219,12 +219,12 @@ class WeightReader:
             if without is not None and names[0].startswith(without):
                 continue
             pieces, dtype = self.plan[names], self.dtype_of(names[0])
-            stored = self.checkpoint[pieces[0].name].dtype
-            if self.device.type == "cpu" and dtype == stored and len(pieces) == 1:
+            file_dtype = self.checkpoint[pieces[0].name].dtype
+            if self.device.type == "cpu" and dtype == file_dtype and len(pieces) == 1:
                 tensors = {names[0]: self.checkpoint.tensor(pieces[0].name)}
             else:
                 tensors = {names[0]: torch.empty(slot.shape, dtype=dtype, device=self.device)}
-                if dtype == FLOAT8 and stored != FLOAT8:
+                if dtype == FLOAT8 and file_dtype != FLOAT8:
                     scale = names[0].removesuffix("weight") + SCALE
                     tensors[scale] = torch.empty(slot.shape[0], 1, device=self.device)
                 self.read(names, tensors)
@@ -243,11 +243,11 @@ class WeightReader:
         """Read one tensor into `tensors[names[0]]`, and where it is rounded to float8 its scale beside it."""
         out, pieces = tensors[names[0]], self.plan[names]
         parts = [(self.checkpoint[piece.name], piece) for piece in pieces]
-        stored = parts[0][0].dtype
-        if out.dtype != FLOAT8 or stored == FLOAT8:
+        file_dtype = parts[0][0].dtype
+        if out.dtype != FLOAT8 or file_dtype == FLOAT8:
             self.reader.read(parts, out)
             return
-        whole = torch.empty(out.shape, dtype=stored, device=self.device)
+        whole = torch.empty(out.shape, dtype=file_dtype, device=self.device)
         self.reader.read(parts, whole)
         fill_float8(whole, out, tensors[names[0].removesuffix("weight") + SCALE])
 
@@ -283,11 +283,11 @@ def _plan(
     slots: list[tuple[tuple[str, ...], Tensor]], checkpoint: Checkpoint, rename: Rename | None, ignore: Sequence[str]
 ) -> dict[tuple[str, ...], tuple[_Piece, ...]]:
     plan: dict[tuple[str, ...], tuple[_Piece, ...]] = {}
-    known: set[str] = set()
+    sources: set[str] = set()
     missing: list[str] = []
     for names, slot in slots:
         options = [_reads(_source(rename, name)) for name in names]
-        known |= {piece.name for pieces in options for piece in pieces}
+        sources |= {piece.name for pieces in options for piece in pieces}
         pieces = next((o for o in options if all(p.name in checkpoint for p in o)), None)
         if pieces is None and _is_scale(names[0]) and not any(p.name in checkpoint for p in options[0]):
             weight = _reads(_source(rename, names[0].removesuffix(SCALE) + "weight"))
@@ -298,7 +298,7 @@ def _plan(
             continue
         plan[names] = pieces
         _check(slot, checkpoint, pieces)
-    extra = [name for name in checkpoint if name not in known and not any(fnmatch.fnmatch(name, p) for p in ignore)]
+    extra = [name for name in checkpoint if name not in sources and not any(fnmatch.fnmatch(name, p) for p in ignore)]
     problems = [_some("missing", missing), _some("unexpected", extra)]
     if missing or extra:
         raise CheckpointError(f"{checkpoint.label}: " + "; ".join(problem for problem in problems if problem))
@@ -317,14 +317,14 @@ def _check(slot: Tensor, checkpoint: Checkpoint, pieces: tuple[_Piece, ...]) -> 
     shape = tuple(slot.shape) if parts == 1 else (slot.shape[0] // parts, *slot.shape[1:])
     dtypes = {checkpoint[piece.name].dtype for piece in pieces}
     for piece in pieces:
-        stored = checkpoint[piece.name]
-        at = f"{stored.file}: tensor {stored.name}"
-        if stored.shape != shape:
-            raise CheckpointError(f"{at} has shape {list(stored.shape)}, expected {list(shape)}")
-        allowed = _allowed(piece.name, slot)
-        if stored.dtype not in allowed:
-            names = ", ".join(DTYPE_NAMES[dtype] for dtype in allowed)
-            raise CheckpointError(f"{at} has dtype {DTYPE_NAMES[stored.dtype]}, expected {names}")
+        entry = checkpoint[piece.name]
+        at = f"{entry.file}: tensor {entry.name}"
+        if entry.shape != shape:
+            raise CheckpointError(f"{at} has shape {list(entry.shape)}, expected {list(shape)}")
+        allowed_dtypes = _allowed(piece.name, slot)
+        if entry.dtype not in allowed_dtypes:
+            names = ", ".join(DTYPE_NAMES[dtype] for dtype in allowed_dtypes)
+            raise CheckpointError(f"{at} has dtype {DTYPE_NAMES[entry.dtype]}, expected {names}")
         if len(dtypes) > 1:
             raise CheckpointError(f"{at} and those it is fused with have different dtypes")
 
@@ -366,39 +366,39 @@ class _FileReader:
     def read(self, parts: list[tuple[Stored, _Piece]], out: Tensor) -> None:
         """The parts, one after the other, into contiguous `out`; values are cast to its dtype."""
         flat, at = out.view(-1), 0
-        for stored, piece in parts:
-            count = math.prod(stored.shape) // piece.of
-            if stored.make is not None:
-                flat[at : at + count].view(-1, *stored.shape[1:]).copy_(piece.rows(stored.make()))
+        for entry, piece in parts:
+            count = math.prod(entry.shape) // piece.of
+            if entry.make is not None:
+                flat[at : at + count].view(-1, *entry.shape[1:]).copy_(piece.rows(entry.make()))
                 at += count
                 continue
-            start = stored.offset + piece.part * count * stored.dtype.itemsize
-            self._fill(flat[at : at + count], stored, start)
+            start = entry.offset + piece.part * count * entry.dtype.itemsize
+            self._fill(flat[at : at + count], entry, start)
             at += count
 
-    def _fill(self, out: Tensor, stored: Stored, start: int) -> None:
-        if out.device.type == "cpu" and out.dtype == stored.dtype:
-            self._bytes(stored, start, out.view(torch.uint8))
+    def _fill(self, out: Tensor, entry: Stored, start: int) -> None:
+        if out.device.type == "cpu" and out.dtype == entry.dtype:
+            self._bytes(entry, start, out.view(torch.uint8))
             return
         if self.staging is None:
             pinned = self.device.type == "cuda"
             self.staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=pinned, device="cpu")
-        step = _STAGING_BYTES // stored.dtype.itemsize
+        step = _STAGING_BYTES // entry.dtype.itemsize
         for begin in range(0, out.numel(), step):
             target = out[begin : begin + step]
-            raw = self.staging[: target.numel() * stored.dtype.itemsize]
-            self._bytes(stored, start + begin * stored.dtype.itemsize, raw)
-            target.copy_(raw.view(stored.dtype))
+            raw = self.staging[: target.numel() * entry.dtype.itemsize]
+            self._bytes(entry, start + begin * entry.dtype.itemsize, raw)
+            target.copy_(raw.view(entry.dtype))
 
-    def _bytes(self, stored: Stored, start: int, out: Tensor) -> None:
-        if stored.file not in self.files:
-            self.files[stored.file] = self.open.enter_context(FileIO(stored.file))
-        file, view = self.files[stored.file], out.numpy().data
+    def _bytes(self, entry: Stored, start: int, out: Tensor) -> None:
+        if entry.file not in self.files:
+            self.files[entry.file] = self.open.enter_context(FileIO(entry.file))
+        file, view = self.files[entry.file], out.numpy().data
         file.seek(start)
         while view:
             count = file.readinto(view)
             if not count:
-                raise CheckpointError(f"{stored.file}: truncated file, tensor {stored.name} ends early")
+                raise CheckpointError(f"{entry.file}: truncated file, tensor {entry.name} ends early")
             view = view[count:]
 
 
@@ -426,17 +426,17 @@ def save(
         write_file(path, views, metadata)
         return [path]
     shards: list[list[str]] = [[]]
-    left = shard_bytes
+    room = shard_bytes
     for name, size in sizes.items():
-        if shards[-1] and size > left:
+        if shards[-1] and size > room:
             shards.append([])
-            left = shard_bytes
+            room = shard_bytes
         shards[-1].append(name)
-        left -= size
+        room -= size
     files = [path.with_name(f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards):
         write_file(file, {name: views[name] for name in names}, metadata)
-    placed = {name: file.name for file, names in zip(files, shards) for name in names}
+    weight_map = {name: file.name for file, names in zip(files, shards) for name in names}
     index = path.with_name(f"{path.stem}.safetensors.index.json")
-    index.write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}, indent=1))
+    index.write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=1))
     return [*files, index]

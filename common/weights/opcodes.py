@@ -24,12 +24,12 @@ class UnknownError(Exception):
 class Machine:
     """One pickle's values. Only texts are keys of a table; an attribute that is set is read over.
 
-    named: the callable of a module and a name, or UnknownError; it is called with what the file says. stored: what a
-    reference to something outside of the pickle stands for.
+    find_class: the callable of a module and a name, or UnknownError; it is called with what the file says.
+    persistent_load: what a reference to something outside of the pickle stands for.
     """
 
-    def __init__(self, named: Callable[[str, str], Any], stored: Callable[[Any], Any]) -> None:
-        self._named, self._stored = named, stored
+    def __init__(self, find_class: Callable[[str, str], Any], persistent_load: Callable[[Any], Any]) -> None:
+        self._named, self._stored = find_class, persistent_load
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}

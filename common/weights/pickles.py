@@ -170,11 +170,11 @@ def _entries(path: Path, file: BinaryIO, state: Any, records: dict[str, zipfile.
 
 def _in_one_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor; those of sides of 1, which do not matter, as they are."""
-    wanted, step = [], 1
+    contiguous_strides, step = [], 1
     for side, stride in zip(reversed(shape), reversed(strides), strict=True):
-        wanted.append(stride if side == 1 else step)
+        contiguous_strides.append(stride if side == 1 else step)
         step *= side
-    return tuple(reversed(wanted))
+    return tuple(reversed(contiguous_strides))
 
 
 def _place(file: BinaryIO, record: zipfile.ZipInfo) -> tuple[int, int]:

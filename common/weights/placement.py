@@ -27,16 +27,18 @@ from common.weights.load import Progress, Rename, WeightReader, check, load
 
 @dataclass(frozen=True)
 class Placement:
-    """offload: `none` (every stage's model stays on the device), `stage` (one stage's at a time), `block` (blocks wait
-    in host memory), `disk` (blocks are read from the files in every step). shard: every rank keeps 1/P of each block.
-    float8: matmul weights of the blocks in eight bits.
+    """Where the weights of a transformer lie.
 
     ValueError for a combination that makes no sense.
     """
 
     offload: str = "stage"
+    """`none` (every stage's model stays on the device), `stage` (one stage's at a time), `block` (blocks wait in host
+    memory), `disk` (blocks are read from the files in every step)."""
     shard: bool = False
+    """Every rank keeps 1/P of each block."""
     float8: bool = False
+    """Matmul weights of the blocks are in eight bits."""
 
     def __post_init__(self) -> None:
         if self.offload not in OFFLOADS:
@@ -143,8 +145,8 @@ def _stream(
     """The stream of these blocks; a source in memory is filled first, block by block."""
     buffer_bytes = max(layout.nbytes for layout in layouts)
     if source is None:
-        chosen: Source = FromFile(lambda i, tensors: reader.fill(f"blocks.{i}.", tensors), layouts, device)
-        return Stream(chosen, layouts, device, buffer_bytes, wrap_around=True, interleaver=interleaver)
+        file_source: Source = FromFile(lambda i, tensors: reader.fill(f"blocks.{i}.", tensors), layouts, device)
+        return Stream(file_source, layouts, device, buffer_bytes, wrap_around=True, interleaver=interleaver)
     if isinstance(source, FromShares):
         buffer_bytes = world.size * source.share_bytes(buffer_bytes, world.size)
     memory = torch.zeros(buffer_bytes, dtype=torch.uint8)
@@ -157,21 +159,21 @@ def _stream(
 
 def has_float8(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's matmul weights lie in eight bits in its files."""
-    return any(stored.dtype == torch.float8_e4m3fn for stored in checkpoint.values())
+    return any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.values())
 
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes that the model's weights take on the device: resident ones, shares and the two buffers."""
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for tensor in model.state_dict(keep_vars=True).values():
         storage: torch.UntypedStorage = Tensor.untyped_storage(tensor)
-        seen[storage.data_ptr()] = storage.nbytes()
+        sizes[storage.data_ptr()] = storage.nbytes()
     for module in model.modules():
         if isinstance(module, Blocks) and module.stream is not None and isinstance(module.stream.source, FromShares):
             source = module.stream.source
-            held = [*source.shares, *([] if source.share is None else [source.share])]
-            seen |= {share.untyped_storage().data_ptr(): share.untyped_storage().nbytes() for share in held}
-    return sum(seen.values())
+            shares = [*source.shares, *([] if source.share is None else [source.share])]
+            sizes |= {share.untyped_storage().data_ptr(): share.untyped_storage().nbytes() for share in shares}
+    return sum(sizes.values())
 
 
 def held_bytes(models: Iterable[Any]) -> int:

@@ -32,21 +32,21 @@ def with_row_scales(checkpoint: Checkpoint, keep: Callable[[str], bool] = lambda
     those with a scale for each row, which this project writes, come back as they are. CheckpointError names the file
     and the tensor whose scale is no single number.
     """
-    narrow = {name for name, stored in checkpoint.items() if stored.dtype in _NARROW and name != _MARK}
+    narrow = {name for name, entry in checkpoint.items() if entry.dtype in _NARROW and name != _MARK}
     if not narrow or any(_rows(checkpoint, name) for name in narrow):
         return checkpoint
     tensors: dict[str, Stored] = {}
-    for name, stored in checkpoint.items():
+    for name, entry in checkpoint.items():
         leaf = name.rpartition(".")[2]
         if name == _MARK or leaf in _DROPPED or (leaf in SCALES and _weight(name) in checkpoint):
             continue
-        tensors[name] = stored
+        tensors[name] = entry
         if name in narrow:
             scale = _scale(checkpoint, name)
-            if stored.dtype == FLOAT8 and len(stored.shape) == 2 and keep(name):
-                tensors[_beside(name, SCALE)] = _repeated(_beside(name, SCALE), stored, scale)
+            if entry.dtype == FLOAT8 and len(entry.shape) == 2 and keep(name):
+                tensors[_beside(name, SCALE)] = _repeated(_beside(name, SCALE), entry, scale)
             else:
-                tensors[name] = replace(stored, dtype=torch.float32, make=partial(_widened, checkpoint, name, scale))
+                tensors[name] = replace(entry, dtype=torch.float32, make=partial(_widened, checkpoint, name, scale))
     return Checkpoint(tensors, checkpoint.label, checkpoint.metadata)
 
 
@@ -60,8 +60,8 @@ def _weight(name: str) -> str:
 
 def _rows(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a weight has a scale for each of its rows."""
-    stored = checkpoint.get(_beside(name, SCALE))
-    return stored is not None and stored.shape == (*checkpoint[name].shape[:1], 1)
+    scale = checkpoint.get(_beside(name, SCALE))
+    return scale is not None and scale.shape == (*checkpoint[name].shape[:1], 1)
 
 
 def _scale(checkpoint: Mapping[str, Stored], name: str) -> Stored | None:
@@ -76,10 +76,10 @@ def _scale(checkpoint: Mapping[str, Stored], name: str) -> Stored | None:
     return scale
 
 
-def _number(stored: Stored | None) -> float:
-    if stored is None:
+def _number(scale: Stored | None) -> float:
+    if scale is None:
         return 1.0
-    return float(Checkpoint({stored.name: stored}, str(stored.file), {}).tensor(stored.name).float())
+    return float(Checkpoint({scale.name: scale}, str(scale.file), {}).tensor(scale.name).float())
 
 
 def _repeated(name: str, weight: Stored, scale: Stored | None) -> Stored:

@@ -91,11 +91,11 @@ def plain_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _open_plain(path: str, flags: int) -> int:
-    opened = os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would wait for one
-    mode = os.fstat(opened).st_mode
+    fd = os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would wait for one
+    mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
-        return opened
-    os.close(opened)
+        return fd
+    os.close(fd)
     raise IsADirectoryError if stat.S_ISDIR(mode) else OSError(errno.EINVAL, "not a plain file")
 
 
@@ -111,19 +111,19 @@ def read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not readable JSON ({error})") from None
 
 
-def check_keys(raw: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
-    """CheckpointError naming key and value of what the code behind `known` and `fixed` would get wrong.
+def check_keys(raw: Mapping[str, Any], keys: Collection[str], fixed: Mapping[str, Any], where: str) -> None:
+    """CheckpointError naming key and value of what the code behind `keys` and `fixed` would get wrong.
 
     fixed: the only value that a key may have; a tuple lists several. Keys beginning with `_` are notes of the library
     that wrote the file; an unknown key that is off (null, false) asks for nothing.
     """
     for key, value in raw.items():
         if key in fixed:
-            allowed = fixed[key] if isinstance(fixed[key], tuple) else (fixed[key],)
-            if value not in allowed:
-                supported = " or ".join(repr(one) for one in allowed)
-                raise CheckpointError(f"{where} says {key}={shown(value)}; supported is {supported}")
-        elif key not in known and not key.startswith("_") and value is not None and value is not False:
+            choices = fixed[key] if isinstance(fixed[key], tuple) else (fixed[key],)
+            if value not in choices:
+                text = " or ".join(repr(one) for one in choices)
+                raise CheckpointError(f"{where} says {key}={shown(value)}; supported is {text}")
+        elif key not in keys and not key.startswith("_") and value is not None and value is not False:
             raise CheckpointError(
                 f"{where} says {quoted(key)}={shown(value)}, which is unknown here; this checkpoint needs newer code"
             )
@@ -159,10 +159,12 @@ def build(cls: type[C], keys: Mapping[str, str], raw: Mapping[str, Any], where: 
 
 @dataclass(frozen=True)
 class _Kind:
-    """read: a JSON value as the field's; TypeError or ValueError when it will not do. meant: what will, in words."""
+    """How values of a type are read."""
 
     read: Callable[[Any, Field], Any]
+    """From a JSON value to the field's; TypeError or ValueError when it will not do."""
     meant: Callable[[Field], str]
+    """What will do, in words."""
 
 
 def _limits(one: Field, whole: bool) -> tuple[float, float]:

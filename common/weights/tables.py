@@ -27,11 +27,15 @@ def read_shapes(file: Path) -> Shapes:
 
 def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor, as an index says. CheckpointError for what is none, or leads out of its folder."""
-    placed = read_object(path).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
+    weight_map = read_object(path).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
         raise CheckpointError(f"{path}: not an index of weights (weight_map does not map names to files)")
-    for shard in dict.fromkeys(placed.values()):
+    for shard in dict.fromkeys(weight_map.values()):
         place = PurePosixPath(shard)
         if place.is_absolute() or ".." in place.parts or not place.name or "\0" in shard:
             raise CheckpointError(f"{path} names {quoted(shard)}; an index may name files of its own folder only")
-    return placed
+    return weight_map

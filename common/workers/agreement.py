@@ -62,18 +62,18 @@ class Agreement:
         import torch.distributed as dist
 
         now = self._clock()
-        told = torch.tensor([self._wanted(), (now - self._then) / self._passed], dtype=torch.float64)
+        values = torch.tensor([self._wanted(), (now - self._then) / self._passed], dtype=torch.float64)
         self._then, self._passed = now, 0
-        work = dist.all_reduce(told, dist.ReduceOp.MAX, group=group, async_op=True)
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
-        self._asked = work, told
+        self._asked = work, values
 
     def close(self) -> bool:
         """Wait for what was asked last, and return the answer."""
         if self._asked is None:
             return False
-        (work, told), self._asked = self._asked, None
+        (work, values), self._asked = self._asked, None
         work.wait()
-        wanted, seconds = told.tolist()
+        wanted, seconds = values.tolist()
         self._every = max(1, min(MOST_PLACES, int(ASK_SECONDS / max(seconds, 1e-9))))
         return bool(wanted)

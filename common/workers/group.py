@@ -29,64 +29,69 @@ class GroupError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One video on one group.
-
-    id: of the caller's choice, not given before. request: as `common.run.command_line.parse` makes it, with one video,
-    whose seed is drawn and whose output nobody else writes; with a layout for as many ranks as the group has.
-    state: go on from this file, see `common.run.states.StateFile`; it must be of the same video.
-    keep_state: where the newest state is written every `request.save_every` seconds, and when the job does not finish;
-    removed when it finishes or is cancelled. It may be the same file as `state`. previews: whether there are any; there
-    are none of a checkpoint of which no video was decoded here before.
-    """
+    """One video on one group."""
 
     id: str
+    """Of the caller's choice, not given before."""
     request: Request
+    """As `common.run.command_line.parse` makes it, with one video, whose seed is drawn and whose output nobody else
+    writes; with a layout for as many ranks as the group has."""
     state: Path | None = None
+    """The file to go on from, see `common.run.states.StateFile`; it must be of the same video."""
     keep_state: Path | None = None
+    """Where the newest state is written every `request.save_every` seconds, and when the job does not finish; removed
+    when it finishes or is cancelled. It may be the same file as `state`."""
     previews: bool = False
+    """Whether previews are made; there are none of a checkpoint of which no video was decoded here before."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job is. stage: names as in `common.system.progress`.
-
-    step, steps: how many of the stage's steps, chunks or bytes are done, of how many; 0 of 0 for a stage that does not
-    count. unit: of these. seconds_left: of the whole job by what is known so far; None: nothing is.
-    """
+    """Where a job is."""
 
     job: str
     stage: str
+    """Names as in `common.system.progress`."""
     step: int = 0
     steps: int = 0
+    """`step`, `steps`: how many of the stage's steps, chunks or bytes are done, of how many; 0 of 0 for a stage that
+    does not count."""
     seconds_left: float | None = None
+    """Of the whole job by what is known so far; None: nothing is."""
     unit: str = "step"
+    """Of `step` and `steps`."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """A line for the user, as the command line prints them. warning: it is one."""
+    """A line for the user, as the command line prints them."""
 
     job: str
     text: str
     warning: bool = False
+    """It is a warning."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A small picture of what the video will be. step: how many were done. png: the file's bytes."""
+    """A small picture of what the video will be."""
 
     job: str
     step: int
+    """How many steps were done."""
     png: bytes
+    """The bytes of the file."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The output is whole. seconds: by stage, on rank 0. sidecar: the json beside the output."""
+    """The output is whole."""
 
     job: str
     seconds: Mapping[str, float]
+    """By stage, of rank 0."""
     sidecar: Path
+    """The json beside the output."""
 
 
 @dataclass(frozen=True)
@@ -98,35 +103,35 @@ class Cancelled:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job cannot be made; the ranks are idle. Its newest state is in `keep_state`.
-
-    message: one line. wrong_use: the request asks for what this checkpoint or machine does not have. memory: memory ran
-    out. disk: no space was left on a disk, where there may be some later. at: (steps done, steps) of the sampling,
-    where it had begun.
-    """
+    """The job cannot be made; the ranks are idle. Its newest state is in `keep_state`."""
 
     job: str
     message: str
+    """One line."""
     wrong_use: bool = False
+    """The request asks for what this checkpoint or machine does not have."""
     memory: bool = False
+    """Memory ran out."""
     disk: bool = False
+    """No space was left on a disk, where there may be some later."""
     at: tuple[int, int] | None = None
+    """(steps done, steps) of the sampling, where that had begun."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The group's ranks are gone, and it with them: `start` makes new ones. The job can go on from its `keep_state`.
-
-    job: the one that was running. message: one line. at: (steps done, steps) of the newest state, where there is one.
-    device: the one of `WorkerGroup.devices` whose rank was the cause, where that is known. asked: it was `stop` that
-    ended them.
-    """
+    """The group's ranks are gone, and it with them: `start` makes new ones. The job can go on from its `keep_state`."""
 
     job: str | None
+    """The job that was running."""
     message: str
+    """One line."""
     at: tuple[int, int] | None = None
+    """(steps done, steps) of the newest state, where there is one."""
     device: int | None = None
+    """That of `WorkerGroup.devices` whose rank was the cause, where that is known."""
     asked: bool = False
+    """It was `stop` that ended them."""
 
 
 Event: TypeAlias = "Progress | Note | Preview | Finished | Cancelled | Failed | Lost"
@@ -138,26 +143,28 @@ State: TypeAlias = Literal["starting", "idle", "busy", "lost", "stopped"]
 
 @dataclass(frozen=True)
 class RankHealth:
-    """One rank. memory: bytes, of its device as PyTorch counts them, on a CPU resident memory of the process.
-
-    device: a GPU's number, or on a CPU the place of the rank. models: what it keeps loaded. pid: 0 where there is none.
-    """
+    """One rank."""
 
     pid: int
+    """0 where there is none."""
     device: int
+    """A GPU's number, or on a CPU the place of the rank."""
     memory: int = 0
+    """Bytes, of its device as PyTorch counts them, on a CPU resident memory of the process."""
     models: tuple[str, ...] = ()
+    """What it keeps loaded."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """A group at one moment. job: the one that is running. loadings: models that its ranks have loaded since they
-    started, on rank 0."""
+    """A group at one moment."""
 
     state: State
     ranks: tuple[RankHealth, ...] = ()
     job: str | None = None
+    """The job that is running."""
     loadings: int = 0
+    """Models that rank 0 has loaded since it started."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What an implementation has to tell beside."""
 

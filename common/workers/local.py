@@ -47,25 +47,26 @@ class LocalGroup(Watched):
     @contextmanager
     def _new_ranks(self) -> Iterator[Ranks]:
         open_standard_streams()
-        with ExitStack() as held:
-            life, _ = held.enter_context(pipe())
-            woken, wake = held.enter_context(pipe())
+        with ExitStack() as stack:
+            life, _ = stack.enter_context(pipe())
+            woken, wake = stack.enter_context(pipe())
             os.set_blocking(woken, False)
             slots = []
             for _ in self.devices:
                 slots.append(Slots.create())
-                held.callback(slots[-1].close)
+                stack.callback(slots[-1].close)
             yield _Processes(self, slots, life, woken, wake)
 
 
 @dataclass
 class _Rank:
-    """A rank's process. outgoing: what its pipe has not taken yet."""
+    """A rank's process."""
 
     seat: Seat
     child: Child
     orders: int
     outgoing: bytearray = field(default_factory=bytearray)
+    """What its pipe has not taken yet."""
 
     def flush(self) -> None:
         with suppress(BlockingIOError, BrokenPipeError):
@@ -88,9 +89,9 @@ class _Processes(Ranks):
     def start(self) -> None:
         group = self.group
         common = _environment(group) | {LIFE: str(self._life)}
-        inherited = (self._life, *(descriptor for one in self.slots for descriptor in one.descriptors))
+        descriptors = (self._life, *(descriptor for one in self.slots for descriptor in one.descriptors))
         for rank in range(len(group.devices)):
-            self._all.append(_started(rank, common, inherited, group.debug))
+            self._all.append(_started(rank, common, descriptors, group.debug))
             self.seats.append(self._all[-1].seat)
             self._selector.register(self._all[-1].child.report, selectors.EVENT_READ, self._all[-1])
         self.send(Hello(tuple(sys.path[1:]), group.on_cpu, group.timeout))
@@ -115,17 +116,17 @@ class _Processes(Ranks):
         os.write(self._wake, b".")
 
     def ended(self) -> dict[int, Failure | None]:
-        gone = [(rank, code) for rank in self._all if (code := rank.child.process.poll()) is not None]
-        for rank, _ in gone:
+        exits = [(rank, code) for rank in self._all if (code := rank.child.process.poll()) is not None]
+        for rank, _ in exits:
             self._listen(rank)  # its last words
-        return {rank.seat.rank: rank.child.ending(code) if code else None for rank, code in gone}
+        return {rank.seat.rank: rank.child.ending(code) if code else None for rank, code in exits}
 
     def end(self) -> str:
-        left = end_all([rank.child for rank in self._all])
+        survivors = end_all([rank.child for rank in self._all])
         self._selector.close()
         for rank in self._all:
             os.close(rank.orders)
-        return left
+        return survivors
 
     def memory(self, seat: Seat) -> int:
         """Resident memory of the process; 0 where the system does not say."""
@@ -138,12 +139,12 @@ class _Processes(Ranks):
         return read(rank.child, take)
 
 
-def _started(rank: int, common: dict[str, str], inherited: Sequence[int], debug: bool) -> _Rank:
+def _started(rank: int, common: dict[str, str], descriptors: Sequence[int], debug: bool) -> _Rank:
     orders, write = os.pipe()
     os.set_blocking(write, False)
     command = [sys.executable, str(CHILD), str(orders), *(["--debug"] if debug else [])]
     try:
-        child = start_rank(command, rank, common, None if debug else scratch(), (orders, *inherited))
+        child = start_rank(command, rank, common, None if debug else scratch(), (orders, *descriptors))
     except BaseException:
         os.close(write)
         raise

@@ -13,21 +13,21 @@ from common.workers.replicas import Replicas
 
 @dataclass(frozen=True)
 class Groups:
-    """`replicas` groups of `ranks` each.
-
-    ray: the address of a cluster, `auto` for the one that the environment names; None: this machine. keep_loaded:
-    models stay between jobs where memory allows. timeout: seconds after which ranks that say nothing are ended. debug:
-    what ranks of this machine write on stderr goes to the screen. makers: of forks that are not registered.
-    """
+    """`replicas` groups of `ranks` each."""
 
     ranks: int
     replicas: int
     on_cpu: bool
     ray: str | None
+    """The address of a cluster, `auto` for the one that the environment names; None: this machine."""
     keep_loaded: bool
+    """Models stay between jobs where memory allows."""
     timeout: float
+    """Seconds after which ranks that say nothing are ended."""
     debug: bool = False
+    """What ranks of this machine write on stderr goes to the screen."""
     makers: tuple[Maker, ...] = ()
+    """Of forks that are not registered."""
 
     def check(self) -> None:
         """Whether they can be there at all, as far as that is known at once. GroupError says what to do."""

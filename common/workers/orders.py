@@ -23,29 +23,33 @@ _LENGTH = struct.Struct("<q")
 
 @dataclass(frozen=True)
 class Hello:
-    """path: `sys.path`, so that modules of what follows are found. timeout: seconds until the ranks have met."""
+    """What a rank is told first."""
 
     path: tuple[str, ...]
+    """`sys.path`, so that modules of what follows are found."""
     on_cpu: bool
     timeout: float
+    """Seconds until the ranks have met."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """One job for one rank.
-
-    number: of the order, the same on all ranks. fresh: the groups of processes are made anew, whatever the layout.
-    package: of the fork; module, name: of its `generate`. request: pickled. keep: models stay where memory allows.
-    """
+    """One job for one rank."""
 
     job: str
     number: int
+    """The number of the order, the same on all ranks."""
     fresh: bool
+    """The groups of processes are made anew, whatever the layout."""
     package: str
+    """The package of the fork."""
     module: str
     name: str
+    """`module`, `name`: of the fork's `generate`."""
     request: bytes
+    """The request, pickled."""
     keep: bool
+    """Models stay where memory allows."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,12 @@ class Maker:
 
 def maker_of(program: str, others: tuple[Maker, ...] = ()) -> Maker:
     """The maker of a program's videos: one of `others`, else of a registered fork. ValueError for an unknown one."""
-    known = (*others, *map(Maker, forks()))
-    found = next((maker for maker in known if maker.fork.program == program), None)
-    if found is None:
-        programs = ", ".join(dict.fromkeys(maker.fork.program for maker in known))
+    makers = (*others, *map(Maker, forks()))
+    maker = next((one for one in makers if one.fork.program == program), None)
+    if maker is None:
+        programs = ", ".join(dict.fromkeys(one.fork.program for one in makers))
         raise ValueError(f"no fork here is {program!r}; there are {programs}")
-    return found
+    return maker
 
 
 def framed(message: Message) -> bytes:

@@ -33,14 +33,14 @@ class Durations:
         """Loading is left out: the next job finds the models loaded."""
         if len(self._known) >= MOST_KINDS:
             self._known.clear()
-        self._known[kind] = {name: took for name, took in seconds.items() if not name.startswith("loading")}
+        self._known[kind] = {name: duration for name, duration in seconds.items() if not name.startswith("loading")}
 
 
 class Pace:
-    """Seconds left of one job. known: of the stages of a job like it, in their order."""
+    """Seconds left of one job. durations: of the stages of a job like it, in their order."""
 
-    def __init__(self, known: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
-        self._known, self._clock = known, clock
+    def __init__(self, durations: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self._known, self._clock = durations, clock
         self._stage: tuple[str, str] | None = None
         self._began = 0.0
         self._from = 0

@@ -38,11 +38,11 @@ def colours_file(request: Request, fork: Fork) -> Path:
     if name is not None and name == next(iter(fork.demos), None):
         spec = importlib.util.find_spec(fork.package)
         if spec is not None and spec.origin is not None:
-            shipped = Path(spec.origin).parent / "demo_data" / "previews" / "colours.safetensors"
-            if shipped.is_file():
-                return shipped
-    known = json.dumps([request.program, name, request.source.model_dir and weights_of(request.source.model_dir)])
-    return cache_home() / "previews" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.safetensors"
+            path = Path(spec.origin).parent / "demo_data" / "previews" / "colours.safetensors"
+            if path.is_file():
+                return path
+    key = json.dumps([request.program, name, request.source.model_dir and weights_of(request.source.model_dir)])
+    return cache_home() / "previews" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
 class Previews:
@@ -91,28 +91,28 @@ class Previews:
         if frame is not None:
             self._show(state[0].step, self._colours.png(frame))
             self._shown = state[0]
-        took = time.thread_time() - before
-        self._not_before = time.monotonic() + max(PAUSE_SECONDS, took / SHARE)
+        duration = time.thread_time() - before
+        self._not_before = time.monotonic() + max(PAUSE_SECONDS, duration / SHARE)
 
 
 def frame_of(ranks: Sequence[Slots], at: At, steps: int) -> np.ndarray | None:
     """An estimate of the middle frame's latents (h, w, C) by the state `at` of `steps`; None where none can be made."""
     parts = [_Part.open(one, at) for one in ranks]
-    opened = [part for part in parts if part is not None]
-    if len(opened) < len(ranks) or (view := opened[0].view) is None:
+    held_parts = [part for part in parts if part is not None]
+    if len(held_parts) < len(ranks) or (view := held_parts[0].view) is None:
         return None
-    clean = [name for name in view.clean if SHARDED + name in opened[0].tensors]
-    found: np.ndarray | None
+    clean = [name for name in view.clean if SHARDED + name in held_parts[0].tensors]
+    tokens: np.ndarray | None
     if at.step == steps or clean:
-        found = _middle(opened, view, "z" if at.step == steps else clean[0])
+        tokens = _middle(held_parts, view, "z" if at.step == steps else clean[0])
     else:
         earlier = [_Part.open(one, At(at.video, at.step - 1)) for one in ranks]
         before = _middle([part for part in earlier if part is not None and part.tensors], view, "z")
-        after = _middle(opened, view, "z")
+        after = _middle(held_parts, view, "z")
         if before is None or after is None or before.shape != after.shape or not view.levels:
             return None
-        found = view.estimated(before, after, at.step)
-    return None if found is None else view.middle_frame(found)
+        tokens = view.estimated(before, after, at.step)
+    return None if tokens is None else view.middle_frame(tokens)
 
 
 class _Part:
@@ -149,14 +149,14 @@ class _Part:
 
 def _middle(parts: Sequence[_Part], view: View, name: str) -> np.ndarray | None:
     """The tokens (n, W) of all ranks that have the middle frame; None where not all are held."""
-    wanted, begin, found = view.middle, 0, []
+    middle, begin, pieces = view.middle, 0, []
     for part in parts:
         end = begin + part.count(name)
-        first, last = max(wanted.start, begin), min(wanted.stop, end)
+        first, last = max(middle.start, begin), min(middle.stop, end)
         if first < last:
             tokens = part.tokens(name, first - begin, last - begin)
             if tokens is None:
                 return None
-            found.append(tokens)
+            pieces.append(tokens)
         begin = end
-    return np.concatenate(found) if sum(map(len, found)) == wanted.stop - wanted.start else None
+    return np.concatenate(pieces) if sum(map(len, pieces)) == middle.stop - middle.start else None

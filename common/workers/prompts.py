@@ -60,8 +60,8 @@ def run(maker: Maker, request: Request, arguments: Sequence[str]) -> int:
         queue.save()
         replicas.start()
         replicas.finish()
-    except Stopped as stopped:
-        status = stopped.status
+    except Stopped as stop:
+        status = stop.status
     except (GroupError, WriteError) as error:
         say(f"error: {shown(str(error))}")
         status = 1
@@ -92,12 +92,12 @@ class _Queue:
         alone = replace(self.request, videos=(video,), output=video.output, replicas=1, ray_address=None)
         request = replace(alone, remarks=(), unfinished=None, slots=())
         job = with_state(Job(str(index), request, None, state_path(video.output, video.folder)))
-        begun = self.request.unfinished
-        if job.state is None and begun is not None and begun.video == index and begun.step:
+        unfinished = self.request.unfinished
+        if job.state is None and unfinished is not None and unfinished.video == index and unfinished.step:
             # One group made it when the command was interrupted, and the state is in the command's own file.
             file = StateFile(_path(job), known_of(replace(request, digest=digest(request))))
             with suppress(OSError):  # without room for it the video begins anew
-                file.write(Record(At(0, begun.step), begun.steps, (begun.path.read_bytes(),)))
+                file.write(Record(At(0, unfinished.step), unfinished.steps, (unfinished.path.read_bytes(),)))
                 job = with_state(job)
         return job
 
@@ -129,10 +129,10 @@ class _Queue:
         if not self._left:
             return
         first = min(self._left)
-        done = frozenset(range(first, len(self.request.videos))) - self._left
+        whole = frozenset(range(first, len(self.request.videos))) - self._left
         record = Record(At(first, 0), self.request.videos[first].sampling.num_steps, ())
-        known = {**self._file.known, "done": ",".join(map(str, sorted(done)))}
-        replace(self._file, known=known).write(record)
+        metadata = {**self._file.known, "done": ",".join(map(str, sorted(whole)))}
+        replace(self._file, known=metadata).write(record)
 
     @property
     def _file(self) -> StateFile:
@@ -144,14 +144,14 @@ class _Queue:
         if not self._left:
             remove_states(self.request, self._file)
             return status
-        made = count - len(self._left)
-        left = [self.request.videos[index] for index in self._left]
-        began = made or any(state_path(video.output, video.folder).exists() for video in left)
-        if not began:
+        num_done = count - len(self._left)
+        rest = [self.request.videos[index] for index in self._left]
+        resumable = num_done or any(state_path(video.output, video.folder).exists() for video in rest)
+        if not resumable:
             remove_states(self.request, self._file)
-        said = f"{made} of {count} videos are made"
-        kept = f": the same command goes on, or --resume {shown(self._file.path)}" if began else ""
-        say(f"{'interrupted' if status > 2 else 'error'}: {said}{kept}")
+        summary = f"{num_done} of {count} videos are made"
+        hint = f": the same command goes on, or --resume {shown(self._file.path)}" if resumable else ""
+        say(f"{'interrupted' if status > 2 else 'error'}: {summary}{hint}")
         return status or 1
 
 

@@ -69,23 +69,23 @@ class RankActor:
 
     def hear(self, seconds: float) -> tuple[list[dict[str, Any]], list[Part]]:
         """What the rank has said and kept since; waits so long at most for the first of these."""
-        said = self._waiting(seconds)
-        kept = []
+        messages = self._waiting(seconds)
+        parts = []
         for at, steps in sorted(self._slots.held().items()):
             if at not in self._taken and (part := self._slots.read(at)) is not None:
                 self._taken.add(at)
-                kept.append((at, steps, part))
-        return said, kept
+                parts.append((at, steps, part))
+        return messages, parts
 
     def _waiting(self, seconds: float) -> list[dict[str, Any]]:
-        said: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = []
         try:
-            said.append(self._said.get(timeout=seconds))
-            while len(said) < MOST_AT_ONCE:
-                said.append(self._said.get_nowait())
+            messages.append(self._said.get(timeout=seconds))
+            while len(messages) < MOST_AT_ONCE:
+                messages.append(self._said.get_nowait())
         except Empty:
             pass
-        return said
+        return messages
 
     def _tell(self, message: dict[str, Any], surely: bool = False) -> None:
         self._said.put(message)

@@ -36,10 +36,10 @@ _ASK = """
 import json, sys, ray
 try:
     ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
-    said = {"has": ray.cluster_resources()}
+    answer = {"has": ray.cluster_resources()}
 except Exception as error:
-    said = {"error": " ".join(str(error).split()) or type(error).__name__, "none": isinstance(error, ConnectionError)}
-print(json.dumps(said))
+    answer = {"error": " ".join(str(error).split()) or type(error).__name__, "none": isinstance(error, ConnectionError)}
+print(json.dumps(answer))
 """
 
 
@@ -52,15 +52,15 @@ def ray_module() -> Any:
     return ray
 
 
-def address_of(asked: str | None) -> str:
-    """Where the cluster is: as asked; for None or `auto` what RAY_ADDRESS says, else the one on this machine."""
-    return asked if asked not in (None, "auto") else os.environ.get(ADDRESS) or "auto"
+def address_of(address: str | None) -> str:
+    """Where the cluster is: as given; for None or `auto` what RAY_ADDRESS says, else the one on this machine."""
+    return address if address not in (None, "auto") else os.environ.get(ADDRESS) or "auto"
 
 
-def check(asked: str | None, on_cpu: bool, ranks: int) -> None:
+def check(address: str | None, on_cpu: bool, ranks: int) -> None:
     """Whether a cluster is there that has so many CPUs or GPUs, free or not. GroupError says what to do."""
     ray_module()
-    address = address_of(asked)
+    address = address_of(address)
     reachable(address)
     kind = "CPU" if on_cpu else "GPU"
     there = int(_resources(address).get(kind, 0))
@@ -99,16 +99,16 @@ def _resources(address: str) -> dict[str, float]:
     """What the cluster has, by kind."""
     try:
         command = [sys.executable, "-c", _ASK, address]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=ANSWER_SECONDS)
-        said = json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=ANSWER_SECONDS)
+        answer = json.loads(process.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         raise GroupError(f"what is at {address} does not answer as a Ray cluster does; {START}") from None
     except (IndexError, ValueError):
-        raise GroupError(f"{named(address)} cannot be asked: Ray ended with {done.returncode}") from None
-    if "error" in said:
-        why = f"none runs on this machine; {START}" if said["none"] and address == "auto" else said["error"][:300]
+        raise GroupError(f"{named(address)} cannot be asked: Ray ended with {process.returncode}") from None
+    if "error" in answer:
+        why = f"none runs on this machine; {START}" if answer["none"] and address == "auto" else answer["error"][:300]
         raise GroupError(f"no Ray cluster at {address}: {why}")
-    has: dict[str, float] = said["has"]
+    has: dict[str, float] = answer["has"]
     return has
 
 
@@ -157,12 +157,12 @@ def _as_a_guest() -> Iterator[None]:
     logger, libc = logging.getLogger("ray"), ctypes.CDLL(None)
     level = logger.level
     logger.setLevel(logging.ERROR)
-    kept = {number: ctypes.create_string_buffer(SIGACTION_BYTES) for number in SIGNALS}
-    for number, action in kept.items():
+    actions = {number: ctypes.create_string_buffer(SIGACTION_BYTES) for number in SIGNALS}
+    for number, action in actions.items():
         libc.sigaction(int(number), None, action)
     try:
         yield
     finally:
-        for number, action in kept.items():
+        for number, action in actions.items():
             libc.sigaction(int(number), action, None)
         logger.setLevel(level)

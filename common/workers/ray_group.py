@@ -55,11 +55,11 @@ class RayGroup(Watched):
 
     @contextmanager
     def _new_ranks(self) -> Iterator[Ranks]:
-        with ExitStack() as held:
+        with ExitStack() as stack:
             slots = []
             for _ in range(self.wanted):
                 slots.append(Slots.create())
-                held.callback(slots[-1].close)
+                stack.callback(slots[-1].close)
             yield _Actors(self, slots)
 
 
@@ -86,12 +86,12 @@ class _Actors(Ranks):
         self.seats += [Seat(rank, pid) for rank, (_, _, pid) in enumerate(places)]
         hello = Hello(tuple(sys.path[1:]), group.on_cpu, group.timeout)
         machines = Counter(place[0] for place in places)
-        seen: Counter[str] = Counter()
+        local_ranks: Counter[str] = Counter()
         for rank, (actor, (machine, _, _)) in enumerate(zip(self._actors, places)):
             env: dict[str, Any] = {"RANK": rank, "WORLD_SIZE": count}
-            env |= {"LOCAL_RANK": seen[machine], "LOCAL_WORLD_SIZE": machines[machine]}
+            env |= {"LOCAL_RANK": local_ranks[machine], "LOCAL_WORLD_SIZE": machines[machine]}
             env |= {"MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1]}
-            seen[machine] += 1
+            local_ranks[machine] += 1
             actor.begin.remote({name: str(value) for name, value in env.items()}, hello, os.getcwd())
             self._hearing[actor.hear.remote(1.0)] = rank
 
@@ -133,36 +133,36 @@ class _Actors(Ranks):
 
     def _places(self) -> list[tuple[str, int, int]]:
         """Where the actors are, once all have begun. One whose node went before that may never begin."""
-        asked = [actor.place.remote() for actor in self._actors]
+        refs = [actor.place.remote() for actor in self._actors]
         end = time.monotonic() + BEGUN_SECONDS
-        while len(self._ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < len(asked):
+        while len(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0]) < len(refs):
             if time.monotonic() > end:
-                raise GroupError(f"{named(self.group.address)} does not begin {len(asked)} actors")
+                raise GroupError(f"{named(self.group.address)} does not begin {len(refs)} actors")
             self._rest()
-        found: list[tuple[str, int, int]] = self._ray.get(asked)
-        return found
+        places: list[tuple[str, int, int]] = self._ray.get(refs)
+        return places
 
     def send(self, message: Message) -> None:
         for actor in self._actors:
             actor.send.remote(message)
 
     def hear(self, seconds: float) -> None:
-        waiting = list(self._hearing)
-        ready, _ = self._ray.wait(waiting, num_returns=1, timeout=seconds) if waiting else ([], [])
+        refs = list(self._hearing)
+        ready, _ = self._ray.wait(refs, num_returns=1, timeout=seconds) if refs else ([], [])
         # All that are ready now: of a state every rank's part must be there.
-        more = [one for one in waiting if one not in ready]
+        more = [one for one in refs if one not in ready]
         ready += self._ray.wait(more, num_returns=len(more), timeout=0)[0] if more else []
         for one in ready:
             rank = self._hearing.pop(one)
             try:
-                said, kept = self._ray.get(one)
+                messages, parts = self._ray.get(one)
             except self._ray.exceptions.RayError as error:
                 self._lost(rank, error)
                 continue
             self._hearing[self._actors[rank].hear.remote(1.0)] = rank
-            for at, steps, part in kept:
+            for at, steps, part in parts:
                 self.slots[rank].write(at, steps, part)
-            for message in said:
+            for message in messages:
                 self._take(rank, message)
 
     def _take(self, rank: int, message: dict[str, Any]) -> None:

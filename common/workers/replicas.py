@@ -67,11 +67,11 @@ class _Losses:
     count: int = 0
     causes: list[str] = field(default_factory=list)
 
-    def add(self, lost: Lost) -> bool:
+    def add(self, loss: Lost) -> bool:
         """Whether the job may be tried again."""
-        self.count = self.count + 1 if lost.at == self.at and self.causes else 1
-        self.at = lost.at
-        self.causes.append(lost.message)
+        self.count = self.count + 1 if loss.at == self.at and self.causes else 1
+        self.at = loss.at
+        self.causes.append(loss.message)
         return self.count < MOST_LOSSES
 
 
@@ -202,10 +202,10 @@ class _Replica:
                     return
                 self.strikes.clear()
                 continue
-            found = self.of._next()
-            if found is not None:
+            entry = self.of._next()
+            if entry is not None:
                 self.at_work = True
-                self._see_to(*found)
+                self._see_to(*entry)
                 self.at_work = False
             elif not self.of._last:
                 self._look_after()
@@ -255,8 +255,8 @@ class _Replica:
             self.group.submit(replace(job, request=request))
         except (GroupError, ValueError) as error:
             self.job = None
-            lost = [event for event in self.group.events(0) if isinstance(event, Lost)]
-            return replace(lost[0], job=job.id) if lost else Failed(job.id, str(error), wrong_use=True)
+            losses = [event for event in self.group.events(0) if isinstance(event, Lost)]
+            return replace(losses[0], job=job.id) if losses else Failed(job.id, str(error), wrong_use=True)
         if self.of._is_cancelled(job.id):
             self.group.cancel(job.id)
         while True:
@@ -266,9 +266,9 @@ class _Replica:
                     return replace(event, job=job.id)
                 self._tell(event)
 
-    def _note_loss(self, lost: Lost) -> None:
+    def _note_loss(self, loss: Lost) -> None:
         self.usable = False
-        self._strike(lost.device)
+        self._strike(loss.device)
 
     def _strike(self, device: int | None) -> None:
         if device is not None:
@@ -279,15 +279,15 @@ class _Replica:
         for wait in WAIT_SECONDS:
             if self.of._ending.wait(wait):
                 return False
-            left = [device for device in self.devices if self.strikes.get(device, 0) < MOST_STRIKES]
-            if not left:  # none is better than another
+            devices = [device for device in self.devices if self.strikes.get(device, 0) < MOST_STRIKES]
+            if not devices:  # none is better than another
                 self.strikes.clear()
-                left = list(self.devices)
+                devices = list(self.devices)
             try:
                 with self.of._one_start:
-                    if tuple(left) != self.on:
+                    if tuple(devices) != self.on:
                         self.group.stop(0)
-                        self.group, self.on = self._make(left), tuple(left)
+                        self.group, self.on = self._make(devices), tuple(devices)
                     self.group.start()
             except GroupError as error:
                 self._strike(error.device)

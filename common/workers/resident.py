@@ -25,7 +25,7 @@ from common.workers.orders import Hello, Leave, Message, Order
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from common.parallel.mesh import Kept, Mesh
+    from common.parallel.mesh import Mesh, ModelCache
 
 MOST_PLACED = 64
 """Kinds of requests of which it is remembered where their weights went."""
@@ -62,29 +62,29 @@ class Resident:
     def serve(self, orders: Iterable[Message]) -> int:
         """Until an order of None, or the end of the orders; returns the exit status. orders: may block; read by a
         thread of its own, since a job can be told to end while it runs."""
-        waiting: SimpleQueue[Order | None] = SimpleQueue()
-        threading.Thread(target=self._listen, args=(orders, waiting), daemon=True).start()
+        queue: SimpleQueue[Order | None] = SimpleQueue()
+        threading.Thread(target=self._listen, args=(orders, queue), daemon=True).start()
         try:
             self._meet()
         except Exception as error:
             self._failed(error, "starting", 1)
             return 1
         self.tell({"ready": True}, surely=True)
-        while (order := waiting.get()) is not None:
+        while (order := queue.get()) is not None:
             self._run(order)
         return 0
 
-    def _listen(self, orders: Iterable[Message], waiting: SimpleQueue[Order | None]) -> None:
+    def _listen(self, orders: Iterable[Message], queue: SimpleQueue[Order | None]) -> None:
         for message in orders:
             if isinstance(message, Leave):
                 self._left.add(message.job)
             elif isinstance(message, Order):
                 # What this rank was asked to leave has ended everywhere; it may hear so after the others have left.
                 self._left.clear()
-                waiting.put(message)
+                queue.put(message)
             elif message is None:
                 break
-        waiting.put(None)
+        queue.put(None)
 
     def _meet(self) -> None:
         if not self.hello.on_cpu:  # before torch starts its threads and CUDA reads its settings
@@ -102,9 +102,9 @@ class Resident:
             ending = "finished"
             for record in report.records:
                 seconds[record.name] = seconds.get(record.name, 0.0) + record.seconds
-        except Abandoned as left:
+        except Abandoned as error:
             ending = "cancelled"
-            unread = left.unread
+            unread = error.unread
         except Exception as error:
             self._failed(error, report.where, 2 if isinstance(error, WrongUse) else 1)
         # Here nothing holds the frames of what was left any more, and so none of its tensors. No collection of garbage:
@@ -123,24 +123,24 @@ class Resident:
         with as_wrong_use():
             mesh = self._connected(order, request, report)
             report.device = mesh.device
-            agreed = Agreement(self._side, lambda: order.job in self._left)
-            report.pause = partial(_pause, report, agreed)
+            agreement = Agreement(self._side, lambda: order.job in self._left)
+            report.pause = partial(_pause, report, agreement)
             request = self._with_placement(fork, request, order, mesh, report)
         generate(request, mesh, report)
-        agreed.close()
+        agreement.close()
 
     def _connected(self, order: Order, request: Request, report: Report) -> Mesh:
         """This rank's mesh for a request: the one that is there, where it has the same layout. Collective."""
         from torch.distributed import PrefixStore
 
-        from common.parallel.mesh import Kept, distributed, side_group, take_down
+        from common.parallel.mesh import ModelCache, distributed, side_group, take_down
 
         place = _Place(request.layout, str(request.runtime.device), request.timeout)
         if self._mesh is not None and place == self._place and not order.fresh:
             return self._mesh
         if self._mesh is not None:
             before, self._mesh, self._side = self._mesh, None, None
-            self._forget(before.kept)
+            self._forget(before.cache)
             take_down(before, broken=order.fresh)
             del before
         with report.stage("starting", quiet=True):
@@ -148,7 +148,7 @@ class Resident:
             mesh = distributed(request.layout, request.runtime.device, request.timeout, store)
         try_connections(mesh, request, report, lambda error: self._failed(error, report.where, 1))
         self._side = side_group(mesh, request.timeout)
-        self._mesh, self._place = replace(mesh, kept=Kept()), place
+        self._mesh, self._place = replace(mesh, cache=ModelCache()), place
         return self._mesh
 
     def _with_placement(self, fork: Any, request: Request, order: Order, mesh: Mesh, report: Report) -> Request:
@@ -181,16 +181,16 @@ class Resident:
     def _drop(self) -> None:
         """After an error: whatever takes memory goes. The next order makes the groups of processes anew."""
         if self._mesh is not None:
-            self._forget(self._mesh.kept)
+            self._forget(self._mesh.cache)
         self._placed.clear()
 
-    def _forget(self, kept: Kept | None) -> None:
+    def _forget(self, cache: ModelCache | None) -> None:
         from common.parallel.device_memory import release_memory
 
-        if kept is not None:
-            self._loadings += kept.loadings
-            kept.loadings = 0
-            kept.of(None)
+        if cache is not None:
+            self._loadings += cache.loadings
+            cache.loadings = 0
+            cache.of(None)
         release_memory()
 
     def _failed(self, error: BaseException, where: str, status: int) -> None:
@@ -198,14 +198,14 @@ class Resident:
         self.tell({"failure": failure.as_dict()}, surely=True)
 
     def _standing(self) -> dict[str, Any]:
-        kept, on_gpu = self._mesh and self._mesh.kept, self._mesh is not None and self._mesh.device.type == "cuda"
+        cache, on_gpu = self._mesh and self._mesh.cache, self._mesh is not None and self._mesh.device.type == "cuda"
         memory = resident_bytes()
         if on_gpu and self._mesh is not None:
             import torch
 
             memory = torch.cuda.memory_allocated(self._mesh.device)
-        models = sorted(kept.models) if kept else []
-        return {"memory": memory, "models": models, "loadings": self._loadings + (kept.loadings if kept else 0)}
+        models = sorted(cache.models) if cache else []
+        return {"memory": memory, "models": models, "loadings": self._loadings + (cache.loadings if cache else 0)}
 
 
 class _Told(Report):
@@ -228,6 +228,6 @@ class _Told(Report):
             self._line({"note": text, "warning": warning})
 
 
-def _pause(report: _Told, agreed: Agreement) -> None:
+def _pause(report: _Told, agreement: Agreement) -> None:
     report.last_step()
-    agreed.ask(report.standing and report.standing[0])
+    agreement.ask(report.standing and report.standing[0])

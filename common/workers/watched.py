@@ -30,12 +30,13 @@ POLL_SECONDS = 0.1
 
 @dataclass
 class Seat:
-    """One rank as its group sees it. failure: what it has told of this job."""
+    """One rank as its group sees it."""
 
     rank: int
     pid: int = 0
     stage: str = "starting"
     failure: Failure | None = None
+    """What the rank has told of this job."""
     ready: bool = False
     standing: dict[str, Any] = field(default_factory=dict)
 
@@ -85,12 +86,12 @@ class Ranks:
         """Bytes, where the rank has not told."""
         return 0
 
-    def watch(self, asked: deque[Callable[[Ranks], None]]) -> None:
+    def watch(self, calls: deque[Callable[[Ranks], None]]) -> None:
         """Until the ranks are to be ended, or have ended by themselves."""
         while not self._over():
             self.hear(POLL_SECONDS)
-            while asked:
-                asked.popleft()(self)
+            while calls:
+                calls.popleft()(self)
 
     def begin(self, work: Work, order: Order) -> None:
         self.work, self.broken, self._first_failure = work, False, None
@@ -136,9 +137,9 @@ class Ranks:
         """Whether the ranks are to be ended; `reason` and `device` say why."""
         if self._end is not None:
             return time.monotonic() > self._end or len(self.ended()) == len(self.seats)
-        ended = self.ended()
-        if ended:
-            self._find_reason(ended)
+        exits = self.ended()
+        if exits:
+            self._find_reason(exits)
             return True
         return self._stuck()
 
@@ -167,18 +168,18 @@ class Ranks:
         failures = self._failures()
         return bool(failures) and all(failure.secondary for failure in failures)
 
-    def _find_reason(self, ended: dict[int, Failure | None]) -> None:
-        told = self._failures()
-        known = {failure.rank for failure in told}
-        alone = {rank: why for rank, why in ended.items() if rank not in known}
-        failures = told + [why for why in alone.values() if why is not None]
-        silent = [seat for seat in self.seats if seat.rank not in known and seat.rank not in ended]
+    def _find_reason(self, exits: dict[int, Failure | None]) -> None:
+        reports = self._failures()
+        failed_ranks = {failure.rank for failure in reports}
+        alone = {rank: why for rank, why in exits.items() if rank not in failed_ranks}
+        failures = reports + [why for why in alone.values() if why is not None]
+        silent = [seat for seat in self.seats if seat.rank not in failed_ranks and seat.rank not in exits]
         if failures:
             self.reason = verdict(failures, [(seat.rank, seat.stage) for seat in silent])[1]
         else:
-            self.reason = f"rank {min(ended)} ended by itself"
+            self.reason = f"rank {min(exits)} ended by itself"
         working = [seat.rank for seat in silent if self.work is None or seat.rank not in self.work.endings]
-        self._blame(blamed(told, list(alone), working))
+        self._blame(blamed(reports, list(alone), working))
 
     def _blame(self, rank: int | None) -> None:
         self.device = None if rank is None else self.group.devices[rank]
@@ -266,9 +267,9 @@ class Watched:
     def events(self, timeout: float) -> list[Event]:
         with self._changed:
             self._changed.wait_for(lambda: bool(self._events), timeout)
-            found = list(self._events)
+            events = list(self._events)
             self._events.clear()
-        return found
+        return events
 
     def cancel(self, job: str) -> None:
         self._ask(lambda ranks: ranks.leave(job))
@@ -278,11 +279,11 @@ class Watched:
             state, job, ranks = self._state, self._job, self._ranks
         seats = list(ranks.seats) if ranks is not None else []
         loadings = seats[0].standing.get("loadings", 0) if seats else 0
-        found = []
+        statuses = []
         for seat, device in zip(seats, self.devices):
             memory = seat.standing.get("memory", 0) or (ranks.memory(seat) if ranks is not None else 0)
-            found.append(RankHealth(seat.pid, device, memory, tuple(seat.standing.get("models", ()))))
-        return Health(state, tuple(found), job, loadings)
+            statuses.append(RankHealth(seat.pid, device, memory, tuple(seat.standing.get("models", ()))))
+        return Health(state, tuple(statuses), job, loadings)
 
     def stop(self, seconds: float) -> None:
         thread = self._thread

@@ -46,8 +46,8 @@ def prepared(job: Job, ranks: int, on_cpu: bool, slots: Sequence[Slots], fork: F
 
 def known_of(request: Request) -> dict[str, str]:
     """What identifies a job in its state. request: with its digest."""
-    known = {"format": FORMAT, "program": request.program, "digest": request.digest}
-    return known | {"seed": str(request.videos[0].seed), "output": request.output.name}
+    identity = {"format": FORMAT, "program": request.program, "digest": request.digest}
+    return identity | {"seed": str(request.videos[0].seed), "output": request.output.name}
 
 
 def with_state(job: Job) -> Job:
@@ -63,12 +63,12 @@ def with_state(job: Job) -> Job:
 
 def _begun(path: Path, request: Request) -> Unfinished:
     try:
-        kept = metadata(path)
+        header = metadata(path)
     except ValueError as error:
         raise GroupError(str(error)) from None
-    if kept["digest"] != request.digest:
+    if header["digest"] != request.digest:
         raise GroupError(f"{shown(path)} is the state of another video")
-    return Unfinished(path, 0, int(kept["step"]), int(kept["steps"]), int(kept["seed"]))
+    return Unfinished(path, 0, int(header["step"]), int(header["steps"]), int(header["seed"]))
 
 
 class Work:
@@ -93,14 +93,14 @@ class Work:
         self._previews = self._begin_previews()
 
     def _begin_previews(self) -> Previews | None:
-        known = None if self.request.colours is None else read_sums(self.request.colours)
-        if known is None or not self._slots:
+        sums = None if self.request.colours is None else read_sums(self.request.colours)
+        if sums is None or not self._slots:
             return None
 
         def show(step: int, png: bytes) -> None:
             self._emit(Preview(self.job.id, step, png))
 
-        return Previews(self._slots, known.map(), show, lambda text: self.note(text, True))
+        return Previews(self._slots, sums.map(), show, lambda text: self.note(text, True))
 
     def order(self, maker: Maker, fresh: bool, keep: bool) -> Order:
         """For every rank."""
@@ -113,20 +113,20 @@ class Work:
     @property
     def at(self) -> tuple[int, int] | None:
         """(steps done, steps) of the newest state."""
-        found = newest_at(self._slots) if self._slots else None
-        if found is not None:
-            return found[0].step, found[1]
-        begun = self.request.unfinished
-        return None if begun is None else (begun.step, begun.steps)
+        state = newest_at(self._slots) if self._slots else None
+        if state is not None:
+            return state[0].step, state[1]
+        unfinished = self.request.unfinished
+        return None if unfinished is None else (unfinished.step, unfinished.steps)
 
     def heard(self, rank: int, message: Mapping[str, Any]) -> None:
         """Take in what a rank has said."""
         if message.get("at") is not None:
             name, unit, done, total = message["at"]
             self.stage = name
-            left = self._pace.left(name, unit, done, total)
+            seconds_left = self._pace.left(name, unit, done, total)
             if self._pace.is_due(name, unit, done, total):
-                self._emit(Progress(self.job.id, name, done, total, left, unit))
+                self._emit(Progress(self.job.id, name, done, total, seconds_left, unit))
         elif "note" in message:
             self.note(message["note"], message["warning"])
         elif "ended" in message and message["job"] == self.job.id:
@@ -145,7 +145,7 @@ class Work:
             self._emit(Finished(self.job.id, self.seconds[0], self.request.videos[0].sidecar))
             return True
         if kinds == {"cancelled"}:
-            self._close(True, shown=False)
+            self._close(True, preview=False)
             self._tidy(latents=True)
             self._emit(Cancelled(self.job.id))
             return True
@@ -165,10 +165,10 @@ class Work:
         self._tidy()
         self._emit(Lost(self.job.id, message, at, device, asked))
 
-    def _close(self, done: bool, shown: bool = True) -> None:
-        """What is newest goes to the file; or where all is done, the file goes. shown: of that the last preview."""
+    def _close(self, done: bool, preview: bool = True) -> None:
+        """What is newest goes to the file; or where all is done, the file goes. preview: the last one is shown then."""
         if self._previews is not None:
-            self._previews.close(done and shown)
+            self._previews.close(done and preview)
         if self._saver is not None:
             self._saver.close(done)
         if done and self._file is not None:

@@ -9,7 +9,7 @@ from unittest import mock
 from torch import Tensor
 
 import common.parallel.usp
-from common.parallel.exchange import Arriving, exchange
+from common.parallel.exchange import Pending, exchange
 from common.parallel.mesh import Axis, Mesh
 
 
@@ -19,7 +19,7 @@ def told_exchanges(mesh: Mesh, tell: Callable[[str], None]) -> Iterator[None]:
     axes = {"sequence": mesh.sequence, "ring": mesh.ring, "ulysses": mesh.ulysses}
     names = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
 
-    def telling(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Arriving:
+    def telling(send: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Pending:
         assert axis.group is not None
         tell(names[axis.group.group_name])
         arriving = exchange(send, sent, received, axis)

@@ -44,7 +44,7 @@ _PREPOSITIONS = ("on", "over", "across", "against")
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip's attributes. x, y: where the shape's centre is in the middle of the clip, in pixels."""
+    """One clip's attributes."""
 
     shape: str
     colour: str
@@ -54,6 +54,7 @@ class Scene:
     background: str
     x: float
     y: float
+    """`x`, `y`: where the shape's centre is in the middle of the clip, in pixels."""
 
     @property
     def attributes(self) -> tuple[str, ...]:

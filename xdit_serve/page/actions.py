@@ -22,7 +22,7 @@ ACTIVE, SHOWN = 4, 12
 
 @dataclass(frozen=True)
 class Moment:
-    """What one owner sees at one time. signature: changes when what has ended does."""
+    """What one owner sees at one time."""
 
     active: tuple[tuple[str, str], ...]
     """(job, HTML) of those that wait or run, the oldest first."""
@@ -31,6 +31,7 @@ class Moment:
     more: int
     """Active ones for which there is no room."""
     signature: str
+    """Changes when what has ended does."""
 
 
 class Actions:
@@ -42,16 +43,16 @@ class Actions:
     def make(self, owner: str, fields: dict[str, Any], picture: bytes | None) -> None:
         """Queue what the form says. fields: as of the API, empty ones left out."""
         self.service.admitting()
-        given = {name: value for name, value in fields.items() if value not in (None, "")}
-        offer = self.offer(str(given.get("model")))
+        values = {name: value for name, value in fields.items() if value not in (None, "")}
+        offer = self.offer(str(values.get("model")))
         if picture is not None:
-            given["input_reference"] = "data:;base64," + base64.b64encode(picture).decode()
+            values["input_reference"] = "data:;base64," + base64.b64encode(picture).decode()
         admission = self.service.admission
         if offer.kind == "image":
-            given.pop("seconds", None)
-            admission.pictures(owner, given)
+            values.pop("seconds", None)
+            admission.pictures(owner, values)
         else:
-            admission.video(owner, given)
+            admission.video(owner, values)
         self.service.dispatcher.wake()
 
     def delete(self, owner: str, job: str) -> None:
@@ -84,12 +85,12 @@ class Actions:
         jobs.sort(key=lambda job: job.number, reverse=True)
         active = [job for job in reversed(jobs) if not job.ended]
         ended = [job for job in jobs if job.ended][:SHOWN]
-        shown = []
+        entries = []
         for job in active[:ACTIVE]:
             place = store.place(job) if job.status == "queued" else None
-            shown.append((job.id, looks.running(job, board.get(job.id) if place is None else Live(), place)))
+            entries.append((job.id, looks.running(job, board.get(job.id) if place is None else Live(), place)))
         return Moment(
-            tuple(shown),
+            tuple(entries),
             tuple((job.id, looks.ended(job)) for job in ended),
             max(0, len(active) - ACTIVE),
             ",".join(f"{job.id}:{job.status}" for job in ended),

@@ -93,9 +93,9 @@ class Page:
         jobs = [self.note, self.seen, *(part for slot in (*self.active, *self.ended) for part in slot.parts)]
         for event in (self.button.click, form["prompt"].submit):
             event(self.make, [self.picture, *form.values()], [self.problem, *jobs], **PRIVATE)
-        chosen = [self.about, self.picture, *(form[name] for name in BY_MODEL)]
+        outputs = [self.about, self.picture, *(form[name] for name in BY_MODEL)]
         for event in (model.input, blocks.load):
-            event(self.choose, [model, form["prompt"]], chosen, **PRIVATE)
+            event(self.choose, [model, form["prompt"]], outputs, **PRIVATE)
         for slot in (*self.active, *self.ended):
             slot.buttons[-1].click(self.delete, [slot.job], jobs, **PRIVATE)
         for slot in self.ended:
@@ -104,10 +104,10 @@ class Page:
         blocks.load(self.refresh, None, jobs, **PRIVATE)
 
     def owner(self, request: gr.Request) -> str:
-        found = self.sessions.owner({b"cookie": request.headers.get("cookie", "").encode("latin-1")})
-        if found is None:
+        owner = self.sessions.owner({b"cookie": request.headers.get("cookie", "").encode("latin-1")})
+        if owner is None:
             raise gr.Error("open the page again: this server wants one of its keys")
-        return found
+        return owner
 
     def make(
         self,
@@ -133,18 +133,18 @@ class Page:
     def refresh(self, request: gr.Request) -> list[Any]:
         return self.look(None, request)
 
-    def look(self, seen: str | None, request: gr.Request) -> list[Any]:
-        """What has changed. seen: the signature of what the browser shows of the ended ones, which may be playing."""
+    def look(self, signature: str | None, request: gr.Request) -> list[Any]:
+        """What has changed. signature: of what the browser shows of the ended ones, which may be playing."""
         try:
             now = self.actions.moment(self.owner(request))
         except StoreError as error:
             return [f"The server cannot look: {error}", *[gr.skip()] * (1 + 3 * (ACTIVE + SHOWN))]
         note = "" if now.active else "Nothing is being made."
         note = f"{now.more} more wait behind these." if now.more else note
-        found = [note, now.signature, *_filled(now.active, ACTIVE)]
-        if seen == now.signature:
-            return found + [gr.skip()] * (3 * SHOWN)
-        return found + _filled(now.ended, SHOWN)
+        updates = [note, now.signature, *_filled(now.active, ACTIVE)]
+        if signature == now.signature:
+            return updates + [gr.skip()] * (3 * SHOWN)
+        return updates + _filled(now.ended, SHOWN)
 
     def delete(self, job: str, request: gr.Request) -> list[Any]:
         """Cancel a job, or remove what it made."""
@@ -157,16 +157,16 @@ class Page:
     def again(self, job: str, request: gr.Request) -> list[Any]:
         """The form as it was for a job."""
         try:
-            found = self.actions.job(self.owner(request), job)
-            if found is None:
+            record = self.actions.job(self.owner(request), job)
+            if record is None:
                 raise gr.Error("that video is gone")
-            offer = self.actions.offer(found.model)
+            offer = self.actions.offer(record.model)
         except ApiError as error:  # the model of an earlier start may not be offered any more
             raise gr.Error(str(error)) from None
-        told = {name: found.shown.get(name) for name in FORM} | {"model": found.model}
-        told["seed"] = str(found.shown.get("seed", ""))
-        updates = {name: gr.update(value=value) for name, value in told.items()}
-        seconds = float(found.shown.get("seconds", 0))
+        values = {name: record.shown.get(name) for name in FORM} | {"model": record.model}
+        values["seed"] = str(record.shown.get("seed", ""))
+        updates = {name: gr.update(value=value) for name, value in values.items()}
+        seconds = float(record.shown.get("seconds", 0))
         updates["seconds"] = gr.update(value=seconds, visible=offer.kind == "video")
         return [*_about(offer), *(updates[name] for name in FORM)]
 
@@ -175,13 +175,13 @@ class Page:
         offer = self.actions.offer(model)
         rules = offer.rules
         own = {one.rules.default_prompt for one in self.actions.service.settings.offers}
-        told: dict[str, Any] = {"prompt": rules.default_prompt or "" if prompt in own | {"", None} else prompt}
+        values: dict[str, Any] = {"prompt": rules.default_prompt or "" if prompt in own | {"", None} else prompt}
         size = f"{rules.width}x{rules.height}"
         sizes = [f"{width}x{height}" for width, height in rules.sizes] or [size]
-        told["size"] = gr.update(choices=sizes, value=size)
-        told["seconds"] = gr.update(value=round(rules.num_frames / rules.fps, 2), visible=offer.kind == "video")
-        told |= {"num_inference_steps": rules.num_steps, "guidance_scale": rules.cfg_scale}
-        return [*_about(offer), *(told[name] for name in BY_MODEL)]
+        values["size"] = gr.update(choices=sizes, value=size)
+        values["seconds"] = gr.update(value=round(rules.num_frames / rules.fps, 2), visible=offer.kind == "video")
+        values |= {"num_inference_steps": rules.num_steps, "guidance_scale": rules.cfg_scale}
+        return [*_about(offer), *(values[name] for name in BY_MODEL)]
 
 
 def _about(offer: Offer) -> list[Any]:
@@ -194,15 +194,15 @@ def _about(offer: Offer) -> list[Any]:
 
 def _slot(words: Sequence[str], width: int) -> Slot:
     with gr.Column(visible=False, min_width=width) as box:
-        job, shown = gr.State(""), gr.HTML()
+        job, html = gr.State(""), gr.HTML()
         with gr.Row():
             buttons = tuple(gr.Button(word, size="sm", min_width=80) for word in words)
-    return Slot(box, job, shown, buttons)
+    return Slot(box, job, html, buttons)
 
 
 def _filled(jobs: Sequence[tuple[str, str]], places: int) -> list[Any]:
-    found: list[Any] = []
+    updates: list[Any] = []
     for i in range(places):
-        job, shown = jobs[i] if i < len(jobs) else ("", "")
-        found += [gr.update(visible=bool(job)), job, shown]
-    return found
+        job, html = jobs[i] if i < len(jobs) else ("", "")
+        updates += [gr.update(visible=bool(job)), job, html]
+    return updates

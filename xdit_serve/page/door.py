@@ -42,15 +42,15 @@ class PageDoor:
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
-        guarded = _with_policy(send)
+        guarded_send = _with_policy(send)
         # A mounted application sees the whole path, with what it is mounted under in front.
         if scope["path"] == ASK and self.keys:
-            await (await self._asked(scope, receive))(scope, receive, guarded)
+            await (await self._asked(scope, receive))(scope, receive, guarded_send)
         elif self.sessions.owner(headers) is None:
-            await self._stranger(scope)(scope, receive, guarded)
+            await self._stranger(scope)(scope, receive, guarded_send)
         else:
             most = MOST_BYTES + MOST_WORDS if scope["path"] == UPLOAD else MOST_WORDS
-            await self.app(scope, _bounded(receive, most), guarded)
+            await self.app(scope, _bounded(receive, most), guarded_send)
 
     def _stranger(self, scope: Scope) -> Response:
         if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
@@ -67,8 +67,8 @@ class PageDoor:
             words += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        given = parse_qs(words.decode("latin-1")).get("key", [""])[0]
-        token = self.sessions.begin(given)
+        key = parse_qs(words.decode("latin-1")).get("key", [""])[0]
+        token = self.sessions.begin(key)
         if token is None:
             return HTMLResponse(FORM.format(problem=escape("That is none of this server's keys.")), 401)
         return RedirectResponse("/", 303, {"Set-Cookie": cookie(token, scope.get("scheme") == "https")})
@@ -76,13 +76,13 @@ class PageDoor:
 
 def _bounded(receive: Receive, most: int) -> Receive:
     """What comes in, up to so many bytes; a longer body ends as if its sender had left."""
-    left = most
+    remaining = most
 
     async def take() -> Message:
-        nonlocal left
+        nonlocal remaining
         message = await receive()
-        left -= len(message.get("body", b""))
-        return message if left >= 0 else {"type": "http.disconnect"}
+        remaining -= len(message.get("body", b""))
+        return message if remaining >= 0 else {"type": "http.disconnect"}
 
     return take
 

@@ -45,16 +45,16 @@ def about(offer: Offer) -> str:
         return ""
     if not offer.name.endswith("-demo"):
         return "A demo with random weights: what it draws is noise. It shows that everything runs."
-    said = "A small demo. It draws one big or small shape (circle, square, ...) in a colour, moving in a direction"
-    return f"{said} on a black background, and nothing else."
+    text = "A small demo. It draws one big or small shape (circle, square, ...) in a colour, moving in a direction"
+    return f"{text} on a black background, and nothing else."
 
 
 def running(job: Record, live: Live, place: int | None) -> str:
     """A job that waits or runs: where it is, and a picture where there is one."""
     if place is not None:
-        said = "Next in the queue." if place == 0 else f"{place} {'video' if place == 1 else 'videos'} before this one."
+        text = "Next in the queue." if place == 0 else f"{place} {'video' if place == 1 else 'videos'} before this one."
     else:
-        said = _moment(live)
+        text = _moment(live)
     percent = live.percent if place is None else 0
     picture = ""
     if live.preview:
@@ -65,37 +65,37 @@ def running(job: Record, live: Live, place: int | None) -> str:
     return (
         f'<div class="job"><p>{escape(_shortened(job))}</p>{picture}'
         f'<div role="progressbar" aria-label="Progress" aria-valuenow="{percent}" aria-valuemin="0" '
-        f'aria-valuemax="100"><div style="width:{percent}%"></div></div><p class="settings">{escape(said)}</p></div>'
+        f'aria-valuemax="100"><div style="width:{percent}%"></div></div><p class="settings">{escape(text)}</p></div>'
     )
 
 
 def ended(job: Record) -> str:
     """A job that has ended: what it made, to play, with its settings; or why it made nothing."""
     if job.status == "failed":
-        said = problem(f"Failed: {job.message or 'no reason is known'}")
-        return f'<div class="job"><p>{escape(_shortened(job))}</p>{said}</div>'
+        reason = problem(f"Failed: {job.message or 'no reason is known'}")
+        return f'<div class="job"><p>{escape(_shortened(job))}</p>{reason}</div>'
     kind = "images" if job.kind == "image" else "videos"
     source = f"/v1/{kind}/{escape(job.id)}/content"
-    shown = (
+    media = (
         f'<img alt="{escape(_shortened(job))}" src="{source}">'
         if job.kind == "image"
         else f'<video controls loop muted playsinline preload="metadata" src="{source}"></video>'
     )
     return (
-        f'<div class="job">{shown}<p>{escape(_shortened(job))}</p>'
+        f'<div class="job">{media}<p>{escape(_shortened(job))}</p>'
         f'<p class="settings">{escape(settings(job))} <a href="{source}" download>Download</a></p></div>'
     )
 
 
 def settings(job: Record) -> str:
     """Model, size, frames, steps, guidance and seed in a line; and how long it took."""
-    said = [job.model]
+    parts = [job.model]
     for name, word in NAMES.items():
         value: Any = job.shown.get(name)
         if value is not None:
-            said.append(f"{word} {value}" if word in ("seed", "guidance") else f"{value} {word}".strip())
+            parts.append(f"{word} {value}" if word in ("seed", "guidance") else f"{value} {word}".strip())
     took = sum(job.seconds.values())
-    return " · ".join(said) + (f" · made in {duration(took)}." if took else ".")
+    return " · ".join(parts) + (f" · made in {duration(took)}." if took else ".")
 
 
 def duration(seconds: float) -> str:
@@ -105,9 +105,9 @@ def duration(seconds: float) -> str:
 
 
 def _moment(live: Live) -> str:
-    counted = f": {live.unit} {live.step} of {live.steps}" if live.steps and live.unit in ("step", "chunk") else ""
-    left = "" if live.seconds_left is None else f", about {duration(max(1.0, live.seconds_left))} left"
-    return f"{live.stage.capitalize()}{counted}{left}."
+    progress = f": {live.unit} {live.step} of {live.steps}" if live.steps and live.unit in ("step", "chunk") else ""
+    remaining = "" if live.seconds_left is None else f", about {duration(max(1.0, live.seconds_left))} left"
+    return f"{live.stage.capitalize()}{progress}{remaining}."
 
 
 def _shortened(job: Record) -> str:
