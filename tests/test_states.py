@@ -221,7 +221,7 @@ def test_a_state_that_cannot_be_gone_on_with_is_refused_in_one_line(tmp_path, ch
     left = leave_state(tmp_path)
     file = state_file(left, command(tmp_path))
     numbers = {"video": "0", "step": "2", "steps": "8"}
-    file.path.write_bytes(join([], {**file.known, **numbers, **change}))
+    file.path.write_bytes(join([], {**file.identity, **numbers, **change}))
     with pytest.raises(WrongUse, match=said) as wrong:
         with_interrupted(["--resume", str(file.path)], FORK.program)
     assert len(wrong.value.problems) == 1

@@ -118,9 +118,9 @@ def test_what_a_rank_is_asked_to_leave_too_late_is_not_its_next_job(monkeypatch)
     order = Order("same", 2, False, "", "", "", b"", True)
     resident, begun = Resident(SimpleNamespace(rank=0), Hello((), True, 1.0), lambda message, surely=False: None), []
     monkeypatch.setattr(resident, "_meet", lambda: None)
-    monkeypatch.setattr(resident, "_run", lambda order: begun.append(order.job in resident._left))
+    monkeypatch.setattr(resident, "_run", lambda order: begun.append(order.job in resident._cancelled_jobs))
     assert resident.serve([Leave("same"), order]) == 0
-    assert begun == [False] and resident._left == set()
+    assert begun == [False] and resident._cancelled_jobs == set()
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class Memory:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._free: Any = None
-        self._said: dict[Any, str] = {}
+        self._answers: dict[Any, str] = {}
         self._rest: threading.Timer | None = None
 
     def problem(self, model: str, request: Request) -> str:
@@ -36,14 +36,14 @@ class Memory:
         sampling = video.sampling
         key = (model, sampling.width, sampling.height, sampling.num_frames, request.guided(video), request.layout)
         with self._lock:
-            if key not in self._said:
-                if len(self._said) >= MOST_KEPT:
-                    self._said.clear()
+            if key not in self._answers:
+                if len(self._answers) >= MOST_KEPT:
+                    self._answers.clear()
                 message = self._ask(request)
                 if message is None:
                     return ""
-                self._said[key] = message
-            return self._said[key]
+                self._answers[key] = message
+            return self._answers[key]
 
     def _ask(self, request: Request) -> str | None:
         if self._rest is not None:

@@ -71,10 +71,10 @@ class _Round:
 
     def __init__(self, count: int, ahead: int) -> None:
         self.order = deque(range(count))
-        self.kept = [ahead * (count - 1 - own) for own in range(count)]
+        self.lead = [ahead * (count - 1 - own) for own in range(count)]
         self.places = [0] * count
         self.passed = [False] * count
-        self.changed = threading.Condition()
+        self.condition = threading.Condition()
         self.failure: BaseException | None = None
 
     def run(self, function: Callable[[A], R], values: list[A]) -> list[R]:
@@ -89,9 +89,9 @@ class _Round:
             except BaseException as error:  # raised by the caller's thread
                 self._fail(error)
             finally:
-                with self.changed:
+                with self.condition:
                     self.order.remove(own)
-                    self.changed.notify_all()
+                    self.condition.notify_all()
 
         def compute_apart(own: int) -> None:
             with state.here():
@@ -118,13 +118,13 @@ class _Round:
 
     def pass_turn(self) -> None:
         own = self.order[0]
-        if self.kept[own]:
-            self.kept[own] -= 1
+        if self.lead[own]:
+            self.lead[own] -= 1
             return
         self.passed[own] = True
-        with self.changed:
+        with self.condition:
             self.order.rotate(-1)
-            self.changed.notify_all()
+            self.condition.notify_all()
         self._await_turn(own)
 
     def reach(self, place: int) -> bool:
@@ -141,15 +141,15 @@ class _Round:
         return min(self.places[own] for own in self.order)
 
     def _await_turn(self, own: int) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.failure is not None or self.order[0] == own)
+        with self.condition:
+            self.condition.wait_for(lambda: self.failure is not None or self.order[0] == own)
         if self.failure is not None:
             raise _Left
 
     def _fail(self, error: BaseException) -> None:
-        with self.changed:
+        with self.condition:
             self.failure = self.failure or error
-            self.changed.notify_all()
+            self.condition.notify_all()
 
 
 class _Left(BaseException):

@@ -53,7 +53,7 @@ class Output:
         self.keeper = keeper
         self.video, self.request, self.mesh, self.report = video, request, mesh, report
         self._latents: Tensor | None = None
-        self._first, self._began = len(report.records), time.perf_counter()
+        self._first, self._start = len(report.records), time.perf_counter()
         self._before = [identity(path) for path in video.latents_files]
 
     @property
@@ -137,7 +137,7 @@ class Output:
         with stoppable():
             with self.report.stage("writing"):
                 writer = file.closed()
-            seconds = time.perf_counter() - self._began
+            seconds = time.perf_counter() - self._start
             cost = {"seconds": seconds, "stages": _costs(self.report.records[self._first :], of_peers)}
             sidecar = {"program": self.request.program, "settings": file.settings} | cost | _surroundings(self.mesh)
             writer.finish(self.video.sidecar, sidecar)

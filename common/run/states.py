@@ -187,13 +187,13 @@ class StateFile:
     """The file of one command's state."""
 
     path: Path
-    known: Mapping[str, str]
+    identity: Mapping[str, str]
     """What identifies the command, written with every state."""
 
     def write(self, record: Record) -> None:
         """Whole or not at all. Raises WriteError."""
         at = {"video": str(record.at.video), "step": str(record.at.step), "steps": str(record.steps)}
-        write_file(self.path, join(record.parts, {**self.known, **at}))
+        write_file(self.path, join(record.parts, {**self.identity, **at}))
 
     def remove(self) -> None:
         """The file, and what a run that was killed while it wrote has left of one; never raises."""

@@ -142,7 +142,7 @@ class _Decode:
         lengths = decoder.chunks(z.shape[2], plan.chunk)
         self.times = spans(lengths)
         self.frames = [decoder.num_frames(n, first=k == 0) for k, n in enumerate(lengths)]
-        self.shown = [range(span.start, span.stop) for span in spans(self.frames)]
+        self.output_frames = [range(span.start, span.stop) for span in spans(self.frames)]
         self.height, self.width = z.shape[3], z.shape[4]
         self.tiles = tiles(self.height, self.width, plan.tile, plan.overlap)
         self.grid = Grid(split.axis, self.height, plan.parts)
@@ -162,7 +162,7 @@ class _Decode:
             k, part = divmod(item, count)
             z = self.z[:, :, self.times[k], grid.heights[part]]
             pixels = self.decoder(z, self.stream(k, link, grid.rows(k, part)))
-            require_finite_pixels(pixels, self.shown[k])
+            require_finite_pixels(pixels, self.output_frames[k])
             return to_uint8(pixels[0], self.decoder.rounding)
 
         def blank(item: int) -> Tensor:
@@ -191,7 +191,7 @@ class _Decode:
             k, j = divmod(item, count)
             z = self.tiles[j].of(self.z[:, :, self.times[k]])
             pixels = self.decoder(z, self.stream(k, links[j]))
-            require_finite_pixels(pixels, self.shown[k])
+            require_finite_pixels(pixels, self.output_frames[k])
             return pixels[0].cpu().contiguous()
 
         def blank(item: int) -> Tensor:

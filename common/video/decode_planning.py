@@ -47,11 +47,11 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.on_cpu = device == "cpu"
         self.now = self.peak = 0
-        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # What goes in and was not made here was there before; a view of it is not new memory.
-        self.seen.update(leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.storages.update(leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -66,9 +66,9 @@ class PeakMemory(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.seen:
+        if storage in self.storages:
             return
-        self.seen.add(storage)
+        self.storages.add(storage)
         size = storage.nbytes()
         weakref.finalize(storage, self._free, size)
         self.now += size

@@ -161,20 +161,20 @@ class Lesson:
 
     def __init__(self, latents: Tensor | np.ndarray, count: int, height: int, width: int) -> None:
         _, channels, length, rows, columns = latents.shape
-        self.latents, self._seen, self._places = latents, 0, 0
+        self.latents, self._num_frames, self._places = latents, 0, 0
         self._own, self._colours = np.zeros((channels + 1, channels + 1)), np.zeros((channels + 1, CELL * CELL * 3))
         # A first one of several is made of one frame and the others of more: no preview shows it.
         indices = np.unique(np.linspace(min(1, length - 1), length - 1, MOST_FRAMES).round().astype(int)).tolist()
         each = (count - 1) // max(1, length - 1)
         lie_over = height % (CELL * rows) == 0 and width % (CELL * columns) == 0
-        self._wanted = {t * each: t for t in indices} if lie_over else {}
+        self._indices = {t * each: t for t in indices} if lie_over else {}
 
     def add(self, frames: Tensor | np.ndarray) -> None:
         """The next ones: uint8 (F, H, W, 3)."""
-        for place, t in self._wanted.items():
-            if self._seen <= place < self._seen + len(frames):
-                self._look(_host(frames[place - self._seen]), _host(self.latents[0, :, t]))
-        self._seen += len(frames)
+        for place, t in self._indices.items():
+            if self._num_frames <= place < self._num_frames + len(frames):
+                self._look(_host(frames[place - self._num_frames]), _host(self.latents[0, :, t]))
+        self._num_frames += len(frames)
 
     def _look(self, frame: np.ndarray, latents: np.ndarray) -> None:
         channels, height, width = latents.shape

@@ -37,13 +37,13 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[Hashable, Tensor] = {}
+        self.memory: dict[Hashable, Tensor] = {}
 
     def take(self, kind: Hashable, size: Sequence[int], like: Tensor) -> Tensor:
         """Contiguous memory of this size, the same for every message of a kind; dtype and device of `like`."""
-        buffer, count = self.kept.get(kind), math.prod(size)
+        buffer, count = self.memory.get(kind), math.prod(size)
         if buffer is None or buffer.numel() < count or (buffer.dtype, buffer.device) != (like.dtype, like.device):
-            self.kept[kind] = buffer = like.new_empty(count)
+            self.memory[kind] = buffer = like.new_empty(count)
         return buffer[:count].view(torch.Size(size))
 
 

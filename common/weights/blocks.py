@@ -212,13 +212,13 @@ class FromHost:
     def __init__(self, device: torch.device) -> None:
         self.copies, self.pinned = _Copies(device), device.type == "cuda"
         self.parts: list[Tensor] = []
-        self.held: list[Pinned] = []
+        self.buffers: list[Pinned] = []
 
     def add(self, part: Tensor) -> None:
         """Keep a copy of the next block's bytes (n,)."""
         if self.pinned:
-            self.held.append(Pinned(part.numel()))
-        memory = self.held[-1].bytes if self.pinned else torch.empty_like(part)
+            self.buffers.append(Pinned(part.numel()))
+        memory = self.buffers[-1].bytes if self.pinned else torch.empty_like(part)
         self.parts.append(memory.copy_(part))
 
     def fetch(self, index: int, out: Tensor) -> Wait:
@@ -233,9 +233,9 @@ class FromHost:
     def release(self) -> None:
         """Unlock the memory; nothing is fetched any more."""
         self.parts.clear()
-        for pinned in self.held:
+        for pinned in self.buffers:
             pinned.release()
-        self.held.clear()
+        self.buffers.clear()
 
 
 class FromFile:

@@ -187,7 +187,7 @@ class WeightReader:
         self.module, self.checkpoint, self.device = module, checkpoint, torch.device(device)
         self.dtype, self.keep_fp32 = dtype, frozenset(keep_fp32)
         self.slots = _slots(module)
-        self.known = {name: (names, slot) for names, slot in self.slots for name in names}
+        self.by_name = {name: (names, slot) for names, slot in self.slots for name in names}
         self.plan = _plan(self.slots, checkpoint, rename, ignore)
         self.total = sum(_nbytes(checkpoint, pieces) for pieces in self.plan.values())
         self.done = 0
@@ -204,7 +204,7 @@ class WeightReader:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that the module's tensor of this name gets."""
-        names, slot = self.known[name]
+        names, slot = self.by_name[name]
         if slot.dtype == FLOAT8 or _is_scale(name):
             return slot.dtype
         file_dtype = self.checkpoint[self.plan[names][0].name].dtype

@@ -29,7 +29,7 @@ class Machine:
     """
 
     def __init__(self, find_class: Callable[[str, str], Any], persistent_load: Callable[[Any], Any]) -> None:
-        self._named, self._stored = find_class, persistent_load
+        self._find_class, self._persistent_load = find_class, persistent_load
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -117,13 +117,13 @@ class Machine:
 
     def _global(self, words: str) -> None:
         module, _, name = words.partition(" ")
-        self._stack.append(self._named(module, name))
+        self._stack.append(self._find_class(module, name))
 
     def _stack_global(self, _: None) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
             raise UnknownError("a name of an odd kind")
-        self._stack.append(self._named(module, name))
+        self._stack.append(self._find_class(module, name))
 
     def _reduce(self, _: None) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -137,4 +137,4 @@ class Machine:
             raise UnknownError("attributes of what is no table")
 
     def _binpersid(self, _: None) -> None:
-        self._stack.append(self._stored(self._stack.pop()))
+        self._stack.append(self._persistent_load(self._stack.pop()))

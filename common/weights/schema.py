@@ -144,7 +144,7 @@ def numbers(cls: type, keys: Mapping[str, str], raw: Mapping[str, Any], where: s
         try:
             values[one.name] = kind.read(raw[key], one)
         except (TypeError, ValueError):
-            raise CheckpointError(f"{where} says {key}={shown(raw[key])}; it must be {kind.meant(one)}") from None
+            raise CheckpointError(f"{where} says {key}={shown(raw[key])}; it must be {kind.requirement(one)}") from None
     return values
 
 
@@ -163,7 +163,7 @@ class _Kind:
 
     read: Callable[[Any, Field], Any]
     """From a JSON value to the field's; TypeError or ValueError when it will not do."""
-    meant: Callable[[Field], str]
+    requirement: Callable[[Field], str]
     """What will do, in words."""
 
 

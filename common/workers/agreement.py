@@ -33,8 +33,8 @@ class Agreement:
         wanted: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._group, self._wanted, self._clock = group, wanted, clock
-        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+        self._group, self._want, self._clock = group, wanted, clock
+        self._request: tuple[dist.Work, torch.Tensor] | None = None
         self._stage: str | None = None
         self._then = clock()
         self._every, self._passed = 1, 0
@@ -45,7 +45,7 @@ class Agreement:
         stage: the one that the ranks are in; how long its steps take is found out anew.
         """
         if self._group is None:
-            if self._wanted():
+            if self._want():
                 raise Abandoned
             return
         self._passed += 1
@@ -62,17 +62,17 @@ class Agreement:
         import torch.distributed as dist
 
         now = self._clock()
-        values = torch.tensor([self._wanted(), (now - self._then) / self._passed], dtype=torch.float64)
+        values = torch.tensor([self._want(), (now - self._then) / self._passed], dtype=torch.float64)
         self._then, self._passed = now, 0
         work = dist.all_reduce(values, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
-        self._asked = work, values
+        self._request = work, values
 
     def close(self) -> bool:
         """Wait for what was asked last, and return the answer."""
-        if self._asked is None:
+        if self._request is None:
             return False
-        (work, values), self._asked = self._asked, None
+        (work, values), self._request = self._request, None
         work.wait()
         wanted, seconds = values.tolist()
         self._every = max(1, min(MOST_PLACES, int(ASK_SECONDS / max(seconds, 1e-9))))

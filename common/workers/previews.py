@@ -59,7 +59,7 @@ class Previews:
         fail: Callable[[str], None],
     ) -> None:
         self._ranks, self._colours, self._show, self._fail = ranks, colours, show, fail
-        self._shown: At | None = None
+        self._last_at: At | None = None
         self._not_before = 0.0
         self._end = threading.Event()
         self._finished = False
@@ -84,13 +84,13 @@ class Previews:
 
     def _look(self) -> None:
         state = newest_at(self._ranks)
-        if state is None or state[0] == self._shown or state[0].step == 0:
+        if state is None or state[0] == self._last_at or state[0].step == 0:
             return
         before = time.thread_time()
         frame = frame_of(self._ranks, *state)
         if frame is not None:
             self._show(state[0].step, self._colours.png(frame))
-            self._shown = state[0]
+            self._last_at = state[0]
         duration = time.thread_time() - before
         self._not_before = time.monotonic() + max(PAUSE_SECONDS, duration / SHARE)
 

@@ -77,7 +77,7 @@ class _Queue:
         self.request, self._arguments = request, arguments
         self._lock = threading.Lock()
         self._waiting = deque(request.left)
-        self._left = set(request.left)
+        self._remaining = set(request.left)
         self.status = 0
 
     def take(self, timeout: float) -> Job | None:
@@ -109,7 +109,7 @@ class _Queue:
             if isinstance(event, Note):
                 say(f"{'warning: ' if event.warning else ''}{about}: {shown(event.text)}")
             elif isinstance(event, Finished):
-                self._left.discard(index)
+                self._remaining.discard(index)
                 try:
                     self._save()
                 except OSError as error:  # the next one may find room
@@ -126,13 +126,13 @@ class _Queue:
             self._save()
 
     def _save(self) -> None:
-        if not self._left:
+        if not self._remaining:
             return
-        first = min(self._left)
-        whole = frozenset(range(first, len(self.request.videos))) - self._left
+        first = min(self._remaining)
+        whole = frozenset(range(first, len(self.request.videos))) - self._remaining
         record = Record(At(first, 0), self.request.videos[first].sampling.num_steps, ())
-        metadata = {**self._file.known, "done": ",".join(map(str, sorted(whole)))}
-        replace(self._file, known=metadata).write(record)
+        metadata = {**self._file.identity, "done": ",".join(map(str, sorted(whole)))}
+        replace(self._file, identity=metadata).write(record)
 
     @property
     def _file(self) -> StateFile:
@@ -141,11 +141,11 @@ class _Queue:
     def close(self, status: int) -> int:
         """After the last group is gone: what is left of the states, and the last line for the user."""
         status, count = status or self.status, len(self.request.videos)
-        if not self._left:
+        if not self._remaining:
             remove_states(self.request, self._file)
             return status
-        num_done = count - len(self._left)
-        rest = [self.request.videos[index] for index in self._left]
+        num_done = count - len(self._remaining)
+        rest = [self.request.videos[index] for index in self._remaining]
         resumable = num_done or any(state_path(video.output, video.folder).exists() for video in rest)
         if not resumable:
             remove_states(self.request, self._file)

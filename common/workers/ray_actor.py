@@ -33,10 +33,10 @@ class RankActor:
     """One rank. Its methods are called from several of the actor's threads."""
 
     def __init__(self) -> None:
-        self._said: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._outbox: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._orders: SimpleQueue[Message] = SimpleQueue()
         self._slots = Slots.create()
-        self._taken: set[At] = set()
+        self._sent_states: set[At] = set()
 
     def place(self) -> tuple[str, int, int]:
         """The machine's address, a port that is free there, and the process's id."""
@@ -62,7 +62,7 @@ class RankActor:
             request: Request = pickle.loads(message.request)
             if request.slots:  # those are descriptors of the group's own process
                 self._slots.clear()
-                self._taken.clear()
+                self._sent_states.clear()
                 request = replace(request, slots=(self._slots.descriptors,) * request.layout.sequence)
                 message = replace(message, request=pickle.dumps(request))
         self._orders.put(message)
@@ -72,20 +72,20 @@ class RankActor:
         messages = self._waiting(seconds)
         parts = []
         for at, steps in sorted(self._slots.held().items()):
-            if at not in self._taken and (part := self._slots.read(at)) is not None:
-                self._taken.add(at)
+            if at not in self._sent_states and (part := self._slots.read(at)) is not None:
+                self._sent_states.add(at)
                 parts.append((at, steps, part))
         return messages, parts
 
     def _waiting(self, seconds: float) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         try:
-            messages.append(self._said.get(timeout=seconds))
+            messages.append(self._outbox.get(timeout=seconds))
             while len(messages) < MOST_AT_ONCE:
-                messages.append(self._said.get_nowait())
+                messages.append(self._outbox.get_nowait())
         except Empty:
             pass
         return messages
 
     def _tell(self, message: dict[str, Any], surely: bool = False) -> None:
-        self._said.put(message)
+        self._outbox.put(message)

@@ -50,14 +50,14 @@ class RayGroup(Watched):
         makers: Sequence[Maker] = (),
     ) -> None:
         super().__init__(range(ranks), on_cpu, keep_loaded, timeout, makers)
-        self.wanted, self.address = ranks, address_of(address)
+        self.size, self.address = ranks, address_of(address)
         self.ray = ray_module()
 
     @contextmanager
     def _new_ranks(self) -> Iterator[Ranks]:
         with ExitStack() as stack:
             slots = []
-            for _ in range(self.wanted):
+            for _ in range(self.size):
                 slots.append(Slots.create())
                 stack.callback(slots[-1].close)
             yield _Actors(self, slots)
@@ -69,10 +69,10 @@ class _Actors(Ranks):
     def __init__(self, group: RayGroup, slots: Sequence[Slots]) -> None:
         super().__init__(group, slots)
         self._ray = group.ray
-        self._placed: Any = None
+        self._placement_group: Any = None
         self._actors: list[Any] = []
         self._hearing: dict[Any, int] = {}
-        self._gone: dict[int, Failure | None] = {}
+        self._exits: dict[int, Failure | None] = {}
 
     def start(self) -> None:
         group, ray = self.group, self._ray
@@ -98,11 +98,11 @@ class _Actors(Ranks):
     def _count(self, kind: str) -> int:
         """Ranks that the cluster has room for, up to the number that is wanted."""
         end = time.monotonic() + SETTLE_SECONDS
-        while (there := self._free(kind)) < self.group.wanted and time.monotonic() < end:
+        while (there := self._free(kind)) < self.group.size and time.monotonic() < end:
             self._rest()
         if there < 1:
             raise GroupError(f"{named(self.group.address)} has no free {kind}")
-        return min(there, self.group.wanted)
+        return min(there, self.group.size)
 
     def _free(self, kind: str) -> int:
         return int(within(self._ray.available_resources, self.group.address).get(kind, 0))
@@ -116,9 +116,9 @@ class _Actors(Ranks):
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._placed = placement_group([{kind: 1}] * count, strategy="PACK")
+        self._placement_group = placement_group([{kind: 1}] * count, strategy="PACK")
         end = time.monotonic() + PLACED_SECONDS
-        while not self._placed.wait(1.0):
+        while not self._placement_group.wait(1.0):
             if time.monotonic() > end:
                 raise GroupError(f"{named(self.group.address)} does not give {count} {kind}s")
             self._rest()
@@ -126,7 +126,7 @@ class _Actors(Ranks):
         options = {"num_cpus": int(kind == "CPU"), "num_gpus": int(kind == "GPU"), "max_concurrency": THREADS}
         remote = self._ray.remote(RankActor)
         for index in range(count):
-            where = PlacementGroupSchedulingStrategy(self._placed, placement_group_bundle_index=index)
+            where = PlacementGroupSchedulingStrategy(self._placement_group, placement_group_bundle_index=index)
             environment = {"env_vars": {"PYTHONPATH": path}}
             actor = remote.options(**options, scheduling_strategy=where, runtime_env=environment).remote()
             self._actors.append(actor)
@@ -167,25 +167,25 @@ class _Actors(Ranks):
 
     def _take(self, rank: int, message: dict[str, Any]) -> None:
         if "left" in message:
-            self._gone[rank] = None
+            self._exits[rank] = None
         else:
             self.take(self.seats[rank], message)
 
     def _lost(self, rank: int, error: Exception) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = f"its actor is gone: {lines[0] if lines else type(error).__name__}"
-        self._gone[rank] = Failure(rank, self.seats[rank].stage, message[:300], killed=True)
+        self._exits[rank] = Failure(rank, self.seats[rank].stage, message[:300], killed=True)
 
     def ended(self) -> dict[int, Failure | None]:
-        return dict(self._gone)
+        return dict(self._exits)
 
     def end(self) -> str:
         for actor in self._actors:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.kill(actor)
-        if self._placed is not None:
+        if self._placement_group is not None:
             from ray.util.placement_group import remove_placement_group
 
             with suppress(self._ray.exceptions.RayError):
-                remove_placement_group(self._placed)
+                remove_placement_group(self._placement_group)
         return ""

@@ -51,13 +51,13 @@ class Resident:
 
     def __init__(self, process: Process, hello: Hello, tell: Tell) -> None:
         self.process, self.hello, self.tell = process, hello, tell
-        self._left: set[str] = set()
+        self._cancelled_jobs: set[str] = set()
         self._mesh: Mesh | None = None
         self._place: _Place | None = None
         self._side: dist.ProcessGroup | None = None
         self._broken = False
         self._loadings = 0
-        self._placed: dict[Any, Any] = {}
+        self._placements: dict[Any, Any] = {}
 
     def serve(self, orders: Iterable[Message]) -> int:
         """Until an order of None, or the end of the orders; returns the exit status. orders: may block; read by a
@@ -77,10 +77,10 @@ class Resident:
     def _listen(self, orders: Iterable[Message], queue: SimpleQueue[Order | None]) -> None:
         for message in orders:
             if isinstance(message, Leave):
-                self._left.add(message.job)
+                self._cancelled_jobs.add(message.job)
             elif isinstance(message, Order):
                 # What this rank was asked to leave has ended everywhere; it may hear so after the others have left.
-                self._left.clear()
+                self._cancelled_jobs.clear()
                 queue.put(message)
             elif message is None:
                 break
@@ -123,7 +123,7 @@ class Resident:
         with as_wrong_use():
             mesh = self._connected(order, request, report)
             report.device = mesh.device
-            agreement = Agreement(self._side, lambda: order.job in self._left)
+            agreement = Agreement(self._side, lambda: order.job in self._cancelled_jobs)
             report.pause = partial(_pause, report, agreement)
             request = self._with_placement(fork, request, order, mesh, report)
         generate(request, mesh, report)
@@ -158,13 +158,13 @@ class Resident:
             request = replace(request, runtime=replace(runtime, keep_loaded=True))
         how = (request.runtime, request.layout, request.decode)
         kind = (request.program, request.source, *how, video.sampling, request.guided(video))
-        if kind not in self._placed or not request.sampled:
+        if kind not in self._placements or not request.sampled:
             request = resolved(fork, request, mesh, self.process, report)
-            if len(self._placed) >= MOST_PLACED:
-                self._placed.clear()
-            self._placed[kind] = request.source, request.runtime
+            if len(self._placements) >= MOST_PLACED:
+                self._placements.clear()
+            self._placements[kind] = request.source, request.runtime
             return request
-        source, runtime = self._placed[kind]
+        source, runtime = self._placements[kind]
         return replace(request, source=source, runtime=runtime)
 
     def _settle(self, unread: bool) -> None:
@@ -182,7 +182,7 @@ class Resident:
         """After an error: whatever takes memory goes. The next order makes the groups of processes anew."""
         if self._mesh is not None:
             self._forget(self._mesh.cache)
-        self._placed.clear()
+        self._placements.clear()
 
     def _forget(self, cache: ModelCache | None) -> None:
         from common.parallel.device_memory import release_memory

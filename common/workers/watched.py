@@ -56,7 +56,7 @@ class Ranks:
         self.reason = ""
         self.device: int | None = None
         self._end: float | None = None
-        self._heard = time.monotonic()
+        self._last_heard = time.monotonic()
         self._first_failure: float | None = None
 
     def start(self) -> None:
@@ -95,7 +95,7 @@ class Ranks:
 
     def begin(self, work: Work, order: Order) -> None:
         self.work, self.broken, self._first_failure = work, False, None
-        self._heard = time.monotonic()
+        self._last_heard = time.monotonic()
         for seat in self.seats:
             seat.failure = None
         self.send(order)
@@ -113,7 +113,7 @@ class Ranks:
 
     def take(self, seat: Seat, message: dict[str, Any]) -> None:
         """Take in what a rank has said."""
-        self._heard = time.monotonic()
+        self._last_heard = time.monotonic()
         if "failure" in message:
             seat.failure = Failure(**message["failure"])
             return
@@ -153,7 +153,7 @@ class Ranks:
             if now - self._first_failure > (ECHO_SECONDS if self._only_echoes() else GRACE_SECONDS):
                 self._find_reason({})
                 return True
-        elif now - self._heard > self.group.timeout:
+        elif now - self._last_heard > self.group.timeout:
             where = ", ".join(f"rank {seat.rank} ({seat.stage})" for seat in self.seats)
             self.reason = f"nothing was heard for {self.group.timeout:.0f} s of {where}"
             self._blame(blamed([], [], [seat.rank for seat in self.seats]))
@@ -199,9 +199,9 @@ class Watched:
         self.devices = tuple(devices)
         self.on_cpu, self.keep_loaded, self.timeout = on_cpu, keep_loaded, timeout
         self._makers = tuple(makers)
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._events: deque[Event] = deque()
-        self._asked: deque[Callable[[Ranks], None]] = deque()
+        self._calls: deque[Callable[[Ranks], None]] = deque()
         self._state: State = "stopped"
         self._job: str | None = None
         self._failure = ""
@@ -221,20 +221,20 @@ class Watched:
         yield
 
     def start(self) -> None:
-        with self._changed:
+        with self._condition:
             if self._state not in ("stopped", "lost"):
                 raise GroupError("the group is running")
             self._state, self._failure = "starting", ""
         if self._thread is not None:
             self._thread.join()
-        self._asked.clear()
+        self._calls.clear()
         self.stopping.clear()
         self._job = None
         # The kernel ends a process of ours when the thread ends that has started it: this one lives as long as they do.
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._thread.start()
-        with self._changed:
-            self._changed.wait_for(lambda: self._state != "starting")
+        with self._condition:
+            self._condition.wait_for(lambda: self._state != "starting")
             if self._state != "idle":
                 raise GroupError(self._failure or "the group was stopped while it started", self._suspect)
 
@@ -243,7 +243,7 @@ class Watched:
             maker = maker_of(job.request.program, self._makers)
         except ValueError as error:
             raise GroupError(str(error)) from None
-        with self._changed:
+        with self._condition:
             if self._state != "idle":
                 raise GroupError(f"the group is {self._state}")
             self._state, self._job = "busy", job.id
@@ -251,7 +251,7 @@ class Watched:
         try:
             request = prepared(job, len(self.devices), self.on_cpu, slots, maker.fork)
         except BaseException:
-            with self._changed:
+            with self._condition:
                 if self._state == "busy":
                     self._state, self._job = "idle", None
             raise
@@ -265,8 +265,8 @@ class Watched:
         self._ask(begin)
 
     def events(self, timeout: float) -> list[Event]:
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._events), timeout)
+        with self._condition:
+            self._condition.wait_for(lambda: bool(self._events), timeout)
             events = list(self._events)
             self._events.clear()
         return events
@@ -275,7 +275,7 @@ class Watched:
         self._ask(lambda ranks: ranks.leave(job))
 
     def health(self) -> Health:
-        with self._changed:
+        with self._condition:
             state, job, ranks = self._state, self._job, self._ranks
         seats = list(ranks.seats) if ranks is not None else []
         loadings = seats[0].standing.get("loadings", 0) if seats else 0
@@ -292,30 +292,30 @@ class Watched:
         self.stopping.set()
         self._ask(lambda ranks: ranks.stop(seconds))
         thread.join()
-        with self._changed:
+        with self._condition:
             self._state = "stopped"
 
     def become(self, state: State, failure: str = "") -> None:
         """For the group's thread."""
-        with self._changed:
+        with self._condition:
             self._state, self._failure = state, failure
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def _ask(self, what: Callable[[Ranks], None]) -> None:
         """Have the group's thread do something; dropped when it has ended."""
-        with self._changed:
-            self._asked.append(what)
+        with self._condition:
+            self._calls.append(what)
             if self._ranks is not None:
                 self._ranks.wake()
 
     def _emit(self, event: Event) -> None:
-        with self._changed:
+        with self._condition:
             self._events.append(event)
             if isinstance(event, ENDINGS):
                 self._job = None
                 if not isinstance(event, Lost):
                     self._state = "idle"
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def _watch(self) -> None:
         """The group's thread: from the start of the ranks to their end."""
@@ -323,12 +323,12 @@ class Watched:
             with self._new_ranks() as ranks:
                 try:
                     ranks.start()
-                    with self._changed:
+                    with self._condition:
                         self._ranks, self._slots = ranks, ranks.slots
-                    ranks.watch(self._asked)
+                    ranks.watch(self._calls)
                 except Exception as error:  # whatever it is, nobody else would tell the caller
                     ranks.reason = str(error) if isinstance(error, GroupError) else describe(error, 0, "").message
-                with self._changed:
+                with self._condition:
                     self._ranks = None
                 ranks.reason += ranks.end()
                 self._gone(ranks)
@@ -337,7 +337,7 @@ class Watched:
 
     def _gone(self, ranks: Ranks) -> None:
         """All ranks have ended: say so."""
-        with self._changed:
+        with self._condition:
             starting, job = self._state == "starting", self._job
         self._suspect = ranks.device
         self.become("stopped" if ranks.asked else "lost", ranks.reason)
