@@ -13,16 +13,7 @@ from cogvideox_xdit.config import CONFIGS, TRAINED, TransformerConfig, VAEConfig
 from cogvideox_xdit.transformer import CogVideoXTransformer
 from cogvideox_xdit.vae import CogVideoXDecoder, CogVideoXEncoder
 from cogvideox_xdit.weights import rename_table
-from common.run.demo import (
-    CAPTIONS,
-    encoder_sizes,
-    fill,
-    made_once,
-    red_circle,
-    write_json,
-    write_part,
-    write_text_encoder,
-)
+from common.run.demo import CAPTIONS, fill, made_once, red_circle, write_json, write_part, write_text_encoder
 from common.system.files import cache_home
 
 SEED = 20240806
@@ -123,7 +114,7 @@ def random_checkpoint(
         fill(part, SEED + i)
     transformer, encoder, decoder = parts
     write_checkpoint(folder, kind, transformer, vae, encoder, decoder, dtype)
-    write_text_encoder(folder, CAPTIONS, SEED + len(parts), config.text_length, **encoder_sizes(config.text_dim))
+    write_text_encoder(folder, CAPTIONS, SEED + len(parts), config.text_length, d_model=config.text_dim)
 
 
 def write_checkpoint(

@@ -67,10 +67,8 @@ def face_file(path: Path | str) -> Path:
 def require_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
     """CheckpointError in one line unless the tensors of a file are the module's, by name, shape and kind."""
     module_state = module.state_dict()
-    missing, extra = (
-        [name for name in module_state if name not in state],
-        [name for name in state if name not in module_state],
-    )
+    missing = [name for name in module_state if name not in state]
+    extra = [name for name in state if name not in module_state]
     problems = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names]
     for name, tensor in module_state.items():
         entry = state.get(name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.run.demo import encoder_sizes, fill, made_once, write_json, write_part, write_text_encoder
+from common.run.demo import fill, made_once, write_json, write_part, write_text_encoder
 from common.system.files import cache_home
 from mochi_xdit.config import MochiConfig, MochiVAEConfig
 from mochi_xdit.transformer import MochiTransformer
@@ -83,7 +83,7 @@ def random_checkpoint(folder: Path, config: MochiConfig | None = None, seed: int
     fill(encoder, seed + 1)
     fill(decoder, seed + 2)
     write_checkpoint(folder, config, transformer.state_dict(), encoder, decoder)
-    write_text_encoder(folder, _captions(), seed + 3, config.text_tokens, **encoder_sizes(config.text_dim))
+    write_text_encoder(folder, _captions(), seed + 3, config.text_tokens, d_model=config.text_dim)
 
 
 def write_checkpoint(

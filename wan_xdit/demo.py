@@ -12,16 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.run.demo import (
-    CAPTIONS,
-    encoder_sizes,
-    fill,
-    made_once,
-    red_circle,
-    write_json,
-    write_part,
-    write_text_encoder,
-)
+from common.run.demo import CAPTIONS, fill, made_once, red_circle, write_json, write_part, write_text_encoder
 from common.system.files import cache_home
 from common.text.t5 import UMT5
 from common.weights.load import save
@@ -140,8 +131,7 @@ def random_checkpoint(
     write_checkpoint(folder, kind, experts, vae, encoder, decoder, dtype)
     if config.image_width:
         write_image_encoder(folder / "image_encoder", IMAGE_ENCODER, dtype)
-    sizes = encoder_sizes(config.text_dim)
-    write_text_encoder(folder, CAPTIONS, SEED + count + 2, config.text_length, UMT5, **sizes)
+    write_text_encoder(folder, CAPTIONS, SEED + count + 2, config.text_length, UMT5, d_model=config.text_dim)
 
 
 def write_checkpoint(

@@ -155,9 +155,7 @@ class WanPipeline(Pipeline):
         if self.files.per_token:
             return Start(latents, first=self._latents_of(picture, 1))
         image_latents = self._latents_of(picture, num_frames)
-        mask = torch.zeros(
-            1, self.vae_config.time, *image_latents.shape[2:], dtype=image_latents.dtype, device=image_latents.device
-        )
+        mask = image_latents.new_zeros(1, self.vae_config.time, *image_latents.shape[2:])
         mask[:, :, 0] = 1
         return Start(latents, torch.cat((mask, image_latents), dim=1))
 

@@ -92,13 +92,17 @@ def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int = 256, 
     return SentencePieceProcessor(model_file=str(path)).vocab_size()
 
 
-def t5_config(vocab_size: int, member: Member = T5, **sizes: int) -> dict:
-    """config.json of a small encoder with the traits of t5-v1_1 (gated gelu, untied), or of UMT5."""
-    names = {"d_model": 64, "layers": 2, "heads": 4, "d_kv": 16, "d_ff": 128} | sizes
+def t5_config(vocab_size: int, member: Member = T5, d_model: int = 64, **sizes: int) -> dict:
+    """config.json of a small encoder with the traits of t5-v1_1 (gated gelu, untied), or of UMT5.
+
+    sizes: layers, heads, d_kv and d_ff; without them two layers of four heads that share the width, and twice the width
+    within the MLP.
+    """
+    names = {"layers": 2, "heads": 4, "d_kv": max(d_model // 4, 1), "d_ff": 2 * d_model} | sizes
     return {
         "architectures": [member.classes[1]],
         "model_type": member.name.lower(),
-        "d_model": names["d_model"],
+        "d_model": d_model,
         "d_kv": names["d_kv"],
         "d_ff": names["d_ff"],
         "num_layers": names["layers"],
@@ -115,11 +119,6 @@ def t5_config(vocab_size: int, member: Member = T5, **sizes: int) -> dict:
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
-
-
-def encoder_sizes(width: int) -> dict[str, Any]:
-    """Of a small text encoder with `width` features, for `t5_config`: four heads, twice the width within its MLP."""
-    return {"d_model": width, "heads": 4, "d_kv": max(width // 4, 1), "d_ff": 2 * width}
 
 
 def save_text_encoder(root: Path, model: nn.Module, config: dict, spiece: Path, limit: int) -> None:

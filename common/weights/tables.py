@@ -27,15 +27,11 @@ def read_shapes(file: Path) -> Shapes:
 
 def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor, as an index says. CheckpointError for what is none, or leads out of its folder."""
-    weight_map = read_object(path).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(shard, str) for shard in weight_map.values())
-    ):
+    shards = read_object(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{path}: not an index of weights (weight_map does not map names to files)")
-    for shard in dict.fromkeys(weight_map.values()):
+    for shard in dict.fromkeys(shards.values()):
         place = PurePosixPath(shard)
         if place.is_absolute() or ".." in place.parts or not place.name or "\0" in shard:
             raise CheckpointError(f"{path} names {quoted(shard)}; an index may name files of its own folder only")
-    return weight_map
+    return shards

@@ -21,7 +21,7 @@ from common.system.stopping import Stopped
 from common.workers.group import Event, Failed, Finished, GroupError, Job, Note
 from common.workers.making import Groups
 from common.workers.orders import Maker
-from common.workers.work import known_of, with_state
+from common.workers.work import identity_of, with_state
 
 STOP_SECONDS = 5.0
 
@@ -95,7 +95,7 @@ class _Queue:
         unfinished = self.request.unfinished
         if job.state is None and unfinished is not None and unfinished.video == index and unfinished.step:
             # One group made it when the command was interrupted, and the state is in the command's own file.
-            file = StateFile(_path(job), known_of(replace(request, digest=digest(request))))
+            file = StateFile(_path(job), identity_of(replace(request, digest=digest(request))))
             with suppress(OSError):  # without room for it the video begins anew
                 file.write(Record(At(0, unfinished.step), unfinished.steps, (unfinished.path.read_bytes(),)))
                 job = with_state(job)

@@ -44,7 +44,7 @@ def prepared(job: Job, ranks: int, on_cpu: bool, slots: Sequence[Slots], fork: F
     return replace(request, slots=tuple(one.descriptors for one in of_tokens), colours=colours)
 
 
-def known_of(request: Request) -> dict[str, str]:
+def identity_of(request: Request) -> dict[str, str]:
     """What identifies a job in its state. request: with its digest."""
     identity = {"format": FORMAT, "program": request.program, "digest": request.digest}
     return identity | {"seed": str(request.videos[0].seed), "output": request.output.name}
@@ -188,7 +188,7 @@ class Work:
 def _state_file(job: Job, request: Request) -> StateFile | None:
     if job.keep_state is None:
         return None
-    return StateFile(job.keep_state, known_of(request))
+    return StateFile(job.keep_state, identity_of(request))
 
 
 def blamed(failures: Sequence[Failure], ended: Sequence[int], silent: Sequence[int]) -> int | None:

@@ -49,7 +49,9 @@ def denoise(
 def write_checkpoint(folder: Path, layout: str = "native") -> Path:
     """fp32 weights in the `native` or `diffusers` layout, with a T5 encoder beside them."""
     transformer, decoder, encoder = build()
-    write_text_encoder(folder, CAPTIONS, seed=3, limit=TINY.text_tokens, d_model=32, layers=2, heads=2, d_kv=16)
+    write_text_encoder(
+        folder, CAPTIONS, seed=3, limit=TINY.text_tokens, d_model=32, layers=2, heads=2, d_kv=16, d_ff=128
+    )
     if layout == "native":
         save(transformer.state_dict(), folder / "dit.safetensors")
         save(decoder.state_dict(), folder / "decoder.safetensors")
